@@ -1,0 +1,1 @@
+"""The run: configuration, plan, DeepSpeed engine, training loop, checkpoints, callbacks, evaluation."""

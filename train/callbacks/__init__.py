@@ -1,0 +1,1 @@
+"""Callbacks of the training run, one concern each."""
