@@ -1,0 +1,231 @@
+"""Model weights on disk: a directory with `model.json` and any number of `weights-*.safetensors` files.
+
+A file holds flat fragments of parameters, so that every rank of a sharded run writes what it owns and nothing is ever
+gathered: the key `<parameter name>@<offset>` is a 1-D tensor that covers elements offset ... offset + length - 1 of
+the flattened parameter. A whole parameter is one fragment at offset 0. Each file's metadata holds `format_version` and
+`shapes`, a JSON object from parameter name to shape that names every parameter of the model, also those of which the
+file holds nothing: a file that is lost is then noticed by what it leaves uncovered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from model.config import ModelConfig
+
+FORMAT_VERSION = 1
+MODEL_JSON = "model.json"
+_OPEN_FILES = 64
+
+
+class WeightsError(ValueError):
+    """A weights directory that cannot be read as what it should be; the message names the file or the parameter."""
+
+
+def write_model_json(directory: str | Path, config: ModelConfig) -> Path:
+    """Write `config` as `directory`/model.json (the directory is made where missing); returns the file's path."""
+    path = Path(directory) / MODEL_JSON
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"format_version": FORMAT_VERSION, "model": dataclasses.asdict(config)}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_model_json(directory: str | Path) -> ModelConfig:
+    """The configuration in `directory`/model.json. Raises WeightsError when it is missing, damaged or not ours."""
+    path = Path(directory) / MODEL_JSON
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} does not exist: a weights directory holds {MODEL_JSON} beside its weights-*.safetensors files"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        raise WeightsError(f"{path} has no section 'model': it was not written by xlstm-pretrain")
+    _check_version(path, document.get("format_version"))
+    return _build(ModelConfig, document["model"], path, "model")
+
+
+def save_fragments(
+    path: str | Path,
+    fragments: Iterable[tuple[str, int, torch.Tensor]],
+    shapes: Mapping[str, Sequence[int]],
+) -> None:
+    """Write one weights file.
+
+    Args:
+        path: the file, named weights-*.safetensors in a directory that `write_model_json` made or will make.
+        fragments: (parameter name, offset, tensor) triples; the tensor is 1-D, fp32 or bf16, on any device, and covers
+            the elements from `offset` on of the flattened parameter. Fragments without elements are left out.
+        shapes: shape of every parameter of the model, also of those that this file holds nothing of.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, offset, tensor in fragments:
+        assert name in shapes, f"{name} is missing from shapes"
+        assert tensor.dim() == 1, f"{name}: a fragment is flat, not {tuple(tensor.shape)}"
+        if tensor.numel():
+            tensors[f"{name}@{offset}"] = tensor.detach().cpu().contiguous()
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+    }
+    save_file(tensors, path, metadata=metadata)
+
+
+def save_model(model: nn.Module, config: ModelConfig, directory: str | Path) -> None:
+    """Write all of `model` as one weights file with its model.json; tied parameters are written once."""
+    save_state_dict(dict(model.named_parameters()), config, directory)
+
+
+def save_state_dict(state_dict: Mapping[str, torch.Tensor], config: ModelConfig, directory: str | Path) -> None:
+    """Write whole parameters {name: tensor} as one weights file with its model.json."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    fragments = ((name, 0, tensor.detach().reshape(-1)) for name, tensor in state_dict.items())
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    save_fragments(Path(directory) / "weights-00000.safetensors", fragments, shapes)
+    write_model_json(directory, config)
+
+
+def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter in `directory`, whole, on the CPU, in the dtype on disk, one at a time.
+
+    That the fragments cover every parameter exactly once is checked before the first one is read.
+    Raises WeightsError naming the file that cannot be read, or the parameter and the elements that are missing or that
+    two files claim.
+    """
+    index = _Index(Path(directory))
+    index.check_coverage()
+    return index.read()
+
+
+def load_into(model: nn.Module, directory: str | Path) -> None:
+    """Copy the weights in `directory` into the parameters of `model`, converting to their dtype and device.
+
+    Raises WeightsError when the two do not have the same parameters and shapes.
+    """
+    index = _Index(Path(directory))
+    index.check_coverage()
+    parameters = dict(model.named_parameters())
+    problems = [f"{name} is not in {directory}" for name in parameters if name not in index.shapes]
+    problems += [f"{name} is in {directory} but not in the model" for name in index.shapes if name not in parameters]
+    problems += [
+        f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in {directory}"
+        for name, shape in index.shapes.items()
+        if name in parameters and tuple(parameters[name].shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise WeightsError(f"the weights do not belong to this model ({len(problems)} differences): {shown}")
+    with torch.no_grad():
+        for name, tensor in index.read():
+            parameters[name].copy_(tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    offset: int
+    length: int
+    path: Path
+    key: str
+
+
+class _Index:
+    """Which file holds which elements of which parameter."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.pieces: dict[str, list[_Piece]] = {}
+        paths = sorted(directory.glob("weights-*.safetensors"))
+        if not paths:
+            raise WeightsError(f"{directory} holds no weights-*.safetensors file")
+        for path in paths:
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        with _open(path) as file:
+            metadata = file.metadata() or {}
+            _check_version(path, metadata.get("format_version"))
+            shapes = json.loads(metadata["shapes"])
+            for name, shape in shapes.items():
+                known = self.shapes.setdefault(name, tuple(shape))
+                if known != tuple(shape):
+                    raise WeightsError(f"{path}: {name} has shape {shape}, in another file {list(known)}")
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                name, _, offset = key.rpartition("@")
+                if name not in shapes or not offset.isdigit():
+                    raise WeightsError(f"{path}: unexpected tensor {key!r}")
+                length = file.get_slice(key).get_shape()[0]
+                self.pieces.setdefault(name, []).append(_Piece(int(offset), length, path, key))
+
+    def check_coverage(self) -> None:
+        for name, shape in self.shapes.items():
+            position = 0
+            for piece in sorted(self.pieces.get(name, []), key=lambda piece: piece.offset):
+                if piece.offset > position:
+                    raise WeightsError(self._missing(name, position, piece.offset))
+                if piece.offset < position:
+                    raise WeightsError(
+                        f"{self.directory}: {name} elements {piece.offset} to "
+                        f"{min(position, piece.offset + piece.length) - 1} are in more than one file (again in "
+                        f"{piece.path.name}): the directory mixes files of different saves"
+                    )
+                position += piece.length
+            numel = torch.Size(shape).numel()
+            if position < numel:
+                raise WeightsError(self._missing(name, position, numel))
+            if position > numel:
+                raise WeightsError(f"{self.directory}: {name} has {numel} elements but fragments reach {position}")
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
+        for name, shape in self.shapes.items():
+            pieces = sorted(self.pieces.get(name, []), key=lambda piece: piece.offset)
+            parts = [opened(piece.path).get_tensor(piece.key) for piece in pieces]
+            if len({part.dtype for part in parts}) > 1:
+                raise WeightsError(f"{self.directory}: the fragments of {name} have different dtypes")
+            yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+
+    def _missing(self, name: str, start: int, end: int) -> str:
+        return (
+            f"{self.directory}: {name} elements {start} to {end - 1} are missing: a weights-*.safetensors file has been "
+            "lost or was never written"
+        )
+
+
+def _open(path: Path) -> typing.Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read (damaged or cut short): {error}") from None
+
+
+def _check_version(path: Path, version: object) -> None:
+    if str(version) != str(FORMAT_VERSION):
+        raise WeightsError(
+            f"{path} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"
+        )
+
+
+def _build(schema: type, values: dict, path: Path, prefix: str) -> typing.Any:
+    hints = typing.get_type_hints(schema)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise WeightsError(f"{path}: unknown keys {', '.join(f'{prefix}.{key}' for key in unknown)}")
+    arguments = {}
+    for key, value in values.items():
+        nested = [kind for kind in typing.get_args(hints[key]) if dataclasses.is_dataclass(kind)]
+        arguments[key] = _build(nested[0], value, path, f"{prefix}.{key}") if nested and value is not None else value
+    return schema(**arguments)
