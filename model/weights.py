@@ -105,7 +105,7 @@ def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises WeightsError naming the file that cannot be read, or the parameter and the elements that are missing or that
     two files claim.
     """
-    index = _Index(Path(directory))
+    index = WeightsReader(Path(directory))
     index.check_coverage()
     return index.read()
 
@@ -115,7 +115,7 @@ def load_into(model: nn.Module, directory: str | Path) -> None:
 
     Raises WeightsError when the two do not have the same parameters and shapes.
     """
-    index = _Index(Path(directory))
+    index = WeightsReader(Path(directory))
     index.check_coverage()
     parameters = dict(model.named_parameters())
     problems = [f"{name} is not in {directory}" for name in parameters if name not in index.shapes]
@@ -141,13 +141,17 @@ class _Piece:
     key: str
 
 
-class _Index:
-    """Which file holds which elements of which parameter."""
+class WeightsReader:
+    """Random access to a weights directory; `shapes` maps every parameter to its shape.
+
+    Raises WeightsError, naming the file, when one cannot be read.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, list[_Piece]] = {}
+        self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
         paths = sorted(directory.glob("weights-*.safetensors"))
         if not paths:
             raise WeightsError(f"{directory} holds no weights-*.safetensors file")
@@ -171,6 +175,7 @@ class _Index:
                 self.pieces.setdefault(name, []).append(_Piece(int(offset), length, path, key))
 
     def check_coverage(self) -> None:
+        """Raises WeightsError unless the fragments cover every parameter exactly once."""
         for name, shape in self.shapes.items():
             position = 0
             for piece in sorted(self.pieces.get(name, []), key=lambda piece: piece.offset):
@@ -190,13 +195,20 @@ class _Index:
                 raise WeightsError(f"{self.directory}: {name} has {numel} elements but fragments reach {position}")
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
+        """(name, whole tensor) of every parameter, one at a time."""
         for name, shape in self.shapes.items():
-            pieces = sorted(self.pieces.get(name, []), key=lambda piece: piece.offset)
-            parts = [opened(piece.path).get_tensor(piece.key) for piece in pieces]
-            if len({part.dtype for part in parts}) > 1:
-                raise WeightsError(f"{self.directory}: the fragments of {name} have different dtypes")
-            yield name, (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+            yield name, self.read_range(name, 0, torch.Size(shape).numel()).view(shape)
+
+    def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
+        """Elements [offset, offset + numel) of the flattened parameter `name`, on the CPU, in the dtype on disk."""
+        parts = []
+        for piece in sorted(self.pieces.get(name, []), key=lambda piece: piece.offset):
+            start, end = max(offset - piece.offset, 0), min(offset + numel - piece.offset, piece.length)
+            if start < end:
+                parts.append(self._opened(piece.path).get_slice(piece.key)[start:end])
+        if len({part.dtype for part in parts}) > 1:
+            raise WeightsError(f"{self.directory}: the fragments of {name} have different dtypes")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _missing(self, name: str, start: int, end: int) -> str:
         return (
