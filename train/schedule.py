@@ -35,7 +35,8 @@ class ScheduleConfig:
     """How the learning rate moves over a run.
 
     Durations are optimizer steps when they are whole numbers of at least 1 (`2000`), and a share of the run when they
-    are fractions below 1 (`0.01`: the hundredth part, rounded to whole steps). A field that `kind` does not use is null.
+    are fractions below 1 (`0.01`: the hundredth part, rounded to whole steps). A field that `kind` does not use is
+    null.
     """
 
     # cosine | linear | wsd | exponential | constant
@@ -66,8 +67,8 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: i
     """The learning rate of the step that follows `step` applied optimizer steps (0: the first step of the run).
 
     A decay of N steps that begins after step b has progress (step - b) / N: the first step after the warm-up still has
-    the peak, and the value "at the end" is that of step b + N, so that no step of a decay to 0 is wasted on a rate of 0.
-    Steps from `total_steps` on keep the final value. Raises ValueError for a negative step.
+    the peak, and the value "at the end" is that of step b + N, so that no step of a decay to 0 is wasted on a rate of
+    0. Steps from `total_steps` on keep the final value. Raises ValueError for a negative step.
     """
     if step < 0:
         raise ValueError(f"a learning rate exists for steps from 0 on, not for step {step}")
