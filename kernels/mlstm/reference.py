@@ -1,0 +1,199 @@
+"""The mLSTM in plain PyTorch, in its three equal forms: the specification that faster backends are tested against.
+
+All three return the same outputs, states and gradients up to rounding, and the gradients are exact with one liberty:
+the stabiliser m is a constant in the backward pass, because the output depends on it through eps alone.
+
+Sources: xLSTM-7B (arXiv 2503.13427), section 2 and appendix; TFLA (arXiv 2503.14376), section 2.
+Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head, NC chunks, L tokens of a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.mlstm.gates import bounded_below, log_carry, log_weights, read_out, same_document
+from kernels.mlstm.inputs import MLSTMInputs, prepare
+from kernels.mlstm.state import MLSTMState
+from kernels.precision import autocast_disabled
+
+
+def mlstm_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+    return_state: bool = False,
+    gate: str = "exp",
+    normaliser: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, MLSTMState | None]:
+    """One token after the other: the definition, and the way to decode. Arguments and result as kernels.mlstm.mlstm.
+
+    Source: arXiv 2405.04517, equations 19 to 27, with the stabiliser of appendix A.3.
+    """
+    with autocast_disabled(q):
+        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+        C, n, m = x.state.C, x.state.n, x.state.m
+        outputs = []
+        for t in range(q.shape[1]):
+            if document_start is not None:
+                starts = document_start[:, t, None]
+                C = C.masked_fill(starts[..., None, None], 0)
+                n = n.masked_fill(starts[..., None], 0)
+                m = m.masked_fill(starts, 0)
+            log_input, log_forget = x.log_input[:, :, t], x.log_forget[:, :, t]
+            m_before = m
+            if gate == "exp":
+                m = bounded_below(torch.maximum(log_forget + m_before, log_input)).detach()
+            forget = torch.exp(log_forget + m_before - m)[..., None]
+            key = x.k[:, :, t] * torch.exp(log_input - m)[..., None]
+            C = forget[..., None] * C + key[..., None] * x.v[:, :, t, None, :]
+            n = forget * n + key
+            query = x.q[:, :, t]
+            numerator = (query[..., None, :] @ C).squeeze(-2)
+            outputs.append(read_out(numerator, (n * query).sum(-1), m, normaliser, eps))
+        h = torch.stack(outputs, dim=1).to(v.dtype)
+        return h, MLSTMState(C, n, m) if return_state else None
+
+
+def mlstm_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+    return_state: bool = False,
+    gate: str = "exp",
+    normaliser: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, MLSTMState | None]:
+    """Every token against every earlier one, as in attention. Arguments and result as kernels.mlstm.mlstm.
+
+    Source: arXiv 2405.04517, appendix A.3 ("parallel mLSTM forward pass"), with an initial state added.
+    """
+    with autocast_disabled(q):
+        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+        weights, carried, m = _quadratic_weights(x, gate)
+        scores = (x.q @ x.k.transpose(-1, -2)) * weights
+        numerator = scores @ x.v + carried[..., None] * (x.q @ x.state.C)
+        query_normaliser = scores.sum(-1) + carried * (x.q @ x.state.n[..., None]).squeeze(-1)
+        h = read_out(numerator, query_normaliser, m, normaliser, eps).transpose(1, 2).to(v.dtype)
+        if not return_state:
+            return h, None
+        keys = x.k * weights[:, :, -1, :, None]
+        kept = carried[:, :, -1, None]
+        C = kept[..., None] * x.state.C + keys.transpose(-1, -2) @ x.v
+        return h, MLSTMState(C, kept * x.state.n + keys.sum(-2), m[:, :, -1])
+
+
+def _quadratic_weights(x: MLSTMInputs, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Stabilised weights of the tokens [B, NH, S, S] and of the initial state [B, NH, S], and the stabiliser."""
+    readable = same_document(x.document)[:, None]
+    log_weight = log_weights(x.log_input, x.log_forget, readable)
+    log_kept = log_carry(x.log_forget, readable)
+    continues = (x.document == 0)[:, None]
+    m_before = torch.where(continues, x.state.m[..., None], 0)
+    m = torch.zeros_like(log_kept)
+    if gate == "exp":
+        m = bounded_below(torch.maximum(log_kept + m_before, log_weight.amax(-1))).detach()
+    carried = torch.exp((log_kept + m_before - m).masked_fill(~continues, -torch.inf))
+    return torch.exp(log_weight - m[..., None]), carried, m
+
+
+def read_statistics(
+    q: Tensor, k: Tensor, igate_preact: Tensor, fgate_preact: Tensor, *, document_start: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    """The stabiliser m and the product n^T q' of every token, both [B, NH, S], from an empty initial state."""
+    with autocast_disabled(q):
+        x = prepare(q, k, k[..., :0], igate_preact, fgate_preact, document_start, None, gate, True)
+        weights, _, m = _quadratic_weights(x, gate)
+        return m, ((x.q @ x.k.transpose(-1, -2)) * weights).sum(-1)
+
+
+def mlstm_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+    return_state: bool = False,
+    gate: str = "exp",
+    normaliser: bool = True,
+    eps: float = 1e-6,
+    chunk_size: int = 64,
+) -> tuple[Tensor, MLSTMState | None]:
+    """Quadratic inside chunks, recurrent between them: the form to train with. Arguments as kernels.mlstm.mlstm.
+
+    Source: arXiv 2503.13427, section 2 ("chunkwise-parallel form"); arXiv 2503.14376, section 2.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    with autocast_disabled(q):
+        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+        batch, length, heads, _ = q.shape
+        chunk = min(chunk_size, length)
+        padding = -length % chunk
+
+        def in_chunks(sequence: Tensor) -> Tensor:
+            return sequence.unflatten(2, (-1, chunk))
+
+        # The normaliser is one more column of the memory: that of a value which is always 1.
+        queries = in_chunks(F.pad(x.q, (0, 0, 0, padding)))
+        keys = in_chunks(F.pad(x.k, (0, 0, 0, padding)))
+        values = in_chunks(F.pad(F.pad(x.v, (0, 1), value=1), (0, 0, 0, padding)))
+        log_input = in_chunks(F.pad(x.log_input, (0, padding), value=-torch.inf))
+        log_forget = in_chunks(F.pad(x.log_forget, (0, padding)))
+        document = torch.cat([x.document, x.document[:, -1:].expand(-1, padding)], dim=1)
+        document = in_chunks(document[:, None])
+        document_before = F.pad(document[..., :-1, -1], (1, 0))
+
+        readable = same_document(document)
+        log_weight = log_weights(log_input, log_forget, readable)
+        log_kept = log_carry(log_forget, readable)
+        continues = document == document_before[..., None]
+        m, m_before = _chunk_stabilisers(log_weight, log_kept, continues, x.state.m, gate)
+        weights = torch.exp(log_weight - m[..., None])
+        carried = torch.exp((log_kept + m_before[..., None] - m).masked_fill(~continues, -torch.inf))
+
+        # What a chunk adds to the memory has the weights that its last token sees.
+        added = (keys * weights[..., -1, :, None]).transpose(-1, -2) @ values
+        kept = carried[..., -1, None, None]
+        memory = torch.cat([x.state.C, x.state.n[..., None]], dim=-1)
+        memories = []
+        for kept_here, added_here in zip(kept.unbind(2), added.unbind(2), strict=True):
+            memories.append(memory)
+            memory = kept_here * memory + added_here
+
+        scores = (queries @ keys.transpose(-1, -2)) * weights
+        read = scores @ values + (queries * carried[..., None]) @ torch.stack(memories, dim=2)
+        h = read_out(read[..., :-1], read[..., -1], m, normaliser, eps)
+        h = h.flatten(2, 3)[:, :, :length].transpose(1, 2).to(v.dtype)
+        state = MLSTMState(memory[..., :-1], memory[..., -1], m[:, :, -1, -1]) if return_state else None
+        return h, state
+
+
+@torch.no_grad()
+def _chunk_stabilisers(
+    log_weight: Tensor, log_kept: Tensor, continues: Tensor, m_initial: Tensor, gate: str
+) -> tuple[Tensor, Tensor]:
+    """The stabiliser of every token [B, NH, NC, L] and of the memory that enters each chunk [B, NH, NC]."""
+    if gate != "exp":
+        return torch.zeros_like(log_kept), torch.zeros_like(log_kept[..., 0])
+    largest = log_weight.amax(-1)
+    m, before, after = [], [], m_initial
+    for chunk in range(log_kept.shape[2]):
+        before.append(after)
+        entering = torch.where(continues[:, :, chunk], after[..., None], 0)
+        m.append(bounded_below(torch.maximum(log_kept[:, :, chunk] + entering, largest[:, :, chunk])))
+        after = m[-1][..., -1]
+    return torch.stack(m, dim=2), torch.stack(before, dim=2)

@@ -1,0 +1,18 @@
+"""How precise the inside of an operation is, whatever the precision of its inputs."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of the tensors has it, float32 otherwise."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def autocast_disabled(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which no operation on the tensor's device is cast to a lower precision."""
+    if torch.amp.is_autocast_available(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
