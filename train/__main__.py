@@ -1,0 +1,41 @@
+"""`python -m train`: compose, validate, plan, build, train."""
+
+from __future__ import annotations
+
+import sys
+
+from conf import ConfigError, compose
+from train.config import RunConfig
+
+HELP = """\
+Train a model:  python -m train name=NAME corpus.directory=DIR training.total_tokens=N [key=value ...]
+Several processes:  python -m torch.distributed.run --standalone --nproc-per-node=2 -m train ...
+
+The run lives in runs/NAME. The same command started again resumes it from its newest whole checkpoint.
+Choices (group=choice):
+  model       xlstm_7b, xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ...   (conf/model/)
+  parallel    zero0, zero1, zero2, zero3      precision   bf16, fp32
+  schedule    cosine, linear_to_zero, wsd, xlstm_7b_exponential, constant
+  optimizer, checkpoint, evaluation, logging, experiment                      (conf/<group>/)
+Every value can be set:  training.global_batch_size=512 optimizer.learning_rate=1e-3 ...   See docs/configuration.md.
+
+Prepare a corpus first:  python -m data_pipeline prepare --help
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return 0 if arguments else 2
+    try:
+        config = compose(RunConfig, "train", arguments)
+        from train.run import train
+
+        return train(config)
+    except ConfigError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

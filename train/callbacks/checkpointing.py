@@ -1,0 +1,18 @@
+"""When checkpoints are written: at an interval, when the run is asked to stop, and at its end."""
+
+from __future__ import annotations
+
+from train.callbacks.base import Callback
+
+
+class Checkpointing(Callback):
+    """Must be the last callback: what the others did at a step is then part of that step's checkpoint."""
+
+    def on_step_end(self, trainer) -> None:
+        interval = trainer.config.checkpoint.interval
+        if interval and trainer.step % interval == 0:
+            trainer.save_checkpoint()
+
+    def on_run_end(self, trainer, outcome: str) -> None:
+        if outcome != "failed":
+            trainer.save_checkpoint()

@@ -1,0 +1,143 @@
+"""The configuration of a run, as data. `conf/train.yaml` and its groups hold the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from train.optimizer import OptimizerConfig
+from train.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How much is trained, and in what pieces."""
+
+    # Tokens that one sample feeds to the model.
+    sequence_length: int = 2048
+    # Samples of one optimizer step, over all ranks.
+    global_batch_size: int = 256
+    # Samples of one forward and backward pass on one rank.
+    micro_batch_size: int = 8
+    # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
+    total_steps: int | None = None
+    total_tokens: int | None = None
+    # Non-finite steps that a run may skip before it stops.
+    max_skipped_steps: int = 20
+    # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
+    cpu_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The prepared corpus (`python -m data_pipeline prepare`) that the run reads."""
+
+    directory: str = "???"
+    split: str = "train"
+    # Share of each source by its label, in tokens; null: every source in proportion to its size.
+    weights: dict[str, float] | None = None
+    # Passes over a source that the run may make before it is refused.
+    max_epochs: float = 4.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is laid out over processes."""
+
+    # DeepSpeed ZeRO: 0 replicates all, 1 shards the optimizer, 2 also gradients, 3 also weights.
+    zero_stage: int = 1
+    # What is recomputed in the backward pass: none, unit (each residual half of a block by itself) or block.
+    activation_checkpointing: str = "none"
+    # Seconds after which a collective that does not finish ends the run.
+    collective_timeout_seconds: int = 1800
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """bf16: matrix products in bf16, master weights, moments, gates, norms and loss in fp32. fp32: everything."""
+
+    compute: str = "bf16"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    # Steps between checkpoints; 0: only at the end of the run.
+    interval: int = 1000
+    # How many of the newest are kept.
+    keep_last: int = 3
+    # Checkpoints at multiples of this step are kept for good; null: none.
+    keep_every: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSetConfig:
+    """One held-out set."""
+
+    split: str = "validation"
+    # Another prepared corpus than the run's; null: the run's own.
+    directory: str | None = None
+    # One source label of the split; null: all.
+    source: str | None = None
+    # Tokens scored at most (the first ones of the split); null: all.
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    # Steps between evaluations; 0: only at the end of the run.
+    interval: int = 1000
+    # Samples of one forward pass on one rank.
+    batch_size: int = 8
+    sets: dict[str, EvaluationSetConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    # auto: online when WANDB_API_KEY is set, else offline. offline | online | disabled.
+    mode: str = "auto"
+    project: str = "xlstm-pretrain"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    # Steps between lines in metrics.jsonl.
+    interval: int = 10
+    # Steps between stability statistics of every layer; 0: never.
+    monitor_interval: int = 100
+    # A gradient norm or loss of more than this times its running median is logged as a spike.
+    spike_factor: float = 4.0
+    progress: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    # The run's folder is <run_root>/<name>; the same name started again resumes.
+    name: str = "???"
+    run_root: str = "runs"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.training.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.training.total_steps is not None:
+            return self.training.total_steps
+        return -(-self.training.total_tokens // self.tokens_per_step)

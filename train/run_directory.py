@@ -1,0 +1,111 @@
+"""The folder of one run: every path in it, and the append-only event log.
+
+Layout (documented in docs/training.md): config.yaml, plan.json, deepspeed.json, code.json, environment.json,
+metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-XXXXXXXX/, report.png.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunDirectory:
+    """Paths of a run. Making the object creates nothing."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.json"
+        self.deepspeed = path / "deepspeed.json"
+        self.code = path / "code.json"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.logs = path / "logs"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.baselines = path / "baselines.json"
+
+    def create(self) -> None:
+        for folder in (self.path, self.logs, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+class EventLog:
+    """events.jsonl: one line for each thing that happened to the run, never rewritten. Rank 0 writes."""
+
+    def __init__(self, path: Path, is_main: bool):
+        self.path = path
+        self.is_main = is_main
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Add one event; `fields` must be JSON values."""
+        if not self.is_main:
+            return
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": kind, **fields}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def code_revision(repository: Path) -> dict[str, str | None]:
+    """The git revision of the source tree and its uncommitted difference; null outside a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=30, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    return {"revision": revision.strip() if revision else None, "difference": git("diff", "HEAD") if revision else None}
+
+
+def environment_description() -> dict[str, Any]:
+    """Versions and hardware that a result may depend on."""
+    packages = ("torch", "triton", "deepspeed", "hydra-core", "numpy", "pyarrow", "sentencepiece", "xlstm-pretrain")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "gpus": devices,
+        "packages": versions,
+        "command": sys.argv,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
