@@ -53,7 +53,7 @@ def causal_conv(
             # The tail belongs to the document that is open when x begins, which has number 0.
             document = F.pad(document_start.cumsum(1), (history, 0))
             y = _masked_taps(extended.to(dtype), weight.to(dtype), bias.to(dtype), document)
-        new_tail = extended[:, length:]
+        new_tail = extended[:, length:].clone()
         if document is not None:
             same_document = document[:, length:] == document[:, -1:]
             new_tail = new_tail.masked_fill(~same_document[..., None], 0)

@@ -5,13 +5,14 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head.
 
 from torch import Tensor
 
+from kernels.slstm.loop import slstm_loop
 from kernels.slstm.reference import slstm_recurrent
 from kernels.slstm.state import SLSTMState
 
 __all__ = ["BACKENDS", "SLSTMState", "slstm"]
 
 # Name -> function with the signature of `slstm` less its backend.
-BACKENDS = {"auto": slstm_recurrent, "reference": slstm_recurrent}
+BACKENDS = {"auto": slstm_loop, "reference": slstm_recurrent}
 
 
 def slstm(

@@ -69,8 +69,6 @@ def prepare(
 
 def final_state(h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> SLSTMState:
     """The public state from parts [NH, B, DH]."""
-    # -inf is left only where every input gate so far was exactly shut; such a cell has seen nothing.
-    m = m.masked_fill(n == 0, 0)
     return SLSTMState(*(part.transpose(0, 1) for part in (h, c, n, m)))
 
 
