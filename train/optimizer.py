@@ -1,4 +1,4 @@
-"""AdamW as the published xLSTM recipes use it: which parameters decay, and no step on a gradient that is not finite.
+"""AdamW as the published xLSTM recipes use it: which parameters decay, and a step that can be skipped.
 
 Recipes: arXiv 2503.13427 (xLSTM 7B) and arXiv 2405.04517 (NeurIPS blocks; epsilon 1e-5).
 """
@@ -6,12 +6,11 @@ Recipes: arXiv 2503.13427 (xLSTM 7B) and arXiv 2405.04517 (NeurIPS blocks; epsil
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 
@@ -76,68 +75,31 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-class FiniteAdamW(torch.optim.AdamW):
-    """torch's AdamW whose `step` does nothing, on every rank alike, when a gradient on any rank is NaN or infinite.
+class SkippableAdamW(torch.optim.AdamW):
+    """torch's AdamW whose `step` does nothing while `skip_step` is set: parameters, moments and step counts stay.
 
-    A skipped step leaves parameters, moments and step counts as they were. `last_step_skipped` tells what the latest
-    call did, `skipped_steps` counts the skipped calls of this process. The check costs one read of the gradients, one
-    all-reduce of a single number (none without torch.distributed) and one wait of the host for the device.
-
-    DeepSpeed calls `step` on its flat fp32 partitions: once for ZeRO-0 and BF16_Optimizer, once for each parameter
-    group for ZeRO-1 and 2 and each sub-group for ZeRO-3. Those three look at the norm of all gradients before the first
-    call and skip by themselves (then `engine.skipped_steps` counts), so a step is never applied by halves.
+    DeepSpeed calls `step` once for each parameter group or sub-group, so whether a step is applied cannot be decided in
+    here: `Engine.step` decides once, for all ranks and groups, from the norm of all gradients.
     """
 
-    def __init__(self, params: Any, *, process_group: dist.ProcessGroup | None = None, **settings: Any):
-        """`settings` are those of torch.optim.AdamW; `process_group` (None: all ranks) is who must agree on a step."""
-        super().__init__(params, **settings)
-        self.process_group = process_group
-        self.last_step_skipped = False
-        self.skipped_steps = 0
+    skip_step = False
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One AdamW step, or nothing. Raises ValueError for a closure: it would change gradients after the check."""
-        if closure is not None:
-            raise ValueError("FiniteAdamW.step takes no closure; compute the gradients before the call")
-        self.last_step_skipped = not self._gradients_are_finite()
-        if self.last_step_skipped:
-            self.skipped_steps += 1
-            return None
-        return super().step()
-
-    def _gradients_are_finite(self) -> bool:
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # The largest magnitude is finite exactly when all entries are: no overflow as in a sum, no temporary copy.
-        largest = [
-            torch.linalg.vector_norm(gradient, ord=math.inf, dtype=torch.float32)
-            for gradient in gradients
-            if gradient.numel()
-        ]
-        device = parameters[0].device if parameters else torch.device("cpu")
-        unusable = torch.zeros((), dtype=torch.float32, device=device)
-        if largest:
-            unusable = (~torch.stack(largest).isfinite().all()).to(torch.float32)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(unusable, op=dist.ReduceOp.MAX, group=self.process_group)
-        return not bool(unusable.item())
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return None if self.skip_step else super().step(closure)
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    process_group: dist.ProcessGroup | None = None,
-) -> FiniteAdamW:
-    """FiniteAdamW over `parameter_groups`, with torch's fused kernel where the parameters are on a CUDA device."""
+) -> SkippableAdamW:
+    """SkippableAdamW over `parameter_groups`, with torch's fused kernel where the parameters are on a CUDA device."""
     groups = parameter_groups(named_parameters, config)
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return FiniteAdamW(
+    return SkippableAdamW(
         groups,
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=on_cuda,
-        process_group=process_group,
     )
