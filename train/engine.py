@@ -128,7 +128,7 @@ class Engine:
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
         module = TokenLossSum(self.model)
         named = [(name.removeprefix("model."), parameter) for name, parameter in module.named_parameters()]
-        self.optimizer = build_optimizer(named, config.optimizer, fused=world.device.type == "cuda")
+        self.optimizer = build_optimizer(named, config.optimizer)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
@@ -145,8 +145,8 @@ class Engine:
     def _construction_context(self, deepspeed) -> contextlib.AbstractContextManager:
         if self.config.parallel.zero_stage < 3:
             return torch.device(self.world.device)
-        dtype = torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
-        return deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config, dtype=dtype)
+        # Its `dtype` argument chooses bf16 on a host without fp16 whatever is passed; the dictionary is read properly.
+        return deepspeed.zero.Init(config_dict_or_path=self.deepspeed_config)
 
     def initialise(self) -> None:
         """Fill all weights from the run's seed, the same under every layout."""
