@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data_pipeline.stream import Corpus, sequential_batches
-from train.config import EvaluationConfig, RunConfig
+from data_pipeline.corpus import Corpus
+from data_pipeline.stream import Batch, WindowStream
+from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
 from train.engine import Engine
 
 
@@ -28,12 +29,30 @@ def open_evaluation_corpora(config: RunConfig, corpus: Corpus) -> dict[str, Corp
     for name, evaluation_set in config.evaluation.sets.items():
         own = evaluation_set.directory is None
         corpora[name] = corpus if own else Corpus.open(evaluation_set.directory)
-        if corpora[name].manifest.tokenizer.fingerprint != corpus.manifest.tokenizer.fingerprint:
+        if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer than "
                 f"corpus.directory ({config.corpus.directory}); prepare it again with the run's tokenizer"
             )
     return corpora
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """The windows of one set, in order, up to its limit of tokens."""
+
+    stream: WindowStream
+    count: int
+
+    def batch(self, first: int, size: int) -> Batch:
+        return self.stream.batch(first, min(size, self.count - first))
+
+
+def open_windows(corpus: Corpus, settings: EvaluationSetConfig, sequence_length: int) -> EvaluationWindows:
+    """What evaluation scores, exactly; also used to score the n-gram baselines on the same tokens."""
+    stream = WindowStream(corpus, settings.split, sequence_length, settings.source)
+    limit = stream.windows if settings.max_tokens is None else -(-settings.max_tokens // sequence_length)
+    return EvaluationWindows(stream, min(limit, stream.windows))
 
 
 def evaluate(engine: Engine, config: EvaluationConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
@@ -47,41 +66,25 @@ def evaluate(engine: Engine, config: EvaluationConfig, corpora: dict[str, Corpus
 
 
 def _evaluate_set(engine: Engine, config: EvaluationConfig, name: str, corpus: Corpus) -> EvaluationResult:
-    settings = config.sets[name]
-    sequence_length = engine.config.training.sequence_length
-    batches = sequential_batches(
-        corpus,
-        settings.split,
-        sequence_length,
-        config.batch_size,
-        source=settings.source,
-        max_tokens=settings.max_tokens,
-    )
+    windows = open_windows(corpus, config.sets[name], engine.config.training.sequence_length)
     world = engine.world
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
-    turn: list = []
-    for batch in batches:
-        turn.append(batch)
-        if len(turn) == world.size:
-            loss, count = _score(engine, turn[world.rank])
-            loss_sum, tokens, turn = loss_sum + loss, tokens + count, []
-    if turn:
-        # Ranks without a batch of their own still take part in ZeRO-3's gathering of weights.
-        mine = turn[min(world.rank, len(turn) - 1)]
-        loss, count = _score(engine, mine)
-        if world.rank < len(turn):
+    for turn in range(0, windows.count, config.batch_size * world.size):
+        first = turn + world.rank * config.batch_size
+        # A rank without windows of its own still takes part in ZeRO-3's gathering of weights, with other ranks' windows.
+        has_own = first < windows.count
+        loss, count = _score(engine, windows.batch(first if has_own else turn, config.batch_size))
+        if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     loss_sum, tokens = total.tolist()
-    if not tokens:
-        raise ValueError(f"evaluation.sets.{name}: no token to score in split '{settings.split}'")
     mean = loss_sum / tokens
     return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=int(tokens))
 
 
-def _score(engine: Engine, batch) -> tuple[float, int]:
+def _score(engine: Engine, batch: Batch) -> tuple[float, int]:
     device = engine.world.device
     with engine.compute_context():
         loss = engine.deepspeed(batch.tokens.to(device), batch.targets.to(device), batch.document_start.to(device))

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf import ConfigError
-from data_pipeline.stream import Corpus, CorpusError, SampleStream
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import DataError
+from data_pipeline.stream import SampleStream
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
@@ -58,7 +60,7 @@ def train(config: RunConfig) -> int:
         world = join_world(config)
         _check_same_on_all_ranks(config)
         return _train(config, plan, world, directory, corpus, evaluation_corpora)
-    except (CorpusError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
+    except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         print(f"train: {error}", file=sys.stderr, flush=True)
@@ -85,6 +87,7 @@ def _train(
     stream = SampleStream(
         corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
     )
+    identity = {"corpus": corpus.fingerprint, "order": stream.fingerprint}
     checkpoint = newest_usable(
         directory.checkpoints, lambda folder, problem: events.append("reject", checkpoint=folder.name, problem=problem)
     )
@@ -98,11 +101,11 @@ def _train(
         write_atomically(directory.deepspeed, json.dumps(engine.deepspeed_config, indent=1))
     if checkpoint is None:
         engine.initialise()
-        state = RunState(data_identity=stream.identity)
+        state = RunState(data_identity=identity)
         events.append("start", world_size=world.size, steps=config.total_steps)
     else:
         state = load(checkpoint, engine)
-        _check_data_identity(state.data_identity, stream.identity, checkpoint)
+        _check_data_identity(state.data_identity, identity, checkpoint)
         _report_resume(config, world, events, checkpoint, state)
 
     trainer = Trainer(
@@ -138,7 +141,7 @@ def _check_corpus(config: RunConfig, plan: Plan, corpus: Corpus) -> None:
             f"model.vocab_size: {config.model.vocab_size} is less than the {corpus.vocab_size} token ids of the tokenizer "
             f"in {config.corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
         )
-    splits = corpus.manifest.splits()
+    splits = corpus.splits
     if config.corpus.split not in splits:
         problems.append(
             f"corpus.split: no split '{config.corpus.split}' in {config.corpus.directory}; it has {', '.join(splits)}"
@@ -162,7 +165,7 @@ def _check_corpus(config: RunConfig, plan: Plan, corpus: Corpus) -> None:
         corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
     )
     samples = plan.total_steps * plan.global_batch_size
-    epochs = stream.epochs(samples)
+    epochs = stream.mixture.epochs(samples)
     for source, count in epochs.items():
         if count > config.corpus.max_epochs:
             problems.append(

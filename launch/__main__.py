@@ -1,0 +1,27 @@
+"""`python -m launch`: start runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from launch.local import default_processes, train_locally
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Start training runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
+    local.add_argument("--processes", type=int, default=None, help="number of processes")
+    local.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
+    commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
+    options = parser.parse_args(arguments)
+    if options.command == "demo":
+        from launch.demo import run_demo
+
+        return run_demo()
+    return train_locally(options.overrides, options.processes or default_processes())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

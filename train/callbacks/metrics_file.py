@@ -1,0 +1,107 @@
+"""metrics.jsonl: one JSON object a line, what the run measured and when.
+
+The first line is the header, `{"kind": "header", "format_version": 1, "step": 0}`. Each further line has `step`, the
+number of completed steps, and a `kind`:
+
+- "train": the record of a logged step, by `Trainer` and the callbacks (keys in docs/training.md).
+- "evaluation": `set`, `loss` (nats per token), `perplexity`, `tokens` (scored) of one held-out set.
+- "statistics": `values`, the stability statistics by name.
+
+A number that is not finite is written as null: JSON has no other word for it, and events.jsonl tells which it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+from train.callbacks.base import Callback
+from train.run_directory import write_atomically
+
+FILE_NAME = "metrics.jsonl"
+FORMAT_VERSION = 1
+_HEADER = {"kind": "header", "format_version": FORMAT_VERSION, "step": 0}
+
+
+class MetricsFile(Callback):
+    """Appends to metrics.jsonl on rank 0, and on resume first removes what the resumed run will measure again."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def on_run_start(self, trainer) -> None:
+        if not trainer.is_main:
+            return
+        path = Path(trainer.run_directory) / FILE_NAME
+        kept = [line for line in _complete_lines(path) if line["kind"] != "header" and line["step"] <= trainer.step]
+        write_atomically(path, "".join(_as_line(line) for line in [_HEADER, *kept]))
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+        self._append({"kind": "train", **record})
+
+    def on_statistics(self, trainer, values: dict[str, float]) -> None:
+        self._append({"kind": "statistics", "step": trainer.step, "values": values})
+
+    def on_evaluation(self, trainer, results) -> None:
+        for name, result in results.items():
+            self._append(
+                {
+                    "kind": "evaluation",
+                    "step": trainer.step,
+                    "set": name,
+                    "loss": result.loss,
+                    "perplexity": result.perplexity,
+                    "tokens": result.tokens,
+                }
+            )
+
+    def on_run_end(self, trainer, outcome: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(_as_line(line))
+            self._file.flush()
+
+
+def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """Every line of a run's metrics.jsonl but the header, in order.
+
+    Raises FileNotFoundError when the run has none, ValueError when another version of this program wrote it.
+    """
+    path = Path(run_directory) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is {run_directory} the folder of a run that has started?")
+    lines = _complete_lines(path)
+    version = lines[0].get("format_version") if lines else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
+    return lines[1:]
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line that parses: a run that was killed while it wrote leaves a torn last one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _as_line(line: dict[str, Any]) -> str:
+    return json.dumps(_finite(line), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,76 @@
+"""What a person watching the run wants to know: step, loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from train.callbacks.base import Callback
+
+_BAR_FORMAT = "{desc}{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}  {elapsed} gone, {remaining} left"
+
+
+class Progress(Callback):
+    """A bar on rank 0's standard error where that is a terminal; elsewhere one plain line for each logged step."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """`stream`: where to write; standard error by default."""
+        self._stream = stream
+        self._bar: tqdm | None = None
+
+    def on_run_start(self, trainer) -> None:
+        self._stream = self._stream or sys.stderr
+        if trainer.is_main and self._stream.isatty():
+            self._bar = tqdm(
+                total=trainer.total_steps,
+                initial=trainer.step,
+                desc=f"{trainer.config.name} ",
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                file=self._stream,
+            )
+
+    def on_step_end(self, trainer) -> None:
+        if self._bar is not None:
+            self._bar.update(trainer.step - self._bar.n)
+
+    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+        figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f" {figures}", refresh=False)
+        elif trainer.is_main:
+            left = _duration((trainer.total_steps - trainer.step) * record["step_seconds"])
+            self._write(f"step {trainer.step}/{trainer.total_steps}  {figures}  {left} left")
+
+    def on_evaluation(self, trainer, results) -> None:
+        if trainer.is_main:
+            for name, result in results.items():
+                self._write(
+                    f"step {trainer.step}/{trainer.total_steps}  held-out {name}: loss {result.loss:.4f}, "
+                    f"perplexity {result.perplexity:,.2f} over {result.tokens:,} tokens"
+                )
+
+    def on_run_end(self, trainer, outcome: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _write(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """Two units of a length of time: 45s, 3m 20s, 2h 05m, 4d 07h."""
+    seconds = round(seconds)
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds % 60:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,100 @@
+"""Weights & Biases: the run's metrics under one run id, however often the run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from train.callbacks.base import Callback
+from train.run_directory import write_atomically
+
+MODES = ("auto", "offline", "online", "disabled")
+_ID_FILE = "wandb_id.txt"
+
+
+class WandbLogger(Callback):
+    """Logs on rank 0, offline unless WANDB_API_KEY is set or `logging.wandb.mode` says otherwise.
+
+    Files lie in <run>/wandb; `wandb sync <run>/wandb/offline-run-*` uploads those of an offline run.
+    """
+
+    def __init__(self) -> None:
+        self._id: str | None = None
+        self._run: Any = None
+        self._offline = False
+
+    def on_run_start(self, trainer) -> None:
+        settings = trainer.config.logging.wandb
+        mode = settings.mode
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        if not trainer.is_main or mode == "disabled":
+            return
+        import wandb
+
+        self._offline = mode == "offline"
+        self._id = self._find_id(Path(trainer.run_directory))
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                tags=list(settings.tags),
+                name=trainer.config.name,
+                id=self._id,
+                # An offline run cannot ask the server for its past; the id alone ties its parts together.
+                resume=None if self._offline else "allow",
+                mode=mode,
+                dir=str(trainer.run_directory),
+                config=dataclasses.asdict(trainer.config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"logging.wandb.mode: W&B cannot start in mode '{mode}' ({error}); correct WANDB_API_KEY or the "
+                "network, or set logging.wandb.mode=offline"
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+        figures = {key: value for key, value in record.items() if key not in ("kind", "step") and value is not None}
+        self._log(trainer, {f"train/{key}": value for key, value in figures.items()})
+
+    def on_statistics(self, trainer, values: dict[str, float]) -> None:
+        self._log(trainer, {f"statistics/{name}": value for name, value in values.items()})
+
+    def on_evaluation(self, trainer, results) -> None:
+        figures = {}
+        for name, result in results.items():
+            figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
+        self._log(trainer, figures)
+
+    def on_run_end(self, trainer, outcome: str) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=1 if outcome == "failed" else 0)
+            self._run = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"id": self._id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._id = state.get("id")
+
+    def _find_id(self, run_directory: Path) -> str:
+        """The id of this run: from its folder, else from the checkpoint, else a new one, kept in the folder."""
+        path = run_directory / _ID_FILE
+        if path.is_file() and (kept := path.read_text(encoding="utf-8").strip()):
+            return kept
+        new = self._id or secrets.token_hex(4)
+        write_atomically(path, new + "\n")
+        return new
+
+    def _log(self, trainer, figures: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        # Online, W&B goes on counting rows where the server's history ends and refuses smaller numbers: a resumed run
+        # that repeats steps must not name them. Offline it would count from 0 again and collide with the earlier part.
+        self._run.log({"step": trainer.step, **figures}, step=trainer.step if self._offline else None)
