@@ -17,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF_DIR = Path(__file__).resolve().parent
@@ -54,15 +54,10 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
         raise ConfigError([_first_line(error)]) from None
     _check_keys(schema, tree, "", problems)
     problems += [f"{key}: a value is required (it is '???')" for key in sorted(OmegaConf.missing_keys(tree))]
-    if not problems:
-        _check_types(schema, tree, "", problems)
+    built = _build(schema, tree, "", problems)
     if problems:
         raise ConfigError(problems)
-    merged = OmegaConf.merge(OmegaConf.structured(schema), tree)
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError([f"{key}: a value is required" for key in missing])
-    return OmegaConf.to_object(merged)
+    return built
 
 
 def _compose_tree(config_name: str, overrides: list[str]) -> DictConfig:
@@ -70,32 +65,37 @@ def _compose_tree(config_name: str, overrides: list[str]) -> DictConfig:
         try:
             return hydra_compose(config_name, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            problems = [p for p in (_override_problem(config_name, overrides, o) for o in overrides) if p]
-            raise ConfigError(problems or [_first_line(error)]) from None
+            raise ConfigError(_override_problems(config_name, overrides) or [_first_line(error)]) from None
 
 
-def _override_problem(config_name: str, overrides: list[str], override: str) -> str | None:
-    """Why `override` fails beside the group choices among `overrides`; None when it is not at fault."""
+def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
+    """What is wrong with each of `overrides`: Hydra itself stops at the first."""
+    problems, groups, values = [], [], []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            problems.append(f"'{override}': {_first_line(error)}")
+            continue
+        group = CONF_DIR / parsed.key_or_group
+        if not group.is_dir():
+            values.append((parsed.key_or_group, override))
+        elif isinstance(parsed.value(), str) and not (group / f"{parsed.value()}.yaml").is_file():
+            choices = sorted(path.stem for path in group.glob("*.yaml"))
+            problems.append(f"{override}: conf/{parsed.key_or_group}/ has no such file; choose one of {', '.join(choices)}")
+        else:
+            groups.append(override)
     try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        return f"'{override}': {_first_line(error)}"
-    groups = [o for o in overrides if o != override and (CONF_DIR / o.split("=")[0].lstrip("+~")).is_dir()]
-    try:
-        tree = hydra_compose(config_name, overrides=groups)
-        hydra_compose(config_name, overrides=[*groups, override])
-        return None
+        known = _leaf_keys(hydra_compose(config_name, overrides=groups))
     except (HydraException, OmegaConfBaseException) as error:
-        key = parsed.key_or_group
-        if (CONF_DIR / key).is_dir():
-            choices = sorted(path.stem for path in (CONF_DIR / key).glob("*.yaml"))
-            return f"{override}: conf/{key}/ has no such file; choose one of {', '.join(choices)}"
-        if "Key" not in str(error) and "Could not override" not in str(error):
-            return f"'{override}': {_first_line(error)}"
-    try:
-        return f"{key}: no such key{_suggestion(key, _leaf_keys(tree))}"
-    except UnboundLocalError:
-        return None
+        return [*problems, _first_line(error)]
+    for key, override in values:
+        try:
+            hydra_compose(config_name, overrides=[*groups, override])
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = _first_line(error) if key in known else f"no such key{_suggestion(key, known)}"
+            problems.append(f"{key}: {reason}")
+    return problems
 
 
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
@@ -128,7 +128,7 @@ def _dataclass_in(annotation: Any) -> type | None:
 
 
 def _children(schema: type, tree: DictConfig, prefix: str):
-    """(dataclass, subtree, path) of every nested section of `tree`."""
+    """(field name, key or index or None, dataclass, subtree, path) of every nested section of `tree`."""
     for name, annotation in _field_types(schema).items():
         nested = _dataclass_in(annotation)
         if nested is None or name not in tree:
@@ -136,13 +136,12 @@ def _children(schema: type, tree: DictConfig, prefix: str):
         node = tree._get_node(name)
         if node._is_none() or node._is_missing():
             continue
-        origin = typing.get_origin(annotation)
-        if origin is dict:
-            yield from ((nested, node[key], f"{prefix}{name}.{key}.") for key in node)
-        elif origin is list:
-            yield from ((nested, item, f"{prefix}{name}[{index}].") for index, item in enumerate(node))
-        elif isinstance(node, DictConfig):
-            yield nested, node, f"{prefix}{name}."
+        if isinstance(node, ListConfig):
+            yield from ((name, index, nested, item, f"{prefix}{name}[{index}].") for index, item in enumerate(node))
+        elif isinstance(node, DictConfig) and dict in (annotation, typing.get_origin(annotation)):
+            yield from ((name, key, nested, node[key], f"{prefix}{name}.{key}.") for key in node)
+        else:
+            yield name, None, nested, tree[name], f"{prefix}{name}."
 
 
 def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]) -> None:
@@ -150,25 +149,39 @@ def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]
     for key in tree:
         if key not in known:
             problems.append(f"{prefix}{key}: no such key{_suggestion(str(key), known)}")
-    for nested, node, path in _children(schema, tree, prefix):
+    for _, _, nested, node, path in _children(schema, tree, prefix):
         if isinstance(node, DictConfig):
             _check_keys(nested, node, path, problems)
         else:
             problems.append(f"{path.rstrip('.')}: a section with keys is expected, not {node!r}")
 
 
-def _check_types(schema: type, tree: DictConfig, prefix: str, problems: list[str]) -> None:
-    sections = list(_children(schema, tree, prefix))
-    nested_names = {name for name, annotation in _field_types(schema).items() if _dataclass_in(annotation)}
+def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[str]) -> Schema | None:
+    """The instance of `schema` with the values of `tree`; None after adding to `problems`."""
+    values: dict[str, Any] = {}
+    for name, key, nested, node, path in _children(schema, tree, prefix):
+        section = _build(nested, node, path, problems)
+        if key is None:
+            values[name] = section
+        elif isinstance(key, int):
+            values.setdefault(name, []).append(section)
+        else:
+            values.setdefault(name, {})[key] = section
     for key in tree:
-        if key in nested_names and OmegaConf.is_config(tree[key]):
+        if key in values or key not in _field_types(schema) or OmegaConf.is_missing(tree, key):
             continue
         try:
-            OmegaConf.merge(OmegaConf.structured(schema), {key: tree[key]})
+            merged = OmegaConf.merge(OmegaConf.structured(schema), {key: tree[key]})
+            values[key] = OmegaConf.to_container(merged._get_node(key)) if OmegaConf.is_config(tree[key]) else merged[key]
         except OmegaConfBaseException as error:
             problems.append(f"{prefix}{key}: {_first_line(error)}")
-    for nested, node, path in sections:
-        _check_types(nested, node, path, problems)
+    required = [
+        f.name
+        for f in dataclasses.fields(schema)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING or f.default == MISSING
+    ]
+    problems += [f"{prefix}{name}: a value is required" for name in required if name not in tree.keys()]  # noqa: SIM118
+    return None if problems else schema(**values)
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ CLEAR_MARGIN = 0.15
 
 def run_demo() -> int:
     """Returns 0 when the model was trained and beats both n-gram models clearly, else 1."""
-    config = compose(RunConfig, "train", ["+experiment=demo"])
+    config = compose(RunConfig, "train", ["experiment=demo"])
     directory = RunDirectory(Path(config.run_root) / config.name)
     corpus = config.corpus.directory
 
@@ -38,7 +38,7 @@ def run_demo() -> int:
     baselines = write_baselines(config, directory.baselines)
 
     _say("2/4  Training")
-    if code := train_locally(["+experiment=demo"], default_processes()):
+    if code := train_locally(["experiment=demo"], default_processes()):
         return code
     held_out = _final_held_out_loss(directory.metrics, config.total_steps)
     if held_out is None:
