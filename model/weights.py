@@ -212,8 +212,8 @@ class WeightsReader:
 
     def _missing(self, name: str, start: int, end: int) -> str:
         return (
-            f"{self.directory}: {name} elements {start} to {end - 1} are missing: a weights-*.safetensors file has been "
-            "lost or was never written"
+            f"{self.directory}: {name} elements {start} to {end - 1} are missing: a weights-*.safetensors file was "
+            "lost or never written"
         )
 
 
