@@ -145,9 +145,9 @@ def mlstm_chunk_size(config: ModelConfig) -> int:
 def mlstm_cell_flops(heads: int, qk_head_dim: int, v_head_dim: int, sequence_length: int, chunk_size: int) -> float:
     """FLOPs of the chunkwise mLSTM cell, forward, for one layer and sequence; a last chunk that is cut short counts so.
 
-    Per head and chunk (arXiv 2510.02228): gate sums L(L+1)/2 + 2L; scalars of the state 5 + 5L; update of C and read-out
-    through it 2 DK DV + 4L DK DV + 3L DK; update of n 2 DK + 4L DK; within the chunk L(L+1)/2 + 6L^2 + 2L + 2L^2 DK +
-    2L^2 + 2L^2 DV + 2L^2; combining both 2L + 5L + 2L DV.
+    Per head and chunk (arXiv 2510.02228): gate sums L(L+1)/2 + 2L; scalars of the state 5 + 5L; update of C and
+    read-out through it 2 DK DV + 4L DK DV + 3L DK; update of n 2 DK + 4L DK; within the chunk L(L+1)/2 + 6L^2 + 2L +
+    2L^2 (DK + DV + 2); combining both 7L + 2L DV.
     """
     whole, rest = divmod(sequence_length, chunk_size)
     per_head = whole * _chunk_flops(qk_head_dim, v_head_dim, chunk_size)
@@ -162,7 +162,7 @@ def _chunk_flops(dk: int, dv: int, length: int) -> float:
     memory = 2 * dk * dv + 4 * length * dk * dv + 3 * length * dk
     normaliser = 2 * dk + 4 * length * dk
     within = 0.5 * length * (length + 1) + 6 * length**2 + 2 * length + 2 * length**2 * (dk + dv + 2)
-    combine = 2 * length + 5 * length + 2 * length * dv
+    combine = 7 * length + 2 * length * dv
     return gates + scalars + memory + normaliser + within + combine
 
 
@@ -293,9 +293,10 @@ def _linear_flops(config: ModelConfig, kind: str, length: int) -> dict[str, floa
 
 
 def _slstm_step_flops(config: ModelConfig) -> float:
-    """One token: the recurrent products, and per cell 8 to add up the gates, 7 for m and the weights, 7 for c, n, h,
+    """One token of one layer (arXiv 2405.04517, equations 8 to 18).
 
-    3 for log sigmoid, tanh and sigmoid (arXiv 2405.04517, equations 8 to 18).
+    The recurrent products, and per cell 8 to add up the gates, 7 for m and both weights, 7 for c, n and h, and 3 for
+    log sigmoid, tanh and sigmoid.
     """
     head_dim = config.d_model // config.slstm.n_heads
     return config.d_model * (8.0 * head_dim + 25.0)
