@@ -1,0 +1,1 @@
+"""The language models: configuration, modules, initialisation, accounting, weights on disk, generation."""

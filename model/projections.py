@@ -1,0 +1,77 @@
+"""Linear maps and the convolution of the layers. None of them initialises itself: see model/initialisation.py.
+
+Axes: B batch, S sequence, G diagonal blocks, C channels, K kernel size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.causal_conv import causal_conv
+from kernels.precision import autocast_disabled, compute_dtype
+
+
+class Linear(nn.Linear):
+    """A dense map without bias, [..., in] -> [..., out]; weight [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: a 7B model would otherwise draw all of its weights twice."""
+
+
+class GateLinear(nn.Linear):
+    """Pre-activations of one gate for every head, [B, S, in] -> [B, S, NH], always in float32 at least.
+
+    In bfloat16 a forget gate near 1 would lose its distance from 1, which sums up over thousands of steps.
+    """
+
+    def __init__(self, in_features: int, n_heads: int):
+        super().__init__(in_features, n_heads, bias=True)
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is, as in Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x, self.weight)
+        with autocast_disabled(x):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class BlockDiagonalLinear(nn.Module):
+    """A map without bias that mixes only within blocks of features, [B, S, G * in] -> [B, S, G * out].
+
+    weight is [G, out, in]. With `full_precision` it computes, and returns, float32 at least.
+    """
+
+    def __init__(self, n_blocks: int, block_in: int, block_out: int, *, full_precision: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_blocks, block_out, block_in))
+        self.full_precision = full_precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.full_precision:
+            return self._map(x, self.weight)
+        dtype = compute_dtype(x, self.weight)
+        with autocast_disabled(x):
+            return self._map(x.to(dtype), self.weight.to(dtype))
+
+    def _map(self, x: Tensor, weight: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (weight.shape[0], weight.shape[2]))
+        return torch.einsum("bsgi,goi->bsgo", blocks, weight).flatten(-2)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time (kernels.causal_conv); weight [C, 1, K], bias [C]."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, document_start: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, S, C], document_start [B, S] bool, tail [B, K - 1, C] -> y [B, S, C] and the tail behind x."""
+        return causal_conv(x, self.weight, self.bias, document_start=document_start, tail=tail)

@@ -1,0 +1,109 @@
+"""What the layers report about their numerical health while a recording is on.
+
+Layers call `record`; without a recording that is one comparison. Values stay on the device as 0-d tensors: nothing here
+waits for the GPU. Names, for layer 3 of a model (README of a run's metrics.jsonl lists them too):
+
+    blocks.03.mixer_norm.input_rms, .output_rms      the same for blocks.03.ffn_norm and for out_norm
+    blocks.03.mixer.igate_preact_min, _max, _mean    after the soft cap; the same for fgate
+    blocks.03.mixer.igate_soft_cap_saturation        share of pre-activations beyond 0.8 of the cap; the same for fgate
+    blocks.03.mixer.stabiliser_min, _max             the running maximum m of the cell
+    blocks.03.mixer.normaliser_floor_fraction        share of tokens where |n q| <= exp(-m); mLSTM only
+    blocks.03.output_rms                             of the residual stream behind the block
+    logits.max, logits.soft_cap_saturation           on the first 64 tokens of the first sequence
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "min", "max")
+SATURATED_SHARE_OF_CAP = 0.8
+
+
+class Statistics:
+    """Values recorded so far; a name that is recorded again (micro-batches) is combined by its reduction."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[str, Tensor, int]] = {}
+
+    def add(self, name: str, reduction: str, value: Tensor) -> None:
+        """Combine the 0-d tensor `value` into `name` by `reduction`, one of REDUCTIONS."""
+        assert reduction in REDUCTIONS and value.dim() == 0, (name, reduction, value.shape)
+        value = value.detach().float()
+        if name not in self._values:
+            self._values[name] = (reduction, value, 1)
+            return
+        _, previous, count = self._values[name]
+        combine = {"mean": torch.add, "min": torch.minimum, "max": torch.maximum}[reduction]
+        self._values[name] = (reduction, combine(previous, value), count + 1)
+
+    def values(self) -> dict[str, tuple[str, Tensor]]:
+        """name -> (reduction, 0-d float32 tensor on the layer's device), in the order of the first recording."""
+        return {
+            name: (reduction, value / count if reduction == "mean" else value)
+            for name, (reduction, value, count) in self._values.items()
+        }
+
+
+_active: Statistics | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Statistics]:
+    """Collect what every layer reports inside the context, over any number of forward passes."""
+    global _active
+    previous, _active = _active, Statistics()
+    try:
+        yield _active
+    finally:
+        _active = previous
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Record nothing inside the context: recomputed activations have been reported once already."""
+    global _active
+    previous, _active = _active, None
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def is_recording() -> bool:
+    """Whether `record` keeps anything now; guards work that several records share."""
+    return _active is not None
+
+
+def record(name: str, reduction: str, tensor_fn: Callable[[], Tensor]) -> None:
+    """Record the 0-d tensor that `tensor_fn` returns; it is called, without gradient, only while a recording is on."""
+    if _active is None:
+        return
+    with torch.no_grad():
+        _active.add(name, reduction, tensor_fn())
+
+
+def record_rms(name: str, x: Tensor) -> None:
+    """Record the root mean square of all elements of `x`."""
+    # vector_norm accumulates in float32 without a float32 copy of x.
+    record(name, "mean", lambda: torch.linalg.vector_norm(x, dtype=torch.float32) / x.numel() ** 0.5)
+
+
+def record_gate(name: str, uncapped: Tensor, capped: Tensor, cap: float | None) -> None:
+    """Record range and mean of a gate's pre-activations `capped`, and the share of `uncapped` that `cap` saturates."""
+    if _active is None:
+        return
+    record(f"{name}_preact_min", "min", capped.min)
+    record(f"{name}_preact_max", "max", capped.max)
+    record(f"{name}_preact_mean", "mean", capped.float().mean)
+    record_saturation(f"{name}_soft_cap_saturation", uncapped, cap)
+
+
+def record_saturation(name: str, uncapped: Tensor, cap: float | None) -> None:
+    """Record the share of `uncapped` beyond 0.8 of `cap`; nothing without a cap."""
+    if cap is not None:
+        record(name, "mean", lambda: (uncapped.abs() > SATURATED_SHARE_OF_CAP * cap).float().mean())
