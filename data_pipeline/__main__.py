@@ -1,0 +1,119 @@
+"""Command line: `python -m data_pipeline prepare|inspect|verify`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from conf import ConfigError, compose
+from data_pipeline.config import PrepareConfig, validate_prepare
+from data_pipeline.errors import DataError
+
+PREPARE_HELP = """\
+Tokenize text into a corpus folder that `python -m train` reads.
+
+Settings are Hydra overrides (KEY=VALUE). The most used:
+  output=DIR                    the corpus folder (required)
+  data=CHOICE                   standard_library (default) | text | jsonl | slimpajama | parquet | datasets
+  data.path=PATH                folder or file to read; for data=datasets a data set's name or folder
+  data.source_field=FIELD       field of a record with its source label, e.g. meta.redpajama_set_name
+  data.split.validation_fraction=0.01
+  tokenizer=CHOICE              sentencepiece_4k (default) | sentencepiece_32k | file
+  tokenizer.path=FILE           with tokenizer=file: a SentencePiece .model or a Hugging Face tokenizer.json
+
+It may be killed at any moment: the same command goes on where it stopped, and does nothing when all is done.
+
+examples:
+  python -m data_pipeline prepare output=corpora/demo
+  python -m data_pipeline prepare data=slimpajama data.path=/data/SlimPajama-627B tokenizer=file \\
+      tokenizer.path=20B_tokenizer.json output=corpora/slimpajama
+  python -m data_pipeline prepare data=datasets data.path=roneneldan/TinyStories output=corpora/stories
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline", description="Prepare, look into and check corpora."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    prepare = commands.add_parser(
+        "prepare",
+        help="tokenize text into a corpus folder",
+        description=PREPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prepare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    prepare.set_defaults(run=_prepare)
+    inspect = commands.add_parser("inspect", help="statistics of a corpus and a decoded sample of it")
+    inspect.add_argument("directory", type=Path, help="corpus folder")
+    inspect.add_argument(
+        "--sample", type=int, metavar="I", help="show sample I of a run: where it comes from, its text"
+    )
+    inspect.add_argument("--split", default="train", help="split of the sample (default: train)")
+    inspect.add_argument("--sequence-length", type=int, default=256, metavar="S", help="of the run (default: 256)")
+    inspect.add_argument("--seed", type=int, default=0, help="of the run's data order (default: 0)")
+    inspect.add_argument(
+        "--weight", action="append", default=[], metavar="SOURCE=W", help="mixture weight of the run (repeat for each)"
+    )
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser("verify", help="check every file of a corpus against its manifest")
+    verify.add_argument("directory", type=Path, help="corpus folder")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from data_pipeline.prepare import prepare
+
+    config = compose(PrepareConfig, "prepare", options.overrides)
+    problems = validate_prepare(config)
+    if problems:
+        raise ConfigError(problems)
+    prepare(config)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from data_pipeline.inspection import show_corpus, show_sample
+
+    if options.sample is None:
+        show_corpus(options.directory)
+        return 0
+    try:
+        weights = {name: float(value) for name, _, value in (w.rpartition("=") for w in options.weight)} or None
+        show_sample(options.directory, options.split, options.sequence_length, options.seed, weights, options.sample)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data_pipeline.inspection import verify_corpus
+
+    problems = verify_corpus(options.directory)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{options.directory}: every file is as it was written")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The settings of a preparation: where text comes from, how it is split and tokenized, what is written where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+KINDS = ("standard_library", "text", "jsonl", "parquet", "datasets")
+SPLIT_RULES = ("hash", "given")
+SPLIT_UNITS = ("file", "document")
+TOKENIZER_KINDS = ("sentencepiece", "file")
+MODEL_TYPES = ("bpe", "unigram")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How documents are dealt to train, validation and test."""
+
+    # "hash": by a hash, with the shares below. "given": folders train/, validation/, test/ (or the data set's splits).
+    rule: str = "hash"
+    # What the hash is of: "file" (its name; a whole file goes to one split) or "document" (its text, so that exact
+    # duplicates stay together).
+    unit: str = "file"
+    validation_fraction: float = 0.02
+    test_fraction: float = 0.0
+    # Changes which files or documents are held out.
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from."""
+
+    kind: str = "standard_library"
+    # A folder or file; for kind=datasets a data set name or folder; null for kind=standard_library.
+    path: str | None = None
+    # Patterns of the files to read below `path` (`**` crosses folders). Not used by kind=datasets.
+    files: list[str] = field(default_factory=list)
+    # Names of folders and files (patterns) that are left out wherever they occur.
+    exclude: list[str] = field(default_factory=list)
+    # Field of a record that holds its text. Not used by text trees.
+    text_field: str = "text"
+    # Field that holds the source label, with dots into nested fields ("meta.redpajama_set_name"); null: none.
+    source_field: str | None = None
+    # Label of records without one.
+    source: str = "unknown"
+    # kind=datasets: configuration name and revision of the data set; null: its defaults.
+    subset: str | None = None
+    revision: str | None = None
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: trained on the corpus (`kind=sentencepiece`) or read (`kind=file`)."""
+
+    kind: str = "sentencepiece"
+    # kind=file: a SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one of them.
+    path: str | None = None
+    # The token that ends a document, where the file leaves it open; null: found out.
+    eod_token: str | None = None
+    vocab_size: int = 4096
+    model_type: str = "bpe"
+    # UTF-8 bytes of training documents that the tokenizer is trained on.
+    sample_bytes: int = 4_000_000
+    character_coverage: float = 0.9999
+    # Bytes stand in for characters without a piece, so that every text can be encoded and decoded exactly.
+    byte_fallback: bool = True
+    split_digits: bool = True
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """`python -m data_pipeline prepare`."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    # Folder of the prepared corpus.
+    output: str
+    # A shard is closed when its token ids reach this size, in bytes.
+    shard_bytes: int = 128 * 2**20
+    # Input files are grouped into units of about this size on disk, in bytes; a restart repeats at most one unit.
+    unit_bytes: int = 256 * 2**20
+
+
+def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:
+    """Every problem of a DataConfig, one line each."""
+    problems = []
+    if config.kind not in KINDS:
+        problems.append(f"{prefix}.kind: no such kind ('{config.kind}'); choose one of {', '.join(KINDS)}")
+    if config.kind == "standard_library" and config.path is not None:
+        problems.append(f"{prefix}.path: kind=standard_library finds its own path ('{config.path}'); set it to null")
+    if config.kind in ("text", "jsonl", "parquet", "datasets") and not config.path:
+        problems.append(f"{prefix}.path: kind={config.kind} needs a path; set {prefix}.path=PATH")
+    if config.kind == "datasets" and config.files:
+        problems.append(f"{prefix}.files: kind=datasets does not use patterns ({config.files}); set it to []")
+    if config.kind in ("text", "jsonl", "parquet") and not config.files:
+        problems.append(f"{prefix}.files: no patterns; set for example {prefix}.files=['**/*.txt']")
+    if config.kind != "datasets":
+        for key in ("subset", "revision"):
+            if getattr(config, key) is not None:
+                problems.append(
+                    f"{prefix}.{key}: only kind=datasets uses it ('{getattr(config, key)}'); set it to null"
+                )
+    if config.kind in ("standard_library", "text") and config.source_field is not None:
+        problems.append(f"{prefix}.source_field: kind={config.kind} has no fields; set it to null")
+    if not config.text_field:
+        problems.append(f"{prefix}.text_field: empty; name the field that holds the text")
+    if not config.source:
+        problems.append(f"{prefix}.source: empty; name the label of records without one")
+    return problems + _validate_split(config, f"{prefix}.split")
+
+
+def _validate_split(config: DataConfig, prefix: str) -> list[str]:
+    split = config.split
+    problems = []
+    if split.rule not in SPLIT_RULES:
+        problems.append(f"{prefix}.rule: no such rule ('{split.rule}'); choose one of {', '.join(SPLIT_RULES)}")
+    if split.rule == "given" and config.kind == "standard_library":
+        problems.append(f"{prefix}.rule: the standard library has no split folders; set {prefix}.rule=hash")
+    if split.unit not in SPLIT_UNITS:
+        problems.append(f"{prefix}.unit: no such unit ('{split.unit}'); choose one of {', '.join(SPLIT_UNITS)}")
+    for key in ("validation_fraction", "test_fraction"):
+        value = getattr(split, key)
+        if not 0 <= value < 1:
+            problems.append(f"{prefix}.{key}: must be at least 0 and below 1 ({value})")
+    if split.validation_fraction + split.test_fraction >= 1:
+        problems.append(f"{prefix}: validation_fraction + test_fraction leave nothing to train on; lower them")
+    return problems
+
+
+def validate_tokenizer(config: TokenizerConfig, prefix: str = "tokenizer") -> list[str]:
+    """Every problem of a TokenizerConfig, one line each."""
+    problems = []
+    if config.kind not in TOKENIZER_KINDS:
+        problems.append(f"{prefix}.kind: no such kind ('{config.kind}'); choose one of {', '.join(TOKENIZER_KINDS)}")
+    if config.kind == "file" and not config.path:
+        problems.append(f"{prefix}.path: kind=file needs a path; set {prefix}.path=FILE")
+    if config.kind != "sentencepiece":
+        return problems
+    if config.path is not None:
+        problems.append(f"{prefix}.path: a trained tokenizer has no path ('{config.path}'); set {prefix}.kind=file")
+    if config.eod_token is not None:
+        problems.append(f"{prefix}.eod_token: a trained tokenizer ends documents with '</s>'; set it to null")
+    if config.model_type not in MODEL_TYPES:
+        problems.append(
+            f"{prefix}.model_type: no such type ('{config.model_type}'); choose one of {', '.join(MODEL_TYPES)}"
+        )
+    lowest = 300 if config.byte_fallback else 32
+    if config.vocab_size < lowest:
+        problems.append(f"{prefix}.vocab_size: must be at least {lowest} ({config.vocab_size})")
+    if config.sample_bytes < 1:
+        problems.append(f"{prefix}.sample_bytes: must be positive ({config.sample_bytes})")
+    if not 0.9 <= config.character_coverage <= 1:
+        problems.append(f"{prefix}.character_coverage: must be between 0.9 and 1 ({config.character_coverage})")
+    return problems
+
+
+def validate_prepare(config: PrepareConfig, prefix: str = "") -> list[str]:
+    """Every problem of a PrepareConfig, one line each."""
+    problems = validate_data(config.data, f"{prefix}data") + validate_tokenizer(config.tokenizer, f"{prefix}tokenizer")
+    if not config.output:
+        problems.append(f"{prefix}output: empty; set {prefix}output=DIR")
+    for key, highest in (("shard_bytes", 2**31), ("unit_bytes", 2**40)):
+        value = getattr(config, key)
+        if not 1 <= value <= highest:
+            problems.append(f"{prefix}{key}: must be between 1 and {highest} bytes ({value})")
+    return problems

@@ -1,0 +1,325 @@
+"""Documents from text trees, JSON lines, Parquet, Hugging Face data sets and Python's standard library.
+
+A source lists its inputs in a fixed order (numbers in names compare as numbers) and reads each one on its own, so that
+what comes out of an input depends on nothing else. Every record comes out as a Document or as a Rejection.
+"""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.archives import TruncatedArchiveError, read_lines
+from data_pipeline.config import DataConfig, SplitConfig
+from data_pipeline.errors import PrepareError
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input. `name`: relative, with '/'. `bytes`: size on disk (0: unknown). `split`: where it is given."""
+
+    name: str
+    bytes: int
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `position`: its line (JSON lines) or row in `file`, from 1; 0: the file as a whole."""
+
+    text: str
+    source: str
+    split: str
+    file: str
+    position: int
+    # The record named no source, so that `source` is the configured label.
+    unlabelled: bool = False
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that gives no document, and why."""
+
+    file: str
+    position: int
+    reason: str
+    detail: str
+
+
+class Source(abc.ABC):
+    """Where documents come from."""
+
+    # Folder below which the inputs lie; None when they are no local files.
+    root: Path | None = None
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+
+    @abc.abstractmethod
+    def inputs(self) -> list[InputFile]:
+        """All inputs in their fixed order. Raises PrepareError when there are none."""
+
+    @abc.abstractmethod
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        """The records of one input in order; `on_bytes` is told how much of it has been read."""
+
+    def document(self, item: InputFile, text: str, position: int, label: Any = None) -> Document:
+        split = item.split
+        if split is None:
+            by_document = self.config.split.unit == "document"
+            split = split_by_hash(text if by_document else item.name, self.config.split)
+        labelled = isinstance(label, str) and label != ""
+        unlabelled = self.config.source_field is not None and not labelled
+        return Document(text, label if labelled else self.config.source, split, item.name, position, unlabelled)
+
+    def from_record(self, item: InputFile, record: Any, position: int) -> Document | Rejection:
+        """The document of a record with fields."""
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            return Rejection(item.name, position, "malformed", f"not a record with fields but {kind}")
+        text = record.get(self.config.text_field)
+        if not isinstance(text, str):
+            found = "no such field" if self.config.text_field not in record else f"it is {type(text).__name__}"
+            return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
+        label = look_up(record, self.config.source_field) if self.config.source_field else None
+        return self.document(item, text, position, label)
+
+
+def split_by_hash(identity: str, split: SplitConfig) -> str:
+    """The split of a file name or a text: a pure function of it and of `split.seed`."""
+    key = json.dumps([split.seed, identity], ensure_ascii=True)
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    if share < split.validation_fraction:
+        return "validation"
+    return "test" if share < split.validation_fraction + split.test_fraction else "train"
+
+
+def look_up(record: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path; a string on the way is read as JSON (some copies of SlimPajama store `meta` so)."""
+    value: Any = record
+    for part in path.split("."):
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, dict):
+            return None
+        value = value.get(part)
+    return value
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key by which chunk2 comes before chunk10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if part.isdigit() else part for part in parts], name
+
+
+class FileSource(Source):
+    """Inputs that are files below a folder."""
+
+    def __init__(self, config: DataConfig):
+        super().__init__(config)
+        path = Path(config.path) if config.path else Path(sysconfig.get_path("stdlib"))
+        if not path.exists():
+            raise PrepareError(f"{path}: no such file or folder; set data.path")
+        self.root = path if path.is_dir() else path.parent
+        self._only = None if path.is_dir() else path.name
+
+    def inputs(self) -> list[InputFile]:
+        names = [self._only] if self._only else sorted(self._walk(), key=natural_key)
+        if not names:
+            raise PrepareError(f"{self.root}: no file matches data.files={self.config.files}; change data.path or it")
+        given = self.config.split.rule == "given"
+        return [
+            InputFile(name, (self.root / name).stat().st_size, given_split(name) if given else None) for name in names
+        ]
+
+    def _walk(self) -> Iterator[str]:
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [name for name in folders if not self._excluded(name)]
+            for file in files:
+                name = (Path(folder) / file).relative_to(self.root).as_posix()
+                if not self._excluded(file) and any(_matches(name, pattern) for pattern in self.config.files):
+                    yield name
+
+    def _excluded(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a relative name matches a pattern, in which `**/` also stands for no folder at all."""
+    if pattern.startswith("**/") and fnmatch.fnmatchcase(name, pattern[3:]):
+        return True
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def given_split(name: str) -> str:
+    """The split that a relative name spells: a folder `train/...`, or a file `validation-00000.parquet`."""
+    for part in name.split("/"):
+        word = re.split(r"[-_.]", part)[0].lower()
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
+    raise PrepareError(
+        f"{name}: neither a folder nor the file's name says train, validation or test; sort the files into such "
+        "folders or set data.split.rule=hash"
+    )
+
+
+class TextSource(FileSource):
+    """Each file is one document, in UTF-8, kept exactly. Also the standard library."""
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        data = (self.root / item.name).read_bytes()
+        on_bytes(len(data))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Rejection(item.name, 0, "not_utf8", f"byte {error.start}: {error.reason}")
+            return
+        yield self.document(item, text, 0)
+
+
+class JsonLinesSource(FileSource):
+    """One JSON object a line; plain, .gz, .zst or .zstd."""
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        position = 0
+        try:
+            for line in read_lines(self.root / item.name, on_bytes):
+                position += 1
+                yield self._parse(item, line, position)
+        except TruncatedArchiveError as error:
+            yield Rejection(item.name, position + 1, "damaged_archive", f"{error}; what follows is lost")
+
+    def _parse(self, item: InputFile, line: bytes, position: int) -> Document | Rejection:
+        if not line.strip():
+            return Rejection(item.name, position, "empty", "a blank line")
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            return Rejection(item.name, position, "not_utf8", f"byte {error.start} of the line: {error.reason}")
+        except (ValueError, RecursionError) as error:
+            return Rejection(item.name, position, "malformed", f"not JSON: {error}")
+        return self.from_record(item, record, position)
+
+
+class ParquetSource(FileSource):
+    """Rows of Parquet files."""
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        position = 0
+        told = 0
+        try:
+            file = pa.parquet.ParquetFile(self.root / item.name)
+            rows = max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=self._columns(item, file.schema_arrow.names)):
+                for record in batch.to_pylist():
+                    position += 1
+                    yield self.from_record(item, record, position)
+                done = item.bytes * position // rows
+                on_bytes(done - told)
+                told = done
+        except (pa.ArrowException, OSError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Rejection(item.name, position + 1, "damaged_archive", f"{first_line}; what follows is lost")
+
+    def _columns(self, item: InputFile, names: list[str]) -> list[str]:
+        if self.config.text_field not in names:
+            raise PrepareError(
+                f"{item.name}: no column '{self.config.text_field}', only {', '.join(names)}; set data.text_field"
+            )
+        wanted = [self.config.text_field]
+        if self.config.source_field and self.config.source_field.split(".")[0] in names:
+            wanted.append(self.config.source_field.split(".")[0])
+        return wanted
+
+
+class DatasetsSource(Source):
+    """Anything that the `datasets` library streams, by name or from a folder (also one of `save_to_disk`)."""
+
+    def __init__(self, config: DataConfig):
+        super().__init__(config)
+        self._splits = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        import datasets
+
+        path = self.config.path
+        try:
+            if any((Path(path) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+                loaded = datasets.load_from_disk(path)
+            else:
+                loaded = datasets.load_dataset(
+                    path, name=self.config.subset, revision=self.config.revision, streaming=True
+                )
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            raise PrepareError(
+                f"data.path={path}: the datasets library cannot open it ({type(error).__name__}: {first_line}); "
+                "check the name, the network, and data.subset and data.revision"
+            ) from None
+        return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+    def inputs(self) -> list[InputFile]:
+        given = self.config.split.rule == "given"
+        items = []
+        for split in sorted(self._splits):
+            count = self._shard_count(split)
+            name = SPLIT_NAMES.get(split.lower(), split) if given else None
+            items += [InputFile(f"{split}/{i:05d}-of-{count:05d}", 0, name) for i in range(count)]
+        return items
+
+    def _shard_count(self, split: str) -> int:
+        return getattr(self._splits[split], "num_shards", 1)
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        split, part = item.name.rsplit("/", 1)
+        dataset = self._splits[split]
+        if self._shard_count(split) > 1:
+            dataset = dataset.shard(num_shards=self._shard_count(split), index=int(part.split("-")[0]))
+        position = 0
+        try:
+            for record in dataset:
+                position += 1
+                yield self.from_record(item, record, position)
+        except Exception as error:
+            # Stops the unit: a stream that broke may be whole at the next try.
+            raise PrepareError(
+                f"{item.name}: the stream broke after row {position} ({type(error).__name__}: {error}); run again"
+            ) from error
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `config` describes. Raises PrepareError when it cannot be reached."""
+    kinds: dict[str, type[Source]] = {
+        "standard_library": TextSource,
+        "text": TextSource,
+        "jsonl": JsonLinesSource,
+        "parquet": ParquetSource,
+        "datasets": DatasetsSource,
+    }
+    return kinds[config.kind](config)
