@@ -82,7 +82,9 @@ def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
             values.append((parsed.key_or_group, override))
         elif isinstance(parsed.value(), str) and not (group / f"{parsed.value()}.yaml").is_file():
             choices = sorted(path.stem for path in group.glob("*.yaml"))
-            problems.append(f"{override}: conf/{parsed.key_or_group}/ has no such file; choose one of {', '.join(choices)}")
+            problems.append(
+                f"{override}: conf/{parsed.key_or_group}/ has no such file; choose one of {', '.join(choices)}"
+            )
         else:
             groups.append(override)
     try:
@@ -158,6 +160,8 @@ def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]
 
 def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[str]) -> Schema | None:
     """The instance of `schema` with the values of `tree`; None after adding to `problems`."""
+    if not isinstance(tree, DictConfig):
+        return None
     values: dict[str, Any] = {}
     for name, key, nested, node, path in _children(schema, tree, prefix):
         section = _build(nested, node, path, problems)
@@ -172,7 +176,9 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
             continue
         try:
             merged = OmegaConf.merge(OmegaConf.structured(schema), {key: tree[key]})
-            values[key] = OmegaConf.to_container(merged._get_node(key)) if OmegaConf.is_config(tree[key]) else merged[key]
+            values[key] = (
+                OmegaConf.to_container(merged._get_node(key)) if OmegaConf.is_config(tree[key]) else merged[key]
+            )
         except OmegaConfBaseException as error:
             problems.append(f"{prefix}{key}: {_first_line(error)}")
     required = [

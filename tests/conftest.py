@@ -1,0 +1,42 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, TINY_RUN, environment
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory) -> Path:
+    """A prepared corpus of about 30,000 tokens, 320 ids, from generated text with a held-out split."""
+    folder = tmp_path_factory.mktemp("small_corpus")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(2, 6))) for _ in range(200)]
+    (folder / "text").mkdir()
+    for number in range(40):
+        sentences = (" ".join(generator.choices(words, k=generator.randint(4, 12))) for _ in range(30))
+        (folder / "text" / f"{number:03d}.txt").write_text(".\n".join(sentences), encoding="utf-8")
+    arguments = [
+        "data=text",
+        f"data.path={folder / 'text'}",
+        "data.split.validation_fraction=0.1",
+        "tokenizer=sentencepiece_4k",
+        "tokenizer.vocab_size=320",
+        f"output={folder / 'corpus'}",
+    ]
+    command = [sys.executable, "-m", "data_pipeline", "prepare", *arguments]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder / "corpus"
+
+
+@pytest.fixture
+def tiny_run(small_corpus, tmp_path):
+    """Overrides of a small run named "run" in tmp_path."""
+    return ["name=run", f"run_root={tmp_path}", f"corpus.directory={small_corpus}", *TINY_RUN]

@@ -1,0 +1,69 @@
+"""Runs of the real command lines, for tests of several folders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A model of 60,000 parameters with both recurrences, for runs of seconds.
+TINY_RUN = [
+    "model=tiny",
+    "model.vocab_size=384",
+    "model.d_model=32",
+    "model.n_blocks=3",
+    "model.slstm_at=[1]",
+    "model.ffn_dim=64",
+    "model.mlstm.n_heads=2",
+    "model.mlstm.chunk_size=16",
+    "model.slstm.n_heads=2",
+    "schedule=cosine",
+    "precision=fp32",
+    "optimizer.learning_rate=1e-2",
+    "training.sequence_length=32",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "training.cpu_threads=1",
+    "corpus.max_epochs=1000",
+    "evaluation.batch_size=4",
+    "evaluation.interval=0",
+    "evaluation.sets.validation.max_tokens=256",
+    "checkpoint.interval=0",
+    "logging.interval=1",
+    "logging.monitor_interval=0",
+    "logging.progress=false",
+    "logging.wandb.mode=disabled",
+]
+
+
+def environment() -> dict[str, str]:
+    """The environment of child processes: one thread each, our packages first, no warnings about other libraries."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def train_command(overrides: list[str], processes: int = 1) -> list[str]:
+    if processes == 1:
+        return [sys.executable, "-m", "train", *overrides]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", *launcher, "-m", "train", *overrides]
+
+
+def run_train(overrides: list[str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        train_command(overrides, processes),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,168 @@
+"""Kill and start again: nothing is lost, nothing is repeated, not a bit differs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.runs import ROOT, environment, run_train, train_command
+
+STEPS = 24
+
+
+def lines_of(run_directory, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run_directory / name).read_text().splitlines()]
+
+
+def losses(run_directory):
+    """{step: (loss, gradient norm, learning rate)} of the logged steps, and every held-out loss."""
+    lines = lines_of(run_directory)
+    train = [(x["step"], x["loss"], x["grad_norm"], x["learning_rate"]) for x in lines if x["kind"] == "train"]
+    return train + [(x["step"], x["set"], x["loss"]) for x in lines if x["kind"] == "evaluation"]
+
+
+def events(run_directory, kind):
+    return [event for event in lines_of(run_directory, "events.jsonl") if event["event"] == kind]
+
+
+def start_and_kill_at(command, run_directory, step):
+    """Start `command`, wait until metrics.jsonl has `step`, then SIGKILL every process of it at once."""
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    metrics = run_directory / "metrics.jsonl"
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and f'"step": {step},' in metrics.read_text():
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "the run ended before it could be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sigkill_at_a_random_step_leaves_no_trace(stage, tiny_run, tmp_path):
+    overrides = [
+        *tiny_run[1:],
+        f"parallel=zero{stage}",
+        f"training.total_steps={STEPS}",
+        "checkpoint.interval=3",
+        "evaluation.interval=6",
+        "logging.monitor_interval=4",
+    ]
+    whole = run_train(["name=whole", *overrides], processes=2)
+    assert whole.returncode == 0, whole.stderr
+
+    # Generated at run time, so that every run of the suite tries another step; printed when the test fails.
+    step = random.Random().randint(4, STEPS - 6)
+    print(f"killed at step {step}")
+    command = train_command(["name=killed", *overrides], processes=2)
+    start_and_kill_at(command, tmp_path / "killed", step)
+    again = run_train(["name=killed", *overrides], processes=2)
+    assert again.returncode == 0, again.stderr
+
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    (resume,) = events(tmp_path / "killed", "resume")
+    assert resume["step"] > 0
+    assert resume["next_sample"] == resume["step"] * 8
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_under_another_stage_world_and_precision_of_work(tiny_run, tmp_path):
+    """The same data order, losses equal to rounding."""
+    overrides = [*tiny_run[1:], f"training.total_steps={STEPS}", "checkpoint.interval=8"]
+    whole = run_train(["name=whole", *overrides])
+    assert whole.returncode == 0, whole.stderr
+    for number, (stage, processes) in enumerate([(3, 2), (0, 1), (2, 2), (1, 1)]):
+        name = f"moved{number}"
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        config = tmp_path / name / "config.yaml"
+        config.write_text(config.read_text().replace("name: whole", f"name: {name}"))
+        for step in (16, 24):
+            shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{step:08d}")
+        done = run_train([f"name={name}", *overrides, f"parallel=zero{stage}"], processes=processes)
+        assert done.returncode == 0, done.stderr
+        expected = {x["step"]: x["loss"] for x in lines_of(tmp_path / "whole") if x["kind"] == "train"}
+        got = {x["step"]: x["loss"] for x in lines_of(tmp_path / name) if x["kind"] == "train"}
+        assert expected.keys() == got.keys()
+        assert max(abs(expected[s] - got[s]) for s in expected) <= 1e-5
+        assert events(tmp_path / name, "resume")[0]["step"] == 8
+
+
+@pytest.mark.slow
+def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=400"]
+    process = subprocess.Popen(
+        train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Stopped by SIGTERM" in stderr
+    (stop,) = events(tmp_path / "run", "stop")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stop['step']:08d}" / "complete.json").exists()
+
+    shorter = [*tiny_run, f"training.total_steps={stop['step']}"]
+    again = run_train(shorter)
+    assert again.returncode == 0
+    assert "is complete" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=9", "checkpoint.interval=3"]
+    assert run_train(overrides).returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    expected = losses(tmp_path / "run")
+
+    # The newest: one flipped bit. A torn one beside it: no marker.
+    weights = checkpoints / "step-00000009" / "weights" / "weights-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    torn = checkpoints / "step-00000008"
+    (torn / "weights").mkdir(parents=True)
+    again = run_train(overrides)
+    assert again.returncode == 0, again.stderr
+    (rejected,) = events(tmp_path / "run", "reject")
+    assert "was altered" in rejected["problem"]
+    assert not torn.exists()
+    assert losses(tmp_path / "run") == expected
+    assert events(tmp_path / "run", "resume")[0]["step"] == 6
+
+    # All damaged: refused, exit code 1, every one named.
+    for folder in checkpoints.glob("step-*"):
+        (folder / "state.json").write_text("{}")
+    failed = run_train(overrides)
+    assert failed.returncode == 1
+    for step in (3, 6, 9):
+        assert f"step-{step:08d}" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_another_model_or_corpus_under_the_same_name_is_refused(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=2"]
+    assert run_train(overrides).returncode == 0
+    changed = run_train([*overrides, "model.logit_soft_cap=20.0", "seed=5"])
+    assert changed.returncode == 2
+    assert "model:" in changed.stderr and "logit_soft_cap=30.0" in changed.stderr
+    assert "seed:" in changed.stderr

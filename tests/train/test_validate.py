@@ -1,0 +1,95 @@
+"""Every impossible combination is named before any work starts, by the function and by the command line."""
+
+import pytest
+
+from conf import compose
+from tests.runs import run_train
+from train.config import RunConfig
+from train.validate import validate
+
+BASE = ["name=x", "corpus.directory=y", "training.total_steps=100"]
+
+
+def problems(*overrides, world_size=2):
+    return validate(compose(RunConfig, "train", [*BASE, *overrides]), world_size)
+
+
+def test_a_sound_configuration_has_no_problem():
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.global_batch_size=30"], "training.global_batch_size: 30 samples do not divide into passes of 8"),
+        (["training.global_batch_size=30"], "use training.global_batch_size=32 or training.micro_batch_size=5"),
+        (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
+        (["training.total_steps=null"], "set exactly one of total_steps (None) and total_tokens (None)"),
+        (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),
+        (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage: no such choice (4); choose one of 0, 1, 2, 3"),
+        (["parallel.activation_checkpointing=all"], "choose one of none, unit, block"),
+        (["precision.compute=fp16"], "precision.compute: no such choice ('fp16'); choose one of bf16, fp32"),
+        (["model.mlstm.n_heads=7"], "model.mlstm.n_heads"),
+        (["model.slstm_at=[3]"], "model.slstm"),
+        (["schedule.decay=1000", "schedule.kind=nonsense"], "schedule.kind"),
+        (["optimizer.learning_rate=-1"], "optimizer.learning_rate"),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last: must be at least 1 (0)"),
+        (["logging.spike_factor=1"], "logging.spike_factor: must be above 1"),
+        (["logging.wandb.mode=maybe"], "logging.wandb.mode: no such choice ('maybe')"),
+        (["+corpus.weights={a: -1.0}"], "corpus.weights.a: a share cannot be negative (-1.0)"),
+        (["corpus.max_epochs=0"], "corpus.max_epochs: must be positive"),
+        (["evaluation.sets.validation.max_tokens=0"], "evaluation.sets.validation.max_tokens: must be at least 1 (0)"),
+    ],
+)
+def test_each_impossible_value_has_its_message(overrides, message):
+    assert any(message in line for line in problems(*overrides)), problems(*overrides)
+
+
+def test_all_problems_come_at_once():
+    found = problems("model.mlstm.n_heads=7", "parallel.zero_stage=9", "precision.compute=fp8", "optimizer.eps=0")
+    assert len(found) >= 4
+
+
+@pytest.mark.slow
+def test_the_command_line_exits_2_with_every_problem_and_makes_no_folder(tmp_path):
+    arguments = ["name=bad", f"run_root={tmp_path}", "corpus.directory=nowhere", "training.total_steps=3"]
+    done = run_train([*arguments, "model.mlstm.n_heads=7", "training.global_batch_size=7"])
+    assert done.returncode == 2
+    assert "model.mlstm.n_heads" in done.stderr and "training.global_batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_missing_corpus_exits_1_and_says_how_to_make_one(tmp_path):
+    done = run_train(["name=bad", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3"])
+    assert done.returncode == 1
+    assert str(tmp_path / "no") in done.stderr and "prepare" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_corpus_exits_2(tiny_run):
+    changes = [
+        "model.vocab_size=64",
+        "corpus.split=train",
+        "+corpus.weights.books=1.0",
+        "evaluation.sets.validation.split=exam",
+        "training.total_steps=3",
+    ]
+    done = run_train([*tiny_run, *changes])
+    assert done.returncode == 2
+    assert "model.vocab_size: 64 is less than the 320 token ids" in done.stderr
+    assert "corpus.weights.books: split 'train' has no such source" in done.stderr
+    assert "evaluation.sets.validation.split: no split 'exam'" in done.stderr
+
+    too_long = run_train([*tiny_run, "training.total_steps=100000", "corpus.max_epochs=2"])
+    assert too_long.returncode == 2
+    assert "corpus.max_epochs: the run reads source" in too_long.stderr
+
+
+def test_help_is_for_newcomers():
+    done = run_train(["--help"])
+    assert done.returncode == 0
+    assert "python -m data_pipeline prepare" in done.stdout and "resumes" in done.stdout
