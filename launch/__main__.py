@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from conf import ConfigError
 from launch.local import default_processes, train_locally
 
 
@@ -13,14 +14,19 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
     local.add_argument("--processes", type=int, default=None, help="number of processes")
-    local.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
-    commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
+    demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
+    for command in (local, demo):
+        command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
     options = parser.parse_args(arguments)
-    if options.command == "demo":
-        from launch.demo import run_demo
+    try:
+        if options.command == "demo":
+            from launch.demo import run_demo
 
-        return run_demo()
-    return train_locally(options.overrides, options.processes or default_processes())
+            return run_demo(options.overrides)
+        return train_locally(options.overrides, options.processes or default_processes())
+    except ConfigError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

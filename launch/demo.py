@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from conf import compose
@@ -24,9 +25,13 @@ SAMPLE_TOKENS = 160
 CLEAR_MARGIN = 0.15
 
 
-def run_demo() -> int:
-    """Returns 0 when the model was trained and beats both n-gram models clearly, else 1."""
-    config = compose(RunConfig, "train", ["experiment=demo"])
+def run_demo(overrides: Sequence[str] = ()) -> int:
+    """Run the demo with Hydra `overrides` of its experiment.
+
+    Returns 0 when the model was trained and beats both n-gram models clearly, else 1; 2 for a faulty configuration.
+    """
+    overrides = ["experiment=demo", *overrides]
+    config = compose(RunConfig, "train", overrides)
     directory = RunDirectory(Path(config.run_root) / config.name)
     corpus = config.corpus.directory
 
@@ -38,7 +43,7 @@ def run_demo() -> int:
     baselines = write_baselines(config, directory.baselines)
 
     _say("2/4  Training")
-    if code := train_locally(["experiment=demo"], default_processes()):
+    if code := train_locally(overrides, default_processes()):
         return code
     held_out = _final_held_out_loss(directory.metrics, config.total_steps)
     if held_out is None:
