@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -140,44 +143,41 @@ class TokenSequence:
         self.entries = entries
         self._directory = directory
         self._manifest = manifest
-        self._bounds = np.cumsum([0, *(entry.tokens for entry in entries)], dtype=np.int64)
+        self._bounds = list(accumulate((entry.tokens for entry in entries), initial=0))
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def tokens(self) -> int:
-        return int(self._bounds[-1])
+        return self._bounds[-1]
 
-    def parts(self, start: int, stop: int):
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard number, first token, end) of each shard that holds a part of [start, stop), within the shard."""
-        number = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        number = bisect_right(self._bounds, start) - 1
         while start < stop:
-            base, end = int(self._bounds[number]), int(self._bounds[number + 1])
-            yield number, start - base, min(stop, end) - base
+            base, bound = self._bounds[number], self._bounds[number + 1]
+            end = min(stop, bound)
+            yield number, start - base, end - base
             start = end
             number += 1
 
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Copy the tokens from position `start` on into the 1-D integer array `out`."""
-        place = 0
-        for number, first, end in self.parts(start, start + len(out)):
-            out[place : place + end - first] = self.shard(number).tokens[first:end]
-            place += end - first
+    def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Copy the tokens from position `start` on into `tokens` [n], and set `starts` (bool [n]) at document starts.
 
-    def mark_starts(self, start: int, out: np.ndarray) -> None:
-        """Set the bool array `out` where position start + i is a document start: an end-of-document id, or position 0.
-
-        The id that closes a document opens the next one. Ends are found by offsets, never by the value of an id.
+        A document starts at position 0 and at each end-of-document id: the id that closes a document opens the next
+        one. Ends are found by offsets, never by the value of an id.
         """
         place = 0
-        for number, first, end in self.parts(start, start + len(out)):
-            offsets = self.shard(number).offsets
+        for number, first, end in self.parts(start, start + len(tokens)):
+            shard = self.shard(number)
+            tokens[place : place + end - first] = shard.tokens[first:end]
             # Scalars of the offsets' own type: any other would convert the whole memory-mapped array.
-            low, high = offsets.searchsorted(np.array([first + 1, end + 1], dtype=offsets.dtype))
-            out[offsets[low:high] + (place - first - 1)] = True
+            low, high = shard.offsets.searchsorted(np.array((first + 1, end + 1), dtype=shard.offsets.dtype))
+            if low < high:
+                starts[shard.offsets[low:high] + (place - first - 1)] = True
             place += end - first
-        if start == 0 and len(out):
-            out[0] = True
+        if start == 0:
+            starts[:1] = True
 
     def shard(self, number: int) -> Shard:
         """Shard `number` of this sequence, mapped. Raises CorpusError when it is not what the manifest describes."""
@@ -195,8 +195,7 @@ class TokenSequence:
     def _open_shard(self, entry: ShardEntry) -> Shard:
         path = self._directory / entry.file
         shard = Shard(path)
-        expected = {**shard_metadata(entry, self._manifest.tokenizer.fingerprint)}
-        for key, value in expected.items():
+        for key, value in shard_metadata(entry, self._manifest.tokenizer.fingerprint).items():
             if shard.metadata.get(key) != value:
                 raise CorpusError(
                     f"{path}: its {key} is '{shard.metadata.get(key)}', the manifest says '{value}'; "

@@ -10,21 +10,26 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from data_pipeline.corpus import Corpus
+from data_pipeline.corpus import Corpus, TokenSequence
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import canonical_json
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import ORDER_VERSION
+from data_pipeline.shards import token_dtype
 
 __all__ = ["Batch", "Corpus", "CorpusError", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
 
 MASKED = -100
+# Neighbouring samples whose places are computed in one go: the cost of a call is that of a thousand.
+LOCATED_TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class SampleStream:
             )
         self.mixture = Mixture(sizes, weights, seed)
         self._sequences = [corpus.sequence(split, source) for source in self.mixture.sources]
+        self._located: dict[int, np.ndarray] = {}
 
     @property
     def samples_per_epoch(self) -> int:
@@ -106,15 +112,32 @@ class SampleStream:
             indices = np.arange(first_sample, first_sample + count, dtype=np.int64)
         else:
             indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
-        numbers, _, samples = self.mixture.locate(indices)
+        numbers, samples = self._locate(indices)
         length = self.sequence_length
-        tokens, targets, starts = _empty_batch(len(indices), length)
-        for row, (number, sample) in enumerate(zip(numbers.tolist(), samples.tolist(), strict=True)):
-            sequence = self._sequences[number]
-            sequence.read(sample * length, tokens[row])
-            sequence.read(sample * length + 1, targets[row])
-            sequence.mark_starts(sample * length, starts[row])
-        return _to_batch(tokens, targets, starts, [self.mixture.sources[number] for number in numbers])
+        windows = [
+            (self._sequences[number], sample * length, length)
+            for number, sample in zip(numbers.tolist(), samples.tolist(), strict=True)
+        ]
+        return _pack(self.corpus, windows, length, [self.mixture.sources[number] for number in numbers])
+
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source number, sample of that source) of each index, computed for runs of neighbours at once."""
+        runs, places = np.divmod(indices, LOCATED_TOGETHER)
+        found = np.empty((2, len(indices)), dtype=np.int64)
+        for run in np.unique(runs).tolist():
+            mine = runs == run
+            found[:, mine] = self._locate_run(run)[:, places[mine]]
+        return found[0], found[1]
+
+    def _locate_run(self, run: int) -> np.ndarray:
+        located = self._located.get(run)
+        if located is None:
+            positions = np.arange(run * LOCATED_TOGETHER, (run + 1) * LOCATED_TOGETHER, dtype=np.int64)
+            numbers, _, samples = self.mixture.locate(positions)
+            located = np.stack([numbers, samples])
+            # A new dictionary, as a thread may be reading the old one.
+            self._located = {**dict(list(self._located.items())[-7:]), run: located}
+        return located
 
     def origin(self, index: int) -> SampleOrigin:
         """Where sample `index` of the run comes from, to trace a loss spike back to text."""
@@ -141,30 +164,23 @@ class WindowStream:
         self._sequences = [corpus.sequence(split, label) for label in self._labels]
         # A window with at least one target; -(-a // b) rounds up.
         counts = [-(-(sequence.tokens - 1) // sequence_length) for sequence in self._sequences]
-        self._bounds = np.cumsum([0, *counts], dtype=np.int64)
-        self.windows = int(self._bounds[-1])
+        self._bounds = list(accumulate(counts, initial=0))
+        self.windows = self._bounds[-1]
         self.targets = sum(sequence.tokens - 1 for sequence in self._sequences)
         if not self.windows:
             raise CorpusError(f"{corpus.directory}: split '{split}' has no token to predict; hold out more text")
 
     def batch(self, first_window: int, count: int) -> Batch:
         """Windows first_window ... first_window + count - 1, fewer at the end."""
-        last = min(first_window + count, self.windows)
         length = self.sequence_length
-        tokens, targets, starts = _empty_batch(max(0, last - first_window), length)
-        tokens[:] = self.corpus.eod_id
-        targets[:] = MASKED
-        sources = []
-        for row, window in enumerate(range(first_window, last)):
-            number = int(np.searchsorted(self._bounds, window, side="right")) - 1
+        windows, sources = [], []
+        for window in range(first_window, min(first_window + count, self.windows)):
+            number = bisect_right(self._bounds, window) - 1
             sequence = self._sequences[number]
-            begin = (window - int(self._bounds[number])) * length
-            valid = min(length, sequence.tokens - 1 - begin)
-            sequence.read(begin, tokens[row, :valid])
-            sequence.read(begin + 1, targets[row, :valid])
-            sequence.mark_starts(begin, starts[row, :valid])
+            begin = (window - self._bounds[number]) * length
+            windows.append((sequence, begin, min(length, sequence.tokens - 1 - begin)))
             sources.append(self._labels[number])
-        return _to_batch(tokens, targets, starts, sources)
+        return _pack(self.corpus, windows, length, sources)
 
 
 def sequential_batches(
@@ -176,12 +192,22 @@ def sequential_batches(
         yield windows.batch(first, batch_size)
 
 
-def _empty_batch(count: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    shape = (count, length)
-    return np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-
-
-def _to_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, sources: list[str]) -> Batch:
+def _pack(corpus: Corpus, windows: list[tuple[TokenSequence, int, int]], length: int, sources: list[str]) -> Batch:
+    """The batch of `windows`: (sequence, first input, number of valid targets) each."""
+    # One token more than a row has inputs, in the narrow type of the shards: each token is fetched once.
+    shape = (len(windows), length + 1)
+    fetched = np.empty(shape, dtype=token_dtype(corpus.vocab_size))
+    starts = np.zeros(shape, dtype=bool)
+    for row, (sequence, begin, valid) in enumerate(windows):
+        sequence.read(begin, fetched[row, : valid + 1], starts[row, : valid + 1])
+    tokens = fetched[:, :-1].astype(np.int64, order="C")
+    targets = fetched[:, 1:].astype(np.int64, order="C")
+    starts = np.ascontiguousarray(starts[:, :-1])
+    for row, (_, _, valid) in enumerate(windows):
+        if valid < length:
+            tokens[row, valid:] = corpus.eod_id
+            targets[row, valid:] = MASKED
+            starts[row, valid:] = False
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(starts), sources)
 
 
