@@ -89,39 +89,60 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs, grad_c, grad_n, _):
-        kernel, starts, initial_h, gates, weights, memory, outputs = ctx.saved_tensors
-        length, heads, batch, head_dim = outputs.shape
-        grad_gates = torch.empty_like(gates)
-        kernel_transposed = kernel.transpose(1, 2).contiguous()
-        grad_memory = torch.stack([grad_c, grad_n])
-        grad_from_c, grad_from_n = grad_memory[..., None, :]
-        grad_h = grad_outputs[-1].clone()
-        for first in reversed(range(0, length, STEPS_AT_ONCE)):
-            block = slice(first, first + STEPS_AT_ONCE)
-            by_gate = grad_gates[block].unflatten(-1, (4, head_dim))
-            steps = zip(
-                *(x.unbind(0) for x in _derivatives(block, gates, weights, memory, outputs, ctx.cap)),
-                grad_gates[block].unbind(0),
-                by_gate[..., :3, :].unbind(0),
-                by_gate[..., :2, :].unbind(0),
-                by_gate[..., 3, :].unbind(0),
-                weights[block, 1].unbind(0),
-                strict=True,
+        kernel, starts, initial_h, *saved = ctx.saved_tensors
+        with autocast_disabled(kernel):
+            grad_memory = torch.stack([grad_c, grad_n])
+            grad_gates, grad_h, (grad_c, grad_n) = _backwards(
+                kernel, starts, *saved, ctx.cap, grad_outputs, grad_memory
             )
-            for t, step in reversed(list(enumerate(steps, first))):
-                to_memory, from_c, from_n, from_h, here, grad_ifz, grad_if, grad_o, memory_weight = step
-                grad_memory.addcmul_(to_memory, grad_h)
-                torch.mul(from_c, grad_from_c, out=grad_ifz)
-                grad_if.addcmul_(from_n, grad_from_n)
-                torch.mul(from_h, grad_h, out=grad_o)
-                grad_memory.mul_(memory_weight)
-                torch.bmm(here, kernel_transposed, out=grad_h)
-                if starts is not None:
-                    grad_h.masked_fill_(starts[t], 0)
-                if t > 0:
-                    grad_h.add_(grad_outputs[t - 1])
-        grad_kernel = _kernel_gradient(initial_h, outputs, starts, grad_gates) if ctx.needs_input_grad[1] else None
-        return grad_gates, grad_kernel, None, grad_h, grad_memory[0], grad_memory[1], None, None
+            grad_kernel = None
+            if ctx.needs_input_grad[1]:
+                grad_kernel = _kernel_gradient(initial_h, saved[-1], starts, grad_gates)
+        return grad_gates, grad_kernel, None, grad_h, grad_c, grad_n, None, None
+
+
+def _backwards(
+    kernel: Tensor,
+    starts: Tensor | None,
+    gates: Tensor,
+    weights: Tensor,
+    memory: Tensor,
+    outputs: Tensor,
+    cap: float | None,
+    grad_outputs: Tensor,
+    grad_memory: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations [S, NH, B, 4 * DH], the initial h and the initial (c, n)."""
+    length, _, _, head_dim = outputs.shape
+    grad_gates = torch.empty_like(gates)
+    kernel_transposed = kernel.transpose(1, 2).contiguous()
+    grad_from_c, grad_from_n = grad_memory[..., None, :]
+    grad_h = grad_outputs[-1].clone()
+    for first in reversed(range(0, length, STEPS_AT_ONCE)):
+        block = slice(first, first + STEPS_AT_ONCE)
+        by_gate = grad_gates[block].unflatten(-1, (4, head_dim))
+        steps = zip(
+            *(x.unbind(0) for x in _derivatives(block, gates, weights, memory, outputs, cap)),
+            grad_gates[block].unbind(0),
+            by_gate[..., :3, :].unbind(0),
+            by_gate[..., :2, :].unbind(0),
+            by_gate[..., 3, :].unbind(0),
+            weights[block, 1].unbind(0),
+            strict=True,
+        )
+        for t, step in reversed(list(enumerate(steps, first))):
+            to_memory, from_c, from_n, from_h, here, grad_ifz, grad_if, grad_o, memory_weight = step
+            grad_memory.addcmul_(to_memory, grad_h)
+            torch.mul(from_c, grad_from_c, out=grad_ifz)
+            grad_if.addcmul_(from_n, grad_from_n)
+            torch.mul(from_h, grad_h, out=grad_o)
+            grad_memory.mul_(memory_weight)
+            torch.bmm(here, kernel_transposed, out=grad_h)
+            if starts is not None:
+                grad_h.masked_fill_(starts[t], 0)
+            if t > 0:
+                grad_h.add_(grad_outputs[t - 1])
+    return grad_gates, grad_h, grad_memory
 
 
 def _derivatives(
