@@ -1,0 +1,225 @@
+"""The callbacks that write and show: metrics.jsonl, the progress bar, W&B.
+
+`FakeTrainer` holds what they read of a trainer; the whole run with all of them is in test_resume.py.
+"""
+
+import io
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as multiprocessing
+
+from train.callbacks.metrics_file import MetricsFile, read_metrics
+from train.callbacks.progress import Progress
+from train.callbacks.wandb_logger import WandbLogger
+from train.config import LoggingConfig, RunConfig, WandbConfig
+from train.evaluate import EvaluationResult
+
+
+@dataclass
+class FakeTrainer:
+    run_directory: Path
+    step: int = 0
+    total_steps: int = 100
+    is_main: bool = True
+    config: RunConfig = field(default_factory=lambda: RunConfig(name="unit"))
+
+
+def record(step: int, loss: float = 2.0) -> dict:
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": loss,
+        "tokens_per_second": 12345.6,
+        "step_seconds": 0.5,
+        "mfu_6n": None,
+    }
+
+
+def log_steps(callback, trainer: FakeTrainer, steps: range, loss: float = 2.0) -> None:
+    callback.on_run_start(trainer)
+    for step in steps:
+        trainer.step = step
+        callback.on_metrics(trainer, record(step, loss))
+        callback.on_step_end(trainer)
+
+
+RESULT = {"validation": EvaluationResult(loss=1.5, perplexity=math.exp(1.5), tokens=1000)}
+
+
+def test_metrics_are_read_back_as_written(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    log_steps(callback, trainer, range(1, 3))
+    callback.on_statistics(trainer, {"blocks.00.output_rms": 0.5})
+    callback.on_evaluation(trainer, RESULT)
+    callback.on_run_end(trainer, "complete")
+    lines = read_metrics(tmp_path)
+    assert lines == [
+        record(1),
+        record(2),
+        {"kind": "statistics", "step": 2, "values": {"blocks.00.output_rms": 0.5}},
+        {"kind": "evaluation", "step": 2, "set": "validation", **vars(RESULT["validation"])},
+    ]
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    log_steps(callback, trainer, range(1, 2))
+    assert read_metrics(tmp_path) == [record(1)]
+    callback.on_run_end(trainer, "stopped")
+
+
+def test_a_resumed_run_has_every_step_once_even_behind_a_torn_line(tmp_path):
+    trainer = FakeTrainer(tmp_path)
+    log_steps(MetricsFile(), trainer, range(1, 11), loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 11, "lo')
+    resumed = MetricsFile()
+    trainer.step = 6
+    log_steps(resumed, trainer, range(7, 13), loss=3.0)
+    resumed.on_run_end(trainer, "complete")
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["loss"] for line in lines] == [2.0] * 6 + [3.0] * 6
+
+
+def test_losses_survive_the_file_bitwise(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    loss = 0.1 + 0.2
+    log_steps(callback, trainer, range(1, 2), loss=loss)
+    callback.on_run_end(trainer, "complete")
+    assert read_metrics(tmp_path)[0]["loss"] == loss
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    log_steps(callback, trainer, range(1, 2), loss=math.nan)
+    callback.on_statistics(trainer, {"logits.max": math.inf})
+    callback.on_run_end(trainer, "complete")
+    first, second = read_metrics(tmp_path)
+    assert first["loss"] is None
+    assert second["values"] == {"logits.max": None}
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_only_rank_0_writes(tmp_path):
+    callback = MetricsFile()
+    log_steps(callback, FakeTrainer(tmp_path, is_main=False), range(1, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is .* the folder of a run that has started"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "header", "format_version": 99, "step": 0}) + "\n")
+    with pytest.raises(ValueError, match="format version 99; this program reads version 1"):
+        read_metrics(tmp_path)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_shows_step_loss_speed_and_time_left(tmp_path):
+    terminal = Terminal()
+    callback = Progress(stream=terminal)
+    trainer = FakeTrainer(tmp_path, step=40)
+    log_steps(callback, trainer, range(41, 51))
+    callback.on_evaluation(trainer, RESULT)
+    callback.on_run_end(trainer, "complete")
+    shown = terminal.getvalue().split("\r")
+    assert "step 40/100" in shown[1]
+    assert "step 50/100" in shown[-1]
+    assert "loss 2.0000  12,346 tokens/s" in shown[-1]
+    assert "left" in shown[-1]
+    assert "held-out validation: loss 1.5000, perplexity 4.48 over 1,000 tokens" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    "remaining, left", [(90, "45s"), (400, "3m 20s"), (15_000, "2h 05m"), (2_000_000, "11d 13h"), (0, "0s")]
+)
+def test_without_a_terminal_each_logged_step_is_one_plain_line(tmp_path, remaining, left):
+    stream = io.StringIO()
+    callback = Progress(stream=stream)
+    log_steps(callback, FakeTrainer(tmp_path, total_steps=10 + remaining), range(10, 11))
+    assert stream.getvalue() == f"step 10/{10 + remaining}  loss 2.0000  12,346 tokens/s  {left} left\n"
+
+
+def test_other_ranks_show_nothing(tmp_path):
+    stream = io.StringIO()
+    callback = Progress(stream=stream)
+    trainer = FakeTrainer(tmp_path, is_main=False)
+    log_steps(callback, trainer, range(1, 3))
+    callback.on_evaluation(trainer, RESULT)
+    callback.on_run_end(trainer, "complete")
+    assert stream.getvalue() == ""
+
+
+def with_wandb(tmp_path: Path, mode: str) -> FakeTrainer:
+    config = RunConfig(name="unit", logging=replace(LoggingConfig(), wandb=WandbConfig(mode=mode)))
+    return FakeTrainer(tmp_path, config=config)
+
+
+def _wandb_session(_: int, run_directory: Path, done: int, steps: range) -> None:
+    os.environ.pop("WANDB_API_KEY", None)
+    trainer, callback = with_wandb(run_directory, "auto"), WandbLogger()
+    trainer.step = done
+    log_steps(callback, trainer, steps)
+    callback.on_statistics(trainer, {"blocks.00.output_rms": 0.5})
+    callback.on_evaluation(trainer, RESULT)
+    callback.on_run_end(trainer, "stopped")
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_keeps_its_id_and_row_numbers_over_a_resume(tmp_path):
+    multiprocessing.spawn(_wandb_session, (tmp_path, 0, range(1, 4)))
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    multiprocessing.spawn(_wandb_session, (tmp_path, 2, range(3, 5)))
+    assert (tmp_path / "wandb_id.txt").read_text().strip() == run_id
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {file.stem for file in files} == {f"run-{run_id}"}
+    # The second session does not begin again at row 0.
+    assert [_rows(file) for file in files] == [[1, 2, 3], [3, 4]]
+
+
+def _rows(file: Path) -> list[int]:
+    """W&B's own row numbers in a .wandb file: LevelDB's log format behind 7 bytes of W&B's, each record a protobuf."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts, rows = file.read_bytes(), 7, b"", []
+    while position < len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            entry = wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+            if entry.WhichOneof("record_type") == "history":
+                rows.append(entry.history.step.num)
+    return rows
+
+
+def test_the_wandb_id_comes_from_the_folder_then_the_checkpoint(tmp_path):
+    callback = WandbLogger()
+    callback.load_state_dict({"id": "from_checkpoint"})
+    assert callback._find_id(tmp_path) == "from_checkpoint"
+    (tmp_path / "wandb_id.txt").write_text("from_folder\n")
+    assert callback._find_id(tmp_path) == "from_folder"
+
+
+def test_disabled_wandb_writes_nothing(tmp_path):
+    callback = WandbLogger()
+    trainer = with_wandb(tmp_path, "disabled")
+    log_steps(callback, trainer, range(1, 3))
+    callback.on_run_end(trainer, "complete")
+    assert list(tmp_path.iterdir()) == []

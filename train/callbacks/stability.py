@@ -1,0 +1,156 @@
+"""Stability statistics of every layer at an interval, and an alert when the loss or the gradient norm jumps.
+
+A monitored step waits for the device only at its end: layers record 0-d tensors (`model.statistics`), norms are
+added up on the device, two all-reduces combine the ranks, and one copy brings everything to the host. The other steps
+only compare two numbers that the trainer has on the host anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics as python_statistics
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.statistics import Statistics, recording
+from train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from train.fragments import Fragment
+
+# Steps that the running median looks back on, and how many there must be before anything counts as a spike.
+WINDOW = 128
+MINIMUM_HISTORY = 32
+_WATCHED = ("loss", "grad_norm")
+
+
+class Stability(Callback):
+    """Every `logging.monitor_interval` steps, dispatches `on_statistics` to all callbacks; logs spikes as events."""
+
+    def __init__(self) -> None:
+        self._recording: contextlib.ExitStack | None = None
+        self._statistics: Statistics | None = None
+        self._pending: _Combined | None = None
+        self._history: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in _WATCHED}
+
+    def on_step_start(self, trainer) -> None:
+        interval = trainer.config.logging.monitor_interval
+        # Statistics carry the number of completed steps, as all of the run's records do.
+        if interval and (trainer.step + 1) % interval == 0:
+            self._recording = contextlib.ExitStack()
+            self._statistics = self._recording.enter_context(recording())
+
+    def on_gradients_ready(self, trainer) -> None:
+        if self._recording is None:
+            return
+        self._stop_recording()
+        # Every rank must list the same groups, also those of which it holds no part.
+        block_names = [block.statistics_name for block in trainer.model.blocks]
+        groups = {name: layer_group(name, block_names) for name, _ in trainer.model.named_parameters()}
+        squares = _squared_norms(trainer.engine.fragments, groups, trainer.device)
+        self._pending = _combine_over_ranks(self._statistics.values(), squares, trainer.device)
+        self._statistics = None
+
+    def on_step_end(self, trainer) -> None:
+        self._watch(trainer, {"loss": trainer.last_loss, "grad_norm": trainer.last_gradient_norm})
+        if self._pending is not None:
+            values = self._pending.to_host()
+            self._pending = None
+            trainer.dispatch("on_statistics", values)
+
+    def on_run_end(self, trainer, outcome: str) -> None:
+        self._stop_recording()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: list(history) for name, history in self._history.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, history in self._history.items():
+            history.clear()
+            history.extend(state.get(name, []))
+
+    def _stop_recording(self) -> None:
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
+
+    def _watch(self, trainer, latest: dict[str, float]) -> None:
+        factor = trainer.config.logging.spike_factor
+        for name, value in latest.items():
+            # Steps that are not finite are skipped and logged by the trainer; they say nothing about the usual size.
+            if not math.isfinite(value):
+                continue
+            history = self._history[name]
+            if len(history) >= MINIMUM_HISTORY:
+                median = python_statistics.median(history)
+                if value > factor * median:
+                    trainer.events.append("spike", step=trainer.step, quantity=name, value=value, median=median)
+            history.append(value)
+
+
+class _Combined:
+    """Values of all ranks on their way to the host, in one tensor."""
+
+    def __init__(self, names: list[str], values: Tensor):
+        self._names = names
+        self._values = values
+
+    def to_host(self) -> dict[str, float]:
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
+def layer_group(name: str, block_names: Sequence[str]) -> str:
+    """The part of the model that the parameter `name` is reported under.
+
+    `block_names` are the names of the blocks in the layers' own statistics: "blocks.3.mixer.q_proj.weight" comes under
+    "blocks.03.mixer", the scale of a norm inside that block under "blocks.03.norms".
+    """
+    first, *rest = name.split(".")
+    if first != "blocks":
+        return first
+    return f"{block_names[int(rest[0])]}.{'norms' if 'norm' in name else rest[1]}"
+
+
+def _squared_norms(fragments: list[Fragment], groups: dict[str, str], device: torch.device) -> dict[str, Tensor]:
+    """Squared L2 norms of this rank's part of every group's gradient and weights: statistic -> 0-d fp32 tensor.
+
+    `groups`: the group of every parameter by its name.
+    """
+    index = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
+    squares = {}
+    for kind in ("gradient", "parameter"):
+        tensors, positions = [], []
+        for fragment in fragments:
+            tensor = fragment.gradient() if kind == "gradient" else fragment.master
+            if fragment.owned and tensor is not None:
+                tensors.append(tensor)
+                positions.append(index[groups[fragment.name]])
+        total = torch.zeros(len(index), dtype=torch.float32, device=device)
+        if tensors:
+            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+            total.index_add_(0, torch.tensor(positions, device=device), norms.square())
+        squares |= {f"{group}.{kind}_norm": total[position] for group, position in index.items()}
+    return squares
+
+
+def _combine_over_ranks(
+    recorded: dict[str, tuple[str, Tensor]], squared_norms: dict[str, Tensor], device: torch.device
+) -> _Combined:
+    """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima)."""
+    means = {name: value for name, (reduction, value) in recorded.items() if reduction == "mean"}
+    maxima = {name: value for name, (reduction, value) in recorded.items() if reduction == "max"}
+    minima = {name: value for name, (reduction, value) in recorded.items() if reduction == "min"}
+    added = torch.stack([*means.values(), *squared_norms.values()])
+    extremes = torch.stack([*maxima.values(), *(-value for value in minima.values()), torch.zeros((), device=device)])
+    dist.all_reduce(added)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    averages = added[: len(means)] / dist.get_world_size()
+    norms = added[len(means) :].sqrt()
+    highest, lowest = extremes[: len(maxima)], -extremes[len(maxima) : len(maxima) + len(minima)]
+    return _Combined([*means, *squared_norms, *maxima, *minima], torch.cat([averages, norms, highest, lowest]))
