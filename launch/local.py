@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
+from conf import ConfigError, compose
+from train.config import RunConfig
+from train.validate import validate
+
 CPU_PROCESSES = 2
 
 
@@ -20,8 +24,11 @@ def default_processes() -> int:
 def train_locally(overrides: Sequence[str], processes: int) -> int:
     """Run `python -m train` with Hydra `overrides` in `processes` processes; returns the exit code.
 
-    Exit codes are those of `python -m train`: 0, 1 (the run failed), 2 (the configuration must change).
+    Raises ConfigError, before any process starts, for a configuration that cannot work.
     """
+    problems = validate(compose(RunConfig, "train", overrides), processes)
+    if problems:
+        raise ConfigError(problems)
     command = [sys.executable, "-m", "train", *overrides]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from conf import ConfigError, compose
@@ -33,7 +34,9 @@ def main(arguments: list[str]) -> int:
 
         return train(config)
     except ConfigError as error:
-        print(f"train: {error}", file=sys.stderr)
+        # Every rank finds the same problems; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train: {error}", file=sys.stderr)
         return 2
 
 

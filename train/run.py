@@ -33,7 +33,14 @@ from train.config import RunConfig
 from train.engine import Engine, World, join_world, seed_everything
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
-from train.run_directory import EventLog, RunDirectory, code_revision, environment_description, write_atomically
+from train.run_directory import (
+    EventLog,
+    RunDirectory,
+    RunLock,
+    code_revision,
+    environment_description,
+    write_atomically,
+)
 from train.trainer import RunError, Trainer
 from train.validate import validate
 
@@ -63,7 +70,7 @@ def train(config: RunConfig) -> int:
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        print(f"train: {error}", file=sys.stderr, flush=True)
+        print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr, flush=True)
         if world is not None:
             EventLog(directory.events, world.is_main).append("error", message=str(error))
         # Peers may wait in a collective that this rank will not join; the launcher ends them.
@@ -79,7 +86,10 @@ def _train(
     corpus: Corpus,
     evaluation_corpora: dict[str, Corpus],
 ) -> int:
+    lock = None
     if world.is_main:
+        directory.create()
+        lock = RunLock(directory.lock)
         _prepare_folder(config, plan, directory, corpus)
     dist.barrier()
     _log_to_file(directory.logs / f"rank-{world.rank:05d}.log")
@@ -117,6 +127,8 @@ def _train(
         _say(world, f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
     engine.close()
     dist.destroy_process_group()
+    if lock is not None:
+        lock.release()
     return 0
 
 
@@ -187,7 +199,6 @@ def _check_same_on_all_ranks(config: RunConfig) -> None:
 
 def _prepare_folder(config: RunConfig, plan: Plan, directory: RunDirectory, corpus: Corpus) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
-    directory.create()
     if directory.config.exists():
         _check_same_run(config, directory)
     remove_torn(directory.checkpoints)

@@ -6,6 +6,7 @@ metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-X
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -34,11 +35,37 @@ class RunDirectory:
         self.logs = path / "logs"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
+        self.lock = path / "run.lock"
         self.baselines = path / "baselines.json"
 
     def create(self) -> None:
         for folder in (self.path, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+class RunLock:
+    """Held by rank 0 while it trains: two sets of processes in one folder would overwrite each other's files.
+
+    The operating system gives the lock up when the process ends, however it ends.
+    """
+
+    def __init__(self, path: Path):
+        """Raises BlockingIOError, naming the holder, when another process holds the lock."""
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            raise BlockingIOError(
+                f"{path.parent} is in use by {holder or 'another process'}; end it first, or give this run another name"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
 
 
 class EventLog:

@@ -1,13 +1,14 @@
 """Kill and start again: nothing is lost, nothing is repeated, not a bit differs."""
 
+import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 
 from tests.runs import ROOT, environment, run_train, train_command
@@ -31,26 +32,24 @@ def events(run_directory, kind):
 
 
 def start_and_kill_at(command, run_directory, step):
-    """Start `command`, wait until metrics.jsonl has `step`, then SIGKILL every process of it at once."""
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL every process of it."""
+    process = psutil.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     metrics = run_directory / "metrics.jsonl"
     try:
         while time.monotonic() < deadline and process.poll() is None:
-            if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            saved = any(run_directory.glob("checkpoints/*/complete.json"))
+            if saved and f'"step": {step},' in metrics.read_text():
                 break
             time.sleep(0.01)
         assert process.poll() is None, "the run ended before it could be killed"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # torchrun's workers are sessions of their own: a signal to its process group would not reach them.
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family)
 
 
 @pytest.mark.slow
