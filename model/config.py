@@ -207,11 +207,13 @@ def _check_mlstm(problem, config: ModelConfig) -> None:
         problem("normaliser", f"is false with gate={mlstm.gate}; only gate=sigmoid works without it, set it to true")
     _check_soft_cap(problem, "gate_soft_cap", mlstm.gate_soft_cap)
     _check_cell(problem, mlstm)
+    if mlstm.n_heads < 1:
+        problem("n_heads", f"is {mlstm.n_heads}; it must be a positive number")
     for key, width in (("qk_dim_factor", config.mlstm_qk_dim), ("v_dim_factor", config.mlstm_v_dim)):
         factor = getattr(mlstm, key)
         if not width > 0:
             problem(key, f"{factor} gives a width of {width}; choose a positive factor")
-        else:
+        elif mlstm.n_heads > 0:
             _check_heads(problem, mlstm.n_heads, width, f"d_model {config.d_model} x {key} {factor}")
 
 

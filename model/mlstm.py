@@ -65,8 +65,8 @@ class MLSTM(nn.Module):
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate, igate_preact, settings.gate_soft_cap)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate, fgate_preact, settings.gate_soft_cap)
-            if settings.gate == "exp":
-                _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start)
+            if settings.normaliser:
+                _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, settings.gate)
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.head_norm(h)), new_state
 
 
@@ -121,15 +121,21 @@ class PreUpMLSTM(nn.Module):
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate_preact, igate_preact, None)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate_preact, fgate_preact, None)
-            _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start)
+            _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, "exp")
         mixed = self.head_norm(h) + self.learnable_skip * a
         return self.down_proj(mixed * F.silu(z)), ConvCellState(new_tail, cell) if return_state else None
 
 
 def _record_cell(
-    name: str, q: Tensor, k: Tensor, igate_preact: Tensor, fgate_preact: Tensor, document_start: Tensor | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    document_start: Tensor | None,
+    gate: str,
 ) -> None:
     """Record the stabiliser's range and how often the normaliser sits on its floor (first sequence of the batch)."""
-    measured = mlstm_statistics(q, k, igate_preact, fgate_preact, document_start=document_start)
+    measured = mlstm_statistics(q, k, igate_preact, fgate_preact, document_start=document_start, gate=gate)
     for key, reduction in (("stabiliser_min", "min"), ("stabiliser_max", "max"), ("normaliser_floor_fraction", "mean")):
         statistics.record(f"{name}.{key}", reduction, lambda key=key: measured[key])

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels.precision import compute_dtype
+
 REDUCTIONS = ("mean", "min", "max")
 SATURATED_SHARE_OF_CAP = 0.8
 
@@ -89,8 +91,8 @@ def record(name: str, reduction: str, tensor_fn: Callable[[], Tensor]) -> None:
 
 def record_rms(name: str, x: Tensor) -> None:
     """Record the root mean square of all elements of `x`."""
-    # vector_norm accumulates in float32 without a float32 copy of x.
-    record(name, "mean", lambda: torch.linalg.vector_norm(x, dtype=torch.float32) / x.numel() ** 0.5)
+    # vector_norm accumulates in the wider dtype without a wider copy of x.
+    record(name, "mean", lambda: torch.linalg.vector_norm(x, dtype=compute_dtype(x)) / x.numel() ** 0.5)
 
 
 def record_gate(name: str, uncapped: Tensor, capped: Tensor, cap: float | None) -> None:

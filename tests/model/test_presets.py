@@ -1,0 +1,85 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from conf import CONF_DIR, compose
+from model.config import (
+    AttentionConfig,
+    MLSTMConfig,
+    ModelConfig,
+    ModelOnlyConfig,
+    PreUpMLSTMConfig,
+    SLSTMConfig,
+    validate_model,
+)
+from model.language_model import LanguageModel
+
+# Parameters and tensors. The ladder, the 7B and the NeurIPS models with a published count have exactly that one.
+COUNTS = {
+    "llama_160m": (163_990_272, 111),
+    "llama_1b4": (1_420_396_544, 219),
+    "llama_400m": (406_635_520, 219),
+    "llama_7b": (6_863_196_160, 291),
+    "neurips_125m_1_0": (163_806_144, 339),
+    "neurips_125m_7_1": (163_690_928, 337),
+    "neurips_1b3_1_0": (1_422_367_104, 675),
+    "neurips_1b3_7_1": (1_419_872_592, 669),
+    "neurips_350m_1_0": (409_290_112, 675),
+    "neurips_350m_7_1": (408_436_048, 669),
+    "neurips_760m_1_0": (840_427_392, 675),
+    "neurips_760m_7_1": (839_736_144, 669),
+    "tiny": (3_300_882, 62),
+    "xlstm_160m": (164_110_224, 183),
+    "xlstm_1b4": (1_420_839_104, 363),
+    "xlstm_2b7": (2_780_449_600, 483),
+    "xlstm_400m": (406_856_896, 363),
+    "xlstm_7b": (6_865_424_896, 483),
+    "xlstm_7b_mixed": (6_991_875_200, 2371),
+    "xlstm_80m": (83_680_848, 153),
+    "xlstm_830m": (841_496_256, 363),
+}
+SECTIONS = {"mlstm": MLSTMConfig, "preup_mlstm": PreUpMLSTMConfig, "slstm": SLSTMConfig, "attention": AttentionConfig}
+
+
+def preset(name: str) -> ModelConfig:
+    return compose(ModelOnlyConfig, "model_only", [f"model={name}"]).model
+
+
+def test_every_preset_file_has_a_count_here():
+    assert {path.stem for path in Path(CONF_DIR, "model").glob("*.yaml")} == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_parameters_and_tensors(name):
+    config = preset(name)
+    assert validate_model(config) == []
+    with torch.device("meta"):
+        parameters = list(LanguageModel(config).parameters())
+    assert (sum(parameter.numel() for parameter in parameters), len(parameters)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_a_preset_states_every_value_and_its_count(name):
+    path = Path(CONF_DIR, "model", f"{name}.yaml")
+    tree = OmegaConf.load(path)
+    assert set(tree) == {field.name for field in dataclasses.fields(ModelConfig)}
+    for key, schema in SECTIONS.items():
+        if tree[key] is not None:
+            assert set(tree[key]) == {field.name for field in dataclasses.fields(schema)}, key
+    comment = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"{COUNTS[name][0]:,} parameters" in comment
+
+
+def test_placement_of_slstm_blocks():
+    assert preset("neurips_125m_7_1").slstm_at == [3, 20]
+    assert preset("neurips_1b3_7_1").slstm_at == [3, 5, 7, 40, 42, 44]
+    kinds = preset("xlstm_7b_mixed").block_kinds()
+    assert (kinds.count("mlstm"), kinds.count("slstm")) == (128, 32)
+    assert [kind == "slstm" for kind in kinds] == [index % 5 == 4 for index in range(160)]
+
+
+def test_the_default_of_model_only_is_the_7b():
+    assert compose(ModelOnlyConfig, "model_only").model == preset("xlstm_7b") == ModelConfig(mlstm=MLSTMConfig())
