@@ -16,7 +16,6 @@ from train import ngram_baselines
 from train.config import RunConfig
 from train.evaluate import open_windows
 from train.ngram_baselines import (
-    HELD_BACK_EVERY,
     SMOOTHING_GRID,
     PairCounts,
     bigram_loss,
