@@ -1,7 +1,7 @@
 """What the layers report about their numerical health while a recording is on.
 
 Layers call `record`; without a recording that is one comparison. Values stay on the device as 0-d tensors: nothing here
-waits for the GPU. Names, for layer 3 of a model (README of a run's metrics.jsonl lists them too):
+waits for the GPU. Names, of layer 3 for example:
 
     blocks.03.mixer_norm.input_rms, .output_rms      the same for blocks.03.ffn_norm and for out_norm
     blocks.03.mixer.igate_preact_min, _max, _mean    after the soft cap; the same for fgate

@@ -151,6 +151,20 @@ def test_slstm_statistics_start_from_the_incoming_state(small_configs, make_mode
         torch.testing.assert_close(whole[f"blocks.01.mixer.{gate}"], largest)
 
 
+def test_slstm_stabiliser_of_one_decoded_token(small_configs, make_model, make_batch):
+    model, tokens = make_model(small_configs["slstm"]), make_batch()["tokens"]
+    state = model(tokens[:, :20], return_state=True).state
+    with recording() as recorded:
+        after = model(tokens[:, 20:21], state=state, return_state=True).state
+    values = recorded.values()
+    for index, block in enumerate(after.blocks):
+        stabiliser = block.cell.m[0].detach().float()
+        # Some units keep what they carry, so that their stabiliser is above the present input gate.
+        assert stabiliser.max() > values[f"blocks.{index:02d}.mixer.igate_preact_max"][1]
+        torch.testing.assert_close(values[f"blocks.{index:02d}.mixer.stabiliser_min"][1], stabiliser.min())
+        torch.testing.assert_close(values[f"blocks.{index:02d}.mixer.stabiliser_max"][1], stabiliser.max())
+
+
 def test_recording_does_not_change_losses_and_gradients(config, make_model, make_batch):
     model, batch = make_model(config, torch.float32), make_batch()
     results = []
