@@ -8,7 +8,7 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX/`:
     state.json                                                position, counters, callbacks, layout, identities
     complete.json                                             size and checksum of every other file; written last
 
-Everything that is cut over ranks is stored as named parts of parameters, so another number of ranks or another ZeRO stage
+Everything that is cut over ranks is stored as named parts of parameters, so another number of ranks or another stage
 reads the same files. A folder without complete.json, or with a file that does not match it, is not a checkpoint.
 """
 
@@ -34,7 +34,8 @@ import xxhash
 
 from model.config import ModelConfig
 from model.weights import WeightsReader, save_fragments, write_model_json
-from train.engine import Engine
+from train.config import CheckpointConfig
+from train.engine import Engine, World
 from train.fragments import MOMENTS, base_optimizer
 from train.run_directory import write_atomically
 
@@ -81,13 +82,15 @@ def complete_checkpoints(root: Path) -> list[Path]:
 class CheckpointWriter:
     """Saves in the background: `save` returns when the state is copied to host memory."""
 
-    def __init__(self, root: Path, model: ModelConfig, rank: int, world_size: int, keep_last: int, keep_every: int | None):
+    def __init__(self, root: Path, world: World, model: ModelConfig, config: CheckpointConfig, resumed_step: int | None):
         self.root = root
         self.model = model
-        self.rank = rank
-        self.world_size = world_size
-        self.keep_last = keep_last
-        self.keep_every = keep_every
+        self.rank = world.rank
+        self.world_size = world.size
+        self.keep_last = config.keep_last
+        self.keep_every = config.keep_every
+        # The step whose checkpoint is on disk already, or on its way.
+        self._last_step = resumed_step
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -99,8 +102,10 @@ class CheckpointWriter:
         """
         self.wait()
         folder = step_folder(self.root, state.step)
-        if (folder / MARKER).exists():
+        # Not "has the marker": rank 0 sees that earlier than the others, and they must all agree.
+        if state.step == self._last_step:
             return folder
+        self._last_step = state.step
         snapshot = _Snapshot.take(engine, state)
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -56,12 +56,7 @@ class Trainer:
         self._stop_reason: str | None = None
         self._stop_agreed = False
         self._writer = CheckpointWriter(
-            directory.checkpoints,
-            config.model,
-            self.world.rank,
-            self.world.size,
-            config.checkpoint.keep_last,
-            config.checkpoint.keep_every,
+            directory.checkpoints, self.world, config.model, config.checkpoint, state.step if state.step else None
         )
         for callback in self.callbacks:
             callback.load_state_dict(state.callbacks.get(type(callback).__name__, {}))
