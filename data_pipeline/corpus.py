@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.manifest import Manifest, ShardEntry
 from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard, hash_file, token_dtype
 from data_pipeline.tokenizer import Tokenizer
@@ -74,7 +74,10 @@ class Corpus:
             path = self.directory / entry.file
             if not path.is_file():
                 raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
-            tokenizer = Tokenizer.load(path, entry.eod_token)
+            try:
+                tokenizer = Tokenizer.load(path, entry.eod_token)
+            except TokenizerError as error:
+                raise CorpusError(f"{error}; restore the file or prepare the corpus again") from None
             if tokenizer.fingerprint != entry.fingerprint:
                 raise CorpusError(
                     f"{path}: not the tokenizer that wrote this corpus (fingerprint {tokenizer.fingerprint[:12]}, the "

@@ -2,13 +2,14 @@
 
 Two modes. Without weights all sources form one pool, and each pass of `sum(sizes)` samples visits every sample once.
 With weights the run is cut into blocks of `BLOCK` samples; every block holds exactly `quota[s]` samples of source s, at
-permuted places, and each source goes through its own epochs, each in a new order.
+permuted places, and each source goes through its own epochs, one after another, each in a new order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class Mixture:
             self.quotas = _largest_remainder(full, BLOCK)
         shares = self.sizes if self.quotas is None else self.quotas
         self._bounds = np.cumsum([0, *(shares[label] for label in self.sources)], dtype=np.int64)
+        self._block = lru_cache(maxsize=8)(self._compute_block)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -103,19 +105,29 @@ class Mixture:
 
     def _locate_weighted(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blocks, rest = np.divmod(positions, BLOCK)
-        places = permute(rest, BLOCK, _keys(blocks, self.seed, "block"))
-        numbers = np.searchsorted(self._bounds, places, side="right") - 1
-        epochs = np.empty_like(positions)
-        samples = np.empty_like(positions)
-        for number in np.unique(numbers):
+        numbers, ranks = np.empty_like(positions), np.empty_like(positions)
+        for block in np.unique(blocks).tolist():
+            mine = blocks == block
+            numbers[mine], ranks[mine] = (column[rest[mine]] for column in self._block(block))
+        epochs, samples = np.empty_like(positions), np.empty_like(positions)
+        for number in np.unique(numbers).tolist():
             label = self.sources[number]
             mine = np.flatnonzero(numbers == number)
-            # Ordinal of this sample among all that the run takes from its source.
-            ordinals = blocks[mine] * self.quotas[label] + places[mine] - self._bounds[number]
+            # How many samples of its source the run takes before this one.
+            ordinals = blocks[mine] * self.quotas[label] + ranks[mine]
             epochs[mine], within = np.divmod(ordinals, self.sizes[label])
             keys = _keys(epochs[mine], self.seed, "source", label)
             samples[mine] = permute(within, self.sizes[label], keys)
         return numbers, epochs, samples
+
+    def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source number, how many of that source come before it in the block) of each place of a block."""
+        places = permute(np.arange(BLOCK), BLOCK, derive_key(self.seed, "block", block))
+        numbers = np.searchsorted(self._bounds, places, side="right") - 1
+        by_source = np.argsort(numbers, kind="stable")
+        ranks = np.empty(BLOCK, dtype=np.int64)
+        ranks[by_source] = np.arange(BLOCK) - self._bounds[numbers[by_source]]
+        return numbers, ranks
 
 
 def _keys(numbers: np.ndarray, *parts: int | str) -> np.ndarray:

@@ -94,17 +94,22 @@ def write_atomically(path: Path, write: Callable[[Callable[[bytes], object]], No
     """
     partial = path.with_name(path.name + ".partial")
     hasher = _Hasher()
-    with open(partial, "wb") as file:
+    try:
+        with open(partial, "wb") as file:
 
-        def put(data: bytes) -> int:
-            view = memoryview(data)
-            hasher.update(view)
-            return file.write(view)
+            def put(data: bytes) -> int:
+                view = memoryview(data)
+                hasher.update(view)
+                return file.write(view)
 
-        write(put)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            write(put)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        # Gives the space back where there was too little of it.
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return hasher.result()
 

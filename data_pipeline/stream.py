@@ -13,6 +13,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -93,7 +94,7 @@ class SampleStream:
             )
         self.mixture = Mixture(sizes, weights, seed)
         self._sequences = [corpus.sequence(split, source) for source in self.mixture.sources]
-        self._located: dict[int, np.ndarray] = {}
+        self._locate_run = lru_cache(maxsize=8)(self._compute_run)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -129,15 +130,10 @@ class SampleStream:
             found[:, mine] = self._locate_run(run)[:, places[mine]]
         return found[0], found[1]
 
-    def _locate_run(self, run: int) -> np.ndarray:
-        located = self._located.get(run)
-        if located is None:
-            positions = np.arange(run * LOCATED_TOGETHER, (run + 1) * LOCATED_TOGETHER, dtype=np.int64)
-            numbers, _, samples = self.mixture.locate(positions)
-            located = np.stack([numbers, samples])
-            # A new dictionary, as a thread may be reading the old one.
-            self._located = {**dict(list(self._located.items())[-7:]), run: located}
-        return located
+    def _compute_run(self, run: int) -> np.ndarray:
+        positions = np.arange(run * LOCATED_TOGETHER, (run + 1) * LOCATED_TOGETHER, dtype=np.int64)
+        numbers, _, samples = self.mixture.locate(positions)
+        return np.stack([numbers, samples])
 
     def origin(self, index: int) -> SampleOrigin:
         """Where sample `index` of the run comes from, to trace a loss spike back to text."""

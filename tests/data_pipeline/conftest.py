@@ -1,0 +1,34 @@
+"""Corpora that several test files read."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
+
+from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig
+from data_pipeline.corpus import Corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Three sources, three splits, many shards of few documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_slimpajama(folder / "raw")
+    quietly(slimpajama_config(folder / "raw", folder / "prepared"))
+    return Corpus.open(folder / "prepared")
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """One source, held out by file."""
+    folder = tmp_path_factory.mktemp("text_corpus")
+    rng = random.Random(5)
+    (folder / "raw").mkdir()
+    for number in range(40):
+        (folder / "raw" / f"file{number}.txt").write_text(random_text(rng, rng.randrange(1, 300)), "utf-8")
+    split = SplitConfig(validation_fraction=0.2)
+    data = DataConfig(kind="text", path=str(folder / "raw"), files=["**/*.txt"], source="text", split=split)
+    quietly(PrepareConfig(data, TOKENIZER, str(folder / "prepared"), shard_bytes=3000, unit_bytes=20_000))
+    return Corpus.open(folder / "prepared")

@@ -1,0 +1,267 @@
+"""Every kind of damage to a corpus is noticed before a token is served, and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_corpora import TOKENIZER, random_text
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import CorpusError
+from data_pipeline.inspection import verify_corpus
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import Shard, ShardBuilder, hash_file
+from data_pipeline.tokenizer import train_sentencepiece
+
+
+@pytest.fixture
+def copy(corpus, tmp_path) -> Path:
+    """A copy of the corpus to damage."""
+    shutil.copytree(corpus.directory, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    return [folder / entry.file for entry in Manifest.read(folder).shards]
+
+
+def refused(folder: Path, *words: str) -> None:
+    """Opening raises and verifying reports, with `words` in the message."""
+    with pytest.raises(CorpusError) as error:
+        Corpus.open(folder)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_an_untouched_corpus_opens_and_verifies(copy, corpus):
+    assert Corpus.open(copy).fingerprint == corpus.fingerprint
+    assert verify_corpus(copy) == []
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_caught_and_the_shard_named(copy):
+    rng = random.Random(0)
+    for path in rng.choices(shard_paths(copy), k=60):
+        data = bytearray(path.read_bytes())
+        place = rng.randrange(len(data))
+        data[place] ^= 1 << rng.randrange(8)
+        original = path.read_bytes()
+        path.write_bytes(data)
+        refused(copy, str(path), "altered")
+        problems = verify_corpus(copy)
+        assert len(problems) == 1 and str(path) in problems[0] and "block 0" in problems[0]
+        path.write_bytes(original)
+    assert verify_corpus(copy) == []
+
+
+def test_the_damaged_block_of_a_large_shard_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    builder = ShardBuilder(60000, 1)
+    for _ in range(7):
+        builder.add(rng.integers(2, 60000, 1_000_000), b"text")
+    path = tmp_path / "large.arrow"
+    hashes = builder.write(path, {})
+    assert len(hashes.xxh3_64_blocks) == 4 and hash_file(path) == hashes
+    data = bytearray(path.read_bytes())
+    data[9 * 2**20] ^= 4
+    path.write_bytes(data)
+    different = [a != b for a, b in zip(hash_file(path).xxh3_64_blocks, hashes.xxh3_64_blocks, strict=True)]
+    assert different == [False, False, True, False]
+
+
+def truncate(folder):
+    path = shard_paths(folder)[3]
+    path.write_bytes(path.read_bytes()[:-7])
+    return path, "truncated"
+
+
+def lengthen(folder):
+    path = shard_paths(folder)[2]
+    path.write_bytes(path.read_bytes() + b"\0")
+    return path, "altered"
+
+
+def empty_file(folder):
+    path = shard_paths(folder)[0]
+    path.write_bytes(b"")
+    return path, "truncated: 0 bytes"
+
+
+def remove(folder):
+    path = shard_paths(folder)[5]
+    path.unlink()
+    return path, "the shard is missing"
+
+
+def exchange(folder):
+    first, second = shard_paths(folder)[:2]
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    return first, "manifest says"
+
+
+def other_tokenizer(folder):
+    path = folder / "tokenizer" / "tokenizer.model"
+    rng = random.Random(9)
+    path.write_bytes(train_sentencepiece([random_text(rng, 4000)], TokenizerConfig(vocab_size=380)))
+    return path, "not the tokenizer that wrote this corpus"
+
+
+def no_tokenizer(folder):
+    path = folder / "tokenizer" / "tokenizer.model"
+    path.unlink()
+    return path, "the corpus' tokenizer is missing"
+
+
+def damaged_tokenizer(folder):
+    path = folder / "tokenizer" / "tokenizer.model"
+    path.write_bytes(b"\xff" * 100)
+    return path, "not a SentencePiece model"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, lengthen, empty_file, remove, exchange, other_tokenizer, no_tokenizer, damaged_tokenizer],
+    ids=lambda f: f.__name__,
+)
+def test_damaged_files_are_named(copy, damage):
+    path, words = damage(copy)
+    with pytest.raises(CorpusError, match="restore|prepare") as error:
+        Corpus.open(copy)
+    assert str(path) in str(error.value) and words in str(error.value)
+    problems = verify_corpus(copy)
+    assert problems and str(path) in problems[0] and words in problems[0]
+
+
+def edit_manifest(folder: Path, old: str, new: str) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"eod_id": 2', '"eod_id": 3', "altered after it was written"),
+        ('"split": "train"', '"split": "test"', "altered after it was written"),
+        ('"format_version": 1', '"format_version": 99', "format_version 99, but this code reads 1"),
+        ('"format": "xlstm-pretrain corpus"', '"format": "other"', "not a corpus manifest"),
+        ('"fingerprint": "', '"fingerprint": "0', "altered after it was written"),
+        ("{", "", "not JSON"),
+    ],
+)
+def test_an_altered_manifest_is_refused(copy, old, new, words):
+    edit_manifest(copy, old, new)
+    refused(copy, "manifest.json", words)
+
+
+def test_missing_and_unfinished_and_empty_corpora_are_refused(copy, tmp_path):
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder", "prepare")
+    (copy / "manifest.json").unlink()
+    refused(copy, str(copy), "not a finished corpus", "prepare")
+
+
+def test_a_manifest_without_shards_is_an_empty_corpus(copy):
+    dataclasses.replace(Manifest.read(copy), shards=[], splits={}).write(copy)
+    refused(copy, "the corpus is empty")
+
+
+def test_a_signed_manifest_with_unknown_keys_is_refused(copy):
+    from hashlib import sha256
+
+    from data_pipeline.manifest import canonical_json
+
+    document = json.loads((copy / "manifest.json").read_text())
+    del document["fingerprint"]
+    document["surprise"] = 1
+    document["fingerprint"] = sha256(canonical_json(document).encode()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(document))
+    refused(copy, "manifest.json", "keys missing or unknown", "surprise")
+
+
+def test_altered_lists_are_reported_by_verify(copy):
+    for name in ("inputs.jsonl", "report.jsonl"):
+        path = copy / name
+        path.write_bytes(path.read_bytes() + b"{}\n")
+        assert verify_corpus(copy)[-1] == f"{path}: altered after it was written (sha256 differs)"
+    (copy / "inputs.jsonl").unlink()
+    assert verify_corpus(copy)[0] == f"{copy / 'inputs.jsonl'}: missing"
+
+
+def sign_as(folder: Path, entry, path: Path) -> None:
+    """Put the file `path` at the place of `entry` and record its checksums, as a careless repair would."""
+    manifest = Manifest.read(folder)
+    shutil.copy(path, folder / entry.file)
+    hashes = dataclasses.asdict(hash_file(path))
+    shards = [dataclasses.replace(e, **hashes) if e.file == entry.file else e for e in manifest.shards]
+    dataclasses.replace(manifest, shards=shards).write(folder)
+
+
+def test_a_stray_shard_is_recognised_even_with_a_matching_checksum(copy):
+    first, second = [e for e in Manifest.read(copy).shards if e.split == "train" and e.source == "RedPajamaC4"][:2]
+    sign_as(copy, first, copy / second.file)
+    corpus = Corpus.open(copy)
+    with pytest.raises(CorpusError, match=rf"its unit is '{second.unit}', the manifest says '{first.unit}'"):
+        corpus.sequence("train", "RedPajamaC4").shard(0)
+    book = next(e for e in Manifest.read(copy).shards if e.split == "train" and e.source == "RedPajamaBook")
+    sign_as(copy, first, copy / book.file)
+    assert "its source is 'RedPajamaBook'" in " ".join(verify_corpus(copy))
+
+
+def test_checking_sizes_alone_leaves_flipped_bits_to_verify(copy):
+    path = shard_paths(copy)[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    Corpus.open(copy, check="size")
+    assert str(path) in verify_corpus(copy)[0]
+    with pytest.raises(ValueError, match="'hash' or 'size', got 'none'"):
+        Corpus.open(copy, check="none")
+
+
+def test_a_manifest_with_other_counts_than_the_shard_is_refused(copy):
+    manifest = Manifest.read(copy)
+    changed = dataclasses.replace(manifest.shards[0], tokens=manifest.shards[0].tokens + 1)
+    dataclasses.replace(manifest, shards=[changed, *manifest.shards[1:]]).write(copy)
+    assert "tokens, the manifest says" in verify_corpus(copy)[0]
+
+
+def write_shard(path: Path, vocab_size: int, eod_id: int) -> Shard:
+    builder = ShardBuilder(vocab_size, eod_id)
+    builder.add(np.array([5, 6, vocab_size - 1]), b"abc")
+    builder.write(path, {"source": "x"})
+    return Shard(path)
+
+
+def test_structural_faults_of_a_shard(tmp_path):
+    shard = write_shard(tmp_path / "a.arrow", 400, 2)
+    assert shard.problems(400, 2) == []
+    assert shard.problems(399, 2) == ["token id 399 is outside the vocabulary of 399"]
+    assert shard.problems(400, 3) == ["a document does not end with the end-of-document id 3"]
+    assert shard.problems(70_000, 2) == ["token ids are uint16, not uint32"]
+    assert write_shard(tmp_path / "b.arrow", 70_000, 2).tokens.dtype == np.uint32
+    assert write_shard(tmp_path / "c.arrow", 65_536, 2).tokens.tolist() == [5, 6, 65_535, 2]
+
+
+def test_an_id_outside_the_vocabulary_is_never_written():
+    for ids in ([400], [-1]):
+        with pytest.raises(CorpusError, match="outside its vocabulary of 400"):
+            ShardBuilder(400, 2).add(np.array(ids), b"")
+
+
+def test_a_file_that_is_no_shard_is_named(tmp_path):
+    path = tmp_path / "x.arrow"
+    path.write_bytes(b"ARROW1 but not really")
+    with pytest.raises(CorpusError, match=r"x\.arrow: not a readable shard"):
+        Shard(path)
+
+
+def test_the_vocabulary_of_the_fixture_is_what_was_asked_for(corpus):
+    assert corpus.vocab_size == TOKENIZER.vocab_size

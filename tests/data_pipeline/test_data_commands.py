@@ -1,0 +1,162 @@
+"""The command lines, the presets of conf/, and the documentation of the manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_corpora import write_slimpajama
+
+from conf import ConfigError, compose
+from data_pipeline.__main__ import main
+from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, validate_prepare
+from data_pipeline.manifest import Manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+def flat_keys(value: object, prefix: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return {k for key, child in value.items() for k in flat_keys(child, f"{prefix}{key}.")} | {prefix.rstrip(".")}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return flat_keys(value[0], f"{prefix.rstrip('.')}[].")
+    return {prefix.rstrip(".")}
+
+
+def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):
+    write_slimpajama(tmp_path / "raw")
+    out = str(tmp_path / "out")
+    settings = [f"data.path={tmp_path / 'raw'}", f"output={out}", "tokenizer.vocab_size=400"]
+    assert main(["prepare", "data=slimpajama", *settings]) == 0
+    assert "prepared 180 documents" in capsys.readouterr().out
+    assert main(["verify", out]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("180 documents", "RedPajamaBook", "bytes/token", "beginning of the first"))
+    sample = ["--sample", "5", "--sequence-length", "50", "--seed", "3", "--weight", "RedPajamaC4=1"]
+    assert main(["inspect", out, *sample]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"source RedPajamaC4, epoch 0, sample \d+ of it\n  shards/train/RedPajamaC4-\d+-\d+\.arrow", shown)
+    shard = next((tmp_path / "out" / "shards").rglob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["verify", out]) == 1
+    assert f"{shard}: truncated" in capsys.readouterr().err
+    assert main(["inspect", out]) == 1
+    assert main(["inspect", out, "--sample", "0", "--weight", "nobody=1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["prepare"], 2, "output"),
+        (["prepare", "output=x", "data=nowhere"], 2, "standard_library"),
+        (["prepare", "output=x", "data.kindd=text"], 2, "data.kind"),
+        (["prepare", "output=x", "data=slimpajama", "tokenizer.vocab_size=5"], 2, "data.path: kind=jsonl needs a path"),
+        (["prepare", "output=x", "data=text", "data.path=/nowhere/at/all"], 1, "no such file or folder; set data.path"),
+        (["inspect", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
+        (["verify", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
+    ],
+)
+def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+def test_every_problem_of_a_configuration_is_named_at_once(capsys):
+    settings = ["data=jsonl", "data.split.rule=coin", "tokenizer=file", "shard_bytes=0", "output=x"]
+    assert main(["prepare", *settings]) == 2
+    message = capsys.readouterr().err
+    for key in ("data.path:", "data.split.rule:", "tokenizer.path:", "shard_bytes:"):
+        assert key in message
+    assert message.startswith("4 problems")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"kind": "csv"}, "data.kind: no such kind ('csv')"),
+        ({"path": "x"}, "data.path: kind=standard_library finds its own path ('x')"),
+        ({"kind": "text", "path": "x"}, "data.files: no patterns"),
+        ({"kind": "datasets", "path": "x", "files": ["*"]}, "data.files: kind=datasets does not use patterns"),
+        ({"subset": "en"}, "data.subset: only kind=datasets uses it ('en')"),
+        ({"source_field": "meta"}, "data.source_field: kind=standard_library has no fields"),
+        ({"text_field": ""}, "data.text_field: empty"),
+        ({"source": ""}, "data.source: empty"),
+        ({"split": SplitConfig(rule="given")}, "data.split.rule: the standard library has no split folders"),
+        ({"split": SplitConfig(unit="line")}, "data.split.unit: no such unit ('line')"),
+        ({"split": SplitConfig(validation_fraction=1.5)}, "data.split.validation_fraction: must be at least 0"),
+        ({"split": SplitConfig(validation_fraction=0.6, test_fraction=0.6)}, "data.split: validation_fraction + test"),
+    ],
+)
+def test_impossible_data_settings(change, key):
+    config = PrepareConfig(replace(DataConfig(), **change), TokenizerConfig(), "out")
+    assert any(problem.startswith(key) for problem in validate_prepare(config)), validate_prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"kind": "magic"}, "tokenizer.kind: no such kind ('magic')"),
+        ({"path": "x"}, "tokenizer.path: a trained tokenizer has no path ('x')"),
+        ({"eod_token": "x"}, "tokenizer.eod_token: a trained tokenizer ends documents with '</s>'"),
+        ({"model_type": "word"}, "tokenizer.model_type: no such type ('word')"),
+        ({"vocab_size": 100}, "tokenizer.vocab_size: must be at least 300 (100)"),
+        ({"sample_bytes": 0}, "tokenizer.sample_bytes: must be positive (0)"),
+        ({"character_coverage": 2.0}, "tokenizer.character_coverage: must be between 0.9 and 1 (2.0)"),
+    ],
+)
+def test_impossible_tokenizer_settings(change, key):
+    config = PrepareConfig(DataConfig(), replace(TokenizerConfig(), **change), "out")
+    assert [p for p in validate_prepare(config) if p.startswith(key)], validate_prepare(config)
+
+
+@pytest.mark.parametrize("tokenizer", ["sentencepiece_4k", "sentencepiece_32k", "file"])
+@pytest.mark.parametrize("data", sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")))
+def test_presets_are_valid(data, tokenizer):
+    overrides = [f"data={data}", f"tokenizer={tokenizer}", "output=x"]
+    overrides += [] if data == "standard_library" else ["data.path=/some/where"]
+    overrides += ["tokenizer.path=/some/file"] if tokenizer == "file" else []
+    assert validate_prepare(compose(PrepareConfig, "prepare", overrides)) == []
+
+
+def test_output_is_required():
+    with pytest.raises(ConfigError, match="output"):
+        compose(PrepareConfig, "prepare", [])
+
+
+def test_help_is_complete(tmp_path):
+    command = [sys.executable, "-m", "data_pipeline"]
+    for arguments, words in (
+        (["--help"], ["prepare", "inspect", "verify"]),
+        (["prepare", "--help"], ["output=DIR", "data=CHOICE", "slimpajama", "goes on where it stopped"]),
+    ):
+        result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert result.returncode == 0 and all(word in result.stdout for word in words)
+    result = subprocess.run([*command, "dance"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 2 and "invalid choice" in result.stderr
+
+
+def test_the_manifest_reads_back_and_every_key_is_documented(corpus):
+    path = corpus.directory / "manifest.json"
+    document = json.loads(path.read_text())
+    keys = {key.removesuffix("[]") for key in flat_keys(document) if key}
+    generic = {re.sub(r"^splits\..*", "splits", key) for key in keys if not key.startswith("settings.")}
+    generic = {re.sub(r"^(inputs\.(rejected|repaired)).*", r"\1", key) for key in generic}
+    documented = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "data.md").read_text(), flags=re.M))
+    assert generic <= documented, generic - documented
+    manifest = Manifest.read(corpus.directory)
+    assert manifest.fingerprint == document["fingerprint"] == corpus.fingerprint
+    manifest.write(corpus.directory)
+    assert json.loads(path.read_text()) == document
+    for name in ("inputs.jsonl", "report.jsonl"):
+        for entry in (corpus.directory / name).read_text().splitlines():
+            assert set(json.loads(entry)) <= documented

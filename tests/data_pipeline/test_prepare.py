@@ -1,0 +1,293 @@
+"""Preparation: every record accounted for, restartable at any kill, and the same bytes whatever happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import zstandard
+from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
+
+from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import PrepareError
+from data_pipeline.inspection import verify_corpus
+from data_pipeline.units import run_unit
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def documents(folder: Path, split: str = "train") -> list[str]:
+    """Decoded documents of a split, source by source."""
+    corpus = Corpus.open(folder)
+    texts = []
+    for source in corpus.sources(split):
+        sequence = corpus.sequence(split, source)
+        for number in range(len(sequence.entries)):
+            shard = sequence.shard(number)
+            rows = zip(shard.offsets[:-1], shard.offsets[1:], strict=True)
+            texts += [corpus.tokenizer().decode(shard.tokens[a:b]) for a, b in rows]
+    return texts
+
+
+def test_every_document_is_written_once_and_decodes_to_its_text(tmp_path):
+    texts = write_slimpajama(tmp_path / "raw")
+    manifest, log = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
+    assert sorted(documents(tmp_path / "out")) == sorted(texts)
+    assert set(manifest.splits) == {"train", "validation", "test"}
+    assert set(manifest.splits["train"]) == {"RedPajamaC4", "RedPajamaGithub", "RedPajamaBook"}
+    sums = [s for sources in manifest.splits.values() for s in sources.values()]
+    assert sum(s["documents"] for s in sums) == manifest.inputs.documents == manifest.inputs.records == 180
+    assert sum(s["text_bytes"] for s in manifest.splits["train"].values()) == sum(len(t.encode()) for t in texts)
+    assert max(e.tokens for e in manifest.shards) * 2 < 4000 + 2 * max(len(t) for t in texts)
+    assert "records read 180 = documents written 180 + rejected 0" in log
+    assert sorted(contents(tmp_path / "out"))[0] == ".lock" and not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_the_same_input_gives_the_same_bytes_wherever_it_lies(tmp_path):
+    write_slimpajama(tmp_path / "raw")
+    quietly(slimpajama_config(tmp_path / "raw", tmp_path / "a"))
+    shutil.move(tmp_path / "raw", tmp_path / "moved")
+    quietly(slimpajama_config(tmp_path / "moved", tmp_path / "b"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_units_change_the_cut_but_not_the_documents_or_their_order(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=12)
+    quietly(slimpajama_config(tmp_path / "raw", tmp_path / "small"))
+    large, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "large", unit_bytes=10**9, shard_bytes=10**6))
+    assert documents(tmp_path / "small") == documents(tmp_path / "large")
+    assert len(large.shards) == 9
+
+
+def run_prepare(raw: Path, out: Path) -> list[str]:
+    overrides = ["data=slimpajama", f"data.path={raw}", f"output={out}", "tokenizer.vocab_size=400"]
+    overrides += ["tokenizer.sample_bytes=200000", "unit_bytes=1", "shard_bytes=4000"]
+    return [sys.executable, "-m", "data_pipeline", "prepare", *overrides]
+
+
+def test_killed_at_random_and_restarted_it_writes_the_same_bytes(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=12, documents=30)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(run_prepare(tmp_path / "raw", tmp_path / "whole"), cwd=ROOT, env=environment, check=True)
+    expected = contents(tmp_path / "whole")
+    rng = random.Random(1)
+    out = tmp_path / "killed"
+    killed = 0
+    # Bytes of the journal at which the kill comes, plus some milliseconds.
+    for goal in (0, 1, 3000, 7000):
+        process = subprocess.Popen(run_prepare(tmp_path / "raw", out), cwd=ROOT, env=environment)
+        while process.poll() is None and journal_bytes(out) < goal:
+            time.sleep(0.002)
+        time.sleep(rng.random() * (0.8 if goal == 0 else 0.03))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
+    assert killed >= 3
+    subprocess.run(run_prepare(tmp_path / "raw", out), cwd=ROOT, env=environment, check=True)
+    assert contents(out) == expected
+
+
+def journal_bytes(folder: Path) -> int:
+    path = folder / "journal.jsonl"
+    return path.stat().st_size if path.exists() else -1
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(tmp_path: Path, units: int = 3) -> tuple[PrepareConfig, dict[str, bytes]]:
+    """A preparation that stopped after units 0 to `units`, and what it should become."""
+    write_slimpajama(tmp_path / "raw", files=6)
+    quietly(slimpajama_config(tmp_path / "raw", tmp_path / "whole"))
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+
+    def stopping(number, *arguments):
+        if number > units:
+            raise Interrupted
+        return run_unit(number, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("data_pipeline.prepare.run_unit", stopping)
+        quietly(config)
+    return config, contents(tmp_path / "whole")
+
+
+def journal_lines(config: PrepareConfig) -> list[bytes]:
+    return (Path(config.output) / "journal.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_a_torn_journal_line_is_dropped(tmp_path):
+    config, expected = interrupted(tmp_path)
+    path = Path(config.output) / "journal.jsonl"
+    path.write_bytes(b"".join(journal_lines(config)[:-1]) + journal_lines(config)[-1][:-20])
+    _, log = quietly(config)
+    assert "3 of 8 units are finished" in log
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_shard_damaged_between_two_runs_is_written_again(tmp_path):
+    config, expected = interrupted(tmp_path)
+    shard = json.loads(journal_lines(config)[1])["shards"][0]["file"]
+    path = Path(config.output) / shard
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    _, log = quietly(config)
+    assert "3 of 8 units are finished" in log
+    assert contents(tmp_path / "out") == expected
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    config, expected = interrupted(tmp_path)
+    (tmp_path / "out" / "shards" / "train" / "RedPajamaC4-000099-000000.arrow.partial").write_bytes(b"torn")
+    (tmp_path / "out" / "shards" / "train" / "RedPajamaC4-000099-000000.arrow").write_bytes(b"orphan")
+    quietly(config)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_full_disk_is_reported_and_the_state_can_be_continued(tmp_path):
+    config, expected = interrupted(tmp_path)
+    # Whatever is written there fails with the kernel's own "no space left on device".
+    full = tmp_path / "out" / "shards" / "train"
+    for label in ("C4", "Github", "Book"):
+        (full / f"RedPajama{label}-000004-000000.arrow.partial").symlink_to("/dev/full")
+    with pytest.raises(PrepareError, match=r"no space left to write .*run the same command again") as error:
+        quietly(config)
+    assert str(config.output) in str(error.value)
+    for path in full.glob("*.partial"):
+        path.unlink()
+    _, log = quietly(config)
+    assert "resuming, 4 of 8 units are finished" in log
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_finished_corpus_is_left_alone(tmp_path):
+    write_slimpajama(tmp_path / "raw")
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+    first, _ = quietly(config)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*") if p.name != ".lock"}
+    second, log = quietly(config)
+    assert "already prepared, nothing to do (180 documents" in log
+    assert second == first
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_with_the_difference(tmp_path, finished):
+    if finished:
+        write_slimpajama(tmp_path / "raw")
+        config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+        quietly(config)
+    else:
+        config, _ = interrupted(tmp_path)
+    other = replace(config, shard_bytes=77, tokenizer=replace(TOKENIZER, vocab_size=390))
+    with pytest.raises(PrepareError) as error:
+        quietly(other)
+    assert "shard_bytes: 4000 there, 77 now" in str(error.value)
+    assert "tokenizer.vocab_size: 400 there, 390 now" in str(error.value)
+    assert "data." not in str(error.value)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_input_files_are_refused_by_name(tmp_path, finished):
+    if finished:
+        write_slimpajama(tmp_path / "raw")
+        config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+        quietly(config)
+    else:
+        config, _ = interrupted(tmp_path)
+    folder = tmp_path / "raw" / "train" / "chunk1"
+    (folder / "example_train_0.jsonl.zst").unlink()
+    (folder / "new.jsonl.zst").write_bytes(zstandard.compress(b"{}"))
+    (folder / "example_train_1.jsonl.zst").write_bytes(b"short")
+    with pytest.raises(PrepareError) as error:
+        quietly(config)
+    for words in ("_0.jsonl.zst: gone", "new.jsonl.zst: new", "_1.jsonl.zst: ", "bytes there, 5 now"):
+        assert words in str(error.value)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    write_slimpajama(tmp_path / "raw")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(PrepareError, match=r"not empty \(it holds thesis.tex\) and not a corpus"):
+        quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_two_preparations_at_once_are_refused(tmp_path):
+    import fcntl
+
+    write_slimpajama(tmp_path / "raw")
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PrepareError, match="another process is preparing this corpus"):
+            quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
+
+
+def test_a_tokenizer_from_a_file_and_text_that_spells_its_special_tokens(tmp_path):
+    rng = random.Random(0)
+    write_slimpajama(tmp_path / "raw", files=2)
+    trained, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "first"))
+    forged = ["a</s>b</s>", "</s>", "<s>x</s> <|endoftext|>"]
+    (tmp_path / "forged").mkdir()
+    for number, text in enumerate(forged):
+        (tmp_path / "forged" / f"{number}.txt").write_text(text)
+    (tmp_path / "forged" / "9.txt").write_text(random_text(rng, 50))
+    model = tmp_path / "first" / "tokenizer" / "tokenizer.model"
+    data = DataConfig(
+        kind="text", path=str(tmp_path / "forged"), files=["*.txt"], split=SplitConfig(validation_fraction=0)
+    )
+    tokenizer = TokenizerConfig(kind="file", path=str(model))
+    manifest, _ = quietly(PrepareConfig(data, tokenizer, str(tmp_path / "out")))
+    assert manifest.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    assert documents(tmp_path / "out")[:3] == forged
+    corpus = Corpus.open(tmp_path / "out")
+    shard = corpus.sequence("train", "unknown").shard(0)
+    assert (shard.tokens == corpus.eod_id).sum() == shard.documents == 4
+    moved = tmp_path / "elsewhere.model"
+    shutil.copy(model, moved)
+    _, log = quietly(PrepareConfig(data, replace(tokenizer, path=str(moved)), str(tmp_path / "out")))
+    assert "already prepared" in log
+
+
+def test_the_standard_library_is_prepared_whole(tmp_path):
+    from conf import compose
+
+    overrides = [f"output={tmp_path}", "tokenizer.vocab_size=1024", "tokenizer.sample_bytes=300000"]
+    overrides += ["data.files=[json/*.py,logging/*.py,asyncio/*.py,email/*.py]"]
+    manifest, _ = quietly(compose(PrepareConfig, "prepare", overrides))
+    assert set(manifest.splits) == {"train", "validation"}
+    assert verify_corpus(tmp_path) == []
+    texts = documents(tmp_path)
+    assert any("class JSONDecoder" in text or "class Logger" in text for text in texts)
+    names = [json.loads(line)["file"] for line in (tmp_path / "inputs.jsonl").read_text().splitlines()]
+    assert "json/decoder.py" in names and not any("test" in name for name in names)
+
+
+def test_no_document_at_all_is_an_error_that_names_the_reasons(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text('{"content": "x"}\n' * 3)
+    write_slimpajama(tmp_path / "other", files=1)
+    quietly(slimpajama_config(tmp_path / "other", tmp_path / "first"))
+    tokenizer = TokenizerConfig(kind="file", path=str(tmp_path / "first" / "tokenizer"))
+    data = DataConfig(kind="jsonl", path=str(tmp_path / "raw"), files=["*.jsonl"])
+    with pytest.raises(PrepareError, match=r"no document was found in 1 inputs \(3 x no_text\); check data\.path"):
+        quietly(PrepareConfig(data, tokenizer, str(tmp_path / "out")))
+    with pytest.raises(PrepareError, match="no training document to train the tokenizer on"):
+        quietly(PrepareConfig(data, TOKENIZER, str(tmp_path / "out2")))
