@@ -10,6 +10,8 @@ from typing import Protocol
 
 # SentencePiece writes a space within a piece as this character.
 META_SPACE = "\u2581"
+# Log probability of what a unigram model must not choose.
+_NEVER = -1e6
 _SAMPLE = (
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14159, isn't it?\n\tdef f(x):\r\n    return x ** 2  # note\n\n"
     "</s><s><unk><|endoftext|> caf\u00e9 e\u0301 na\u00efve \u4e2d\u6587\u5206\u8bcd \u0627\u0644\u0639\u0631\u0628 "
@@ -93,8 +95,8 @@ def _tokenizers_model(pieces: list[str], scores: dict[int, float], has_bytes: bo
 
     # A byte-pair model numbers its merges with its scores: 0, -1, -2, ...
     if any(score != round(score) for score in scores.values()):
-        # SentencePiece gives the other pieces, bytes above all, a score of 0 and never finds them in text.
-        listed = [(piece, scores.get(i, 0.0)) for i, piece in enumerate(pieces)]
+        # SentencePiece never finds the other pieces (control pieces, bytes) in text that spells them.
+        listed = [(piece, scores.get(i, _NEVER)) for i, piece in enumerate(pieces)]
         return models.Unigram(listed, unk_id=unknown, byte_fallback=has_bytes)
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     plain = {pieces[i]: score for i, score in scores.items()}
