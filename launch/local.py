@@ -33,6 +33,16 @@ def train_locally(overrides: Sequence[str], processes: int) -> int:
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, "-m", *launcher, "-m", "train", *overrides]
-    # torchrun sets one thread a process where nothing else is said; training.cpu_threads says it in the configuration.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ} if processes > 1 else dict(os.environ)
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=_environment(processes), check=False).returncode
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """This process's variables, and what speeds up training on a CPU where the user has not chosen otherwise."""
+    defaults = {}
+    if processes > 1:
+        # torchrun sets this too, with a warning.
+        defaults["OMP_NUM_THREADS"] = "1"
+    if not torch.cuda.is_available():
+        # glibc hands large blocks back after each step; the page faults of the next one cost a sixth of the time.
+        defaults |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    return {**defaults, **os.environ}

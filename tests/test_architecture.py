@@ -1,0 +1,79 @@
+"""Imports run one way, and files stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "kernels": set(),
+    "model": {"kernels", "conf"},
+    "data_pipeline": {"conf"},
+    "train": {"model", "data_pipeline", "kernels", "conf"},
+    "launch": {"train", "model", "data_pipeline", "kernels", "conf"},
+    "conf": set(),
+}
+PACKAGES = set(MAY_IMPORT)
+# Where a package's command line or configuration meets the values; library code takes dataclasses.
+READ_VALUES = {
+    "model/__main__.py",
+    "data_pipeline/__main__.py",
+    "train/__main__.py",
+    "train/run.py",
+    "launch/__main__.py",
+    "launch/local.py",
+    "launch/demo.py",
+}
+# The command line of the model turns text into tokens; the library does not.
+EXCEPTIONS = {("model/__main__.py", "data_pipeline")}
+FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    relative = str(path.relative_to(ROOT))
+    package = relative.split("/")[0]
+    for imported in set(imported_packages(path)) & PACKAGES - {package}:
+        if (relative, imported) in EXCEPTIONS:
+            continue
+        assert imported in MAY_IMPORT[package], f"{relative} imports {imported}"
+        if imported == "conf":
+            assert relative in READ_VALUES, f"{relative} reads configuration values; pass it dataclasses"
+
+
+@pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])
+def test_only_the_trainer_knows_process_groups(package):
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "torch.distributed" not in text and "deepspeed" not in text.lower().replace("deepspeed's", ""), path
+
+
+def test_only_fragments_and_the_engine_know_deepspeed():
+    knowing = {
+        path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))
+    }
+    assert knowing == {"train/engine.py", "train/fragments.py"}
+
+
+def test_no_file_is_longer_than_500_lines():
+    for path in [*FILES, *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+
+
+def test_nothing_names_a_path_of_one_machine():
+    for path in [*FILES, *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"]:
+        text = path.read_text(encoding="utf-8")
+        for prefix in ("/work/", "/root/", "/home/"):
+            assert prefix not in text, f"{path} names {prefix}"
