@@ -1,0 +1,325 @@
+"""Command line: `python -m model describe|generate|export|import`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from conf import ConfigError, compose, to_dataclass
+from model.config import ModelConfig, ModelOnlyConfig, validate_model
+
+Settings = TypeVar("Settings")
+
+DESCRIBE_HELP = """\
+Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
+
+  model=CHOICE                  xlstm_7b (default), xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ... (conf/model/)
+  model.KEY=VALUE               any value of it, e.g. model.n_blocks=16
+
+examples:
+  python -m model describe model=xlstm_7b
+  python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
+"""
+GENERATE_HELP = """\
+Continue text with a trained model.
+
+  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  prompt=TEXT                   what to continue; give it several times for a batch; without it a document is begun
+  tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
+  max_new_tokens=100
+  temperature=0.8               0: always the most likely token
+  top_k=null                    draw from the k most likely tokens only
+  top_p=0.95                    draw from the most likely tokens that together have this probability
+  seed=0
+  device=null                   null (default): the GPU where there is one
+  dtype=null                    bfloat16 | float32; null (default): bfloat16 on a GPU, else float32
+
+examples:
+  python -m model generate checkpoint=runs/first prompt="The order" max_new_tokens=20
+  python -m model generate checkpoint=runs/first/checkpoints/step-00001000 prompt="def f(" temperature=0
+"""
+EXPORT_HELP = """\
+Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
+
+  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  output=DIR                    must not exist yet, or be empty
+  tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
+  dtype=float32                 of the written weights: float32 | bfloat16
+  verify=true                   false: do not compare logits (which needs transformers and twice the weights in memory)
+
+example:
+  python -m model export checkpoint=runs/first output=exported
+"""
+IMPORT_HELP = """\
+Read a Hugging Face xLSTM directory and write it in this project's weights format.
+
+  source=DIR                    holds config.json and safetensors files
+  output=DIR                    must not exist yet, or be empty
+
+example:
+  python -m model import source=xLSTM-7b output=weights/xlstm_7b
+"""
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    checkpoint: str = "???"
+    tokenizer: str | None = None
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    checkpoint: str = "???"
+    output: str = "???"
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    source: str = "???"
+    output: str = "???"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m model", description="Look into models, use them, convert them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, text: str, run) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+        added.set_defaults(run=run)
+        return added
+
+    describe = command("describe", "parameters, FLOPs and memory of a configuration", DESCRIBE_HELP, _describe)
+    describe.add_argument("--sequence-length", type=_positive, default=8192, metavar="S", help="tokens (default: 8192)")
+    describe.add_argument("--micro-batch-size", type=_positive, default=1, metavar="B", help="sequences (default: 1)")
+    describe.add_argument("--ranks", type=_positive, default=8, metavar="N", help="that ZeRO shards over (default: 8)")
+    describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
+    command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
+    command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
+    command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
+    return int(text)
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from model.describe import as_table, describe
+
+    config = compose(ModelOnlyConfig, "model_only", options.settings).model
+    problems = validate_model(config)
+    if problems:
+        raise ConfigError(problems)
+    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks)
+    print(json.dumps(description, indent=2) if options.json else as_table(description))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    # Texts are taken as they are, without a grammar of values.
+    texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")] or [""]
+    others = [setting for setting in options.settings if not setting.startswith("prompt=")]
+    settings = _settings(GenerateSettings, others, also=("prompt",))
+
+    import torch
+
+    from data_pipeline.errors import TokenizerError
+    from data_pipeline.tokenizer import Tokenizer
+    from model.generate import generate
+    from model.locate import locate
+    from model.weights import load_into, read_model_json
+
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    located = locate(settings.checkpoint)
+    try:
+        tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
+        model = _empty_model(read_model_json(located.weights), device, dtype)
+        load_into(model, located.weights)
+        # A text starts behind the end of another, as in training.
+        prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
+        printer = _Printer(tokenizer, prompts)
+        generate(
+            model,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            stop_token=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+            on_token=printer.add,
+        )
+        printer.finish()
+    except TokenizerError as error:
+        raise ValueError(str(error)) from None
+    return 0
+
+
+class _Printer:
+    """Prints one text as it grows; several each as a whole at the end."""
+
+    def __init__(self, tokenizer, prompts: list[list[int]]):
+        self.tokenizer = tokenizer
+        self.ids = [list(prompt) for prompt in prompts]
+        self.shown = ""
+        self.streams = len(prompts) == 1
+        if self.streams:
+            self._show(complete=False)
+
+    def add(self, tokens, active) -> None:
+        """The new token of each sequence [B], and which sequences had not ended before [B]."""
+        for ids, token, is_active in zip(self.ids, tokens.tolist(), active.tolist(), strict=True):
+            if is_active:
+                ids.append(token)
+        if self.streams:
+            self._show(complete=False)
+
+    def finish(self) -> None:
+        if self.streams:
+            self._show(complete=True)
+            print()
+            return
+        for number, ids in enumerate(self.ids, 1):
+            print(f"--- {number}\n{self.tokenizer.decode(ids)}")
+
+    def _show(self, complete: bool) -> None:
+        # Decoded from the start: what a token reads as may depend on those before it.
+        text = self.tokenizer.decode(self.ids[0])
+        # A character may take several tokens; until the last is there it reads as a replacement character.
+        if complete or not text.endswith("\ufffd"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+
+def _export(options: argparse.Namespace) -> int:
+    settings = _settings(ExportSettings, options.settings)
+
+    from data_pipeline.errors import TokenizerError
+    from data_pipeline.tokenizer import Tokenizer
+    from model.huggingface import export_huggingface
+    from model.locate import locate
+
+    located = locate(settings.checkpoint)
+    try:
+        path = settings.tokenizer or located.tokenizer
+        tokenizer = None if path is None else Tokenizer.load(path)
+    except TokenizerError as error:
+        raise ValueError(str(error)) from None
+    notes = export_huggingface(
+        located.weights, settings.output, tokenizer, dtype=_dtype(settings.dtype), verify=settings.verify
+    )
+    if tokenizer is None:
+        notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")
+    for note in notes:
+        print(f"note: {note}")
+    checked = "logits equal in transformers" if settings.verify else "not compared with transformers"
+    print(f"wrote {settings.output} ({checked})")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    settings = _settings(ImportSettings, options.settings)
+
+    from model.huggingface import import_huggingface
+    from model.weights import save_state_dict
+
+    output = Path(settings.output)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+    config, state_dict = import_huggingface(settings.source)
+    save_state_dict(state_dict, config, output)
+    tokenizer_json = Path(settings.source) / "tokenizer.json"
+    if tokenizer_json.is_file():
+        (output / "tokenizer").mkdir()
+        (output / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    parameters = sum(tensor.numel() for tensor in state_dict.values())
+    print(f"wrote {output}: {parameters:,} parameters in {len(state_dict)} tensors")
+    return 0
+
+
+def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:
+    """KEY=VALUE arguments as an instance of `schema`. Values are taken as they stand, so paths need no quoting."""
+    known = [field.name for field in fields(schema)]
+    values: dict[str, str | None] = {}
+    problems = []
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or key not in known:
+            nearest = difflib.get_close_matches(key, [*known, *also], n=1)
+            hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
+            problems.append(f"{argument}: no such setting{hint}; settings are {', '.join([*known, *also])}")
+        values[key] = None if value == "null" else value
+    if problems:
+        raise ConfigError(problems)
+    return to_dataclass(schema, values)
+
+
+def _dtype(name: str):
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError([f"dtype: unknown value '{name}'; choose float32 or bfloat16"])
+    return getattr(torch, name)
+
+
+def _empty_model(config: ModelConfig, device, dtype):
+    """The model with parameters on `device` in `dtype` from the start: a 7B in fp32 may not fit first."""
+    import torch
+
+    from model.language_model import LanguageModel
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LanguageModel(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _tokenizer_path(given: str | None, found: Path | None) -> str | Path:
+    if given is None and found is None:
+        raise ConfigError(["tokenizer: the checkpoint has none beside it; give the file or folder, tokenizer=PATH"])
+    return given or found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""`python -m model`: every command on real directories, and every mistake a user can make."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import CONFIGS, random_model
+
+import model.describe
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
+from model.__main__ import main
+from model.generate import generate
+from model.locate import locate
+from model.weights import WeightsError, load_weights, save_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """A run with two complete checkpoints and a newer one that was torn."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    for seed, step in enumerate((10, 20, 30)):
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        save_model(random_model(CONFIG, seed), CONFIG, checkpoint / "weights")
+        if step < 30:
+            (checkpoint / "complete.json").write_text("{}")
+    model = train_sentencepiece([Path(__file__).read_text()], TokenizerConfig(vocab_size=370))
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.model").write_bytes(model)
+    return run
+
+
+def expected_text(run, model_seed, prompts, **settings):
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    ids = [[tokenizer.eod_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    new = generate(
+        random_model(CONFIG, model_seed), ids, stop_token=tokenizer.eod_id, vocab_size=tokenizer.vocab_size, **settings
+    )
+    return [tokenizer.decode([*prompt, *row.tolist()]) for prompt, row in zip(ids, new, strict=True)]
+
+
+def test_describe_prints_the_7b_in_seconds_and_little_memory():
+    code = (
+        "import resource, sys; from model.__main__ import main; code = main(['describe', 'model=xlstm_7b']);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "6,865,424,896 parameters in 483 tensors"
+    assert int(lines[-1]) * 1024 < 2 * 2**30
+
+
+def test_describe_json_holds_what_the_table_shows(capsys):
+    arguments = ["describe", "model=neurips_125m_7_1", "--sequence-length", "2048", "--ranks", "4", "--json"]
+    assert main(arguments) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert description["parameters"]["total"] == 163_690_928
+    assert description["model"]["blocks"] == {"mlstm": 22, "slstm": 2}
+    assert description["training_flops"]["sequence_length"] == 2048
+    assert main([argument for argument in arguments if argument != "--json"]) == 0
+    assert capsys.readouterr().out == model.describe.as_table(description) + "\n"
+
+
+@pytest.mark.parametrize("preset", ["llama_7b", "xlstm_7b_mixed", "tiny"])
+def test_describe_works_for_every_kind_of_block(preset, capsys):
+    assert main(["describe", f"model={preset}"]) == 0
+    assert "parameters in" in capsys.readouterr().out
+
+
+def test_describe_reports_every_problem(capsys):
+    assert main(["describe", "model=tiny", "model.n_blocks=2", "model.mlstm.n_heads=5"]) == 2
+    error = capsys.readouterr().err
+    assert "model.slstm_at: [2] name no block" in error
+    assert main(["describe", "model=tiny", "model.mlstm.n_heads=5", "model.norm_eps=0"]) == 2
+    assert main(["describe", "model.n_block=2"]) == 2
+    assert "did you mean 'model.n_blocks'" in capsys.readouterr().err
+
+
+def test_generate_streams_from_the_newest_complete_checkpoint(run_directory, capsys):
+    prompt = 'def f(x, y): {"a": ${b}} # \u00e9'
+    assert main(["generate", f"checkpoint={run_directory}", f"prompt={prompt}", "max_new_tokens=12", "seed=3"]) == 0
+    [text] = expected_text(run_directory, 1, [prompt], max_new_tokens=12, seed=3, temperature=0.8, top_p=0.95)
+    assert capsys.readouterr().out == text + "\n"
+    assert text.startswith(prompt)
+
+
+def test_generate_from_a_named_checkpoint_with_a_batch_of_prompts(run_directory, capsys):
+    checkpoint = run_directory / "checkpoints" / "step-00000010"
+    prompts = ["import torch", "a"]
+    given = [f"prompt={prompt}" for prompt in prompts]
+    assert main(["generate", f"checkpoint={checkpoint}", *given, "temperature=0", "max_new_tokens=8"]) == 0
+    texts = expected_text(run_directory, 0, prompts, max_new_tokens=8, temperature=0)
+    assert capsys.readouterr().out == f"--- 1\n{texts[0]}\n--- 2\n{texts[1]}\n"
+
+
+def test_generate_in_bf16_and_without_a_prompt(run_directory, capsys):
+    weights = run_directory / "checkpoints" / "step-00000020" / "weights"
+    assert main(["generate", f"checkpoint={weights}", "dtype=bfloat16", "max_new_tokens=3", "temperature=0"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_locate_says_what_is_wrong(run_directory, tmp_path):
+    torn = run_directory / "checkpoints" / "step-00000030"
+    for path in (torn, torn / "weights"):
+        with pytest.raises(WeightsError, match="no complete checkpoint: it has no complete.json"):
+            locate(path)
+    with pytest.raises(WeightsError, match="does not exist; name a run directory"):
+        locate(tmp_path / "missing")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="looks like a Hugging Face model: convert it first"):
+        locate(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="no complete checkpoint among 1"):
+        locate(tmp_path)
+
+
+def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
+    assert main(["generate", "chekpoint=a", "promt=b"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'checkpoint'?" in error
+    assert "did you mean 'prompt'?" in error
+    assert main(["generate", "prompt=a"]) == 2
+    assert "checkpoint: a value is required" in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={tmp_path}", "max_new_tokens=many", "dtype=null"]) == 2
+    assert "max_new_tokens" in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={tmp_path}"]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={run_directory}", "temperature=-1"]) == 1
+    assert "temperature must be 0" in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={run_directory}", "dtype=int8"]) == 2
+    assert "dtype: unknown value 'int8'" in capsys.readouterr().err
+    save_model(random_model(CONFIG), CONFIG, tmp_path / "bare")
+    assert main(["generate", f"checkpoint={tmp_path / 'bare'}"]) == 2
+    assert "tokenizer: the checkpoint has none beside it" in capsys.readouterr().err
+    assert main(["export", f"checkpoint={run_directory}", f"output={REPOSITORY}"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["describe", "--ranks", "0"])
+
+
+def test_export_import_and_generate_again(run_directory, tmp_path, capsys):
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    assert main(["export", f"checkpoint={run_directory}", f"output={exported}"]) == 0
+    assert "logits equal in transformers" in capsys.readouterr().out
+    assert main(["import", f"source={exported}", f"output={imported}"]) == 0
+    assert "parameters in 48 tensors" in capsys.readouterr().out
+    original = dict(load_weights(locate(run_directory).weights))
+    assert all(torch.equal(tensor, original[name]) for name, tensor in load_weights(imported))
+    settings = ["prompt=import json", "max_new_tokens=9", "seed=1"]
+    assert main(["generate", f"checkpoint={run_directory}", *settings]) == 0
+    expected = capsys.readouterr().out
+    assert main(["generate", f"checkpoint={imported}", *settings]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["import", f"source={exported}", f"output={imported}"]) == 1
+
+
+def test_help_of_every_command(capsys):
+    for command in ("describe", "generate", "export", "import"):
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+        assert f"python -m model {command}" in capsys.readouterr().out
