@@ -10,6 +10,7 @@ from torch import nn
 from model.config import AttentionConfig, MLSTMConfig, ModelConfig, SLSTMConfig
 from model.weights import (
     WeightsError,
+    WeightsReader,
     load_into,
     load_weights,
     read_model_json,
@@ -161,3 +162,10 @@ def test_load_into_lists_every_difference(tmp_path):
         load_into(nn.Linear(4, 3, bias=False), tmp_path)
     with pytest.raises(WeightsError, match=r"weight has shape \[3, 5\] in the model and \[3, 4\]"):
         load_into(nn.Linear(5, 3), tmp_path)
+
+
+@pytest.mark.parametrize(("offset", "numel"), [(0, 15), (3, 1), (2, 9), (14, 1)])
+def test_ranges_of_a_parameter_across_files(tmp_path, offset, numel):
+    write_sharded(tmp_path, [2, 4, 9, 20])
+    read = WeightsReader(tmp_path).read_range("a.weight", offset, numel)
+    assert torch.equal(read, tensors()["a.weight"].flatten()[offset : offset + numel])
