@@ -270,9 +270,7 @@ def _name(axes: Axes, title: str, unit: str) -> None:
 
 def _label_end(axes: Axes, x: float, y: float, text: str, color: str) -> None:
     if math.isfinite(y):
-        axes.annotate(
-            text, (x, y), xytext=(0, -13), textcoords="offset points", ha="center", color=color, weight="bold"
-        )
+        axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", color=color, weight="bold")
 
 
 def _logarithmic(axes: Axes, values: np.ndarray | Axes) -> None:
