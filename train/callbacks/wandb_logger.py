@@ -11,7 +11,6 @@ from typing import Any
 from train.callbacks.base import Callback
 from train.run_directory import write_atomically
 
-MODES = ("auto", "offline", "online", "disabled")
 _ID_FILE = "wandb_id.txt"
 
 
