@@ -20,8 +20,8 @@ from launch.local import default_processes, train_locally
 from train.config import RunConfig
 from train.run_directory import RunDirectory, write_atomically
 
-PROMPT = "def "
-SAMPLE_TOKENS = 160
+PROMPT = "    def __init__(self, name):\n"
+SAMPLE_TOKENS = 120
 # Nats per token by which the model must beat both n-gram models for the demo to count as a success.
 CLEAR_MARGIN = 0.15
 
@@ -74,7 +74,7 @@ def _final_held_out_loss(metrics: Path, total_steps: int) -> float | None:
 
 def _generate(directory: RunDirectory) -> str:
     arguments = [f"checkpoint={directory.path}", f"prompt={PROMPT}", f"max_new_tokens={SAMPLE_TOKENS}"]
-    command = [sys.executable, "-m", "model", "generate", *arguments, "temperature=0.7", "seed=1"]
+    command = [sys.executable, "-m", "model", "generate", *arguments, "temperature=0.6", "seed=1"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
 
 

@@ -6,10 +6,12 @@ import contextlib
 import os
 import random
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,10 +58,8 @@ def join_world(config: RunConfig) -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
+    # DeepSpeed calls collectives by names that torch 2.13 has deprecated, some at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not on_gpu:
         # The shared-memory collective would be compiled with g++ at start-up; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -117,13 +117,11 @@ class Engine:
     """One rank's share of the model, its optimizer and its gradients."""
 
     def __init__(self, config: RunConfig, plan: Plan, world: World):
-        import deepspeed
-
         self.config = config
         self.plan = plan
         self.world = world
         self.deepspeed_config = deepspeed_config(config, plan)
-        with self._construction_context(deepspeed):
+        with self._construction_context():
             self.model = LanguageModel(config.model)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
         module = TokenLossSum(self.model)
@@ -142,7 +140,7 @@ class Engine:
             for name, parameter in self.model.named_parameters()
         }
 
-    def _construction_context(self, deepspeed) -> contextlib.AbstractContextManager:
+    def _construction_context(self) -> contextlib.AbstractContextManager:
         if self.config.parallel.zero_stage < 3:
             return torch.device(self.world.device)
         # Its `dtype` argument chooses bf16 on a host without fp16 whatever is passed; the dictionary is read properly.

@@ -278,11 +278,11 @@ def _report_resume(config: RunConfig, world: World, events: EventLog, checkpoint
 
 
 def _log_to_file(path: Path) -> None:
-    """Everything that Python code logs on this rank goes to its file; the terminal keeps warnings only."""
+    """Everything that Python code logs on this rank goes to its file; of DeepSpeed's, the terminal keeps errors only."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logger = logging.getLogger("DeepSpeed")
     for existing in logger.handlers:
-        existing.setLevel(logging.WARNING)
+        existing.setLevel(logging.ERROR)
     logger.addHandler(handler)
