@@ -12,12 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.ngram_baselines import write_baselines
-from train.report import draw_report
-
 from conf import compose
 from launch.local import default_processes, train_locally
 from train.config import RunConfig
+from train.ngram_baselines import write_baselines
+from train.report import draw_report
 from train.run_directory import RunDirectory, write_atomically
 
 PROMPT = "    def __init__(self, name):\n"

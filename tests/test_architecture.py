@@ -61,9 +61,7 @@ def test_only_the_trainer_knows_process_groups(package):
 
 
 def test_only_fragments_and_the_engine_know_deepspeed():
-    knowing = {
-        path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))
-    }
+    knowing = {path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))}
     assert knowing == {"train/engine.py", "train/fragments.py"}
 
 

@@ -82,7 +82,9 @@ def complete_checkpoints(root: Path) -> list[Path]:
 class CheckpointWriter:
     """Saves in the background: `save` returns when the state is copied to host memory."""
 
-    def __init__(self, root: Path, world: World, model: ModelConfig, config: CheckpointConfig, resumed_step: int | None):
+    def __init__(
+        self, root: Path, world: World, model: ModelConfig, config: CheckpointConfig, resumed_step: int | None
+    ):
         self.root = root
         self.model = model
         self.rank = world.rank
@@ -112,7 +114,9 @@ class CheckpointWriter:
             for name in ("weights", *MOMENTS):
                 (folder / name).mkdir(parents=True)
         dist.barrier()
-        self._thread = threading.Thread(target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer")
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
+        )
         self._thread.start()
         return folder
 
@@ -275,7 +279,9 @@ def check(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     except (OSError, ValueError, KeyError) as error:
         return [f"{folder / MARKER} cannot be read: {error}"]
     if version != FORMAT_VERSION:
-        return [f"{folder / MARKER} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"]
+        return [
+            f"{folder / MARKER} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"
+        ]
     problems = []
     for name in sorted(files)[share::shares]:
         path, expected = folder / name, files[name]

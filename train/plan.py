@@ -138,9 +138,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         checkpoint_bytes=12.0 * counted.total,
         device=device,
         peak_flops=peak,
-        predicted_seconds=None
-        if peak is None
-        else six_n * total_tokens / (peak * ASSUMED_UTILISATION * world_size),
+        predicted_seconds=None if peak is None else six_n * total_tokens / (peak * ASSUMED_UTILISATION * world_size),
     )
 
 

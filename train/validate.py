@@ -31,7 +31,9 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         if not weight >= 0:
             problems.append(f"corpus.weights.{source}: a share cannot be negative ({weight})")
     if config.corpus.weights is not None and not sum(config.corpus.weights.values()) > 0:
-        problems.append("corpus.weights: at least one share must be positive; set it to null to use sources as they are")
+        problems.append(
+            "corpus.weights: at least one share must be positive; set it to null to use sources as they are"
+        )
     return problems
 
 
