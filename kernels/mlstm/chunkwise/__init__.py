@@ -6,13 +6,12 @@ inside chunks (scores.py), and the read-out (read_out.py); backward.py has the g
 and op.py makes operators of them.
 """
 
-import torch
 from torch import Tensor
 
-from kernels.mlstm.chunkwise.op import _readable, mlstm_chunkwise
+from kernels.mlstm.chunkwise.op import mlstm_chunkwise, mlstm_chunkwise_state, readable
 from kernels.mlstm.state import MLSTMState
 
-__all__ = ["mlstm_triton"]
+__all__ = ["mlstm_state_triton", "mlstm_triton"]
 
 
 def mlstm_triton(
@@ -31,17 +30,14 @@ def mlstm_triton(
     keep_chunk_states: bool = False,
 ) -> tuple[Tensor, MLSTMState | None]:
     """Arguments and result as kernels.mlstm.mlstm; q, k and v of one 16-bit or 32-bit dtype."""
-    initial = (None, None, None)
-    if initial_state is not None:
-        initial = (initial_state.C, initial_state.n, initial_state.m.detach())
     h, C, n, m, *_ = mlstm_chunkwise(
-        _readable(q),
-        _readable(k),
-        _readable(v),
+        readable(q),
+        readable(k),
+        readable(v),
         igate_preact.contiguous(),
         fgate_preact.contiguous(),
         document_start,
-        *initial,
+        *_parts(initial_state),
         return_state,
         gate,
         normaliser,
@@ -49,3 +45,32 @@ def mlstm_triton(
         keep_chunk_states,
     )
     return h, MLSTMState(C, n, m.detach()) if return_state else None
+
+
+def mlstm_state_triton(
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+    gate: str = "exp",
+    normaliser: bool = True,
+) -> MLSTMState:
+    """Arguments and result as kernels.mlstm.mlstm_state; k and v of one 16-bit or 32-bit dtype."""
+    C, n, m, *_ = mlstm_chunkwise_state(
+        readable(k),
+        readable(v),
+        igate_preact.contiguous(),
+        fgate_preact.contiguous(),
+        document_start,
+        *_parts(initial_state),
+        gate,
+        normaliser,
+    )
+    return MLSTMState(C, n, m.detach())
+
+
+def _parts(state: MLSTMState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if state is None else (state.C, state.n, state.m.detach())

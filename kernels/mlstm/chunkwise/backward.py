@@ -43,14 +43,12 @@ def query_gradient_kernel(
     BT: tl.constexpr,
     NORMALISER: tl.constexpr,
 ):
-    """grad_q = matrix_weight * grad_h C^T + vector_weight * n + grad_scores k, and products = q . grad_q.
+    """grad_q = matrix_weight * grad_h C^T + vector_weight * n + grad_scores k; products = q . (its first two terms).
 
     `matrices` and `vectors` are the memory that enters each chunk; products [tiles of DK, BH, NC * L] float32.
     """
     tiles_n: tl.constexpr = (DK + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(
-        tl.program_id(0), NH, NC, tiles_n, L, BM
-    )
+    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
     first_column = column_tile * BN
     row_stride = row_stride.to(tl.int64)
     k += batch * k_stride_b + head * k_stride_h + chunk_start.to(tl.int64) * k_stride_s + first_column
@@ -69,10 +67,6 @@ def query_gradient_kernel(
     if NORMALISER:
         vector = tl.load(vectors + (bh * NC + chunk) * DK + columns, mask=columns < DK, other=0.0)
         grad += tl.load(row_weights + 3 * row_stride + here)[:, None] * vector[None, :]
-    grad = add_product(
-        grad, grad_scores, L, 1, BM, k, k_stride_s, 1, DK - first_column,
-        tl.minimum(first_row + BM, S) - chunk_start, BM, BN, BT, True, DK % BN != 0,
-    )  # fmt: skip
     inside = (rows < S)[:, None] & (columns < DK)[None, :]
     token = rows.to(tl.int64)[:, None]
     query = tl.load(
@@ -80,6 +74,10 @@ def query_gradient_kernel(
     )
     products += column_tile.to(tl.int64) * row_stride
     tl.store(products + here, tl.sum(query.to(tl.float32) * grad, axis=1))
+    grad = add_product(
+        grad, grad_scores, L, 1, BM, k, k_stride_s, 1, DK - first_column,
+        tl.minimum(first_row + BM, S) - chunk_start, BM, BN, BT, True, DK % BN != 0,
+    )  # fmt: skip
     place = grad_q + ((batch * S + token) * NH + head) * DK + columns[None, :]
     tl.store(place, grad.to(grad_q.dtype.element_ty), mask=inside)
 
@@ -117,14 +115,12 @@ def key_gradient_kernel(
     BT: tl.constexpr,
     NORMALISER: tl.constexpr,
 ):
-    """grad_k = added * (v dC^T + dn) + grad_scores^T q, and products = k . grad_k.
+    """grad_k = added * (v dC^T + dn) + grad_scores^T q; products = k . (its first term).
 
     grad_matrices and grad_vectors belong to the memory that leaves each chunk.
     """
     tiles_n: tl.constexpr = (DK + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(
-        tl.program_id(0), NH, NC, tiles_n, L, BM
-    )
+    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
     first_column = column_tile * BN
     row_stride = row_stride.to(tl.int64)
     q += batch * q_stride_b + head * q_stride_h + first_row.to(tl.int64) * q_stride_s + first_column
@@ -142,10 +138,6 @@ def key_gradient_kernel(
     if NORMALISER:
         grad += tl.load(grad_vectors + (bh * NC + chunk) * DK + columns, mask=columns < DK, other=0.0)[None, :]
     grad *= tl.load(weights + 3 * row_stride + here)[:, None]
-    grad = add_product(
-        grad, grad_scores, 1, L, BM, q, q_stride_s, 1, DK - first_column,
-        tl.minimum(chunk_start + L, S) - first_row, BM, BN, BT, True, DK % BN != 0,
-    )  # fmt: skip
     inside = (rows < S)[:, None] & (columns < DK)[None, :]
     token = rows.to(tl.int64)[:, None]
     key = tl.load(
@@ -153,6 +145,10 @@ def key_gradient_kernel(
     )
     products += column_tile.to(tl.int64) * row_stride
     tl.store(products + here, tl.sum(key.to(tl.float32) * grad, axis=1))
+    grad = add_product(
+        grad, grad_scores, 1, L, BM, q, q_stride_s, 1, DK - first_column,
+        tl.minimum(chunk_start + L, S) - first_row, BM, BN, BT, True, DK % BN != 0,
+    )  # fmt: skip
     place = grad_k + ((batch * S + token) * NH + head) * DK + columns[None, :]
     tl.store(place, grad.to(grad_k.dtype.element_ty), mask=inside)
 
@@ -185,9 +181,7 @@ def value_gradient_kernel(
 ):
     """grad_v = added * k dC + scores^T grad_h, the scores divided by the denominator."""
     tiles_n: tl.constexpr = (DV + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(
-        tl.program_id(0), NH, NC, tiles_n, L, BM
-    )
+    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
     first_column = column_tile * BN
     row_stride = row_stride.to(tl.int64)
     k += batch * k_stride_b + head * k_stride_h + first_row.to(tl.int64) * k_stride_s

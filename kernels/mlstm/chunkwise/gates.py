@@ -8,7 +8,7 @@ Weights [BH, NC * L] of a token t in the chunk that begins at c, with F the sum 
 the start of t's document, if that is later) to t:
 
     row_log    F - m_t            exp2(row_log[t] + col_log[s]) is the weight of token s in the read-out at t
-    col_log    i_t - F
+    col_log    i_t - F            F may be thousands, and what float32 drops of both is kept in row_rest and col_rest
     carry      weight of the memory that enters the chunk in the read-out at t; 0 if it belongs to another document
     added      weight of token t in the memory that leaves the chunk; 0 if that belongs to another document
     floor      exp(-m_t)
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 # Rows of the packed weights.
-ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR = range(5)
-WEIGHT_ROWS = 5
+ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR, ROW_REST, COL_REST = range(7)
+WEIGHT_ROWS = 7
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -80,18 +80,18 @@ def weights_kernel(
     chunk_decay += pid.to(tl.int64) * NC
     chunks = tl.arange(0, CB)
     places = tl.arange(0, L)
-    m_before_block = 0.0
+    m_before_block = tl.zeros([], dtype=tl.float64)
     if HAS_INITIAL:
-        m_before_block = tl.load(m_initial + pid).to(tl.float32) * LOG2_E
+        m_before_block = tl.load(m_initial + pid).to(tl.float64) * LOG2_E
     for first_chunk in range(0, NC, CB):
         token = ((first_chunk + chunks) * L)[:, None] + places[None, :]
         valid = token < S
         offset = token.to(tl.int64) * NH
         log_input = tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32)
         log_input = log_input * LOG2_E if EXPONENTIAL else _log_sigmoid(log_input)
-        log_input = tl.where(valid, log_input, float("-inf"))
+        log_input = tl.where(valid, log_input, float("-inf")).to(tl.float64)
         log_forget = _log_sigmoid(tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32))
-        log_forget = tl.where(valid, log_forget, 0.0)
+        log_forget = tl.where(valid, log_forget, 0.0).to(tl.float64)
         starts = tl.zeros([CB, L], dtype=tl.float32)
         if HAS_STARTS:
             starts = tl.load(document_start + batch * S + token, mask=valid, other=0).to(tl.float32)
@@ -110,27 +110,37 @@ def weights_kernel(
         m_before = tl.sum(tl.where(is_before, m_after[None, :], 0.0), axis=1)
         m_before = tl.where(chunks == 0, m_before_block, m_before)
         if not EXPONENTIAL:
-            m_before = tl.zeros([CB], dtype=tl.float32)
-            m_after = tl.zeros([CB], dtype=tl.float32)
+            m_before = tl.zeros([CB], dtype=tl.float64)
+            m_after = tl.zeros([CB], dtype=tl.float64)
 
         m = tl.where(starts == 0, tl.maximum(m_before[:, None] + decay, largest), largest)
         if not EXPONENTIAL:
-            m = tl.zeros([CB, L], dtype=tl.float32)
-        carry = tl.where(starts == 0, tl.exp2(decay + m_before[:, None] - m), 0.0)
+            m = tl.zeros([CB, L], dtype=tl.float64)
+        carry = tl.where(starts == 0, tl.exp2((decay + m_before[:, None] - m).to(tl.float32)), 0.0)
         stays = starts == starts_end[:, None]
-        added = tl.where(stays, tl.exp2(decay_end[:, None] - decay + log_input - m_after[:, None]), 0.0)
+        added = tl.where(
+            stays, tl.exp2((decay_end[:, None] - decay + log_input - m_after[:, None]).to(tl.float32)), 0.0
+        )
         here = weights + token
         inside = (first_chunk + chunks < NC)[:, None] & (places >= 0)[None, :]
-        tl.store(here, decay - m, mask=inside)
-        tl.store(here + row_stride, log_input - decay, mask=inside)
+        row_log = decay - m
+        col_log = log_input - decay
+        row_high = row_log.to(tl.float32)
+        col_high = col_log.to(tl.float32)
+        # The rest of a shut gate, infinity less infinity, is nothing.
+        col_rest = tl.where(col_log > float("-inf"), (col_log - col_high).to(tl.float32), 0.0)
+        tl.store(here, row_high, mask=inside)
+        tl.store(here + row_stride, col_high, mask=inside)
+        tl.store(here + 5 * row_stride, (row_log - row_high).to(tl.float32), mask=inside)
+        tl.store(here + 6 * row_stride, col_rest, mask=inside)
         tl.store(here + 2 * row_stride, carry, mask=inside)
         tl.store(here + 3 * row_stride, added, mask=inside)
-        tl.store(here + 4 * row_stride, tl.exp2(-m), mask=inside)
-        kept = tl.where(starts_end == 0, tl.exp2(decay_end + m_before - m_after), 0.0)
+        tl.store(here + 4 * row_stride, tl.exp2((-m).to(tl.float32)), mask=inside)
+        kept = tl.where(starts_end == 0, tl.exp2((decay_end + m_before - m_after).to(tl.float32)), 0.0)
         tl.store(chunk_decay + first_chunk + chunks, kept, mask=first_chunk + chunks < NC)
         m_before_block = tl.sum(tl.where(chunks == CB - 1, m_after, 0.0))
     # Tokens behind the last one change nothing: their input gates are shut and their forget gates open.
-    tl.store(m_final + pid, m_before_block / LOG2_E)
+    tl.store(m_final + pid, (m_before_block / LOG2_E).to(tl.float32))
 
 
 @triton.jit
@@ -141,6 +151,7 @@ def _sum_until_start(left_ends, left_sum, right_ends, right_sum):
 
 @triton.jit(do_not_specialize=["S", "NH", "padded_length", "part_stride"])
 def gate_gradients_kernel(
+    weight_sums,
     query_products,
     key_products,
     final_products,
@@ -153,6 +164,7 @@ def gate_gradients_kernel(
     NH,
     padded_length,
     part_stride,
+    SUM_PARTS: tl.constexpr,
     QUERY_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -161,12 +173,13 @@ def gate_gradients_kernel(
     EXPONENTIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of the gates from q . dq and k . dk of every token, one program for each sequence and head.
+    """Gradients of the gates, one program for each sequence and head.
 
-    The log weight of token s at token t gets the gradient G[t, s]. Then k_s . dk_s is the sum of G over t, which is
-    the gradient of the log input gate; and the log forget gate of token j gets the sum of G over t >= j > s, which is
-    the sum of q_t . dq_t - k_t . dk_t over the tokens t >= j of the document, plus the product of the state behind
-    the last token with its gradient, if the document lasts that long.
+    The log weight of token s at token t gets the gradient G[t, s]. The log input gate of token s gets the sum of G
+    over t, and the log forget gate of token j the sum of G over t >= j > s: that is the sum over the tokens t >= j of
+    the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t), plus the product of the state
+    behind the last token with its gradient, if the document lasts that long. Inside a chunk the sums come from
+    weight_sums (scores.py), across chunks from query_products and key_products (backward.py).
     """
     pid = tl.program_id(0)
     batch = (pid // NH).to(tl.int64)
@@ -176,6 +189,7 @@ def gate_gradients_kernel(
     fgate += gate_offset
     grad_igate += gate_offset
     grad_fgate += gate_offset
+    weight_sums += pid.to(tl.int64) * padded_length
     query_products += pid.to(tl.int64) * padded_length
     key_products += pid.to(tl.int64) * padded_length
     places = tl.arange(0, BLOCK)
@@ -188,19 +202,20 @@ def gate_gradients_kernel(
         token = (n_blocks - 1 - step) * BLOCK + places
         valid = token < S
         offset = token.to(tl.int64) * NH
-        query_product = tl.zeros([BLOCK], dtype=tl.float32)
+        as_reader = tl.load(weight_sums + part_stride + token, mask=valid, other=0.0)
         for part in tl.static_range(QUERY_PARTS):
-            query_product += tl.load(query_products + part * part_stride + token, mask=valid, other=0.0)
-        key_product = tl.zeros([BLOCK], dtype=tl.float32)
+            as_reader += tl.load(query_products + part * part_stride + token, mask=valid, other=0.0)
+        as_source = tl.zeros([BLOCK], dtype=tl.float32)
+        for part in tl.static_range(SUM_PARTS):
+            as_source += tl.load(weight_sums + (2 + part) * part_stride + token, mask=valid, other=0.0)
         for part in tl.static_range(KEY_PARTS):
-            key_product += tl.load(key_products + part * part_stride + token, mask=valid, other=0.0)
+            as_source += tl.load(key_products + part * part_stride + token, mask=valid, other=0.0)
+        grad_log_input = as_source + tl.load(weight_sums + token, mask=valid, other=0.0)
         ends = tl.zeros([BLOCK], dtype=tl.float32)
         if HAS_STARTS:
             starts_next = tl.load(document_start + batch * S + token + 1, mask=token + 1 < S, other=0)
             ends = starts_next.to(tl.float32)
-        ends, grad_log_forget = tl.associative_scan(
-            (ends, query_product - key_product), 0, _sum_until_start, reverse=True
-        )
+        ends, grad_log_forget = tl.associative_scan((ends, as_reader - as_source), 0, _sum_until_start, reverse=True)
         grad_log_forget = tl.where(ends == 0, grad_log_forget + later, grad_log_forget)
         later = tl.sum(tl.where(places == 0, grad_log_forget, 0.0))
         # The forget gate of a document's first token multiplies an empty memory.
@@ -211,8 +226,8 @@ def gate_gradients_kernel(
         f = tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32)
         grad_f = tl.where(idle, 0.0, grad_log_forget * _sigmoid(-f))
         if EXPONENTIAL:
-            grad_i = key_product
+            grad_i = grad_log_input
         else:
-            grad_i = key_product * _sigmoid(-tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32))
+            grad_i = grad_log_input * _sigmoid(-tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32))
         tl.store(grad_igate + offset, grad_i, mask=valid)
         tl.store(grad_fgate + offset, grad_f, mask=valid)

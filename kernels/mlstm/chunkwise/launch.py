@@ -21,7 +21,7 @@ from kernels.mlstm.chunkwise.tiles import Tile, Tiles, choose_tiles
 from kernels.triton_support import INTERPRETED
 
 # Tokens that the kernels of the gates take at a time; the interpreter goes through them one by one.
-GATE_TOKENS = 256 if INTERPRETED else 4096
+GATE_TOKENS = 256 if INTERPRETED else 2048
 
 
 @dataclass(frozen=True)
@@ -255,9 +255,7 @@ def read_out(
     return h, query_normaliser
 
 
-def row_weights(
-    problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, query_normaliser: Tensor
-) -> Tensor:
+def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, query_normaliser: Tensor) -> Tensor:
     """[4, BH, SP] float32: the names of kernels.mlstm.chunkwise.read_out."""
     result = packed.new_empty(ROW_WEIGHT_ROWS, problem.sequences, problem.padded)
     rows = min(64, problem.tiles.chunk)
@@ -294,11 +292,14 @@ def score_gradients(
     packed: Tensor,
     rows: Tensor,
     documents: Documents,
-) -> tuple[Tensor, Tensor]:
-    """The scores divided by the denominator and the gradients of q k^T, both [BH, SP, L]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores divided by the denominator and the gradients of q k^T, both [BH, SP, L]; and sums of the gradients of
+    the log weights [2 + L / tile rows, BH, SP], see the kernel.
+    """
     tiles, tile = problem.tiles, problem.tiles.score_gradients
     scores = q.new_empty(problem.sequences, problem.padded, tiles.chunk)
     grad_scores = torch.empty_like(scores)
+    weight_sums = packed.new_empty(2 + tiles.chunk // tile.rows, problem.sequences, problem.padded)
     score_gradients_kernel[problem.grid(tile)](
         q,
         k,
@@ -309,6 +310,7 @@ def score_gradients(
         documents.number,
         scores,
         grad_scores,
+        weight_sums,
         problem.length,
         problem.heads,
         problem.chunks,
@@ -328,13 +330,13 @@ def score_gradients(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return scores, grad_scores
+    return scores, grad_scores, weight_sums
 
 
 def query_gradient(
     problem: Problem, q: Tensor, k: Tensor, grad_h: Tensor, rows: Tensor, before: States, grad_scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """grad_q [B, S, NH, DK], and q . grad_q by tile of columns [tiles, BH, SP] float32."""
+    """grad_q [B, S, NH, DK], and by tile of columns q . (the memory's part of grad_q) [tiles, BH, SP] float32."""
     tile = problem.tiles.query_gradient
     grad_q = q.new_empty(q.shape)
     products = rows.new_empty(triton.cdiv(problem.key_dim, tile.columns), problem.sequences, problem.padded)
@@ -364,7 +366,7 @@ def query_gradient(
 def key_gradient(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, packed: Tensor, behind: States, grad_scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """grad_k [B, S, NH, DK], and k . grad_k by tile of columns [tiles, BH, SP] float32."""
+    """grad_k [B, S, NH, DK], and by tile of columns k . (the memory's part of grad_k) [tiles, BH, SP] float32."""
     tile = problem.tiles.key_gradient
     grad_k = k.new_empty(k.shape)
     products = packed.new_empty(triton.cdiv(problem.key_dim, tile.columns), problem.sequences, problem.padded)
@@ -417,6 +419,7 @@ def value_gradient(
 
 def gate_gradients(
     problem: Problem,
+    weight_sums: Tensor,
     query_products: Tensor,
     key_products: Tensor,
     final_products: Tensor | None,
@@ -428,6 +431,7 @@ def gate_gradients(
     """Gradients of igate_preact and fgate_preact [B, S, NH], float32."""
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
     gate_gradients_kernel[(problem.sequences,)](
+        weight_sums,
         query_products,
         key_products,
         final_products,
@@ -439,6 +443,7 @@ def gate_gradients(
         problem.heads,
         problem.padded,
         problem.row_stride,
+        SUM_PARTS=len(weight_sums) - 2,
         QUERY_PARTS=len(query_products),
         KEY_PARTS=len(key_products),
         HAS_STARTS=documents.start is not None,

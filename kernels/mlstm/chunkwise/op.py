@@ -147,13 +147,13 @@ def mlstm_chunkwise_backward(
         backwards=True,
         store_after=has_initial,
     )
-    scores, grad_scores = launch.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
+    scores, grad_scores, sums = launch.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
     grad_q, query_products = launch.query_gradient(problem, q, k, grad_h, rows, entering, grad_scores)
     del entering
     grad_k, key_products = launch.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
     grad_v = launch.value_gradient(problem, k, grad_h, packed, leaving, scores)
     grad_gates = launch.gate_gradients(
-        problem, query_products, key_products, final_products, igate_preact, fgate_preact, documents, has_initial
+        problem, sums, query_products, key_products, final_products, igate_preact, fgate_preact, documents, has_initial
     )
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
     return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
@@ -195,7 +195,7 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):
     if return_state and (grad_C is not None or grad_n is not None):
         grad_C, grad_n, final_products = _final_gradients(C, n, grad_C, grad_n)
     grads = mlstm_chunkwise_backward(
-        _readable(grad_h.to(h.dtype)),
+        readable(grad_h.to(h.dtype)),
         grad_C,
         grad_n,
         q,
@@ -239,9 +239,114 @@ def _as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial) -> list[
     return [grad_q, grad_k, grad_v, *gates, None, *initial, None]
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x as the kernels can read it: the last axis contiguous, no axis expanded."""
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise_state", mutates_args=())
+def mlstm_chunkwise_state(
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    document_start: Tensor | None,
+    C_initial: Tensor | None,
+    n_initial: Tensor | None,
+    m_initial: Tensor | None,
+    gate: str,
+    normaliser: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """C, n and m behind the last token, and for the backward pass the packed weights and the chunk decays."""
+    problem = Problem.of(k, v, gate, normaliser, 0.0)
+    documents = Documents.of(document_start)
+    packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
+    before = (_flat(C_initial), _flat(n_initial))
+    states = launch.states(
+        problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
+    )
+    return states.matrix, states.vector, m, packed, chunk_decay
+
+
+@mlstm_chunkwise_state.register_fake
+def _(
+    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, m_initial, gate, normaliser
+):  # fmt: skip
+    problem = Problem.of(k, v, gate, normaliser, 0.0)
+    packed = k.new_empty(WEIGHT_ROWS, problem.sequences, problem.padded, dtype=torch.float32)
+    return *_fake_state(problem, packed), packed, packed.new_empty(problem.sequences, problem.chunks)
+
+
+@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise_state_backward", mutates_args=())
+def mlstm_chunkwise_state_backward(
+    grad_C: Tensor,
+    grad_n: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    document_start: Tensor | None,
+    final_products: Tensor,
+    packed: Tensor,
+    chunk_decay: Tensor,
+    has_initial: bool,
+    gate: str,
+    normaliser: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
+    problem = Problem.of(k, v, gate, normaliser, 0.0)
+    documents = Documents.of(document_start)
+    nothing = torch.zeros_like(packed[ADDED])
+    before = (_flat(grad_C), _flat(grad_n))
+    # Without a read-out, the gradient of the memory only decays from chunk to chunk.
+    leaving = launch.states(
+        problem, k, v, nothing, nothing, chunk_decay, before, backwards=True, store_after=has_initial
+    )
+    no_scores = k.new_zeros(problem.sequences, problem.padded, problem.tiles.chunk)
+    no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
+    gates = (igate_preact, fgate_preact)
+    grad_k, key_products = launch.key_gradient(problem, k, k, v, packed, leaving, no_scores)
+    grad_v = launch.value_gradient(problem, k, v, packed, leaving, no_scores)
+    grad_gates = launch.gate_gradients(
+        problem, no_sums, nothing[None], key_products, final_products, *gates, documents, has_initial
+    )
+    return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
+
+
+@mlstm_chunkwise_state_backward.register_fake
+def _(
+    grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, final_products, packed, chunk_decay,
+    has_initial, gate, normaliser,
+):  # fmt: skip
+    grads = [x.new_empty(x.shape) for x in (k, v)] + [packed.new_empty(x.shape) for x in (igate_preact, fgate_preact)]
+    initial = [torch.empty_like(x) for x in (grad_C, grad_n)] if has_initial else _no_state(packed, 2)
+    return *grads, *initial
+
+
+def _setup_state_context(ctx, inputs, output):
+    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, _, gate, normaliser = inputs
+    C, n, m, packed, chunk_decay = output
+    ctx.settings = (gate, normaliser)
+    ctx.save_for_backward(
+        k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, C, n, packed, chunk_decay
+    )  # fmt: skip
+    ctx.set_materialize_grads(False)
+
+
+def _state_backward(ctx, grad_C, grad_n, *_):
+    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, C, n, packed, chunk_decay = (
+        ctx.saved_tensors
+    )
+    grad_C, grad_n, final_products = _final_gradients(C, n, grad_C, grad_n)
+    gates = (igate_preact, fgate_preact)
+    grads = mlstm_chunkwise_state_backward(
+        grad_C, grad_n, k, v, *gates, document_start, final_products, packed, chunk_decay, C_initial is not None,
+        *ctx.settings,
+    )  # fmt: skip
+    return *_as_inputs((None, *grads), *gates, C_initial, n_initial)[1:], None, None
+
+
+mlstm_chunkwise_state.register_autograd(_state_backward, setup_context=_setup_state_context)

@@ -61,12 +61,19 @@ def add_product(
 
 
 @triton.jit
-def decay_weights(row_log, col_log, rows, columns, row_document, column_document, S, HAS_STARTS: tl.constexpr):
-    """Weight [BM, BN] of each column's token in the read-out at each row's: 0 for later tokens and other documents."""
+def decay_weights(weights, row_stride, document, rows, columns, S, HAS_STARTS: tl.constexpr):
+    """Weight [BM, BN] of each column's token in the read-out at each row's: 0 for later tokens and other documents.
+
+    `weights` points at the packed weights of a sequence and head (gates.py), `document` at its document numbers.
+    """
+    high = tl.load(weights + rows)[:, None] + tl.load(weights + row_stride + columns)[None, :]
+    rest = tl.load(weights + 5 * row_stride + rows)[:, None] + tl.load(weights + 6 * row_stride + columns)[None, :]
     readable = (rows[:, None] >= columns[None, :]) & (columns < S)[None, :]
     if HAS_STARTS:
+        row_document = tl.load(document + rows, mask=rows < S, other=0)
+        column_document = tl.load(document + columns, mask=columns < S, other=0)
         readable = readable & (row_document[:, None] == column_document[None, :])
-    return tl.exp2(tl.where(readable, row_log[:, None] + col_log[None, :], float("-inf")))
+    return tl.exp2(tl.where(readable, high + rest, float("-inf")))
 
 
 @triton.jit

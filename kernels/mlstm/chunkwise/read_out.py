@@ -47,9 +47,7 @@ def read_out_kernel(
 ):
     """h [B, S, NH, DV]. One program for each BM tokens and BN columns of a sequence and head."""
     tiles_n: tl.constexpr = (DV + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(
-        tl.program_id(0), NH, NC, tiles_n, L, BM
-    )
+    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
     first_column = column_tile * BN
     row_stride = row_stride.to(tl.int64)
     q += batch * q_stride_b + head * q_stride_h + first_row.to(tl.int64) * q_stride_s

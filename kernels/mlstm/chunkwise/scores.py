@@ -49,12 +49,10 @@ def scores_kernel(
     q += batch * q_stride_b + head * q_stride_h + first_row.to(tl.int64) * q_stride_s
     k += batch * k_stride_b + head * k_stride_h + chunk_start.to(tl.int64) * k_stride_s
     weights += bh * NC * L
+    if HAS_STARTS:
+        document += batch * S
     scores += (bh * NC * L + first_row) * L
     rows = first_row + tl.arange(0, BM)
-    row_log = tl.load(weights + rows)
-    row_document = rows
-    if HAS_STARTS:
-        row_document = tl.load(document + batch * S + rows, mask=rows < S, other=0)
     total = tl.zeros([BM], dtype=tl.float32)
     if NORMALISER:
         local = tl.arange(0, BM)
@@ -74,11 +72,7 @@ def scores_kernel(
             product, q, q_stride_s, 1, S - first_row, k + first * k_stride_s, 1, k_stride_s, S - chunk_start - first,
             DK, BM, BN, BD, DK % BD != 0, True,
         )  # fmt: skip
-        column_document = columns
-        if HAS_STARTS:
-            column_document = tl.load(document + batch * S + columns, mask=columns < S, other=0)
-        col_log = tl.load(weights + row_stride + columns)
-        decay = decay_weights(row_log, col_log, rows, columns, row_document, column_document, S, HAS_STARTS)
+        decay = decay_weights(weights, row_stride, document, rows, columns, S, HAS_STARTS)
         score = product * SCALE * decay
         if NORMALISER:
             total += tl.sum(score, axis=1)
@@ -100,6 +94,7 @@ def score_gradients_kernel(
     document,
     scores,
     grad_scores,
+    weight_sums,
     S,
     NH,
     NC,
@@ -128,6 +123,9 @@ def score_gradients_kernel(
     """scores [BH, NC * L, L] divided by the read-out's denominator, and grad_scores: the gradient of q k^T.
 
     row_weights: row 0 is 1 / denominator, row 1 the gradient of n^T q / sqrt(DK) (kernels of read_out.py).
+    weight_sums [2 + L / BM, BH, NC * L] float32: of the gradient of the log weights, row 0 the diagonal, row 1 the sums
+    over earlier columns, and the others, one for each tile of rows of the chunk, the sums over its later rows. Apart
+    from the diagonal, which no forget gate has a part in, so that it does not drown what they have a part in.
     """
     _, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, 1, L, BM)
     row_stride = row_stride.to(tl.int64)
@@ -136,15 +134,17 @@ def score_gradients_kernel(
     k += batch * k_stride_b + head * k_stride_h + chunk_start.to(tl.int64) * k_stride_s
     v += batch * v_stride_b + head * v_stride_h + chunk_start.to(tl.int64) * v_stride_s
     weights += bh * NC * L
+    if HAS_STARTS:
+        document += batch * S
     row_weights += bh * NC * L
     block = (bh * NC * L + first_row) * L
     rows = first_row + tl.arange(0, BM)
-    row_log = tl.load(weights + rows)
+    weight_sums += bh * NC * L
+    part = (first_row - chunk_start) // BM
+    diagonal = tl.zeros([BM], dtype=tl.float32)
+    row_sum = tl.zeros([BM], dtype=tl.float32)
     inverse_denominator = tl.load(row_weights + rows)
     grad_normaliser = tl.load(row_weights + row_stride + rows)
-    row_document = rows
-    if HAS_STARTS:
-        row_document = tl.load(document + batch * S + rows, mask=rows < S, other=0)
     place = block + tl.arange(0, BM)[:, None] * L + tl.arange(0, BN)[None, :]
     live = first_row - chunk_start + BM
     for first in range(0, live, BN):
@@ -159,16 +159,22 @@ def score_gradients_kernel(
             grad, grad_h, g_stride_s, 1, S - first_row, v + first * v_stride_s, 1, v_stride_s, S - chunk_start - first,
             DV, BM, BN, BD, DV % BD != 0, True,
         )  # fmt: skip
-        column_document = columns
-        if HAS_STARTS:
-            column_document = tl.load(document + batch * S + columns, mask=columns < S, other=0)
-        col_log = tl.load(weights + row_stride + columns)
-        decay = decay_weights(row_log, col_log, rows, columns, row_document, column_document, S, HAS_STARTS) * SCALE
+        decay = decay_weights(weights, row_stride, document, rows, columns, S, HAS_STARTS) * SCALE
         score = product * decay * inverse_denominator[:, None]
         grad = (grad * inverse_denominator[:, None] + grad_normaliser[:, None]) * decay
+        grad_log = product * grad
+        is_diagonal = rows[:, None] == columns[None, :]
+        diagonal += tl.sum(tl.where(is_diagonal, grad_log, 0.0), axis=1)
+        grad_log = tl.where(is_diagonal, 0.0, grad_log)
+        row_sum += tl.sum(grad_log, axis=1)
+        tl.store(weight_sums + (2 + part) * row_stride + columns, tl.sum(grad_log, axis=0))
         tl.store(scores + place + first, score.to(scores.dtype.element_ty))
         tl.store(grad_scores + place + first, grad.to(grad_scores.dtype.element_ty))
     for first in range(live, L, BN):
         nothing = tl.zeros([BM, BN], dtype=scores.dtype.element_ty)
         tl.store(scores + place + first, nothing)
         tl.store(grad_scores + place + first, nothing)
+        columns = chunk_start + first + tl.arange(0, BN)
+        tl.store(weight_sums + (2 + part) * row_stride + columns, tl.zeros([BN], dtype=tl.float32))
+    tl.store(weight_sums + rows, diagonal)
+    tl.store(weight_sums + row_stride + rows, row_sum)

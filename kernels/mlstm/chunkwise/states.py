@@ -4,7 +4,8 @@ Both are one computation: a matrix that is scaled by the chunk's decay and gets 
 chunk's tokens, k v^T in time's direction and q dh^T against it. The sum is kept in float32; what is written for each
 chunk has the inputs' precision, in which the matrix products take it anyway.
 
-Axes: S sequence, DX and DY dimensions of the two factors, L tokens of a chunk, NC chunks, BX x BY the tile of a program.
+Axes: S sequence, DX and DY dimensions of the two factors, L tokens of a chunk, NC chunks, BX x BY the tile of a
+program.
 """
 
 import triton
