@@ -65,7 +65,8 @@ def mlstm_chunkwise(
         (_flat(C_initial), _flat(n_initial)),
         store_after=return_state,
     )
-    h, query_normaliser = launch.read_out(problem, q, k, v, packed, states, documents)
+    scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
+    h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
     final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
     kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
     return h, *final, packed, chunk_decay, query_normaliser, *kept
