@@ -1,7 +1,7 @@
 """Do a CPU and a GPU train the same model? `python -m train`, one configuration, the loss curves side by side.
 
     python benchmarks/first_steps.py prepare FOLDER                      # text -> FOLDER/corpus, under 3 MB
-    python benchmarks/first_steps.py run FOLDER cpu_fp32 --precision fp32 --steps 8
+    python benchmarks/first_steps.py run FOLDER cpu_fp32 --precision fp32 --steps 12
     python benchmarks/first_steps.py run FOLDER gpu_bf16 --precision bf16 --steps 50
     python benchmarks/first_steps.py compare FOLDER --reference cpu_fp32
 
@@ -9,8 +9,10 @@ FOLDER may travel to another machine between two of these: `run` reads FOLDER/co
 plan.json and environment.json in FOLDER/NAME. `compare` prints a table and ends with exit code 1 when a run leaves the
 reference by more than the tolerance of its precision.
 
-The model is xLSTM-160M with 8192 token ids: 99,426,192 parameters. The learning rate is constant after two steps of
-warm-up, so runs of different lengths agree in their common steps.
+The model is xLSTM-160M with 8192 token ids: 99,426,192 parameters. The learning rate rises over 50 steps and then
+stays, so runs of different lengths agree in their common steps. (At the full rate from the third step on, the gradient
+norm jumps by factors of two and rounding decides the curve: fp32 and bf16 then part by 0.2 nats within 8 steps, on one and
+the same CPU.)
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ CONFIGURATION = [
     "model=xlstm_160m",
     f"model.vocab_size={VOCAB_SIZE}",
     "schedule=constant",
-    "schedule.warmup=2",
+    "schedule.warmup=50",
     "optimizer.learning_rate=1e-3",
     "training.sequence_length=256",
     "training.global_batch_size=8",
@@ -138,7 +140,7 @@ def main() -> int:
     runner = commands.choices["run"]
     runner.add_argument("name")
     runner.add_argument("--precision", choices=sorted(TOLERANCE), required=True)
-    runner.add_argument("--steps", type=int, default=8)
+    runner.add_argument("--steps", type=int, default=12)
     runner.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the run")
     commands.choices["compare"].add_argument("--reference", default="cpu_fp32")
     options = parser.parse_args()

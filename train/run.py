@@ -54,6 +54,8 @@ def train(config: RunConfig) -> int:
         # Before the ranks meet: each finds the same problems, and none waits for another that has ended.
         checked = preflight(config, world_size)
         world = join_world(config)
+        if world.is_main:
+            checked.directory.create()
         _check_same_on_all_ranks(config)
         return _train(config, world, checked)
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
@@ -71,7 +73,6 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
     plan, directory, corpus = checked.plan, checked.directory, checked.corpus
     lock = None
     if world.is_main:
-        directory.create()
         lock = RunLock(directory.lock)
         _prepare_folder(config, plan, directory, corpus)
     dist.barrier()
