@@ -11,8 +11,7 @@ reference by more than the tolerance of its precision.
 
 The model is xLSTM-160M with 8192 token ids: 99,426,192 parameters. The learning rate rises over 50 steps and then
 stays, so runs of different lengths agree in their common steps. (At the full rate from the third step on, the gradient
-norm jumps by factors of two and rounding decides the curve: fp32 and bf16 then part by 0.2 nats within 8 steps, on one and
-the same CPU.)
+norm jumps by factors of two and rounding decides the curve: fp32 and bf16 then part by 0.2 nats in 8 steps on one CPU.)
 """
 
 from __future__ import annotations

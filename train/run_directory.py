@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-
 EVENTS_FORMAT_VERSION = 1
 
 
