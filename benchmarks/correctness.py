@@ -111,4 +111,3 @@ def _reference(operation: str, part: Inputs) -> dict[str, Tensor]:
     h, _ = function(*leaves, **OPERATIONS[operation], backend="reference")
     gradients = torch.autograd.grad(h, leaves, part["dh"].double())
     return {"h": h.detach(), **dict(zip(names, gradients, strict=True))}
-

@@ -259,9 +259,7 @@ PEERS = {
             "ours_sigmoid_raw",
             note="L=128, no normaliser",
         ),
-        Contender(
-            "flashrnn_cuda", "slstm", partial(_flashrnn, backend="cuda"), "slstm", "ours_slstm", compiler="nvcc"
-        ),
+        Contender("flashrnn_cuda", "slstm", partial(_flashrnn, backend="cuda"), "slstm", "ours_slstm", compiler="nvcc"),
         Contender(
             "flashrnn_fused", "slstm", partial(_flashrnn, backend="cuda_fused"), "slstm", "ours_slstm", compiler="nvcc"
         ),
