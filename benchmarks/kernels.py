@@ -94,6 +94,7 @@ def _work(arguments: argparse.Namespace) -> None:
 def _lead(arguments: argparse.Namespace) -> None:
     deadline = time.time() + arguments.seconds
     contenders = arguments.contenders
+    record = environment(torch.device(arguments.device), arguments.commit)
     with tempfile.TemporaryDirectory() as folder:
         unfinished: set[str] = set()
         if arguments.device != "cpu":
@@ -109,8 +110,10 @@ def _lead(arguments: argparse.Namespace) -> None:
                 rows += [{"case": c.name, "contender": contender.name, "failure": failure} for c in cases]
             else:
                 rows += _all_cases(contender, cases, Path(folder), deadline)
-            _write(arguments, contenders, limits, rows)
-    print(_write(arguments, contenders, limits, rows))
+            text = _write(arguments, record, limits, rows)
+    picture = arguments.output / f"{_stem(record)}.png"
+    report.draw(picture, record["device"], arguments.selected, contenders, rows)
+    print(text)
 
 
 def _compile(contenders: list[Contender], folder: Path, deadline: float) -> set[str]:
@@ -133,8 +136,9 @@ def _all_cases(contender: Contender, cases: list[Case], folder: Path, deadline: 
         ending = _stage(folder, contender.name, deadline, "--cases", ",".join(case.name for case in waiting))
         written = [row for row in _read(folder / contender.name) if "case" in row]
         rows += written
-        if ending and len(written) < len(waiting):
-            rows.append({"case": waiting[len(written)].name, "contender": contender.name, "failure": ending})
+        if len(written) < len(waiting):
+            failure = ending or "process ended without a result"
+            rows.append({"case": waiting[len(written)].name, "contender": contender.name, "failure": failure})
     return rows
 
 
@@ -176,18 +180,21 @@ def _finish(process: subprocess.Popen, deadline: float) -> bool:
 def _read(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # A process that was killed may have left half a line.
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _write(arguments: argparse.Namespace, contenders: list[Contender], limits: dict, rows: list[dict]) -> str:
-    record = environment(torch.device(arguments.device), arguments.commit)
-    text = report.table(record, limits, arguments.selected, contenders, rows)
+def _stem(record: dict) -> str:
+    return f"{record['date']}-kernels"
+
+
+def _write(arguments: argparse.Namespace, record: dict, limits: dict, rows: list[dict]) -> str:
+    text = report.table(record, limits, arguments.selected, arguments.contenders, rows)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = arguments.output / f"{record['date']}-kernels"
     everything = {"environment": record, "ceilings": limits, "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(everything, indent=1), encoding="utf-8")
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    report.draw(stem.with_suffix(".png"), record["device"], arguments.selected, contenders, rows)
+    (arguments.output / f"{_stem(record)}.json").write_text(json.dumps(everything, indent=1), encoding="utf-8")
+    (arguments.output / f"{_stem(record)}.md").write_text(text, encoding="utf-8")
     return text
 
 

@@ -113,7 +113,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine reaches: bytes_per_second of a large copy (read + written), flops_per_second of a bf16 matmul."""
+    """bytes_per_second (read + written) of a large copy and flops_per_second of a bf16 matrix product, measured."""
     elements, width = (2**30, 8192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(elements // 2, device=device).to(torch.bfloat16)
     target = torch.empty_like(source)
