@@ -10,9 +10,8 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, r
 import triton
 import triton.language as tl
 
-from kernels.slstm.triton_exchange import await_phase, with_phase
+from kernels.slstm.triton_exchange import await_phase, product, with_phase
 from kernels.slstm.triton_forward import AVERAGE, CELL, FORGET, INPUT_SLOPE, OUTPUT, OUTPUT_GATE, SHARE
-from kernels.triton_support import dot
 
 
 @triton.jit
@@ -53,8 +52,8 @@ def slstm_backward_kernel(
 
     grad_h [B, S, NH, DH]; recurrent_kernel, document_start, derivatives as in the forward kernel; last_grad_h and
     last_grad_average (of y = c / n), last_grad_log_n (of l = m + log n) [B, NH, DH] float32, those through the state after
-    the last token; the same for the state before the first. messages [2, teams, TEAM, WIDTH, ROWS] int32, zeros; TEAM_BLOCK
-    is TEAM rounded up to a power of two. grad_gates [B, S, 4, NH, DH].
+    the last token; the same for the state before the first. messages [2, teams, TEAM, WIDTH * ROWS] int32, zeros (slot, team, sender, then receiver
+    and its tile); TEAM_BLOCK is TEAM rounded up to a power of two. grad_gates [B, S, 4, NH, DH].
     """
     team = tl.program_id(0) // TEAM
     member = tl.program_id(0) % TEAM
@@ -70,14 +69,20 @@ def slstm_backward_kernel(
     MESSAGE: tl.constexpr = WIDTH * ROWS
     dtype: tl.constexpr = recurrent_kernel.dtype.element_ty
 
-    sent = messages + (team * TEAM + member) * MESSAGE + inner[:, None] * ROWS + columns[None, :]
+    # A message to a member is contiguous: [rows, units].
+    sent = (
+        messages
+        + (team * TEAM + member) * MESSAGE
+        + (inner // UNITS * (ROWS * UNITS) + inner % UNITS)[:, None]
+        + columns[None, :] * UNITS
+    )
     received = (
         messages
-        + (team * TEAM + members[:, None, None]) * MESSAGE
-        + units[None, :, None] * ROWS
-        + columns[None, None, :]
+        + (team * TEAM + members[:, None]) * MESSAGE
+        + member * (ROWS * UNITS)
+        + tl.arange(0, ROWS * UNITS)[None, :]
     )
-    received_mask = (members < TEAM)[:, None, None] & (units < WIDTH)[None, :, None] & (columns < ROWS)[None, None, :]
+    received_mask = (members < TEAM)[:, None] & (tl.arange(0, ROWS * UNITS) >= 0)[None, :]
     # The number of exchanges so far.
     turn = 0
     for item in range(team, tl.cdiv(batch, ROWS) * HEADS, teams):
@@ -144,7 +149,7 @@ def slstm_backward_kernel(
                     ((last >> 1) & 1) ^ 1,
                     max_polls,
                 )
-                exchanged = tl.sum(values, 0)
+                exchanged = tl.sum(values, 0).reshape(ROWS, UNITS).trans()
                 from_later = tl.where(step > 0, exchanged, from_later)
                 from_later = tl.where(max_polls > 0, from_later, float("nan"))
             if HAS_STARTS:
@@ -164,7 +169,7 @@ def slstm_backward_kernel(
 
             if step + 1 < length:
                 joined = join_gates(grad_i.to(dtype), grad_f.to(dtype), grad_z.to(dtype), grad_o.to(dtype), UNITS, ROWS)
-                to_earlier = dot(weights, joined, tl.zeros((WIDTH, ROWS), tl.float32))
+                to_earlier = product(weights, joined)
                 if TEAM == 1:
                     from_later = to_earlier
                 else:

@@ -30,16 +30,16 @@ def await_written(pointers, mask, max_polls):
 
 @triton.jit
 def await_phase(pointers, mask, phase, max_polls):
-    """float32 [N, ...] at int32 `pointers` (3D) once the lowest bit of each is `phase`, and the polls allowed from now on.
+    """float32 at int32 `pointers` (2D) once the lowest bit of each is `phase`, and the polls allowed from now on.
 
     The lowest bit of the mantissa says which turn a number in a buffer that is used again belongs to. It reads as 0.
     """
     bits = tl.load(pointers, mask, other=0, volatile=True)
-    missing = tl.max(tl.max(tl.max((mask & ((bits & 1) != phase)).to(tl.int32), 2), 1), 0)
+    missing = tl.max(tl.max((mask & ((bits & 1) != phase)).to(tl.int32), 1), 0)
     polls = 0
     while (missing > 0) & (polls < max_polls):
         bits = tl.load(pointers, mask, other=0, volatile=True)
-        missing = tl.max(tl.max(tl.max((mask & ((bits & 1) != phase)).to(tl.int32), 2), 1), 0)
+        missing = tl.max(tl.max((mask & ((bits & 1) != phase)).to(tl.int32), 1), 0)
         polls += 1
     values = (bits & -2).to(tl.float32, bitcast=True)
     return values, tl.where(missing > 0, 0, max_polls)
@@ -49,3 +49,9 @@ def await_phase(pointers, mask, phase, max_polls):
 def with_phase(values, phase):
     """Bits of float32 `values` with `phase` (0 or 1) as the lowest."""
     return (values.to(tl.int32, bitcast=True) & -2) | phase
+
+
+@triton.jit
+def product(a, b):
+    """a @ b, added in float32; float32 factors keep their precision on tensor cores (as three TF32 products)."""
+    return tl.dot(a, b, input_precision="tf32x3")

@@ -10,8 +10,7 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, r
 import triton
 import triton.language as tl
 
-from kernels.slstm.triton_exchange import await_written
-from kernels.triton_support import dot
+from kernels.slstm.triton_exchange import await_written, product
 
 # What the backward pass needs of each token, in this order; all lie in [-1, 1]. With y = c / n, a = exp(i - m) / n:
 # dy += dh * OUTPUT; dz = dy * CELL; do = dh * OUTPUT_GATE; g = dy * AVERAGE; di = (g + dl * SHARE) * INPUT_SLOPE;
@@ -96,6 +95,7 @@ def slstm_forward_kernel(
     KINDS: tl.constexpr = 7 if HAS_CAP else 6
     bits_dtype: tl.constexpr = tl.int32 if mixed_h.dtype.element_ty == tl.float32 else tl.int16
     dtype: tl.constexpr = mixed_h.dtype.element_ty
+    ANOTHER_NAN: tl.constexpr = 0x7FFFFFFF if mixed_h.dtype.element_ty == tl.float32 else 0x7FFF
 
     for item in range(team, tl.cdiv(batch, ROWS) * HEADS, teams):
         head = item % HEADS
@@ -155,7 +155,7 @@ def slstm_forward_kernel(
                 c = tl.where(start[None, :], 0.0, c)
                 n = tl.where(start[None, :], 0.0, n)
                 m = tl.where(start[None, :], float("-inf"), m)
-            recurrent = dot(weights, before, tl.zeros((4 * UNITS, ROWS), tl.float32))
+            recurrent = product(weights, before)
             i, f, z, o = split_gates(recurrent, UNITS, ROWS)
             i += x_i
             f += x_f
@@ -177,7 +177,7 @@ def slstm_forward_kernel(
             if TEAM > 1:
                 mixed_bits = mixed.to(bits_dtype, bitcast=True)
                 # A NaN among the inputs must not look like a number on its way.
-                mixed_bits = tl.where(mixed_bits == -1, mixed_bits & ~(1 << (dtype.primitive_bitwidth - 1)), mixed_bits)
+                mixed_bits = tl.where(mixed_bits == -1, ANOTHER_NAN, mixed_bits).to(bits_dtype)
                 mixed = mixed_bits.to(dtype, bitcast=True)
             tl.store(mixed_h + h_offsets, mixed, mask)
             if WITH_H:

@@ -172,7 +172,7 @@ def launch_backward(
     grad_gates = torch.empty(batch, length, 4, heads, head_dim, device=device, dtype=gates_dtype)
     first = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(2)]
     team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
-    messages = torch.zeros(2, teams, team, width, tiles.rows, device=device, dtype=torch.int32)
+    messages = torch.zeros(2, teams, team, width * tiles.rows, device=device, dtype=torch.int32)
     slstm_backward_kernel[(teams * team,)](
         grad_h.contiguous(),
         recurrent_kernel.contiguous(),
