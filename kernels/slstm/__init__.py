@@ -45,12 +45,12 @@ def slstm(
         return_state: whether to return the state after the last token.
         gate_soft_cap: cap * tanh(x / cap) on the complete pre-activations of i and f; None: no cap.
         backend: one of kernels.backends.BACKENDS. "reference" is the specification, differentiated by autograd;
-            "triton" keeps the recurrent weights on chip for the whole sequence; "auto" is "triton" where it can run, and
-            elsewhere a loop with a hand-written backward pass, equal to the reference and several times faster.
+            "triton" keeps the recurrent weights on chip for the whole sequence; "auto" is "triton" where it can run,
+            and elsewhere a loop with a hand-written backward pass, equal to the reference and several times faster.
 
     Returns:
-        h: [B, S, NH, DH] in gates_x's dtype. All is computed in float32 (float64 if any input is), without autocast; but
-            "triton" takes the recurrent product in recurrent_kernel's dtype, or in autocast's, and adds in float32.
+        h: [B, S, NH, DH] in gates_x's dtype. All is computed in float32 (float64 if any input is), without autocast;
+            but "triton" takes the recurrent product in recurrent_kernel's dtype, or in autocast's, and adds in float32.
         state: the state after the last token, or None.
 
     Raises:

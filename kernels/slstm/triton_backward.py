@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.slstm.triton_exchange import await_phase, product, with_phase
-from kernels.slstm.triton_forward import AVERAGE, CELL, FORGET, INPUT_SLOPE, OUTPUT, OUTPUT_GATE, SHARE
+from kernels.slstm.triton_forward import AVERAGE, CELL, FORGET, INPUT_SLOPE, KEPT, OUTPUT, OUTPUT_GATE, SHARE
 
 
 @triton.jit
@@ -50,10 +50,11 @@ def slstm_backward_kernel(
 ):
     """`teams` teams take the pairs of a head and ROWS sequences in turn. Grid: (teams * TEAM,).
 
-    grad_h [B, S, NH, DH]; recurrent_kernel, document_start, derivatives as in the forward kernel; last_grad_h and
-    last_grad_average (of y = c / n), last_grad_log_n (of l = m + log n) [B, NH, DH] float32, those through the state after
-    the last token; the same for the state before the first. messages [2, teams, TEAM, WIDTH * ROWS] int32, zeros (slot, team, sender, then receiver
-    and its tile); TEAM_BLOCK is TEAM rounded up to a power of two. grad_gates [B, S, 4, NH, DH].
+    grad_h [B, S, NH, DH]; recurrent_kernel, document_start, derivatives as in the forward kernel; last_grad_h,
+    last_grad_average (of y = c / n) and last_grad_log_n (of l = m + log n) [B, NH, DH] float32: through the state after
+    the last token; initial_grad_*: of the state before the first. messages [2, teams, TEAM, WIDTH * ROWS] int32, zeros:
+    slot, team, sender, then the tile of each receiver; TEAM_BLOCK is TEAM rounded up to a power of two.
+    grad_gates [B, S, 4, NH, DH].
     """
     team = tl.program_id(0) // TEAM
     member = tl.program_id(0) % TEAM
@@ -65,7 +66,7 @@ def slstm_backward_kernel(
     members = tl.arange(0, TEAM_BLOCK)
     columns = tl.arange(0, ROWS)
     D: tl.constexpr = HEADS * HEAD_DIM
-    KINDS: tl.constexpr = 7 if HAS_CAP else 6
+    KINDS: tl.constexpr = 8 if HAS_CAP else 7
     MESSAGE: tl.constexpr = WIDTH * ROWS
     dtype: tl.constexpr = recurrent_kernel.dtype.element_ty
 
@@ -90,7 +91,9 @@ def slstm_backward_kernel(
         rows = (item // HEADS * ROWS + columns).to(tl.int64)
         mask = (units < HEAD_DIM)[:, None] & (rows < batch)[None, :]
         weights = tl.load(
-            recurrent_kernel + (head * HEAD_DIM + inner[:, None]) * 4 * HEAD_DIM + (of_gate * HEAD_DIM + of_unit)[None, :],
+            recurrent_kernel
+            + (head * HEAD_DIM + inner[:, None]) * 4 * HEAD_DIM
+            + (of_gate * HEAD_DIM + of_unit)[None, :],
             (inner < HEAD_DIM)[:, None] & (of_unit < HEAD_DIM)[None, :],
             other=0.0,
         )
@@ -111,6 +114,7 @@ def slstm_backward_kernel(
         next_output_gate = tl.load(here + OUTPUT_GATE * D, mask, other=0.0)
         next_average = tl.load(here + AVERAGE * D, mask, other=0.0)
         next_share = tl.load(here + SHARE * D, mask, other=0.0)
+        next_kept = tl.load(here + KEPT * D, mask, other=0.0)
         next_forget = tl.load(here + FORGET * D, mask, other=0.0)
         next_slope = next_share
         if HAS_CAP:
@@ -121,7 +125,8 @@ def slstm_backward_kernel(
         later_start = rows < 0
         for step in range(length):
             grad, to_output, to_cell, to_output_gate = next_grad, next_output, next_cell, next_output_gate
-            to_average, share, to_forget, slope, start = next_average, next_share, next_forget, next_slope, next_start
+            to_average, share, kept, to_forget = next_average, next_share, next_kept, next_forget
+            slope, start = next_slope, next_start
             # The inputs of the token before are on their way while this one waits for the others.
             here -= KINDS * D
             grad_h_here -= D
@@ -133,13 +138,13 @@ def slstm_backward_kernel(
             next_output_gate = tl.load(here + OUTPUT_GATE * D, next_mask, other=0.0)
             next_average = tl.load(here + AVERAGE * D, next_mask, other=0.0)
             next_share = tl.load(here + SHARE * D, next_mask, other=0.0)
+            next_kept = tl.load(here + KEPT * D, next_mask, other=0.0)
             next_forget = tl.load(here + FORGET * D, next_mask, other=0.0)
             if HAS_CAP:
                 next_slope = tl.load(here + INPUT_SLOPE * D, next_mask, other=0.0)
             if HAS_STARTS:
                 next_start = tl.load(starts_here, (rows < batch) & (step + 1 < length), other=0) != 0
 
-            share = share.to(tl.float32)
             if TEAM > 1:
                 # Without an exchange yet nothing is read.
                 last = turn - 1
@@ -161,11 +166,11 @@ def slstm_backward_kernel(
             grad_i = through_average + grad_log_n * share
             if HAS_CAP:
                 grad_i *= slope
-            grad_log_n = grad_log_n * (1 - share) - through_average
+            grad_log_n = grad_log_n * kept - through_average
             grad_f = grad_log_n * to_forget
             grad_z = grad_average * to_cell
             grad_o = grad_here * to_output_gate
-            grad_average = grad_average * (1 - share)
+            grad_average = grad_average * kept
 
             if step + 1 < length:
                 joined = join_gates(grad_i.to(dtype), grad_f.to(dtype), grad_z.to(dtype), grad_o.to(dtype), UNITS, ROWS)

@@ -1,9 +1,9 @@
 """How the cooperating programs of a team hand each other numbers: the data are their own flags.
 
-A head's recurrent weights do not fit one multiprocessor, so a team of programs shares them and exchanges numbers at each
-token, through the L2 cache. A separate flag would cost two more round trips to it (data, fence, flag; flag, data).
-Instead the reader looks at the numbers themselves until each has arrived: an element of 16 or 32 bits is written at once.
-All programs must be resident together (cooperative launch). A wait is bounded: where it fails, the results become NaN.
+A head's recurrent weights do not fit one multiprocessor, so a team of programs shares them and exchanges numbers at
+each token, through the L2 cache. A separate flag would cost two more round trips to it (data, fence, flag; flag, data).
+Instead the reader looks at the numbers themselves until each has arrived: an element of 16 or 32 bits is written at
+once. All programs must be resident together (cooperative launch). A wait is bounded: results become NaN if it fails.
 """
 
 import triton
@@ -17,7 +17,7 @@ MAX_POLLS = 1 << 20
 
 @triton.jit
 def await_written(pointers, mask, max_polls):
-    """Bits at `pointers` (2D) once none of them is NOT_WRITTEN, and the polls allowed from now on (0 after a failure)."""
+    """Bits at `pointers` (2D) once none is NOT_WRITTEN, and the polls allowed from now on (0 after a failure)."""
     bits = tl.load(pointers, mask, other=0, volatile=True)
     missing = tl.max(tl.max((bits == -1).to(tl.int32), 1), 0)
     polls = 0

@@ -1,8 +1,8 @@
 """The sLSTM forward pass as one Triton kernel that holds the recurrent weights on chip for the whole sequence.
 
-A team of TEAM programs owns one head for ROWS sequences of the batch; each program owns UNITS units with all four gates.
-At each token a program multiplies its weights with the whole h of the token before, and writes its units of the new h,
-where the others read them. With TEAM = 1 nothing is exchanged.
+A team of TEAM programs owns one head for ROWS sequences of the batch; each program owns UNITS units with all four
+gates. At each token a program multiplies its weights with the whole h of the token before, and writes its units of the
+new h, where the others read them. With TEAM = 1 nothing is exchanged.
 
 Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, rows] with rows of the batch.
 """
@@ -12,10 +12,11 @@ import triton.language as tl
 
 from kernels.slstm.triton_exchange import await_written, product
 
-# What the backward pass needs of each token, in this order; all lie in [-1, 1]. With y = c / n, a = exp(i - m) / n:
-# dy += dh * OUTPUT; dz = dy * CELL; do = dh * OUTPUT_GATE; g = dy * AVERAGE; di = (g + dl * SHARE) * INPUT_SLOPE;
-# dl <- -g + dl * (1 - SHARE); df = dl * FORGET; dy <- dy * (1 - SHARE), where l = m + log n.
-OUTPUT, CELL, OUTPUT_GATE, AVERAGE, SHARE, FORGET, INPUT_SLOPE = (tl.constexpr(k) for k in range(7))
+# What the backward pass needs of each token, in this order; all lie in [-2, 2]. The memory is an average of tanh(z):
+# with y = c / n, l = m + log n, SHARE = exp(i - l) and KEPT = 1 - SHARE, y <- KEPT y + SHARE tanh(z), h = sigmoid(o) y.
+# So dy += dh OUTPUT; dz = dy CELL; do = dh OUTPUT_GATE; g = dy AVERAGE; di = (g + dl SHARE) INPUT_SLOPE;
+# dl <- dl KEPT - g; df = dl FORGET; dy <- dy KEPT.
+OUTPUT, CELL, OUTPUT_GATE, AVERAGE, SHARE, KEPT, FORGET, INPUT_SLOPE = (tl.constexpr(k) for k in range(8))
 
 
 @triton.jit
@@ -82,8 +83,9 @@ def slstm_forward_kernel(
 
     gates_x [B, S, 4, NH, DH] (last stride 1); recurrent_kernel [NH, DH, 4, DH], contiguous, in the dtype of the matrix
     products; document_start [B, S] int8; initial_h [B, NH, DH] in that dtype, initial_c, n, m [B, NH, DH] float32.
-    mixed_h [B, S, NH, DH] is the h that the next token sees, in that dtype, filled with NOT_WRITTEN; h is the same in the
-    dtype of the result (WITH_H); derivatives [B, S, K, NH, DH], K = 7 with a cap and 6 without; last_* [B, NH, DH] float32.
+    mixed_h [B, S, NH, DH] is the h that the next token sees, in that dtype, filled with NOT_WRITTEN; h is the same in
+    the dtype of the result (WITH_H); derivatives [B, S, K, NH, DH], K = 8 with a cap and 7 without, in that dtype too;
+    last_* [B, NH, DH] float32.
     """
     team = tl.program_id(0) // TEAM
     units = tl.program_id(0) % TEAM * UNITS + tl.arange(0, UNITS)
@@ -92,7 +94,7 @@ def slstm_forward_kernel(
     of_gate = gate_units // UNITS
     of_unit = tl.program_id(0) % TEAM * UNITS + gate_units % UNITS
     D: tl.constexpr = HEADS * HEAD_DIM
-    KINDS: tl.constexpr = 7 if HAS_CAP else 6
+    KINDS: tl.constexpr = 8 if HAS_CAP else 7
     bits_dtype: tl.constexpr = tl.int32 if mixed_h.dtype.element_ty == tl.float32 else tl.int16
     dtype: tl.constexpr = mixed_h.dtype.element_ty
     ANOTHER_NAN: tl.constexpr = 0x7FFFFFFF if mixed_h.dtype.element_ty == tl.float32 else 0x7FFF
@@ -103,7 +105,9 @@ def slstm_forward_kernel(
         mask = (units < HEAD_DIM)[:, None] & (rows < batch)[None, :]
         inner_mask = (inner < HEAD_DIM)[:, None] & (rows < batch)[None, :]
         weights = tl.load(
-            recurrent_kernel + (head * HEAD_DIM + inner[None, :]) * 4 * HEAD_DIM + (of_gate * HEAD_DIM + of_unit)[:, None],
+            recurrent_kernel
+            + (head * HEAD_DIM + inner[None, :]) * 4 * HEAD_DIM
+            + (of_gate * HEAD_DIM + of_unit)[:, None],
             (inner < HEAD_DIM)[None, :] & (of_unit < HEAD_DIM)[:, None],
             other=0.0,
         )
@@ -111,6 +115,7 @@ def slstm_forward_kernel(
         c = tl.load(initial_c + state_offsets, mask, other=0.0)
         n = tl.load(initial_n + state_offsets, mask, other=0.0)
         m = tl.load(initial_m + state_offsets, mask, other=0.0)
+        average = tl.where(n > 0, c / n, 0.0)
         output = tl.load(initial_h + state_offsets, mask, other=0.0).to(tl.float32)
 
         gates_here = gates_x + rows[None, :] * gates_stride_b + head * gates_stride_head + units[:, None]
@@ -154,6 +159,7 @@ def slstm_forward_kernel(
                 before = tl.where(start[None, :], 0.0, before).to(dtype)
                 c = tl.where(start[None, :], 0.0, c)
                 n = tl.where(start[None, :], 0.0, n)
+                average = tl.where(start[None, :], 0.0, average)
                 m = tl.where(start[None, :], float("-inf"), m)
             recurrent = product(weights, before)
             i, f, z, o = split_gates(recurrent, UNITS, ROWS)
@@ -169,7 +175,9 @@ def slstm_forward_kernel(
             input_weight = tl.exp(i - m)
             memory_weight = tl.exp(kept - m)
             c = memory_weight * c + input_weight * z
-            n = memory_weight * n + input_weight
+            kept_n = memory_weight * n
+            n = kept_n + input_weight
+            average_before = average
             average = c / n
             output = o * average
 
@@ -184,7 +192,8 @@ def slstm_forward_kernel(
                 tl.store(h + h_offsets, output, mask)
             h_offsets += D
             if WITH_DERIVATIVES:
-                share = input_weight / n
+                # Both from their own numerators: one of them may be too small to be 1 less the other.
+                share, kept_share = input_weight / n, kept_n / n
                 slope = tl.sigmoid(-f)
                 if HAS_CAP:
                     slope *= 1 - (f / cap) * (f / cap)
@@ -192,8 +201,9 @@ def slstm_forward_kernel(
                 tl.store(derivatives_here + OUTPUT * D, o, mask)
                 tl.store(derivatives_here + CELL * D, share * (1 - z * z), mask)
                 tl.store(derivatives_here + OUTPUT_GATE * D, output * (1 - o), mask)
-                tl.store(derivatives_here + AVERAGE * D, share * (z - average), mask)
+                tl.store(derivatives_here + AVERAGE * D, share * kept_share * (z - average_before), mask)
                 tl.store(derivatives_here + SHARE * D, share, mask)
+                tl.store(derivatives_here + KEPT * D, kept_share, mask)
                 tl.store(derivatives_here + FORGET * D, slope, mask)
                 derivatives_here += KINDS * D
 

@@ -17,19 +17,17 @@ from kernels.slstm.triton_forward import slstm_forward_kernel
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles
 from kernels.triton_support import multiprocessors, next_power_of_two
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, or None if they can."""
-    head_dim = gates_x.shape[-1]
+    head_dim, dtype = gates_x.shape[-1], recurrent_kernel.dtype
     for name, tensor in (("gates_x", gates_x), ("recurrent_kernel", recurrent_kernel)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
-    if head_dim > MAX_HEAD_DIM:
-        return f"a head has {head_dim} units, more than {MAX_HEAD_DIM}"
+        if tensor.dtype not in MAX_HEAD_DIM:
+            return f"{name} is {tensor.dtype}, not one of {', '.join(map(str, MAX_HEAD_DIM))}"
+    if head_dim > MAX_HEAD_DIM[dtype]:
+        return f"heads with {dtype} weights have at most {MAX_HEAD_DIM[dtype]} units, and these have {head_dim}"
     if gates_x.device.type == "cuda":
-        tiles = default_tiles(head_dim, recurrent_kernel.dtype)
+        tiles = default_tiles(head_dim, dtype)
         most = multiprocessors(gates_x.device) * tiles.resident
         if tiles.team(head_dim) > most:
             return f"a head of {head_dim} units needs {tiles.team(head_dim)} programs at once, and the GPU has {most}"
@@ -47,10 +45,13 @@ def slstm_triton(
 ) -> tuple[Tensor, SLSTMState | None]:
     """Equal to slstm_recurrent of kernels.slstm.reference. Arguments and result as kernels.slstm.slstm.
 
-    The recurrent matrix product takes both factors in recurrent_kernel's dtype and adds in float32; gates, memory and
-    states are float32 whatever the inputs.
+    The recurrent matrix product takes both factors in recurrent_kernel's dtype, or in autocast's, and adds in float32;
+    gates, memory and states are float32 whatever the inputs.
     """
     check(gates_x, recurrent_kernel, document_start, initial_state, gate_soft_cap)
+    device = gates_x.device.type
+    if torch.is_autocast_enabled(device):
+        recurrent_kernel = recurrent_kernel.to(torch.get_autocast_dtype(device))
     batch, _, _, heads, head_dim = gates_x.shape
     with autocast_disabled(gates_x):
         if initial_state is None:
@@ -104,7 +105,7 @@ def launch_forward(
     mixed = torch.empty(batch, length, heads, head_dim, device=device, dtype=dtype)
     mixed.view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(NOT_WRITTEN)
     outputs = mixed if gates_x.dtype == dtype else torch.empty_like(mixed, dtype=gates_x.dtype)
-    kinds = (6 if cap is None else 7) if with_derivatives else 0
+    kinds = (7 if cap is None else 8) if with_derivatives else 0
     derivatives = torch.empty(batch, length, kinds, heads, head_dim, device=device, dtype=dtype)
     last = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(4)]
     team, teams = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device)
@@ -230,7 +231,7 @@ def _(gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivativ
     outputs = gates_x.new_empty(batch, length, heads, head_dim)
     is_same = gates_x.dtype == recurrent_kernel.dtype
     mixed = outputs.new_empty(0) if is_same else torch.empty_like(outputs, dtype=recurrent_kernel.dtype)
-    kinds = (6 if cap is None else 7) if with_derivatives else 0
+    kinds = (7 if cap is None else 8) if with_derivatives else 0
     derivatives = recurrent_kernel.new_empty(batch, length, kinds, heads, head_dim)
     return outputs, mixed, derivatives, *(h.new_empty(h.shape) for _ in range(4))
 

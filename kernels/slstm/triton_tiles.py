@@ -11,8 +11,10 @@ import torch
 
 from kernels.triton_support import INTERPRETED, multiprocessors, next_power_of_two
 
-# The weights of a larger head do not fit the registers and the shared memory of a GPU's multiprocessors.
-MAX_HEAD_DIM = 512
+# The weights of larger heads do not fit on chip.
+MAX_HEAD_DIM = {torch.float32: 256, torch.float16: 512, torch.bfloat16: 512}
+# Teams that take turns where programs are interpreted: enough to show what one leaves behind for its next turn.
+_INTERPRETED_TEAMS = 2
 # A matrix product's smallest tile.
 _SMALLEST = 16
 
@@ -43,9 +45,9 @@ class Tiles:
 
     def teams(self, batch: int, heads: int, head_dim: int, device: torch.device) -> int:
         """Teams that run at once; all their programs must be resident together."""
-        if device.type != "cuda":
-            return -(-batch // self.rows) * heads
-        most = multiprocessors(device) * self.resident // self.team(head_dim)
+        most = _INTERPRETED_TEAMS
+        if device.type == "cuda":
+            most = multiprocessors(device) * self.resident // self.team(head_dim)
         return min(-(-batch // self.rows) * heads, most)
 
 
@@ -55,7 +57,7 @@ def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         # Programs run one after the other, and would wait for each other for ever.
         return Tiles(units=next_power_of_two(max(head_dim, _SMALLEST)), rows=_SMALLEST)
     if dtype == torch.float32:
-        return Tiles(units=16, rows=16)
+        return Tiles(units=16, rows=16, warps=4 if head_dim <= 128 else 8)
     if head_dim <= 256:
         return Tiles(units=32, rows=16)
     return Tiles(units=32, rows=32, warps=8)
