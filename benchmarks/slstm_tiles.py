@@ -2,8 +2,9 @@
 
     python -m benchmarks.slstm_tiles [--head-dims 64 128 256 512] [--seconds 400]
 
-Every configuration is first compared with the reference in float64, forward and backward, and only then timed, in a
-process of its own that is ended if it takes too long. Each line names what failed, or the times at B=64, S=2048, bf16.
+Every division is first compared with the reference in float64, forward and backward, and only then timed. Each head
+dimension has a process of its own, which is ended if it takes too long. A line names what failed, or the worst errors
+and the times at B=64, S=2048, bf16.
 """
 
 from __future__ import annotations
@@ -164,14 +165,17 @@ def one(head_dim: int, tiles: tuple[int, int, int, int], compile_only: bool) -> 
     finite = backward()[0].isfinite().all().item() and forward()[0].isfinite().all().item()
     if not (same and finite):
         return result | {"failed": f"deterministic {same}, finite {finite}"}
-    leaves = [gates_x.requires_grad_(), kernel.requires_grad_()]
+    times = {"forward": milliseconds(forward), "backward": milliseconds(backward)}
+    for name, gates_dtype in (("both and weights", dtype), ("the same, fp32 gates", torch.float32)):
+        leaves = [gates_x.to(gates_dtype).requires_grad_(), kernel.requires_grad_()]
 
-    def whole():
-        h, _ = triton_op.slstm_triton(*leaves)
-        return torch.autograd.grad(h, leaves, grad_h)
+        def both(leaves=leaves):
+            h, _ = triton_op.slstm_triton(*leaves)
+            return torch.autograd.grad(h, leaves, grad_h.to(h.dtype))
 
-    times = {"forward": milliseconds(forward), "backward": milliseconds(backward), "whole": milliseconds(whole)}
-    return result | {name: round(value, 3) for name, value in times.items()}
+        times[name] = milliseconds(both)
+    steps = {f"us a step {name}": 1000 * times[name] / length for name in ("forward", "backward")}
+    return result | {name: round(value, 2) for name, value in (times | steps).items()}
 
 
 def peers() -> None:
@@ -187,29 +191,44 @@ def peers() -> None:
     print(f"torch.nn.LSTM, hidden {WIDTH}: forward {forward:.2f} ms, forward + backward {both:.2f} ms", flush=True)
 
 
-def child(head_dim: int, tiles, timeout: float, compile_only: bool = False) -> dict:
-    """`one` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.slstm_tiles", "--one", json.dumps([head_dim, tiles, compile_only])]
+def name_of(head_dim: int, tiles) -> str:
+    units, rows, warps, resident = tiles
+    return f"{heads_of(head_dim):2} x {head_dim:3}: units {units:3} rows {rows} warps {warps} resident {resident}"
+
+
+def child(head_dim: int, divisions: list, timeout: float, compile_only: bool = False) -> None:
+    """`one` for each of `divisions`, in a process of their own; prints a line for each as it comes."""
+    task = json.dumps([head_dim, divisions, compile_only])
+    command = [sys.executable, "-m", "benchmarks.slstm_tiles", "--one", task]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, timeout=timeout, stderr=subprocess.PIPE, text=True)
+        problem = done.stderr[-1500:] if done.returncode else ""
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {timeout:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"failed": "; ".join(done.stderr.strip().splitlines()[-3:])[-400:]}
-    return json.loads(lines[-1])
+        problem = f"not done within {timeout:.0f} s"
+    if problem:
+        print(f"heads x {head_dim}, {divisions}: {problem}", flush=True)
+
+
+def run_child(head_dim: int, divisions: list, compile_only: bool) -> None:
+    for tiles in divisions:
+        try:
+            result = one(head_dim, tuple(tiles), compile_only)
+        except Exception as error:
+            result = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        if result:
+            line = ", ".join(f"{key} {value}" for key, value in result.items())
+            print(f"{name_of(head_dim, tiles)}: {line}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[256, 512, 64, 128, 384, 192, 48])
-    parser.add_argument("--seconds", type=float, default=400, help="no configuration starts after this")
+    parser.add_argument("--seconds", type=float, default=400, help="no head dimension starts after this")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--peers", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        head_dim, tiles, compile_only = json.loads(arguments.one)
-        print(json.dumps(one(head_dim, tuple(tiles), compile_only)))
+        run_child(*json.loads(arguments.one))
         return
     if arguments.peers:
         peers()
@@ -219,23 +238,19 @@ def main() -> None:
 
     began = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
-    cases = [(head_dim, tiles) for head_dim in arguments.head_dims for tiles in CANDIDATES[head_dim]]
-    workers = min(8, (os.cpu_count() or 2) // 2)
+    cases = [(head_dim, [tiles]) for head_dim in arguments.head_dims for tiles in CANDIDATES[head_dim]]
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     # Compiling takes far longer than running; the compiled kernels are kept in Triton's cache for what follows.
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        compiled = list(pool.map(lambda case: child(*case, timeout=150, compile_only=True), cases))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda case: child(*case, timeout=100, compile_only=True), cases))
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     subprocess.run([sys.executable, "-m", "benchmarks.slstm_tiles", "--peers"], timeout=120)
-    for (head_dim, tiles), problem in zip(cases, compiled, strict=True):
-        name = f"{heads_of(head_dim):2} heads x {head_dim:3}, units {tiles[0]:3} rows {tiles[1]:2} warps {tiles[2]}"
-        name += f" resident {tiles[3]}"
-        if "failed" in problem:
-            print(f"{name}: did not compile or run: {problem['failed']}", flush=True)
-        elif time.monotonic() - began > arguments.seconds:
-            print(f"{name}: left out, time is up", flush=True)
+    for head_dim in arguments.head_dims:
+        if time.monotonic() - began > arguments.seconds:
+            print(f"heads x {head_dim}: left out, time is up", flush=True)
         else:
-            result = child(head_dim, tiles, timeout=60)
-            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+            child(head_dim, CANDIDATES[head_dim], timeout=120)
+    print(f"done in {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
