@@ -56,7 +56,7 @@ class SLSTM(nn.Module):
         initial = None if state is None else state.cell
         h, cell = slstm(
             gates,
-            self.recurrent_kernel.to(gates.dtype),
+            self.recurrent_kernel,
             document_start=document_start,
             initial_state=initial,
             return_state=return_state,
