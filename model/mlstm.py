@@ -14,7 +14,7 @@ from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
 from model.config import ModelConfig
-from model.norms import HeadNorm
+from model.norms import GatedHeadNorm, HeadNorm
 from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear
 from model.state import ConvCellState
 
@@ -33,7 +33,7 @@ class MLSTM(nn.Module):
         self.output_gate = Linear(d_model, v_dim)
         self.igate = GateLinear(d_model, heads)
         self.fgate = GateLinear(d_model, heads)
-        self.head_norm = HeadNorm(v_dim, self.settings.head_norm_eps)
+        self.head_norm = GatedHeadNorm(v_dim, self.settings.head_norm_eps, self.settings.backend)
         self.out_proj = Linear(v_dim, d_model)
 
     def forward(
@@ -67,7 +67,7 @@ class MLSTM(nn.Module):
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate, fgate_preact, settings.gate_soft_cap)
             if settings.normaliser:
                 _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, settings.gate)
-        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.head_norm(h)), new_state
+        return self.out_proj(self.head_norm(h, self.output_gate(x))), new_state
 
 
 class PreUpMLSTM(nn.Module):
@@ -88,7 +88,7 @@ class PreUpMLSTM(nn.Module):
         self.v_proj = BlockDiagonalLinear(width // block, block, block)
         self.igate = GateLinear(3 * width, self.settings.n_heads)
         self.fgate = GateLinear(3 * width, self.settings.n_heads)
-        self.head_norm = HeadNorm(width, self.settings.head_norm_eps)
+        self.head_norm = HeadNorm(width, self.settings.head_norm_eps, self.settings.backend)
         self.learnable_skip = nn.Parameter(torch.empty(width))
         self.down_proj = Linear(width, config.d_model)
 
