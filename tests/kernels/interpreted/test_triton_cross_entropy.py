@@ -103,7 +103,9 @@ def test_huge_logits_stay_finite(form, settings):
     hidden, weight, targets = make_inputs()
     hidden = (1e4 * hidden.detach()).requires_grad_()
     actual = form(hidden, weight, targets, backend="triton", **settings)
-    assert_close(actual, exact(form, hidden, weight, targets, **settings), 1e-5)
+    # Logits of 1e5 are off by 2^-24 of that, and the slope of the cap by 2 / 30 of what they are off by.
+    limits = {"losses": 1e-5, "d hidden": 4e-4, "d weight": 4e-4}
+    assert_close(actual, exact(form, hidden, weight, targets, **settings), limits)
 
 
 @FORMS
