@@ -1,0 +1,110 @@
+"""One token through the mLSTM, on a state that is updated where it lies: what decoding repeats.
+
+Axes: B batch, NH heads, DK query/key and DV value dimension of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import backends
+from kernels.mlstm.gates import GATES
+from kernels.mlstm.reference import mlstm_recurrent
+from kernels.mlstm.state import MLSTMState
+
+# The largest DK that one Triton program holds, with 16 columns of the memory.
+MAX_KEY_DIM = 2048
+
+
+@torch.no_grad()
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: MLSTMState,
+    *,
+    gate: str = "exp",
+    normaliser: bool = True,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """The mLSTM cell (kernels.mlstm.mlstm) for one token. No gradients.
+
+    The Triton backend is one kernel launch, reads and writes the state once, and can be captured in a CUDA graph.
+
+    Args:
+        q, k: [B, NH, DK], any floating dtype.
+        v: [B, NH, DV].
+        igate_preact, fgate_preact: [B, NH] pre-activations, after bias and soft cap.
+        state: the state before the token; C, n and m hold the one behind it when the call returns.
+        gate, normaliser, eps: as for mlstm.
+        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+
+    Returns:
+        h: [B, NH, DV] in v's dtype. All is computed in float32 (float64 if any input is), without autocast.
+
+    Raises:
+        ValueError: shapes or settings that do not fit together, or what the backend cannot do.
+    """
+    _check(q, k, v, igate_preact, fgate_preact, state, gate, normaliser)
+    tensors = (q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
+    if backends.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
+        return mlstm_step_reference(q, k, v, igate_preact, fgate_preact, state, gate, normaliser, eps)
+    from kernels.mlstm import step_fused
+
+    return step_fused.mlstm_step(q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m, gate, normaliser, eps)
+
+
+def mlstm_step_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: MLSTMState,
+    gate: str,
+    normaliser: bool,
+    eps: float,
+) -> Tensor:
+    """The specification: the recurrent form of one token, and its state written over the old one."""
+    token = (x[:, None] for x in (q, k, v, igate_preact, fgate_preact))
+    options = {"initial_state": state, "return_state": True, "gate": gate, "normaliser": normaliser, "eps": eps}
+    h, new = mlstm_recurrent(*token, **options)
+    for old, value in ((state.C, new.C), (state.n, new.n), (state.m, new.m)):
+        old.copy_(value)
+    return h[:, 0]
+
+
+def _unsupported(tensors: tuple[Tensor, ...]) -> str | None:
+    q, *_, C, n, m = tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "the kernel computes in float32 and a tensor is float64"
+    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (C, n, m)):
+        return "the state must be float32 and contiguous"
+    if q.shape[-1] > MAX_KEY_DIM:
+        return f"key dimension {q.shape[-1]} is above {MAX_KEY_DIM}"
+    return None
+
+
+def _check(q, k, v, igate_preact, fgate_preact, state, gate, normaliser) -> None:
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
+    if gate == "exp" and not normaliser:
+        raise ValueError("gate=exp needs the normaliser: set normaliser=true, or gate=sigmoid to go without")
+    if q.dim() != 3:
+        raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
+    batch, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    expected = {
+        "k": (k, (batch, heads, key_dim)),
+        "v": (v, (batch, heads, value_dim)),
+        "igate_preact": (igate_preact, (batch, heads)),
+        "fgate_preact": (fgate_preact, (batch, heads)),
+        "state.C": (state.C, (batch, heads, key_dim, value_dim)),
+        "state.n": (state.n, (batch, heads, key_dim)),
+        "state.m": (state.m, (batch, heads)),
+    }
+    wrong = [f"{name} {tuple(x.shape)} instead of {shape}" for name, (x, shape) in expected.items() if x.shape != shape]
+    if wrong:
+        raise ValueError(f"shapes that do not go with q {(batch, heads, key_dim)}: {'; '.join(wrong)}")
