@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
+from kernels.mlstm.state import DecodingState
+from kernels.mlstm.step import mlstm_step
 from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
@@ -47,19 +49,15 @@ class MLSTM(nn.Module):
         igate, fgate = self.igate(gate_input), self.fgate(gate_input)
         igate_preact = soft_cap(igate, settings.gate_soft_cap)
         fgate_preact = soft_cap(fgate, settings.gate_soft_cap)
-        h, new_state = mlstm(
-            q,
-            k,
-            v,
-            igate_preact,
-            fgate_preact,
-            document_start=document_start,
-            initial_state=state,
-            return_state=return_state,
+        h, new_state = _run_cell(
+            (q, k, v, igate_preact, fgate_preact),
+            document_start,
+            state,
+            return_state,
+            settings.chunk_size,
             gate=settings.gate,
             normaliser=settings.normaliser,
             eps=settings.cell_eps,
-            chunk_size=settings.chunk_size,
             backend=settings.backend,
         )
         if statistics.is_recording():
@@ -105,17 +103,13 @@ class PreUpMLSTM(nn.Module):
         gate_input = gate_input.to(compute_dtype(gate_input, self.igate.weight))
         igate_preact, fgate_preact = self.igate(gate_input), self.fgate(gate_input)
         q, k, v = (projected.unflatten(-1, (settings.n_heads, -1)) for projected in (q, k, v))
-        h, cell = mlstm(
-            q,
-            k,
-            v,
-            igate_preact,
-            fgate_preact,
-            document_start=document_start,
-            initial_state=None if state is None else state.cell,
-            return_state=return_state,
+        h, cell = _run_cell(
+            (q, k, v, igate_preact, fgate_preact),
+            document_start,
+            None if state is None else state.cell,
+            return_state,
+            settings.chunk_size,
             eps=settings.cell_eps,
-            chunk_size=settings.chunk_size,
             backend=settings.backend,
         )
         if statistics.is_recording():
@@ -124,6 +118,29 @@ class PreUpMLSTM(nn.Module):
             _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, "exp")
         mixed = self.head_norm(h) + self.learnable_skip * a
         return self.down_proj(mixed * F.silu(z)), ConvCellState(new_tail, cell) if return_state else None
+
+
+def _run_cell(
+    inputs: tuple[Tensor, ...],
+    document_start: Tensor | None,
+    state: MLSTMState | None,
+    return_state: bool,
+    chunk_size: int,
+    **options,
+) -> tuple[Tensor, MLSTMState | None]:
+    """The cell over a sequence, or its step where one token continues a state that it may overwrite."""
+    is_step = isinstance(state, DecodingState) and inputs[0].shape[1] == 1
+    if is_step and document_start is None and not torch.is_grad_enabled():
+        h = mlstm_step(*(x.squeeze(1) for x in inputs), state, **options)
+        return h[:, None], state
+    return mlstm(
+        *inputs,
+        document_start=document_start,
+        initial_state=state,
+        return_state=return_state,
+        chunk_size=chunk_size,
+        **options,
+    )
 
 
 def _record_cell(

@@ -15,8 +15,8 @@ from torch import Tensor
 from kernels.triton_support import next_power_of_two
 
 TOKENS_PER_PARTIAL = 64
-# Elements of one tensor that a program works on at a time.
-_TILE = 2048
+# Elements of one tensor that a program works on at a time; the backward pass has three tensors and a sum to hold.
+_FORWARD_TILE, _BACKWARD_TILE = 2048, 1024
 
 
 @triton.jit
@@ -168,9 +168,9 @@ def _gated_backward(
     tl.store(partials + (part * NH + head).to(tl.int64) * DV + channel, tl.sum(grad_weight, 0), channel < DV)
 
 
-def _tile_settings(head_dim: int) -> dict[str, int]:
+def _tile_settings(head_dim: int, elements: int) -> dict[str, int]:
     width = max(16, next_power_of_two(head_dim))
-    rows = min(TOKENS_PER_PARTIAL, max(1, _TILE // width))
+    rows = min(TOKENS_PER_PARTIAL, max(1, elements // width))
     return {"DV": head_dim, "ROWS": rows, "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
 
 
@@ -191,7 +191,7 @@ def launch_norm_forward(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     h_rows, weight = _by_head(h), weight.contiguous()
     tokens, heads, head_dim = h_rows.shape
     y = h.new_empty(*h.shape[:2], heads * head_dim)
-    settings = _tile_settings(head_dim)
+    settings = _tile_settings(head_dim, _FORWARD_TILE)
     grid = (triton.cdiv(tokens, settings["ROWS"]) * heads,)
     with torch.cuda.device_of(h):
         _norm_forward[grid](h_rows, weight, y, tokens, h_rows.stride(0), h_rows.stride(1), eps, NH=heads, **settings)
@@ -203,7 +203,7 @@ def launch_gated_forward(h: Tensor, gate_preact: Tensor, weight: Tensor, eps: fl
     h_rows, gate_rows, weight = _by_head(h), _by_token(gate_preact), weight.contiguous()
     tokens, heads, head_dim = h_rows.shape
     y = h.new_empty(gate_preact.shape)
-    settings = _tile_settings(head_dim)
+    settings = _tile_settings(head_dim, _FORWARD_TILE)
     grid = (triton.cdiv(tokens, settings["ROWS"]) * heads,)
     with torch.cuda.device_of(h):
         _gated_forward[grid](
@@ -243,7 +243,7 @@ def launch_norm_backward(grad: Tensor, h: Tensor, weight: Tensor, eps: float) ->
             eps,
             NH=heads,
             TOKENS=TOKENS_PER_PARTIAL,
-            **_tile_settings(head_dim),
+            **_tile_settings(head_dim, _BACKWARD_TILE),
         )
     return grad_h, partials.sum(0).to(weight.dtype)
 
@@ -275,7 +275,7 @@ def launch_gated_backward(
             eps,
             NH=heads,
             TOKENS=TOKENS_PER_PARTIAL,
-            **_tile_settings(head_dim),
+            **_tile_settings(head_dim, _BACKWARD_TILE),
         )
     return grad_h, grad_gate_preact, partials.sum(0).to(weight.dtype)
 

@@ -54,9 +54,10 @@ def test_loss():
     for kernels in compile_launches(calls):
         assert [kernel.name for kernel in kernels] == ["_losses", "_gradients", "_losses_and_gradients"]
         for kernel in kernels:
-            assert_lean(kernel)
-            # Two blocks of 8 warps a multiprocessor at least.
-            assert kernel.registers <= 128
+            # ptxas puts one register away in one of them, far below its limit.
+            assert_lean(kernel, stack_bytes=8)
+            # Four blocks of 8 warps a multiprocessor.
+            assert kernel.registers <= 64
 
 
 def test_head_norm():
@@ -77,5 +78,5 @@ def test_step():
         for gate, normaliser in [("exp", True), ("sigmoid", False)]
     ]
     for (_, arguments), (kernel,) in zip(calls, compile_launches(calls), strict=True):
-        assert_lean(kernel, stack_bytes=0)
+        assert_lean(kernel)
         assert kernel.registers <= (128 if arguments["key_dim"] <= 512 else 255)
