@@ -55,7 +55,7 @@ class LMHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, loss_reduction: str = "none", z_loss_weight: float = 0.0
     ) -> Tensor:
-        """hidden [B, S, D] -> losses [B, S] or their sum with targets [B, S], else logits [B, S, V]; float32 at least."""
+        """hidden [B, S, D] -> logits [B, S, V], or with targets [B, S] losses [B, S] or their sum; float32 at least."""
         if statistics.is_recording():
             self._record(hidden)
         if targets is not None:

@@ -14,7 +14,7 @@ from kernels.cross_entropy.rows import store_gradients, store_losses, store_loss
 from kernels.precision import autocast_disabled
 
 # Enough rows for the products of a narrow model to fill a GPU; 0.4 GB of logits in bfloat16 at V = 50304.
-_CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 4096
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
@@ -29,7 +29,7 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None):
         self.hidden, self.targets = hidden, targets
         self.weight = weight.to(hidden.dtype)
-        self.size = min(chunk_tokens or _CHUNK_TOKENS, len(hidden))
+        self.size = min(chunk_tokens or CHUNK_TOKENS, len(hidden))
         # Rows that begin at a multiple of 16 elements keep wide loads and fast products for every vocabulary.
         padded = -(-weight.shape[0] // 16) * 16
         self.buffer = hidden.new_empty(self.size, padded)[:, : weight.shape[0]]

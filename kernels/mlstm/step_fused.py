@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kernels.triton_support import next_power_of_two
 
-# Elements of the memory that a program holds; enough programs for a whole GPU at B = 1, wide enough rows at any B.
-_TILE = 8192
-_COLUMNS = (16, 32)
+# Elements of the memory that a program holds, and its columns: enough programs for a whole GPU at B = 1, and whole
+# cache lines of 128 bytes where DK allows it.
+TILE = {"elements": 8192, "most_columns": 32, "num_warps": 8}
+_LEAST_COLUMNS = 16
 
 
 @triton.jit
@@ -145,7 +146,7 @@ def launch_step(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = max(16, next_power_of_two(key_dim))
-    columns = min(max(_TILE // rows, _COLUMNS[0]), _COLUMNS[1])
+    columns = min(max(TILE["elements"] // rows, _LEAST_COLUMNS), TILE["most_columns"])
     with torch.cuda.device_of(q):
         _step[(triton.cdiv(value_dim, columns), batch * heads)](
             q,
@@ -172,7 +173,7 @@ def launch_step(
             COLUMNS=columns,
             EXP_GATE=gate == "exp",
             NORMALISER=normaliser,
-            num_warps=8,
+            num_warps=TILE["num_warps"],
         )
     return h
 

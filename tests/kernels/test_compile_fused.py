@@ -14,7 +14,8 @@ DTYPES = ["float32", "bfloat16", "float16"]
 def loss_rows(vocabulary, dtype, cap):
     from kernels.cross_entropy import rows
 
-    logits = torch.empty(4, vocabulary, dtype=getattr(torch, dtype))
+    # As the loss lays its buffer out.
+    logits = torch.empty(4, -(-vocabulary // 16) * 16, dtype=getattr(torch, dtype))[:, :vocabulary]
     targets = torch.zeros(4, dtype=torch.int64)
     losses, log_sums, scales = (torch.empty(4) for _ in range(3))
     rows.store_losses(logits, targets, losses, log_sums, cap, 1e-4)
@@ -51,13 +52,13 @@ def test_loss():
         for t in DTYPES
         for c in (None, 30.0)
     ]
-    for kernels in compile_launches(calls):
+    for (_, arguments), kernels in zip(calls, compile_launches(calls), strict=True):
         assert [kernel.name for kernel in kernels] == ["_losses", "_gradients", "_losses_and_gradients"]
         for kernel in kernels:
             # ptxas puts one register away in one of them, far below its limit.
             assert_lean(kernel, stack_bytes=8)
-            # Four blocks of 8 warps a multiprocessor.
-            assert kernel.registers <= 64
+            # Four blocks of 8 warps a multiprocessor, half of that where the vocabulary is no multiple of 16.
+            assert kernel.registers <= (64 if arguments["vocabulary"] % 16 == 0 else 128)
 
 
 def test_head_norm():
