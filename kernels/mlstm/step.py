@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import backends
-from kernels.mlstm.gates import GATES
+from kernels.mlstm.inputs import check
 from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.state import MLSTMState
 
@@ -47,7 +47,9 @@ def mlstm_step(
     Raises:
         ValueError: shapes or settings that do not fit together, or what the backend cannot do.
     """
-    _check(q, k, v, igate_preact, fgate_preact, state, gate, normaliser)
+    if q.dim() != 3:
+        raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
+    check(*_as_sequence(q, k, v, igate_preact, fgate_preact), None, state, gate, normaliser)
     tensors = (q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
     if backends.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
         return mlstm_step_reference(q, k, v, igate_preact, fgate_preact, state, gate, normaliser, eps)
@@ -68,12 +70,16 @@ def mlstm_step_reference(
     eps: float,
 ) -> Tensor:
     """The specification: the recurrent form of one token, and its state written over the old one."""
-    token = (x[:, None] for x in (q, k, v, igate_preact, fgate_preact))
     options = {"initial_state": state, "return_state": True, "gate": gate, "normaliser": normaliser, "eps": eps}
-    h, new = mlstm_recurrent(*token, **options)
+    h, new = mlstm_recurrent(*_as_sequence(q, k, v, igate_preact, fgate_preact), **options)
     for old, value in ((state.C, new.C), (state.n, new.n), (state.m, new.m)):
         old.copy_(value)
     return h[:, 0]
+
+
+def _as_sequence(*token: Tensor) -> tuple[Tensor, ...]:
+    """[B, ...] -> [B, 1, ...]: a sequence of one token."""
+    return tuple(x[:, None] for x in token)
 
 
 def _unsupported(tensors: tuple[Tensor, ...]) -> str | None:
@@ -85,26 +91,3 @@ def _unsupported(tensors: tuple[Tensor, ...]) -> str | None:
     if q.shape[-1] > MAX_KEY_DIM:
         return f"key dimension {q.shape[-1]} is above {MAX_KEY_DIM}"
     return None
-
-
-def _check(q, k, v, igate_preact, fgate_preact, state, gate, normaliser) -> None:
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
-    if gate == "exp" and not normaliser:
-        raise ValueError("gate=exp needs the normaliser: set normaliser=true, or gate=sigmoid to go without")
-    if q.dim() != 3:
-        raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
-    batch, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
-    expected = {
-        "k": (k, (batch, heads, key_dim)),
-        "v": (v, (batch, heads, value_dim)),
-        "igate_preact": (igate_preact, (batch, heads)),
-        "fgate_preact": (fgate_preact, (batch, heads)),
-        "state.C": (state.C, (batch, heads, key_dim, value_dim)),
-        "state.n": (state.n, (batch, heads, key_dim)),
-        "state.m": (state.m, (batch, heads)),
-    }
-    wrong = [f"{name} {tuple(x.shape)} instead of {shape}" for name, (x, shape) in expected.items() if x.shape != shape]
-    if wrong:
-        raise ValueError(f"shapes that do not go with q {(batch, heads, key_dim)}: {'; '.join(wrong)}")
