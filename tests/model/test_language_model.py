@@ -274,3 +274,13 @@ def test_the_loss_sum_is_that_of_the_tokens(small_configs, make_model, make_batc
     assert output.loss_sum > model(**batch, loss_reduction="sum").loss_sum
     with pytest.raises(ValueError, match="loss_reduction must be one of none, sum, not 'mean'"):
         model(**batch, loss_reduction="mean")
+
+
+def test_under_autocast_the_loss_multiplies_in_bfloat16(small_configs, make_model, make_batch):
+    head, batch = make_model(small_configs["mlstm"], torch.float32).lm_head, make_batch()
+    hidden = torch.randn(*batch["tokens"].shape, small_configs["mlstm"].d_model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = head(hidden, batch["targets"])
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, head(hidden.bfloat16(), batch["targets"]))
+    assert not torch.equal(actual, head(hidden, batch["targets"]))
