@@ -69,19 +69,23 @@ def _step(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row_inside, column_inside = row < DK, column < DV
 
-    igate = tl.load(igate_preact + batch * igate_batch + head * igate_head).to(tl.float32)
-    fgate = tl.load(fgate_preact + batch * fgate_batch + head * fgate_head).to(tl.float32)
-    m_before = tl.load(m + cell)
-    key = tl.load(k + batch * k_batch + head * k_head + row, row_inside, 0.0).to(tl.float32)
-    query = tl.load(q + batch * q_batch + head * q_head + row, row_inside, 0.0).to(tl.float32) * q_scale
-    value = tl.load(v + batch * v_batch + head * v_head + column, column_inside, 0.0).to(tl.float32)
-    normaliser = tl.load(n + cell * DK + row, row_inside, 0.0)
-    # On its way before the barrier below, behind which it would wait for the count.
+    # All loads before any use, the memory first: without barriers the compiler puts waits for some before others.
     at = C + cell * (DK * DV) + row[:, None] * DV + column[None, :]
     inside = row_inside[:, None] & column_inside[None, :]
     memory = tl.load(at, inside, 0.0)
+    tl.debug_barrier()
+    key = tl.load(k + batch * k_batch + head * k_head + row, row_inside, 0.0)
+    query = tl.load(q + batch * q_batch + head * q_head + row, row_inside, 0.0)
+    value = tl.load(v + batch * v_batch + head * v_head + column, column_inside, 0.0)
+    normaliser = tl.load(n + cell * DK + row, row_inside, 0.0)
+    igate = tl.load(igate_preact + batch * igate_batch + head * igate_head)
+    fgate = tl.load(fgate_preact + batch * fgate_batch + head * fgate_head)
+    m_before = tl.load(m + cell)
+    tl.debug_barrier()
 
-    log_forget = _log_sigmoid(fgate)
+    key, query, value = key.to(tl.float32), query.to(tl.float32) * q_scale, value.to(tl.float32)
+    igate = igate.to(tl.float32)
+    log_forget = _log_sigmoid(fgate.to(tl.float32))
     if EXP_GATE:
         log_input = igate
         # Gates that are all shut must not make -inf - -inf.
@@ -92,16 +96,18 @@ def _step(
     forget = tl.exp(log_forget + m_before - m_after)
     key = key * tl.exp(log_input - m_after)
     normaliser = forget * normaliser + key
+    denominator = tl.maximum(tl.abs(tl.sum(query * normaliser, 0)), tl.exp(-m_after)) + eps
 
-    # The barrier and the release of the count put this program's reads of n and m before any write of the last one.
+    # Behind the barrier every thread has used what it read of n and m, so the last program may overwrite them. Its
+    # numbers come from its own registers: the count has nothing to publish, and needs no fence.
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + cell, 1, sem="acq_rel")
+    arrived = tl.atomic_add(arrivals + cell, 1, sem="relaxed")
 
     memory = forget * memory + key[:, None] * value[None, :]
     tl.store(at, memory, inside)
     read = tl.sum(query[:, None] * memory, 0)
     if NORMALISER:
-        read = read / (tl.maximum(tl.abs(tl.sum(query * normaliser, 0)), tl.exp(-m_after)) + eps)
+        read = read / denominator
     tl.store(h + cell * DV + column, read, column_inside)
 
     if arrived == tl.num_programs(0) - 1:
