@@ -21,7 +21,7 @@ from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.head_norm import fused as norm_fused
 from kernels.head_norm import gated_head_norm
 from kernels.mlstm import MLSTMState, step_fused
-from kernels.mlstm.step import mlstm_step, mlstm_step_reference
+from kernels.mlstm.step import DecodingState, mlstm_step, mlstm_step_reference
 
 DEVICE = "cuda"
 # Several times the L2 cache of an H200.
@@ -173,7 +173,7 @@ def head_norm(bandwidth: float) -> None:
             print(f"{f'{batch} {length} {heads} {head_dim}':>18} {name:>9} {' '.join(cells)}")
 
 
-def _step_sets(batch: int, heads: int, key_dim: int, value_dim: int) -> list[tuple]:
+def _step_sets(batch: int, heads: int, key_dim: int, value_dim: int, columns: int | None = None) -> list[tuple]:
     """Inputs and states of enough layers to be cold, at most 64."""
     state_bytes = batch * heads * key_dim * value_dim * 4
     sets = []
@@ -184,7 +184,7 @@ def _step_sets(batch: int, heads: int, key_dim: int, value_dim: int) -> list[tup
             return torch.randn(batch, heads, *shape, device=DEVICE).to(dtype)
 
         q, k, v = (random(width, dtype=torch.bfloat16) for width in (key_dim, key_dim, value_dim))
-        state = MLSTMState(random(key_dim, value_dim), random(key_dim), random())
+        state = DecodingState.of(MLSTMState(random(key_dim, value_dim), random(key_dim), random()), columns)
         sets.append((q, k, v, random() - 4, random() + 4, state))
     return sets
 
@@ -205,11 +205,11 @@ def step(bandwidth: float) -> None:
     ]:
         sets = _step_sets(batch, heads, key_dim, value_dim)
         *inputs, state = sets[0]
-        states = [MLSTMState(*(x.clone() for x in vars(state).values())) for _ in range(2)]
+        states = [DecodingState(*(x.clone() for x in vars(state).values())) for _ in range(2)]
         h = mlstm_step(*inputs, states[0], backend="triton")
         expected = mlstm_step_reference(*inputs, states[1], "exp", True, 1e-6)
         check("  step", {"h": h, **vars(states[0])}, {"h": expected, **vars(states[1])}, 4e-3)
-        moved = 2 * (state.C.nbytes + state.n.nbytes)
+        moved = 2 * (state.C.nbytes + state.n.nbytes // state.n.shape[2])
         ours = graph_milliseconds([lambda x=x: mlstm_step(*x, backend="triton") for x in sets])
         targets = [torch.empty_like(x[-1].C) for x in sets[: max(2, len(sets) // 2)]]
         pairs = [(target, x[-1].C) for target, x in zip(targets, sets, strict=False)]
@@ -257,25 +257,16 @@ def tiles(bandwidth: float) -> None:
             f"backward {backward:.3f} ms {shares[1]:.0%}"
         )
     norm_fused._FORWARD_TILE, norm_fused._BACKWARD_TILE = used
-    used = dict(step_fused.TILE)
+    used = step_fused.NUM_WARPS
     for batch in (1, 64):
-        sets = _step_sets(batch, 8, 256, 512)
-        moved = 2 * sets[0][-1].C.nbytes
-        for elements, columns, warps in [
-            (8192, 32, 8),
-            (8192, 32, 4),
-            (8192, 32, 16),
-            (4096, 16, 4),
-            (4096, 16, 8),
-            (16384, 64, 8),
-            (16384, 64, 16),
-        ]:
-            step_fused.TILE.update(elements=elements, most_columns=columns, num_warps=warps)
+        for columns, warps in [(32, 8), (32, 4), (32, 16), (16, 4), (16, 8), (64, 8), (64, 16)]:
+            sets = _step_sets(batch, 8, 256, 512, columns)
+            step_fused.NUM_WARPS = warps
             time = graph_milliseconds([lambda x=x: mlstm_step(*x, backend="triton") for x in sets])
-            share = moved / (1e-3 * time) / bandwidth
-            shape = f"B={batch} {elements} elements, {columns} columns, {warps} warps"
-            print(f"  step {shape}: {1e3 * time:.2f} us, {share:.0%}")
-        step_fused.TILE.update(used)
+            share = 2 * sets[0][-1].C.nbytes / (1e-3 * time) / bandwidth
+            print(f"  step B={batch} {columns} columns, {warps} warps: {1e3 * time:.2f} us, {share:.0%}")
+            del sets
+    step_fused.NUM_WARPS = used
 
 
 def main(parts: list[str]) -> None:

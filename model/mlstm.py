@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
-from kernels.mlstm.state import DecodingState
-from kernels.mlstm.step import mlstm_step
+from kernels.mlstm.step import DecodingState, mlstm_step
 from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
@@ -123,16 +122,17 @@ class PreUpMLSTM(nn.Module):
 def _run_cell(
     inputs: tuple[Tensor, ...],
     document_start: Tensor | None,
-    state: MLSTMState | None,
+    state: MLSTMState | DecodingState | None,
     return_state: bool,
     chunk_size: int,
     **options,
-) -> tuple[Tensor, MLSTMState | None]:
+) -> tuple[Tensor, MLSTMState | DecodingState | None]:
     """The cell over a sequence, or its step where one token continues a state that it may overwrite."""
-    is_step = isinstance(state, DecodingState) and inputs[0].shape[1] == 1
-    if is_step and document_start is None and not torch.is_grad_enabled():
-        h = mlstm_step(*(x.squeeze(1) for x in inputs), state, **options)
-        return h[:, None], state
+    if isinstance(state, DecodingState):
+        if inputs[0].shape[1] == 1 and document_start is None and not torch.is_grad_enabled():
+            h = mlstm_step(*(x.squeeze(1) for x in inputs), state, **options)
+            return h[:, None], state
+        state = state.as_mlstm_state()
     return mlstm(
         *inputs,
         document_start=document_start,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.mlstm import MLSTMState
-from kernels.mlstm.state import DecodingState
+from kernels.mlstm.step import DecodingState
 from kernels.slstm import SLSTMState
 
 Tree = TypeVar("Tree")
@@ -26,7 +26,7 @@ class ConvCellState:
 
     # [B, K - 1, C] in the activations' dtype: the last inputs of the convolution.
     conv_tail: Tensor
-    cell: MLSTMState | SLSTMState
+    cell: MLSTMState | DecodingState | SLSTMState
 
 
 @dataclass
@@ -40,7 +40,7 @@ class AttentionState:
     position: Tensor
 
 
-BlockState = MLSTMState | ConvCellState | AttentionState
+BlockState = MLSTMState | DecodingState | ConvCellState | AttentionState
 
 
 @dataclass

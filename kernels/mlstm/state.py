@@ -45,15 +45,3 @@ class MLSTMState:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MLSTMState:
         """The same state on another device or in another precision."""
         return MLSTMState(*(part.to(device=device, dtype=dtype) for part in (self.C, self.n, self.m)))
-
-
-class DecodingState(MLSTMState):
-    """A state that a decoding step may overwrite, because whoever holds it has given it up for that.
-
-    C, n and m are float32 (or float64) and contiguous, and stay where they are in memory from step to step.
-    """
-
-    @classmethod
-    def of(cls, state: MLSTMState) -> DecodingState:
-        """A copy of `state` that steps overwrite."""
-        return cls(*(part.detach().clone(memory_format=torch.contiguous_format) for part in vars(state).values()))

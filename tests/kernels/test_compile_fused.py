@@ -35,14 +35,15 @@ def head_norms(head_dim, dtype):
 
 
 def step(key_dim, value_dim, dtype, gate, normaliser):
-    from kernels.mlstm import step_fused
+    from kernels.mlstm import MLSTMState, step_fused
+    from kernels.mlstm.step import DecodingState
 
     q, k = (torch.empty(B, NH, key_dim, dtype=getattr(torch, dtype)) for _ in range(2))
     v = torch.empty(B, NH, value_dim, dtype=getattr(torch, dtype))
-    i, f, m = (torch.empty(B, NH) for _ in range(3))
-    C, n = torch.empty(B, NH, key_dim, value_dim), torch.empty(B, NH, key_dim)
-    arrivals = torch.zeros(B * NH, dtype=torch.int32)
-    step_fused.launch_step(q, k, v, i, f, C, n, m, arrivals, gate, normaliser, 1e-6)
+    i, f = (torch.empty(B, NH) for _ in range(2))
+    empty = MLSTMState.empty(B, NH, key_dim, value_dim, device=q.device, dtype=torch.float32)
+    state = DecodingState.of(empty)
+    step_fused.launch_step(q, k, v, i, f, state.C, state.n, state.m, gate, normaliser, 1e-6)
 
 
 def test_loss():

@@ -6,8 +6,7 @@ from mlstm_cases import GATE_KINDS, assert_close, make_inputs, make_state
 
 from kernels.mlstm import MLSTMState
 from kernels.mlstm.reference import mlstm_recurrent
-from kernels.mlstm.state import DecodingState
-from kernels.mlstm.step import mlstm_step
+from kernels.mlstm.step import DecodingState, mlstm_step
 
 
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
@@ -21,12 +20,8 @@ def test_steps_equal_the_recurrent_form(gate, normaliser, dtype):
     places = [part.data_ptr() for part in vars(state).values()]
     h = torch.stack([mlstm_step(*(x[:, t] for x in inputs), state, **kind) for t in range(9)], dim=1)
     assert h.dtype == dtype and [part.data_ptr() for part in vars(state).values()] == places
-    names = ("h", "C", "n", "m")
-    assert_close(
-        dict(zip(names, (h, state.C, state.n, state.m), strict=True)),
-        dict(zip(names, (expected, last.C, last.n, last.m), strict=True)),
-        1e-12 if dtype == torch.float64 else 1e-6,
-    )
+    actual = {"h": h, **vars(state.as_mlstm_state())}
+    assert_close(actual, {"h": expected, **vars(last)}, 1e-12 if dtype == torch.float64 else 1e-6)
 
 
 def test_a_decoding_state_is_a_contiguous_copy():
@@ -34,17 +29,18 @@ def test_a_decoding_state_is_a_contiguous_copy():
     turned = MLSTMState(state.C.detach().transpose(-1, -2).contiguous().transpose(-1, -2), state.n, state.m)
     copy = DecodingState.of(turned)
     assert torch.equal(copy.C, state.C) and copy.C.is_contiguous() and not copy.C.requires_grad
+    assert torch.equal(copy.as_mlstm_state().n, state.n) and torch.equal(copy.as_mlstm_state().m, state.m)
     copy.n.zero_()
     assert state.n.any()
 
 
 def test_mistakes_are_named():
     q, k, v, i, f = (x[:, 0].detach() for x in make_inputs())
-    state = make_state()
+    state = DecodingState.of(make_state())
     for change, message in [
         ({"q": q[:, None]}, r"q must be \[B, NH, DK\], got \(2, 1, 3, 6\)"),
         ({"k": k[..., 1:]}, r"k must have shape \(2, 1, 3, 6\) .* got \(2, 1, 3, 5\)"),
-        ({"state": MLSTMState(state.C, state.n[:1], state.m)}, r"initial_state.n must have shape \(2, 3, 6\)"),
+        ({"state": DecodingState(state.C, state.n[:1], state.m)}, r"initial_state.n must have shape \(2, 3, 6\)"),
         ({"gate": "tanh"}, "gate must be one of exp, sigmoid, not 'tanh'"),
         ({"normaliser": False}, "gate=exp needs the normaliser"),
         ({"backend": "cuda"}, "unknown mLSTM step backend 'cuda'"),

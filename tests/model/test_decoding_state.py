@@ -3,12 +3,13 @@
 import torch
 
 from kernels.mlstm import MLSTMState
+from kernels.mlstm.step import DecodingState
 from model.state import ConvCellState
 
 
 def cells(state):
     parts = [block.cell if isinstance(block, ConvCellState) else block for block in state.blocks]
-    return [part for part in parts if isinstance(part, MLSTMState)]
+    return [part for part in parts if isinstance(part, (MLSTMState, DecodingState))]
 
 
 @torch.no_grad()

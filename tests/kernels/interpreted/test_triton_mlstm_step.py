@@ -5,7 +5,7 @@ import torch
 
 from kernels.mlstm import MLSTMState
 from kernels.mlstm.reference import mlstm_recurrent
-from kernels.mlstm.step import MAX_KEY_DIM, mlstm_step
+from kernels.mlstm.step import MAX_KEY_DIM, DecodingState, mlstm_step
 from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, compiled_only, padded, strided
 
 B, NH = 2, 3
@@ -36,20 +36,19 @@ def make_inputs(dtype, key_dim=48, value_dim=96, regime="random", *, batch=B, se
     return [x.to(DEVICE, dtype) for x in (q, k, v)] + [x.to(DEVICE) for x in gates(regime, batch)]
 
 
-def make_state(key_dim=48, value_dim=96, gate="exp", *, batch=B):
+def make_state(key_dim=48, value_dim=96, gate="exp", *, batch=B, columns=None):
     torch.manual_seed(1)
     m = torch.randn(batch, NH) if gate == "exp" else torch.zeros(batch, NH)
     parts = torch.randn(batch, NH, key_dim, value_dim), torch.randn(batch, NH, key_dim), m
-    return MLSTMState(*(part.to(DEVICE) for part in parts))
+    return DecodingState.of(MLSTMState(*(part.to(DEVICE) for part in parts)), columns)
 
 
 def copied(state, dtype=torch.float32):
-    return MLSTMState(*(part.detach().clone().to(dtype) for part in (state.C, state.n, state.m)))
+    return DecodingState(*(part.detach().clone().to(dtype) for part in (state.C, state.n, state.m)))
 
 
 def run(inputs, state, **kwargs):
-    h = mlstm_step(*inputs, state, **kwargs)
-    return {"h": h, "C": state.C, "n": state.n, "m": state.m}
+    return {"h": mlstm_step(*inputs, state, **kwargs), **vars(state)}
 
 
 def check(inputs, state, dtype, **kwargs):
@@ -91,14 +90,12 @@ def test_any_batch(batch):
 def test_many_steps_equal_the_recurrent_form(gate, normaliser):
     steps = 12
     tokens = [make_inputs(torch.float32, 20, 23, seed=seed) for seed in range(steps)]
-    state = MLSTMState.empty(B, NH, 20, 23, device=DEVICE, dtype=torch.float32)
+    state = DecodingState.of(MLSTMState.empty(B, NH, 20, 23, device=DEVICE, dtype=torch.float32))
     kind = {"gate": gate, "normaliser": normaliser}
     h = torch.stack([mlstm_step(*token, state, backend="triton", **kind) for token in tokens], dim=1)
     whole = [torch.stack(parts, dim=1).double() for parts in zip(*tokens, strict=True)]
     expected, last = mlstm_recurrent(*whole, return_state=True, **kind)
-    assert_close(
-        {"h": h, "C": state.C, "n": state.n, "m": state.m}, {"h": expected, "C": last.C, "n": last.n, "m": last.m}, 3e-6
-    )
+    assert_close({"h": h, **vars(state.as_mlstm_state())}, {"h": expected, **vars(last)}, 3e-6)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
@@ -115,7 +112,7 @@ def test_inputs_may_be_strided(view):
 
 def test_a_sequence_does_not_depend_on_the_others():
     inputs, state = make_inputs(torch.float32), make_state()
-    alone = MLSTMState(*(part[1:].clone() for part in (state.C, state.n, state.m)))
+    alone = DecodingState(*(part[1:].clone() for part in (state.C, state.n, state.m)))
     whole = mlstm_step(*inputs, state, backend="triton")
     assert torch.equal(mlstm_step(*(x[1:] for x in inputs), alone, backend="triton")[0], whole[1])
     assert torch.equal(alone.C[0], state.C[1]) and torch.equal(alone.n[0], state.n[1])
@@ -147,7 +144,7 @@ def test_compiles_as_one_graph():
 
 def test_what_it_cannot_do_is_refused():
     inputs = make_inputs(torch.float32)
-    half = MLSTMState(*(part.half() for part in vars(make_state()).values()))
+    half = DecodingState(*(part.half() for part in vars(make_state()).values()))
     with pytest.raises(ValueError, match="mLSTM step backend 'triton' cannot do this: the state must be float32"):
         mlstm_step(*inputs, half, backend="triton")
     with pytest.raises(ValueError, match="a tensor is float64"):
@@ -157,10 +154,20 @@ def test_what_it_cannot_do_is_refused():
         mlstm_step(*wide, make_state(MAX_KEY_DIM + 1, 1), backend="triton")
 
 
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_any_group_of_columns(columns):
+    state = make_state(columns=columns)
+    assert state.n.shape[2] == state.m.shape[2] == -(-96 // columns)
+    check(make_inputs(torch.float32), state, torch.float32)
+    # All groups hold the same numbers, bit for bit.
+    assert torch.equal(state.n, state.n[:, :, :1].expand_as(state.n))
+    assert torch.equal(state.m, state.m[:, :, :1].expand_as(state.m))
+
+
 @compiled_only
-def test_many_programs_never_read_a_normaliser_that_was_overwritten():
-    # 16 programs of each of 2048 heads on a GPU that holds a fraction of them: most heads are part done at any time.
-    inputs, state = make_inputs(torch.float32, 256, 512, batch=680), make_state(256, 512, batch=680)
+def test_many_steps_of_a_large_batch():
+    # More programs than a GPU holds at a time, and every one of them many times over.
+    inputs, state = make_inputs(torch.float32, 256, 512, batch=400), make_state(256, 512, batch=400)
     other = copied(state)
     for _ in range(20):
         h = mlstm_step(*inputs, state, backend="triton")
