@@ -59,9 +59,10 @@ class LMHead(nn.Module):
         if statistics.is_recording():
             self._record(hidden)
         if targets is not None:
-            if torch.is_autocast_enabled(hidden.device.type):
+            device = hidden.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 # As for every other product; the kernel itself computes in the dtype that it is given.
-                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+                hidden = hidden.to(torch.get_autocast_dtype(device))
             loss = _LOSSES[loss_reduction]
             return loss(hidden, self.weight, targets, soft_cap=self.soft_cap, z_loss_weight=z_loss_weight)
         return soft_cap(self._uncapped(hidden), self.soft_cap)
