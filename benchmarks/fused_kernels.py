@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -244,6 +245,14 @@ def tiles(bandwidth: float) -> None:
         share = 2 * logits.nbytes / (1e-3 * time) / bandwidth
         print(f"  loss rows {lines} x {lanes}, {warps} warps: {time:.3f} ms, {share:.0%} of the bandwidth")
     rows.TILE.update(used)
+    for tokens, width in [(16384, 1024), (8192, 4096)]:
+        hidden = torch.randn(1, tokens, width, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(VOCABULARY, width, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        targets = torch.randint(0, VOCABULARY, (1, tokens), device=DEVICE)
+        for chunk in (2048, 4096, 8192):
+            settings = {"soft_cap": CAP, "chunk_tokens": chunk, "backend": "triton"}
+            time = milliseconds([partial(linear_cross_entropy_sum, hidden, weight, targets, **settings)], 10)
+            print(f"  loss {tokens} x {width}, chunks of {chunk}: forward with gradients {time:.3f} ms")
     h = torch.randn(1, 8192, 8, 512, device=DEVICE, dtype=torch.bfloat16)
     arguments = (h, torch.randn_like(h).flatten(2), torch.rand_like(h[0, 0]).flatten())
     used = norm_fused._FORWARD_TILE, norm_fused._BACKWARD_TILE

@@ -48,16 +48,18 @@ class _Chunks:
         """Add a chunk's gradient of the weight in float32."""
         # Not even a NaN in a padded position may reach it.
         hidden = self.hidden[tokens].masked_fill((self.targets[tokens] == MASKED)[:, None], 0)
+        kept = 0 if self.grad_weight is None else 1
         if self.grad_weight is None:
             shape = (grad_logits.shape[1], hidden.shape[1])
-            self.grad_weight = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+            self.grad_weight = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        total = self.grad_weight
         if hidden.dtype == torch.float32:
-            self.grad_weight.addmm_(grad_logits.t(), hidden)
+            total.addmm_(grad_logits.t(), hidden, beta=kept)
         elif hidden.is_cuda:
-            total = self.grad_weight
-            torch.addmm(total, grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
+            torch.addmm(total, grad_logits.t(), hidden, beta=kept, out_dtype=torch.float32, out=total)
         else:
-            self.grad_weight += grad_logits.t() @ hidden
+            # Under the interpreter: a CPU has no product of 16-bit matrices with a float32 result.
+            total.addmm_(grad_logits.t().float(), hidden.float(), beta=kept)
 
 
 @torch.library.custom_op("xlstm_pretrain::linear_cross_entropy", mutates_args=())
