@@ -10,8 +10,8 @@ B, S, D = 2, 11, 16
 # Losses, and gradients: the logits and their gradients are rounded to the dtype.
 TOLERANCES = {
     torch.float32: {"losses": 1e-6, "d hidden": 2e-6, "d weight": 2e-6},
-    torch.float16: {"losses": 1e-3, "d hidden": 2e-3, "d weight": 2e-3},
-    torch.bfloat16: {"losses": 6e-3, "d hidden": 1e-2, "d weight": 1e-2},
+    torch.float16: {"losses": 6e-4, "d hidden": 1e-3, "d weight": 1e-3},
+    torch.bfloat16: {"losses": 4e-3, "d hidden": 6e-3, "d weight": 6e-3},
 }
 SETTINGS = pytest.mark.parametrize(
     "settings",
@@ -123,7 +123,7 @@ def test_inputs_may_be_strided(form, view):
     hidden, weight, targets = make_inputs()
     expected = form(hidden, weight, targets, backend="triton")
     actual = form(view(hidden), view(weight), view(targets), backend="triton")
-    assert_close(actual, expected, 1e-6)
+    assert_close(actual, expected, 2e-6)
 
 
 @FORMS
