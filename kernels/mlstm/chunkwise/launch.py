@@ -439,18 +439,25 @@ def gate_gradients(
     weight_sums: Tensor,
     query_products: Tensor,
     key_products: Tensor,
+    chunk_decay: Tensor,
     final_products: Tensor | None,
     igate_preact: Tensor,
     fgate_preact: Tensor,
     documents: Documents,
     has_initial: bool,
+    negligible_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of igate_preact and fgate_preact [B, S, NH], float32."""
+    """Gradients of igate_preact and fgate_preact [B, S, NH], float32.
+
+    negligible_decay: below it, nothing is said to pass a whole chunk; that of the precision of the states.
+    """
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
+    chunk = problem.tiles.chunk
     gate_gradients_kernel[(problem.sequences,)](
         weight_sums,
         query_products,
         key_products,
+        chunk_decay,
         final_products,
         igate_preact,
         fgate_preact,
@@ -458,8 +465,9 @@ def gate_gradients(
         *grads,
         problem.length,
         problem.heads,
-        problem.padded,
+        problem.chunks,
         problem.row_stride,
+        negligible_decay,
         SUM_PARTS=len(weight_sums) - 2,
         QUERY_PARTS=len(query_products),
         KEY_PARTS=len(key_products),
@@ -467,7 +475,8 @@ def gate_gradients(
         HAS_INITIAL=has_initial,
         HAS_FINAL=final_products is not None,
         EXPONENTIAL=problem.exponential,
-        BLOCK=GATE_TOKENS,
+        L=chunk,
+        CB=max(1, GATE_TOKENS // chunk),
         num_warps=8,
     )
     return grads[0], grads[1]

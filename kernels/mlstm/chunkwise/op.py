@@ -23,6 +23,11 @@ def _flat(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
+def _negligible(k: Tensor) -> float:
+    """A decay that leaves less of a state than the rounding of what is added to it."""
+    return torch.finfo(k.dtype).eps / 16
+
+
 def _no_state(like: Tensor, count: int) -> list[Tensor]:
     # Operators return tensors, never None, and no two of them may share memory.
     return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
@@ -154,7 +159,17 @@ def mlstm_chunkwise_backward(
     grad_k, key_products = launch.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
     grad_v = launch.value_gradient(problem, k, grad_h, packed, leaving, scores)
     grad_gates = launch.gate_gradients(
-        problem, sums, query_products, key_products, final_products, igate_preact, fgate_preact, documents, has_initial
+        problem,
+        sums,
+        query_products,
+        key_products,
+        chunk_decay,
+        final_products,
+        igate_preact,
+        fgate_preact,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
     return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
@@ -312,7 +327,16 @@ def mlstm_chunkwise_state_backward(
     grad_k, key_products = launch.key_gradient(problem, k, k, v, packed, leaving, no_scores)
     grad_v = launch.value_gradient(problem, k, v, packed, leaving, no_scores)
     grad_gates = launch.gate_gradients(
-        problem, no_sums, nothing[None], key_products, final_products, *gates, documents, has_initial
+        problem,
+        no_sums,
+        nothing[None],
+        key_products,
+        chunk_decay,
+        final_products,
+        *gates,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
 
