@@ -28,9 +28,9 @@ from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles
 
 FORWARD = ("states", "scores", "read_out")
-BACKWARD = ("states", "gradient_states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
-# Stages that are not named as their field of Tiles: the recurrence runs in both directions.
-FIELDS = {"gradient_states": "states"}
+# The recurrence runs again for the states, and once against time for their gradients.
+BACKWARD = ("states", "states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
+STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
 CHUNKS = (64, 128, 256)
 LIMITS = {"h": 4e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "i": 6e-3, "f": 1e-2}
 
@@ -49,8 +49,8 @@ def _grid(rows, columns, inner, tokens, warps_and_stages) -> list[Tile]:
 
 def candidates(stage: str, chunk: int) -> list[Tile]:
     """Tiles worth a trial for a kernel."""
-    if stage in ("states", "gradient_states"):
-        found = _grid((64, 128), (64, 128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (4, 4)))
+    if stage == "states":
+        found = _grid((64, 128), (128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (8, 4)))
         return [t for t in found if t.tokens <= chunk]
     if stage in ("scores", "score_gradients"):
         found = _grid((64, 128), (64, 128), (64, 128), (16,), ((4, 3), (8, 3), (4, 2), (8, 2)))
@@ -124,7 +124,7 @@ class Stages:
 
 def with_tile(base: Tiles, stage: str, tile: Tile) -> Tiles:
     """The same cut but for one kernel."""
-    return dataclasses.replace(base, **{FIELDS.get(stage, stage): tile})
+    return dataclasses.replace(base, **{stage: tile})
 
 
 def base_tiles(chunk: int) -> Tiles:
@@ -173,36 +173,43 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
         stages.prepare()
         times: dict[str, list] = {}
         best: dict[str, tuple[float, Tile]] = {}
-        for stage in dict.fromkeys(FORWARD + BACKWARD):
+        for stage in STAGES:
+            times[stage] = measured = {}
             for tile in candidates(stage, chunk):
-                if time.monotonic() > end:
-                    break
                 fitted = tiles.fit(with_tile(base, stage, tile), shape[3], shape[4])
-                tile = getattr(fitted, FIELDS.get(stage, stage))
-                if any(entry[0] == dataclasses.asdict(tile) for entry in times.get(stage, [])):
+                tile = getattr(fitted, stage)
+                if tile in measured or time.monotonic() > end:
                     continue
                 try:
-                    passed = check(with_tile(base, stage, tile), shape)
-                    ms = do_bench(lambda: stages.run(stage, tile), warmup=8, rep=30, return_mode="median")  # noqa: B023
+                    measured[tile] = do_bench(
+                        lambda: stages.run(stage, tile),
+                        warmup=4,
+                        rep=15,
+                        return_mode="median",  # noqa: B023
+                    )
                 except Exception as error:  # noqa: BLE001
-                    times.setdefault(stage, []).append([dataclasses.asdict(tile), f"{type(error).__name__}"])
-                    continue
-                times.setdefault(stage, []).append([dataclasses.asdict(tile), ms if passed else f"wrong: {ms}"])
-                if passed and (stage not in best or ms < best[stage][0]):
+                    measured[tile] = type(error).__name__
+            ranked = sorted(
+                (ms, number, tile) for number, (tile, ms) in enumerate(measured.items()) if isinstance(ms, float)
+            )
+            for ms, _, tile in ranked:
+                if check(with_tile(base, stage, tile), shape):
                     best[stage] = (ms, tile)
+                    break
+                measured[tile] = f"wrong: {ms}"
         small = {
             name: do_bench(call, warmup=8, rep=30, return_mode="median") for name, call in other_kernels(stages).items()
         }
         report["chunks"][chunk] = {
             "best": {stage: [ms, dataclasses.asdict(tile)] for stage, (ms, tile) in best.items()},
             "other": small,
-            "times": times,
+            "times": {s: [[dataclasses.asdict(t), ms] for t, ms in m.items()] for s, m in times.items()},
         }
         forward = sum(best[s][0] for s in FORWARD) + small["weights"]
         backward = sum(best[s][0] for s in BACKWARD) + small["row_weights"]
         print(f"\n{shape} chunk {chunk}: forward {forward:.3f} ms, backward with recomputed states {backward:.3f} ms")
         for stage, (ms, t) in best.items():
-            tried = [entry[1] for entry in times[stage]]
+            tried = list(times[stage].values())
             wrong = sum(isinstance(x, str) and x.startswith("wrong") for x in tried)
             failed = sum(isinstance(x, str) for x in tried) - wrong
             cut = f"{t.rows}x{t.columns} inner {t.inner} tokens {t.tokens} warps {t.warps} stages {t.stages}"
@@ -271,7 +278,7 @@ def main() -> None:
         (shape, chunk, stage, tile)
         for shape in dims.values()
         for chunk in arguments.chunks
-        for stage in dict.fromkeys(FORWARD + BACKWARD)
+        for stage in STAGES
         for tile in candidates(stage, chunk)
     ]
     first = [(shape, chunk, None, None) for shape in dims.values() for chunk in arguments.chunks]
