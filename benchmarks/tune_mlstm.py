@@ -214,8 +214,36 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
             failed = sum(isinstance(x, str) for x in tried) - wrong
             cut = f"{t.rows}x{t.columns} inner {t.inner} tokens {t.tokens} warps {t.warps} stages {t.stages}"
             print(f"  {stage:16s} {ms:.3f}  {cut}   ({len(tried)} tried, {failed} failed, {wrong} wrong)")
+        whole = time_whole(base, {stage: tile for stage, (_, tile) in best.items()}, stages)
+        report["chunks"][chunk]["whole"] = whole
+        print(f"  whole operator: forward {whole[0]:.3f}, forward + backward {whole[1]:.3f} ms")
         print("  other", {k: round(v, 3) for k, v in small.items()}, flush=True)
     return report
+
+
+def time_whole(base: Tiles, best: dict[str, Tile], stages: Stages) -> tuple[float, float]:
+    """ms of the operator's forward pass, and of both passes, with the best tiles."""
+    from triton.testing import do_bench
+
+    from kernels.mlstm.chunkwise import mlstm_triton
+
+    cut = dataclasses.replace(base, **best)
+    inputs = [x.clone().requires_grad_() for x in (stages.q, stages.k, stages.v, stages.igate, stages.fgate)]
+
+    def forward():
+        with torch.no_grad():
+            mlstm_triton(*inputs)
+
+    def both():
+        h, _ = mlstm_triton(*inputs)
+        torch.autograd.grad(h, inputs, stages.grad_h)
+
+    choose = problem.choose_tiles
+    problem.choose_tiles = lambda *_: cut
+    try:
+        return do_bench(forward, **REPETITION), do_bench(both, **REPETITION)
+    finally:
+        problem.choose_tiles = choose
 
 
 def other_kernels(stages: Stages) -> dict:
