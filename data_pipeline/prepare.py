@@ -23,9 +23,9 @@ from data_pipeline.manifest import (
     InputsEntry,
     Manifest,
     ReportEntry,
+    ShardTable,
     TokenizerEntry,
     canonical_json,
-    summarise,
 )
 from data_pipeline.order import derive_key, permute
 from data_pipeline.progress import Progress
@@ -238,8 +238,7 @@ def _finish(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, record
         ),
         token_dtype=str(token_dtype(tokenizer.vocab_size)),
         block_bytes=BLOCK_BYTES,
-        splits=summarise(shards),
-        shards=shards,
+        shards=ShardTable.from_entries(shards),
         inputs=InputsEntry(
             file=INPUTS_FILE,
             sha256=inputs_sha256,
