@@ -30,7 +30,7 @@ class Corpus:
     def open(directory: str | Path, check: str = "size") -> Corpus:
         """Open the corpus in `directory`: manifest, table of shards and tokenizer are checked, shards when first read.
 
-        `check`: what is looked at of every shard beforehand. "none": nothing; "size": that its file is there and has its
+        `check`: what is looked at of every shard beforehand. "none": nothing; "size": its file is there and has its
         size; "hash": every byte (about 10 GB/s). Raises CorpusError, naming the first faulty file.
         """
         if check not in CHECKS:

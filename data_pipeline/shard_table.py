@@ -1,4 +1,4 @@
-"""`shards.arrow`: the table of all shards of a corpus, a row a shard, memory-mapped so that a million rows cost nothing.
+"""`shards.arrow`: the table of all shards of a corpus, a row a shard, memory-mapped: a million rows cost nothing.
 
 An Arrow IPC file with one uncompressed record batch. Columns: file, split, source (the latter two dictionary-encoded),
 unit, documents, tokens, text_bytes, bytes (int64), sha256 (32 bytes), xxh3_128 (16 bytes), xxh3_64_blocks (binary, 8
@@ -68,8 +68,7 @@ class ShardTableEntry:
 class ShardTable(Sequence[ShardEntry]):
     """The rows as `ShardEntry` (made one at a time when asked for), and the columns as arrays.
 
-    documents, tokens, text_bytes, bytes: int64 [shards], views of the file. Build one with `from_entries`, open one with
-    `read`.
+    documents, tokens, text_bytes, bytes: int64 [shards], views of the file. `from_entries` builds one, `read` opens one.
     """
 
     def __init__(self, batch: pa.RecordBatch, entry: ShardTableEntry, data: pa.Buffer):

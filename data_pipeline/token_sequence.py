@@ -5,8 +5,8 @@ grow with what was read, and a file that is truncated under the reader is an err
 would end the process with SIGBUS. What a rank keeps of a shard is a few integers in arrays: its place in the sequence,
 where its columns lie in the file, one flag a block, and every INDEX_STRIDE-th document offset.
 
-A block of a file (4 MiB) is compared with its checksum in the manifest when it is first read from, so that start-up reads
-nothing and a damaged bit is still found before a token of its block is used.
+A block of a file (4 MiB) is compared with its checksum in the manifest when it is first read from: start-up reads
+nothing, and a damaged bit is still found before a token of its block is used.
 """
 
 from __future__ import annotations

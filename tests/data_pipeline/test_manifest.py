@@ -124,7 +124,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, "bytes": psutil.Proc
 
 
 def test_a_hundred_thousand_shards_open_at_once_in_little_memory(corpus, tmp_path):
-    """A tenth of the 10^6 shards of benchmarks/data_stream.py: below 2 s and 50 MB beyond the imports."""
+    """A tenth of the 10^6 shards of benchmarks/data_stream.py: below 2 s and 100 MB beyond the imports."""
     (entry,) = entries(1)
     count = 100_000
     large = [dataclasses.replace(entry, split="train", source="web", tokens=627_000, documents=600)] * count
@@ -135,4 +135,4 @@ def test_a_hundred_thousand_shards_open_at_once_in_little_memory(corpus, tmp_pat
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["tokens"], found["number"]) == (627_000 * count, count - 1)
-    assert found["seconds"] < 2 and found["bytes"] < 50 * 2**20, found
+    assert found["seconds"] < 2 and found["bytes"] < 100 * 2**20, found
