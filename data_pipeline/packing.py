@@ -144,8 +144,8 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
                     _write_plan(corpus, split, sequence_length, identity, target)
     except OSError as error:
         raise CorpusError(
-            f"{target}: the packing plan cannot be written ({error.strerror}); set corpus.packing_directory to a folder "
-            "that can"
+            f"{target}: the packing plan cannot be written ({error.strerror}); set corpus.packing_directory to a "
+            "folder that can"
         ) from None
     return PackingPlan(target, _read_plan(target, identity))
 
@@ -228,7 +228,7 @@ def document_blocks(sequence: TokenSequence) -> Iterator[np.ndarray]:
 
 
 def pack_block(begins: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pieces, end of each sample's pieces) of a block of documents [begins, ends), int64; both as in the plan's files."""
+    """(pieces, end of each sample's pieces) of the documents [begins, ends), int64 [n], as in the plan's files."""
     whole = (ends - begins) // length
     # Whole samples of long documents.
     number = np.arange(int(whole.sum())) - np.repeat(np.cumsum(whole) - whole, whole)

@@ -385,12 +385,13 @@ def check_block(
 ) -> None:
     """Compare a block of a file with its xxh3-64 in `digests` (8 bytes a block). Raises CorpusError, OSError."""
     begin = block * block_bytes
-    data = memoryview(bytearray(min(block_bytes, file_bytes - begin)))
+    end = min(begin + block_bytes, file_bytes)
+    data = memoryview(bytearray(end - begin))
     read_exactly(path, descriptor, data, begin)
     if xxhash.xxh3_64_digest(data) != digests[8 * block : 8 * block + 8]:
         raise CorpusError(
-            f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {begin + len(data) - 1}) "
-            f"has another content than when it was written (xxh3 differs); {advice}"
+            f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {end - 1}) has another "
+            f"content than when it was written (xxh3 differs); {advice}"
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import MASKED, Batch, WindowStream
 from train.config import RunConfig
-from train.evaluate import open_evaluation_corpora, open_windows
+from train.evaluate import open_evaluation_corpora, parts_of_set
 from train.run_directory import write_atomically
 
 FORMAT_VERSION = 1
@@ -152,11 +152,11 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
         if {key: kept.get(key) for key in identity} == identity:
             return kept
     train = WindowStream(corpus, config.corpus.split, _TRAIN_WINDOW)
-    windows = open_windows(held_out_corpus, sets[name], config.training.sequence_length)
+    parts = parts_of_set(held_out_corpus, sets[name], config.training.sequence_length).values()
     baselines = ngram_baselines(
         (train.batch(window, 1) for window in range(train.windows) if window % HELD_BACK_EVERY),
         (train.batch(window, 1) for window in range(0, train.windows, HELD_BACK_EVERY)),
-        (windows.batch(first, _BATCH) for first in range(0, windows.count, _BATCH)),
+        (part.batch(first, _BATCH) for part in parts for first in range(0, part.count, _BATCH)),
         corpus.vocab_size,
     )
     result = identity | baselines
