@@ -30,8 +30,9 @@ import numpy as np
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import canonical_json
+from data_pipeline.open_files import check_block, read_exactly
 from data_pipeline.shards import BLOCK_BYTES, hash_file, write_atomically
-from data_pipeline.token_sequence import TokenSequence, check_block, read_exactly
+from data_pipeline.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
     from data_pipeline.corpus import Corpus
@@ -133,7 +134,7 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
     identity = {"version": PACKING_VERSION, "corpus": corpus.fingerprint, "split": split}
     identity |= {"sequence_length": sequence_length, "block_tokens": BLOCK_TOKENS}
     name = f"{split}-{sequence_length}-{hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]}"
-    root = Path(folder) if folder else Path(corpus.directory) / "packing"
+    root = Path(folder) if folder else corpus.folder / "packing"
     target = root / name
     try:
         if not (target / _PLAN_FILE).exists():

@@ -44,7 +44,11 @@ class MixturePhaseConfig:
 class CorpusConfig:
     """The prepared corpus (`python -m data_pipeline prepare`) that the run reads, and in which order."""
 
+    # A folder, or a URL of any file system that fsspec knows.
     directory: str = "???"
+    # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine, and how many GiB of them.
+    cache_directory: str | None = None
+    cache_gib: float = 100.0
     split: str = "train"
     # Share of each source by its label, in tokens; null: by `temperature`.
     weights: dict[str, float] | None = None

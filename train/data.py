@@ -8,6 +8,7 @@ from typing import Any
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.mixture import MixtureConfig, Phase, check_mixture
+from data_pipeline.remote import CacheSettings, is_remote
 from data_pipeline.stream import SampleStream
 from train.config import CorpusConfig, RunConfig
 from train.plan import Plan
@@ -30,6 +31,13 @@ def mixture_of(config: RunConfig) -> MixtureConfig:
 def validate_corpus(config: CorpusConfig) -> list[str]:
     """Every problem of the keys under `corpus` that shows without the corpus, one line each."""
     problems = []
+    if is_remote(config.directory) and config.cache_directory is None:
+        problems.append(
+            f"corpus.cache_directory: a corpus at a URL ({config.directory}) is read through a cache; set it to a "
+            "folder on a local disk"
+        )
+    if not config.cache_gib > 0:
+        problems.append(f"corpus.cache_gib: must be positive ({config.cache_gib})")
     if config.max_epochs <= 0:
         problems.append(f"corpus.max_epochs: must be positive ({config.max_epochs})")
     for source, weight in (config.weights or {}).items():
@@ -61,6 +69,14 @@ def validate_corpus(config: CorpusConfig) -> list[str]:
     if config.allow_changed_data is not None and not config.allow_changed_data.strip():
         problems.append("corpus.allow_changed_data: empty; give the reason, or null to refuse changed data")
     return problems
+
+
+def open_corpus(config: RunConfig, directory: str, check: str) -> Corpus:
+    """Open the corpus in a folder or at a URL, through the run's cache. Raises CorpusError."""
+    cache = None
+    if config.corpus.cache_directory is not None:
+        cache = CacheSettings(Path(config.corpus.cache_directory), int(config.corpus.cache_gib * 2**30))
+    return Corpus.open(directory, check, cache)
 
 
 def misfits_of_mixture(config: RunConfig, corpus: Corpus) -> list[str]:

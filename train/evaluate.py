@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import Batch, WindowStream
 from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
+from train.data import open_corpus
 
 if TYPE_CHECKING:
     # The trainer's: importing DeepSpeed takes seconds, and what only opens held-out sets does without.
@@ -33,7 +34,7 @@ def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "siz
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():
         own = evaluation_set.directory is None
-        corpora[name] = corpus if own else Corpus.open(evaluation_set.directory, check)
+        corpora[name] = corpus if own else open_corpus(config, evaluation_set.directory, check)
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "

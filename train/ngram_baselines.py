@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.corpus import Corpus
 from data_pipeline.stream import MASKED, Batch, WindowStream
 from train.config import RunConfig
+from train.data import open_corpus
 from train.evaluate import open_evaluation_corpora, parts_of_set
 from train.run_directory import write_atomically
 
@@ -132,7 +132,7 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
 
     A file there that belongs to the same data is returned as it is. Raises ValueError for an unknown set.
     """
-    corpus = Corpus.open(config.corpus.directory)
+    corpus = open_corpus(config, config.corpus.directory, "size")
     sets = config.evaluation.sets
     name = set_name or next(iter(sets), None)
     if name not in sets:

@@ -17,7 +17,7 @@ from conf import ConfigError
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import SampleStream
 from train.config import RunConfig
-from train.data import misfits_of_mixture, open_stream, too_little_data
+from train.data import misfits_of_mixture, open_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
@@ -51,7 +51,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
     _refuse(validate(config, world_size))
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
-    corpus = Corpus.open(config.corpus.directory, corpus_check)
+    corpus = open_corpus(config, config.corpus.directory, corpus_check)
     try:
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     except ValueError as error:

@@ -43,6 +43,8 @@ def test_a_sound_configuration_has_no_problem():
         (["corpus.packing=first_fit"], "corpus.packing: no such choice ('first_fit'); choose one of concatenate"),
         (["corpus.packing_directory=x"], "corpus.packing_directory: only packing=best_fit keeps a plan ('x')"),
         (["corpus.on_corrupt=ignore"], "corpus.on_corrupt: no such choice ('ignore'); choose one of fail, skip"),
+        (["corpus.directory=s3://b/c"], "corpus.cache_directory: a corpus at a URL (s3://b/c) is read through a cache"),
+        (["corpus.cache_gib=0"], "corpus.cache_gib: must be positive (0.0)"),
         (["corpus.workers=0"], "corpus.workers: must be at least 1 (0)"),
         (["corpus.allow_changed_data=' '"], "corpus.allow_changed_data: empty; give the reason"),
         (
