@@ -25,9 +25,9 @@ from data_pipeline.manifest import (
     InputsEntry,
     Manifest,
     ReportEntry,
+    ShardTable,
     TokenizerEntry,
     canonical_json,
-    summarise,
 )
 from data_pipeline.order import derive_key, permute
 from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, content_settings
@@ -235,8 +235,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
         ),
         token_dtype=str(token_dtype(tokenizer.vocab_size)),
         block_bytes=BLOCK_BYTES,
-        splits=summarise(shards),
-        shards=shards,
+        shards=ShardTable.from_entries(shards),
         inputs=InputsEntry(
             file=INPUTS_FILE,
             sha256=inputs_sha256,

@@ -215,12 +215,13 @@ class Shard:
     def __init__(self, path: Path):
         try:
             self._map = pa.memory_map(str(path), "r")
-            reader = pa.ipc.open_file(self._map)
+            self._data = self._map.read_buffer()
+            reader = pa.ipc.open_file(self._data)
             if reader.num_record_batches != 1:
                 raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of 1")
             batch = reader.get_batch(0)
             self.metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-            column = batch.column("tokens")
+            column = self._column = batch.column("tokens")
             self.tokens = column.values.to_numpy(zero_copy_only=True)
             self.offsets = column.offsets.to_numpy(zero_copy_only=True)
             self.document_hashes = batch.column("document_hash").to_numpy(zero_copy_only=True)
@@ -233,6 +234,11 @@ class Shard:
     @property
     def documents(self) -> int:
         return len(self.offsets) - 1
+
+    def column_places(self) -> tuple[int, int]:
+        """Byte offsets in the file of `tokens` and of `offsets`."""
+        _, offsets, _, tokens = self._column.buffers()
+        return tokens.address - self._data.address, offsets.address - self._data.address
 
     def problems(self, vocab_size: int, eod_id: int) -> list[str]:
         """Structural faults: offsets that do not rise, ids outside the vocabulary, documents without their end."""

@@ -16,8 +16,9 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.inspection import verify_corpus
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, ShardTable
 from data_pipeline.shards import Shard, ShardBuilder, hash_file
+from data_pipeline.stream import sequential_batches
 from data_pipeline.tokenizer import train_sentencepiece
 
 
@@ -32,10 +33,18 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / entry.file for entry in Manifest.read(folder).shards]
 
 
+def read_everything(folder: Path) -> None:
+    corpus = Corpus.open(folder)
+    for split in corpus.splits:
+        for source in corpus.sources(split):
+            for _ in sequential_batches(corpus, split, 64, 16, source):
+                pass
+
+
 def refused(folder: Path, *words: str) -> None:
-    """Opening raises and verifying reports, with `words` in the message."""
+    """Opening or reading raises, with `words` in the message."""
     with pytest.raises(CorpusError) as error:
-        Corpus.open(folder)
+        read_everything(folder)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -133,7 +142,7 @@ def damaged_tokenizer(folder):
 def test_damaged_files_are_named(copy, damage):
     path, words = damage(copy)
     with pytest.raises(CorpusError, match="restore|prepare") as error:
-        Corpus.open(copy)
+        read_everything(copy)
     assert str(path) in str(error.value) and words in str(error.value)
     problems = verify_corpus(copy)
     assert problems and str(path) in problems[0] and words in problems[0]
@@ -150,8 +159,12 @@ def edit_manifest(folder: Path, old: str, new: str) -> None:
     ("old", "new", "words"),
     [
         ('"eod_id": 2', '"eod_id": 3', "altered after it was written"),
-        ('"split": "train"', '"split": "test"', "altered after it was written"),
-        ('"format_version": 1', '"format_version": 99', "format_version 99, but this code reads 1"),
+        (
+            '"format_version": 2',
+            '"format_version": 1',
+            "(1 listed the shards in manifest.json itself, 2 in shards.arrow)",
+        ),
+        ('"format_version": 2', '"format_version": 99', "format_version 99, but this code reads 2"),
         ('"format": "xlstm-pretrain corpus"', '"format": "other"', "not a corpus manifest"),
         ('"fingerprint": "', '"fingerprint": "0', "altered after it was written"),
         ("{", "", "not JSON"),
@@ -169,7 +182,7 @@ def test_missing_and_unfinished_and_empty_corpora_are_refused(copy, tmp_path):
 
 
 def test_a_manifest_without_shards_is_an_empty_corpus(copy):
-    dataclasses.replace(Manifest.read(copy), shards=[], splits={}).write(copy)
+    dataclasses.replace(Manifest.read(copy), shards=ShardTable.from_entries([])).write(copy)
     refused(copy, "the corpus is empty")
 
 
@@ -201,7 +214,7 @@ def sign_as(folder: Path, entry, path: Path) -> None:
     shutil.copy(path, folder / entry.file)
     hashes = dataclasses.asdict(hash_file(path))
     shards = [dataclasses.replace(e, **hashes) if e.file == entry.file else e for e in manifest.shards]
-    dataclasses.replace(manifest, shards=shards).write(folder)
+    dataclasses.replace(manifest, shards=ShardTable.from_entries(shards)).write(folder)
 
 
 def test_a_stray_shard_is_recognised_even_with_a_matching_checksum(copy):
@@ -222,14 +235,21 @@ def test_checking_sizes_alone_leaves_flipped_bits_to_verify(copy):
     path.write_bytes(data)
     Corpus.open(copy, check="size")
     assert str(path) in verify_corpus(copy)[0]
-    with pytest.raises(ValueError, match="'hash' or 'size', got 'none'"):
-        Corpus.open(copy, check="none")
+    with pytest.raises(CorpusError, match="the 4 MiB block 0 has another content"):
+        Corpus.open(copy, check="hash")
+    path.unlink()
+    Corpus.open(copy, check="none")
+    with pytest.raises(CorpusError, match="the shard is missing"):
+        Corpus.open(copy)
+    with pytest.raises(ValueError, match="one of none, size, hash, got 'all'"):
+        Corpus.open(copy, check="all")
 
 
 def test_a_manifest_with_other_counts_than_the_shard_is_refused(copy):
     manifest = Manifest.read(copy)
     changed = dataclasses.replace(manifest.shards[0], tokens=manifest.shards[0].tokens + 1)
-    dataclasses.replace(manifest, shards=[changed, *manifest.shards[1:]]).write(copy)
+    table = ShardTable.from_entries([changed, *manifest.shards[1:]])
+    dataclasses.replace(manifest, shards=table).write(copy)
     assert "tokens, the manifest says" in verify_corpus(copy)[0]
 
 

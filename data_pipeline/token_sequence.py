@@ -1,0 +1,383 @@
+"""The shards of one source as one long sequence of tokens, read a range at a time and checked before a token is served.
+
+Ranges are read with `preadv` straight into the caller's batch: one copy, from the page cache; resident memory does not
+grow with what was read, and a file that is truncated under the reader is an error with its name, where a memory map
+would end the process with SIGBUS. What a rank keeps of a shard is a few integers in arrays: its place in the sequence,
+where its columns lie in the file, one flag a block, and every INDEX_STRIDE-th document offset.
+
+A block of a file (4 MiB) is compared with its checksum in the manifest when it is first read from: start-up reads
+nothing, and a damaged bit is still found before a token of its block is used.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_pipeline.errors import CorpusError
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_table import ShardEntry
+from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard
+
+# Document offsets kept in memory: one in so many. The others are read with the tokens.
+INDEX_STRIDE = 256
+# Files that a process keeps open at most, if its limit on open files allows.
+MAX_OPEN_FILES = 16384
+_OFFSET = np.dtype(np.int32)
+_RESTORE = "restore it or prepare the corpus again"
+OnError = Callable[[int, CorpusError], None]
+
+
+class OpenFiles:
+    """Read-only descriptors of the files of a corpus' shards, the oldest closed when there are too many.
+
+    `locate` gives the path of the file of a row of the table of shards. Safe to use from threads.
+    """
+
+    def __init__(self, locate: Callable[[int], Path], limit: int | None = None):
+        self.locate = locate
+        self._limit = _raise_limit() if limit is None else limit
+        self._open: dict[int, _Descriptor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, row: int) -> _Descriptor:
+        """The descriptor of the file of `row`; it stays open for as long as the caller holds it. Raises OSError."""
+        found = self._open.get(row)
+        if found is None:
+            found = _Descriptor(self.locate(row))
+            with self._lock:
+                self._open[row] = found
+                while len(self._open) > self._limit:
+                    del self._open[next(iter(self._open))]
+        return found
+
+    def forget(self, row: int) -> None:
+        """Open the file of `row` anew at its next use."""
+        with self._lock:
+            self._open.pop(row, None)
+
+
+class _Descriptor:
+    # Closed with its last reference: a thread that still reads from it never meets a number that was given anew.
+    __slots__ = ("number",)
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _raise_limit() -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(2 * MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    # Half is left to sockets and the other files of a run.
+    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, soft // 2)
+
+
+class TokenSequence:
+    """All tokens of one source of a split, in manifest order. Safe to use from threads.
+
+    `rows`: its shards, int64, by their rows in the table of shards.
+    """
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, files: OpenFiles):
+        table = manifest.shards
+        self._manifest = manifest
+        self._rows = rows
+        self._files = files
+        self._lock = threading.Lock()
+        self._dtype = np.dtype(manifest.token_dtype)
+        self._bounds = np.concatenate(([0], np.cumsum(table.tokens[rows], dtype=np.int64)))
+        blocks = -(-table.bytes[rows] // manifest.block_bytes)
+        self._block_bounds = np.concatenate(([0], np.cumsum(blocks, dtype=np.int64)))
+        self._checked = np.zeros(int(self._block_bounds[-1]), dtype=bool)
+        # Byte offsets of the columns `tokens` and document offsets in each file; 0: not opened yet.
+        self._columns = np.zeros((len(rows), 2), dtype=np.int64)
+        self._documents = table.documents[rows]
+        entries = -(-(self._documents + 1) // INDEX_STRIDE)
+        self._index_bounds = np.concatenate(([0], np.cumsum(entries, dtype=np.int64)))
+        # Places in the sequence, so that one search serves all shards; those of unopened shards are their beginnings.
+        self._index = np.repeat(self._bounds[:-1], entries)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._bounds[-1])
+
+    @property
+    def shards(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def entries(self) -> list[ShardEntry]:
+        """The manifest's entries of all shards: for looking into a corpus, not for reading it."""
+        return [self.entry(number) for number in range(self.shards)]
+
+    def entry(self, number: int) -> ShardEntry:
+        return self._manifest.shards[int(self._rows[number])]
+
+    def path(self, number: int) -> Path:
+        """Where shard `number` of the sequence can be read; a cache fetches it."""
+        return self._files.locate(int(self._rows[number]))
+
+    def _descriptor(self, number: int) -> _Descriptor:
+        return self._files.get(int(self._rows[number]))
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard number, first token, end) of each shard that holds a part of [start, stop), within the shard."""
+        number = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        while start < stop:
+            base, bound = int(self._bounds[number]), int(self._bounds[number + 1])
+            end = min(stop, bound)
+            yield number, start - base, end - base
+            start = end
+            number += 1
+
+    def fetch(
+        self,
+        places: np.ndarray,
+        begins: np.ndarray,
+        counts: np.ndarray,
+        out: np.ndarray,
+        starts: np.ndarray | None = None,
+        on_error: OnError | None = None,
+    ) -> None:
+        """Copy ranges of the sequence into `out` (flat, contiguous, the corpus' token dtype) and mark document starts.
+
+        Range r is tokens [begins[r], begins[r] + counts[r]); it goes to out[places[r]:], all int64 [R]. `starts` (flat
+        bool, as long as `out`, False before): True where a document starts: at position 0 and at each end-of-document
+        id, which closes a document and opens the next one. Ends are found by offsets, never by the value of an id.
+        Raises CorpusError naming the damaged shard, before any token of a damaged block is in `out`; with `on_error` it
+        is called instead with the number of the range, and that range is left out.
+        """
+        ranges = np.arange(len(begins))
+        numbers = np.searchsorted(self._bounds, begins, side="right") - 1
+        if (begins + counts > self._bounds[numbers + 1]).any():
+            ranges, numbers, places, begins, counts = self._split(places, begins, counts)
+        failed: dict[int, CorpusError] = {}
+
+        def fail(piece: int, error: CorpusError) -> None:
+            if on_error is None:
+                raise error
+            failed.setdefault(int(ranges[piece]), error)
+
+        self._open_all(numbers, fail)
+        first = begins - self._bounds[numbers]
+        item = self._dtype.itemsize
+        offsets = self._columns[numbers, 0] + first * item
+        self._check_all(numbers, offsets, counts * item, fail)
+        chunks = None if starts is None else self._chunks(numbers, begins, counts)
+        data, buffers = memoryview(out).cast("B"), []
+        pieces = zip(
+            numbers.tolist(), (places * item).tolist(), offsets.tolist(), (counts * item).tolist(), strict=True
+        )
+        for piece, (number, place, offset, size) in enumerate(pieces):
+            if failed and int(ranges[piece]) in failed:
+                continue
+            try:
+                descriptor = self._descriptor(number)
+                self._read(number, descriptor, data[place : place + size], offset)
+                if chunks is not None:
+                    begin, end = chunks[piece]
+                    buffer = np.empty(end - begin, dtype=_OFFSET)
+                    at = int(self._columns[number, 1]) + begin * _OFFSET.itemsize
+                    self._read(number, descriptor, memoryview(buffer).cast("B"), at)
+                    buffers.append((piece, buffer))
+            except OSError as error:
+                fail(piece, self._unreadable(number, error))
+            except CorpusError as error:
+                fail(piece, error)
+        for error_range, error in failed.items():
+            on_error(error_range, error)
+        if buffers:
+            _mark_starts(starts, buffers, places, first, counts)
+        if starts is not None:
+            starts[places[begins == 0]] = True
+
+    def _split(self, places: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Ranges cut at the ends of shards: (range, shard number, place, begin, count) of each piece."""
+        pieces = []
+        for r, (place, begin, count) in enumerate(zip(places.tolist(), begins.tolist(), counts.tolist(), strict=True)):
+            for number, first, end in self.parts(begin, begin + count):
+                at = int(self._bounds[number]) + first
+                pieces.append((r, number, place + at - begin, at, end - first))
+        return tuple(np.array(column, dtype=np.int64) for column in zip(*pieces, strict=True))
+
+    def _open_all(self, numbers: np.ndarray, fail: Callable[[int, CorpusError], None]) -> None:
+        for number in np.unique(numbers[self._columns[numbers, 0] == 0]).tolist():
+            try:
+                self._open(number)
+            except CorpusError as error:
+                for piece in np.flatnonzero(numbers == number).tolist():
+                    fail(piece, error)
+
+    def _open(self, number: int) -> None:
+        """Find the columns of a shard and index its document offsets, all checked."""
+        path = self.path(number)
+        entry = self.entry(number)
+        try:
+            descriptor = self._descriptor(number)
+            size = os.fstat(descriptor.number).st_size
+        except FileNotFoundError:
+            raise CorpusError(f"{path}: the shard is missing; {_RESTORE}") from None
+        except OSError as error:
+            raise self._unreadable(number, error) from None
+        if size != entry.bytes:
+            kind = "truncated" if size < entry.bytes else "altered"
+            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {entry.bytes}; {_RESTORE}")
+        last = int(self._block_bounds[number + 1] - self._block_bounds[number]) - 1
+        # The footer and the schema, before they are parsed.
+        self._check(number, [0, last])
+        shard = open_shard(path, entry, self._manifest)
+        places = shard.column_places()
+        offsets = np.empty(shard.documents + 1, dtype=_OFFSET)
+        block = self._manifest.block_bytes
+        self._check(number, range(places[1] // block, (places[1] + offsets.nbytes - 1) // block + 1))
+        self._read(number, descriptor, memoryview(offsets).cast("B"), places[1])
+        if offsets[0] != 0 or offsets[-1] != entry.tokens or (np.diff(offsets) < 1).any():
+            raise CorpusError(f"{path}: document offsets do not rise from 0 to the number of tokens; {_RESTORE}")
+        with self._lock:
+            begin, end = self._index_bounds[number : number + 2]
+            self._index[begin:end] = offsets[::INDEX_STRIDE].astype(np.int64) + self._bounds[number]
+            self._columns[number] = places[0], places[1]
+
+    def _check_all(
+        self, numbers: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, fail: Callable[[int, CorpusError], None]
+    ) -> None:
+        """Compare with the manifest every block that a piece touches and that was not compared before."""
+        block = self._manifest.block_bytes
+        low, high = offsets // block, (offsets + sizes - 1) // block
+        base = self._block_bounds[numbers]
+        unchecked = ~(self._checked[base + low] & self._checked[base + high]) | (high - low > 1)
+        pieces = [p for p in np.flatnonzero(unchecked).tolist() if self._columns[numbers[p], 0]]
+        for piece in pieces:
+            # The disk reads all of them while the first is being hashed.
+            self._read_ahead(int(numbers[piece]), int(low[piece]), int(high[piece]))
+        for piece in pieces:
+            try:
+                self._check(int(numbers[piece]), range(int(low[piece]), int(high[piece]) + 1))
+            except CorpusError as error:
+                fail(piece, error)
+
+    def _read_ahead(self, number: int, low: int, high: int) -> None:
+        block = self._manifest.block_bytes
+        try:
+            descriptor = self._descriptor(number)
+            os.posix_fadvise(descriptor.number, low * block, (high + 1 - low) * block, os.POSIX_FADV_WILLNEED)
+        except (OSError, CorpusError):
+            return  # The read that follows says what is wrong.
+
+    def _check(self, number: int, blocks: range | list[int]) -> None:
+        base = int(self._block_bounds[number])
+        todo = [block for block in blocks if not self._checked[base + block]]
+        if not todo:
+            return
+        row, size = int(self._rows[number]), self._manifest.block_bytes
+        expected = self._manifest.shards.block_hashes(row)
+        total = int(self._manifest.shards.bytes[row])
+        path = self.path(number)
+        for block in todo:
+            data = memoryview(bytearray(min(size, total - block * size)))
+            try:
+                self._read(number, self._descriptor(number), data, block * size)
+            except OSError as error:
+                raise self._unreadable(number, error) from None
+            if xxhash.xxh3_64_digest(data) != expected[8 * block : 8 * block + 8]:
+                raise CorpusError(
+                    f"{path}: altered: the {size / 2**20:g} MiB block {block} (bytes {block * size} to "
+                    f"{block * size + len(data) - 1}) has another content than when it was written (xxh3 differs); "
+                    f"{_RESTORE}"
+                )
+            self._checked[base + block] = True
+
+    def _chunks(self, numbers: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
+        """The document offsets (begin, end within the shard's column) among which each piece's are."""
+        base = self._index_bounds[numbers]
+        low = np.maximum(np.searchsorted(self._index, begins + 1) - 1 - base, 0)
+        high = np.searchsorted(self._index, begins + counts, side="right") - base
+        begin = low * INDEX_STRIDE
+        end = np.minimum(np.maximum(high, low + 1) * INDEX_STRIDE, self._documents[numbers] + 1)
+        return list(zip(begin.tolist(), end.tolist(), strict=True))
+
+    def _read(self, number: int, descriptor: _Descriptor, into: memoryview, offset: int) -> None:
+        done = os.preadv(descriptor.number, [into], offset)
+        while done < len(into):
+            more = os.preadv(descriptor.number, [into[done:]], offset + done)
+            if more == 0:
+                raise CorpusError(
+                    f"{self.path(number)}: truncated while it was read, at byte {offset + done}; {_RESTORE}"
+                )
+            done += more
+
+    def _unreadable(self, number: int, error: OSError) -> CorpusError:
+        path = self.path(number)
+        self._files.forget(int(self._rows[number]))
+        return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {_RESTORE}")
+
+    def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """`fetch` of one range: the tokens from `start` on into `tokens` [n], document starts into `starts` [n]."""
+        place, begin, count = (np.array([x], dtype=np.int64) for x in (0, start, len(tokens)))
+        self.fetch(place, begin, count, tokens, starts)
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number` of this sequence as a whole, memory-mapped, every block compared with the manifest.
+
+        Raises CorpusError when it is not what the manifest describes.
+        """
+        self._open(number)
+        self._check(number, range(int(self._block_bounds[number + 1] - self._block_bounds[number])))
+        return open_shard(self.path(number), self.entry(number), self._manifest)
+
+
+def _mark_starts(
+    starts: np.ndarray,
+    buffers: list[tuple[int, np.ndarray]],
+    places: np.ndarray,
+    first: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Set starts[places + p] at every position p of a piece whose token ends a document (offset - 1)."""
+    pieces = np.repeat(np.array([p for p, _ in buffers]), [len(b) for _, b in buffers])
+    ends = np.concatenate([b for _, b in buffers]).astype(np.int64) - 1 - first[pieces]
+    inside = (ends >= 0) & (ends < counts[pieces])
+    starts[places[pieces[inside]] + ends[inside]] = True
+
+
+def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
+    """Map a shard and compare what its schema and columns say with its manifest entry. Raises CorpusError."""
+    shard = Shard(path)
+    for key, value in shard_metadata(entry, manifest.tokenizer.fingerprint).items():
+        if shard.metadata.get(key) != value:
+            raise CorpusError(
+                f"{path}: its {key} is '{shard.metadata.get(key)}', the manifest says '{value}'; "
+                "restore the shard or prepare the corpus again"
+            )
+    shape = (shard.documents, len(shard.tokens), str(shard.tokens.dtype))
+    if shape != (entry.documents, entry.tokens, manifest.token_dtype):
+        raise CorpusError(
+            f"{path}: {shape[0]} documents and {shape[1]} {shape[2]} tokens, the manifest says {entry.documents} "
+            f"and {entry.tokens} {manifest.token_dtype}; restore the shard or prepare the corpus again"
+        )
+    return shard
+
+
+def shard_metadata(entry: ShardEntry, tokenizer_fingerprint: str) -> dict[str, str]:
+    """What the schema of a shard repeats of its manifest entry."""
+    return {
+        "shard_format_version": str(SHARD_FORMAT_VERSION),
+        "split": entry.split,
+        "source": entry.source,
+        "unit": str(entry.unit),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+    }
