@@ -1,9 +1,9 @@
 """Who works on what, told by files, so that any number of processes on any number of nodes can share a preparation.
 
 A claim is a file created exclusively. Its holder touches it now and then; on the machine of the holder a claim ends
-with the process, elsewhere when nothing has touched it for LEASE_SECONDS. A claim that has ended is followed by one with
-the next number, which again only one process can create. Were two processes ever to work on one thing, both would write
-the same bytes under names of their own and rename them to the same name.
+with the process, elsewhere when nothing has touched it for LEASE_SECONDS. A claim that has ended is followed by one
+with the next number, which again only one process can create. Were two processes ever to work on one thing, both would
+write the same bytes under names of their own and rename them to the same name.
 """
 
 from __future__ import annotations

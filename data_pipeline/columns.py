@@ -41,9 +41,7 @@ def read_arrow(path: Path, name: str, config: DataConfig) -> Iterator[tuple[list
         except pa.ArrowInvalid:
             file.seek(max(0, file.size() - len(END_OF_STREAM)))
             if file.read() != END_OF_STREAM:
-                raise pa.ArrowInvalid(
-                    "neither a whole Arrow file nor a whole Arrow stream: its end is missing"
-                ) from None
+                raise pa.ArrowInvalid("neither a whole Arrow file nor a whole stream: its end is missing") from None
             file.seek(0)
             reader = batches = pa.ipc.open_stream(file)
         wanted = _wanted(name, reader.schema.names, config)
@@ -58,10 +56,10 @@ def read_arrow(path: Path, name: str, config: DataConfig) -> Iterator[tuple[list
 def _wanted(name: str, names: list[str], config: DataConfig) -> list[str]:
     if config.text_field not in names:
         raise PrepareError(f"{name}: no column '{config.text_field}', only {', '.join(names)}; set data.text_field")
-    label_column = config.source_field.split(".")[0] if config.source_field else config.text_field
-    return (
-        [config.text_field, label_column] if label_column in set(names) - {config.text_field} else [config.text_field]
-    )
+    wanted = [config.text_field]
+    if config.source_field and config.source_field.split(".")[0] in names:
+        wanted.append(config.source_field.split(".")[0])
+    return list(dict.fromkeys(wanted))
 
 
 def _check(batch: pa.RecordBatch) -> None:

@@ -33,8 +33,9 @@ PROBES = (
     "\x00\x01\x1b[0m nul and control\x7f",
     "\ufeffmark at the start, \ufeff inside",
     "e\u0301 \u00e9 n\u0303 \u1e9b\u0323 \ufb01 \u2126 \uff21\uff22 \u00a0 \u2009 \u3000 \u200b \u200d",
-    "\u4e2d\u6587\u6d4b\u8bd5 \u65e5\u672c\u8a9e\u3092\u66f8\u304f \ud55c\uad6d\uc5b4 \u0410\u0411\u0412 \u0627\u0644\u0639 \u0939\u093f",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \U00020000 \ufffd",
+    "\u4e2d\u6587\u6d4b\u8bd5 \u65e5\u672c\u8a9e\u3092\u66f8\u304f \ud55c\uad6d\uc5b4",
+    "\u0410\u0411\u0412 \u0627\u0644\u0639 \u0939\u093f \U00020000 \ufffd",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd",
     "I'm you're IT'S we'll 12345678901234567890 3.14e-10 0x1F __init__ a_b-c/d\\e {{}} ();;;",
     f"{META_SPACE} {META_SPACE}{META_SPACE}x {META_SPACE}",
     "a" * 100_000,
@@ -138,7 +139,7 @@ class FastEncoder(Encoder):
 
 
 def build_encoder(tokenizer: Tokenizer, backend: str) -> Encoder:
-    """The encoder of one library, "reference" or a key of BACKENDS, not yet compared. Raises what the library raises."""
+    """The encoder of one library, "reference" or a key of BACKENDS, uncompared. Raises what the library raises."""
     if backend == "reference":
         return ReferenceEncoder(tokenizer)
     return FastEncoder(backend, BACKENDS[backend](tokenizer), tokenizer)
@@ -149,9 +150,9 @@ def choose_encoder(
 ) -> tuple[Encoder, list[str]]:
     """The encoder for `tokenizer`, and what to tell about the choice, one line each.
 
-    `wanted`: "auto" takes the first fast library that is installed, reads the tokenizer and gives the reference's ids on
-    the probes and on `sample()` (documents of the corpus); "reference" none; a library's name that one. `refused`:
-    names of encoders that were found to differ. Raises TokenizerError when a library that is asked for by name cannot be used.
+    `wanted`: "auto" takes the first fast library that is installed, reads the tokenizer and gives the reference's ids
+    on the probes and on `sample()` (documents of the corpus); "reference" none; a library's name that one. `refused`:
+    names of encoders that were found to differ. Raises TokenizerError when a library asked for by name cannot be used.
     """
     reference = ReferenceEncoder(tokenizer)
     lines = []

@@ -1,8 +1,8 @@
 """From a source to a corpus folder: tokenizer, shards, manifest; may be killed at any moment and run again.
 
-The inputs are cut into units by their sizes; what a unit writes depends on the unit alone. Workers, of this command and of
-others with the same output, claim units and leave a record of each that is on disk; a restart repeats only units without
-one. Whoever finds all records writes the manifest, which comes last.
+The inputs are cut into units by their sizes; what a unit writes depends on the unit alone. Workers, of this command and
+of others with the same output, claim units and leave a record of each that is on disk; a restart repeats only units
+without one. Whoever finds all records writes the manifest, which comes last.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ COMPARED_CHARACTERS = 20_000
 def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True) -> Manifest | None:
     """Prepare the corpus that `config` describes, or finish or confirm one begun before.
 
-    Returns None when other commands still work on it; the last one of them finishes it. Raises PrepareError when it cannot
-    start or go on (other settings, no input, too much of it damaged, no disk space) and TokenizerError; what was finished
-    stays, and running it again goes on from there.
+    Returns None when other commands still work on it; the last one of them finishes it. Raises PrepareError when it
+    cannot start or go on (other settings, no input, too much of it damaged, no disk space) and TokenizerError; what was
+    finished stays, and running it again goes on from there.
     """
     config = resolve_source(config)
     folder = Path(config.output)
@@ -208,13 +208,13 @@ def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterat
 
 
 def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: list[UnitRecord]) -> Manifest:
-    check_losses(records, config.data, enough=1)
     shards = [shard for record in records for shard in record.shards]
     files = [entry for record in records for entry in record.inputs]
     total, rejected, _ = losses(records)
     if not shards:
         counts = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no records"
         raise PrepareError(f"no document was found in {len(files)} inputs ({counts}); check data.path, data.text_field")
+    check_losses(records, config.data, enough=1)
     documents = sum(entry["documents"] for entry in files)
     assert total == documents + sum(rejected.values()) and documents == sum(shard.documents for shard in shards)
     inputs_sha256 = _write_lines(folder / INPUTS_FILE, files)
@@ -269,7 +269,7 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(WorkFolder(folder).path, ignore_errors=True)
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
-    known = {folder / shard.file for shard in manifest.shards}
+    known = {folder / manifest.shards.file(row) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):
         if path.is_file() and path not in known:
             path.unlink(missing_ok=True)

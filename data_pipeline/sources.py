@@ -23,12 +23,6 @@ from data_pipeline.archives import DamagedArchiveError, OversizedLine, read_line
 from data_pipeline.config import DataConfig, SplitConfig
 from data_pipeline.errors import PrepareError
 
-try:
-    # About three times as fast; whatever it does not take, the standard library is asked again.
-    from orjson import loads as parse_json
-except ImportError:
-    from json import loads as parse_json
-
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -39,6 +33,24 @@ SPLIT_NAMES = {
     "test": "test",
 }
 OnBytes = Callable[[int], None]
+
+
+def _parse_json(line: bytes | memoryview) -> Any:
+    """What the standard library makes of a line; integers become floats, which have no limit of digits.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(bytes(line), parse_int=float)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+try:
+    # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
+    from orjson import loads as _parse_json_fast
+except ImportError:
+    _parse_json_fast = _parse_json
 
 
 @dataclass(frozen=True)
@@ -108,14 +120,18 @@ class Source(abc.ABC):
         if isinstance(record, UnicodeDecodeError):
             return Rejection(item.name, position, "not_utf8", f"byte {record.start} of a field: {record.reason}")
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            return Rejection(item.name, position, "malformed", f"not a record with fields but {kind}")
+            return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
         text = record.get(self.config.text_field)
         if not isinstance(text, str):
-            found = "no such field" if self.config.text_field not in record else f"it is {type(text).__name__}"
+            found = "no such field" if self.config.text_field not in record else f"it is {_kind(text)}"
             return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
         label = look_up(record, self.config.source_field) if self.config.source_field else None
         return self.document(item, text, position, label)
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null", str: "a string"}
+    return names.get(type(value), "a number")
 
 
 def split_by_hash(identity: str, split: SplitConfig) -> str:
@@ -241,10 +257,10 @@ class RecordSource(FileSource):
         if isinstance(line, OversizedLine):
             return self._too_large(item, position, f"a line of {line.bytes} bytes")
         try:
-            record = parse_json(line)
+            record = _parse_json_fast(line)
         except ValueError:
             try:
-                record = _parse_again(bytes(line))
+                record = _parse_json(line)
             except ValueError as error:
                 return _not_json(item, bytes(line), position, error)
         return self.from_record(item, record, position)
@@ -265,17 +281,6 @@ class RecordSource(FileSource):
         except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             yield Rejection(item.name, position + 1, "damaged_archive", f"{first_line}; what follows is lost")
-
-
-def _parse_again(line: bytes) -> Any:
-    """What the standard library makes of a line that the fast parser refuses: lone surrogates, NaN, deep nesting.
-
-    Integers become floats, which have no limit of digits, as with the fast parser. Raises ValueError.
-    """
-    try:
-        return json.loads(line, parse_int=float)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) -> Rejection:

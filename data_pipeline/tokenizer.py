@@ -37,8 +37,8 @@ PROBE = (
 class Tokenizer(abc.ABC):
     """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document.
 
-    `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of what
-    else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
+    `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
+    what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
     """
 
     kind: str

@@ -185,9 +185,8 @@ class _Unit:
                 return builder
             self._write(key)
         if more_tokens > MAX_TOKENS:
-            raise PrepareError(
-                f"{document.file}, record {document.position}: {more_tokens} tokens, too long a document"
-            )
+            place = f"{document.file}, record {document.position}"
+            raise PrepareError(f"{place}: {more_tokens} tokens do not fit a shard; lower data.max_record_bytes")
         self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
         return self._builders[key]
 
@@ -233,6 +232,7 @@ def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[in
 
     def places(count: int) -> list[str]:
         lines = [line for record in records for line in record.report if line["action"] == "rejected"]
+        lines.sort(key=lambda line: line["reason"] != "damaged_archive")
         return [f"{e['file']}, record {e['position']}: {e['reason']}: {e['detail']}" for e in lines[:count]]
 
     return total, dict(sorted(rejected.items())), places

@@ -1,6 +1,7 @@
 """The processes that prepare units: each claims the next free one, until none is left.
 
-The same loop serves one process, several on a node and several nodes: nothing is dealt beforehand but where each begins.
+The same loop serves one process, several on a node, and several nodes: nothing is dealt beforehand but where each
+begins.
 """
 
 from __future__ import annotations
@@ -255,6 +256,6 @@ def check_losses(records: list[UnitRecord], data: DataConfig, enough: int) -> No
     if problems:
         shown = "\n".join(f"  {line}" for line in places(SHOWN_PLACES))
         raise PrepareError(
-            f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or raise "
-            "the tolerance and run the same command again"
+            f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or "
+            "raise the tolerance and run the same command again"
         )
