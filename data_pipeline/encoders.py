@@ -19,8 +19,8 @@ from data_pipeline.tokenizer import META_SPACE, PROBE, Tokenizer
 
 Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 # Of every batch one excerpt is encoded by both libraries: one character in SAMPLE_RATE, within these bounds.
-SAMPLE_RATE = 4096
-SAMPLE_CHARACTERS = (128, 1024)
+SAMPLE_RATE = 8192
+SAMPLE_CHARACTERS = (128, 512)
 # Texts on which tokenizers of one file are known to differ, beside its own added tokens.
 PROBES = (
     PROBE,
@@ -111,7 +111,8 @@ class FastEncoder(Encoder):
         """Texts in which the library saw a special token, or that the reference rewrites before it encodes them."""
         found: set[int] = set()
         for first, last in self._special_ranges:
-            places = np.flatnonzero(ids == first if first == last else (ids >= first) & (ids <= last))
+            # Unsigned: below `first` wraps around to large values.
+            places = np.flatnonzero((ids - ids.dtype.type(first) if first else ids) <= last - first)
             found.update((np.searchsorted(offsets, places, side="right") - 1).tolist())
         if self._rewritten:
             found.update(number for number, text in enumerate(texts) if self._rewritten in text)
@@ -198,7 +199,8 @@ def _shown(text: bytes) -> str:
 
 
 def _narrowed(ids: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    lowest = int(ids.min()) if ids.size and ids.dtype.kind == "i" else 0
+    if ids.size and (lowest < 0 or int(ids.max()) >= vocab_size):
         raise TokenizerError(f"{name} gave an id outside the vocabulary of {vocab_size}")
     return ids.astype(token_dtype(vocab_size), copy=False)
 

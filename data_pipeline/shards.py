@@ -153,7 +153,8 @@ class ShardBuilder:
         self.tokens = 0
 
     def _check(self, ids: np.ndarray) -> None:
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+        lowest = int(ids.min()) if ids.size and ids.dtype.kind == "i" else 0
+        if ids.size and (lowest < 0 or int(ids.max()) >= self._vocab_size):
             raise CorpusError(f"the tokenizer gave an id outside its vocabulary of {self._vocab_size}")
 
     @property

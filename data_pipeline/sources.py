@@ -91,6 +91,7 @@ class Source(abc.ABC):
 
     def __init__(self, config: DataConfig):
         self.config = config
+        self._label_path = config.source_field.split(".") if config.source_field else []
 
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:
@@ -125,7 +126,7 @@ class Source(abc.ABC):
         if not isinstance(text, str):
             found = "no such field" if self.config.text_field not in record else f"it is {_kind(text)}"
             return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
-        label = look_up(record, self.config.source_field) if self.config.source_field else None
+        label = look_up(record, self._label_path) if self._label_path else None
         return self.document(item, text, position, label)
 
 
@@ -143,10 +144,10 @@ def split_by_hash(identity: str, split: SplitConfig) -> str:
     return "test" if share < split.validation_fraction + split.test_fraction else "train"
 
 
-def look_up(record: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; a string on the way is read as JSON (some copies of SlimPajama store `meta` so)."""
+def look_up(record: dict[str, Any], path: list[str]) -> Any:
+    """The value at the end of nested fields; a string on the way is read as JSON (some copies of SlimPajama have it so)."""
     value: Any = record
-    for part in path.split("."):
+    for part in path:
         if isinstance(value, str):
             try:
                 value = json.loads(value)

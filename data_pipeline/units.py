@@ -112,8 +112,9 @@ class _Unit:
         self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        self._documents: list[Document] = []
+        # Of the waiting documents only this is kept: their text as bytes, (split, source) and position.
         self._texts: list[bytes] = []
+        self._places: list[tuple[tuple[str, str], int]] = []
         self._waiting_bytes = 0
 
     def begin(self, item: InputFile) -> None:
@@ -126,21 +127,21 @@ class _Unit:
         """Account for a record; a document is tokenized, with others, by the next `_flush`."""
         self._counts["records"] += 1
         if isinstance(record, Rejection):
-            self._note("rejected", record, record.reason, record.detail)
+            self._note("rejected", record.position, record.reason, record.detail)
             return
         if not record.text or record.text.isspace():
-            self._note("rejected", record, "empty", "no text, or only white space")
+            self._note("rejected", record.position, "empty", "no text, or only white space")
             return
         if record.unlabelled:
-            self._note("repaired", record, "no_source_label", f"no source label; counted as '{record.source}'")
+            self._note("repaired", record.position, "no_source_label", f"no source label; counted as '{record.source}'")
         try:
             text = record.text.encode("utf-8")
         except UnicodeEncodeError:
             # Surrogates that form a pair become their character, the others U+FFFD.
             text = record.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
-            self._note("repaired", record, "lone_surrogate", "replaced by U+FFFD")
-        self._documents.append(record)
+            self._note("repaired", record.position, "lone_surrogate", "replaced by U+FFFD")
         self._texts.append(text)
+        self._places.append(((record.split, record.source), record.position))
         self._waiting_bytes += len(text)
         if self._waiting_bytes >= BATCH_BYTES:
             self._flush()
@@ -153,40 +154,41 @@ class _Unit:
         counts = self._counts
         assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
 
-    def _note(self, action: str, record: Document | Rejection, reason: str, detail: str) -> None:
+    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
         self._counts[action][reason] = self._counts[action].get(reason, 0) + 1
         if len(self._report) < REPORT_LINES:
-            place = {"file": record.file, "position": record.position}
+            place = {"file": self._counts["file"], "position": position}
             self._report.append({"action": action, **place, "reason": reason, "detail": detail})
 
     def _flush(self) -> None:
         """Tokenize the waiting documents, all of one input, and hand them to their shards."""
-        documents, texts = self._documents, self._texts
-        self._documents, self._texts, self._waiting_bytes = [], [], 0
-        if not documents:
+        texts, places = self._texts, self._places
+        self._texts, self._places, self._waiting_bytes = [], [], 0
+        if not texts:
             return
         ids, offsets = self._encoder.encode(texts)
         bounds = offsets.tolist()
         written = 0
-        for document, text, start, end in zip(documents, texts, bounds, bounds[1:], strict=False):
+        for text, (key, position), start, end in zip(texts, places, bounds, bounds[1:], strict=False):
             if start == end:
-                self._note("rejected", document, "empty", "the tokenizer makes no token of it")
+                self._note("rejected", position, "empty", "the tokenizer makes no token of it")
                 continue
-            self._builder(document, end - start + 1).add(ids[start:end], text)
+            self._builder(key, end - start + 1).add(ids[start:end], text)
             written += 1
         self._counts["documents"] += written
         self._meter.add_documents(written, len(ids) + written)
 
-    def _builder(self, document: Document, more_tokens: int) -> ShardBuilder:
-        key = (document.split, document.source)
+    def _builder(self, key: tuple[str, str], more_tokens: int) -> ShardBuilder:
         builder = self._builders.get(key)
         if builder is not None:
             if builder.token_bytes < self._shard_bytes and builder.tokens + more_tokens <= MAX_TOKENS:
                 return builder
             self._write(key)
         if more_tokens > MAX_TOKENS:
-            place = f"{document.file}, record {document.position}"
-            raise PrepareError(f"{place}: {more_tokens} tokens do not fit a shard; lower data.max_record_bytes")
+            raise PrepareError(
+                f"{self._counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
+                "data.max_record_bytes"
+            )
         self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
         return self._builders[key]
 

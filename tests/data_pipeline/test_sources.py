@@ -90,7 +90,9 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
         quietly(config)
     assert "torn.jsonl.zst, record " in str(error.value) and "bad.jsonl, record 2: malformed" in str(error.value)
     tolerance = ToleranceConfig(rejected_fraction=0.01, damaged_files=1)
-    with pytest.raises(PrepareError, match=r"8 of \d+ records \(.*%\) rejected \(1 x damaged_archive, 2 x empty.*1\.000%"):
+    with pytest.raises(
+        PrepareError, match=r"8 of \d+ records \(.*%\) rejected \(1 x damaged_archive, 2 x empty.*1\.000%"
+    ):
         quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
     tolerance = ToleranceConfig(rejected_fraction=0.05, damaged_files=1)
     manifest, log = quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
