@@ -63,10 +63,11 @@ def show_sample(
     directory: Path, split: str, sequence_length: int, seed: int, weights: Mapping[str, float] | None, index: int
 ) -> None:
     """Print sample `index` of a run: source, epoch, shard and token range, document starts, text."""
+    from data_pipeline.mixture import MixtureConfig
     from data_pipeline.stream import SampleStream
 
     corpus = Corpus.open(directory)
-    stream = SampleStream(corpus, split, sequence_length, seed, weights)
+    stream = SampleStream(corpus, split, sequence_length, seed, MixtureConfig(weights))
     origin = stream.origin(index)
     batch = stream.batch(index, 1)
     print(f"sample {index} of the order {stream.fingerprint[:16]} (split {split}, seed {seed}, S={sequence_length})")

@@ -3,7 +3,7 @@
 Ranges are read with `preadv` straight into the caller's batch: one copy, from the page cache; resident memory does not
 grow with what was read, and a file that is truncated under the reader is an error with its name, where a memory map
 would end the process with SIGBUS. What a rank keeps of a shard is a few integers in arrays: its place in the sequence,
-where its columns lie in the file, one flag a block, and every INDEX_STRIDE-th document offset.
+where its columns lie in the file, one flag a block, and some of its document offsets.
 
 A block of a file (4 MiB) is compared with its checksum in the manifest when it is first read from: start-up reads
 nothing, and a damaged bit is still found before a token of its block is used.
@@ -26,7 +26,9 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.shard_table import ShardEntry
 from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard
 
-# Document offsets kept in memory: one in so many. The others are read with the tokens.
+# Sources of up to so many documents have all document offsets in memory (16 MiB), larger ones one in INDEX_STRIDE, and
+# the others are read with the tokens.
+INDEXED_DOCUMENTS = 1 << 21
 INDEX_STRIDE = 256
 # Files that a process keeps open at most, if its limit on open files allows.
 MAX_OPEN_FILES = 16384
@@ -106,7 +108,8 @@ class TokenSequence:
         # Byte offsets of the columns `tokens` and document offsets in each file; 0: not opened yet.
         self._columns = np.zeros((len(rows), 2), dtype=np.int64)
         self._documents = table.documents[rows]
-        entries = -(-(self._documents + 1) // INDEX_STRIDE)
+        self._stride = 1 if int(self._documents.sum()) <= INDEXED_DOCUMENTS else INDEX_STRIDE
+        entries = -(-(self._documents + 1) // self._stride)
         self._index_bounds = np.concatenate(([0], np.cumsum(entries, dtype=np.int64)))
         # Places in the sequence, so that one search serves all shards; those of unopened shards are their beginnings.
         self._index = np.repeat(self._bounds[:-1], entries)
@@ -161,6 +164,8 @@ class TokenSequence:
         Raises CorpusError naming the damaged shard, before any token of a damaged block is in `out`; with `on_error` it
         is called instead with the number of the range, and that range is left out.
         """
+        if not len(begins):
+            return
         ranges = np.arange(len(begins))
         numbers = np.searchsorted(self._bounds, begins, side="right") - 1
         if (begins + counts > self._bounds[numbers + 1]).any():
@@ -177,33 +182,51 @@ class TokenSequence:
         item = self._dtype.itemsize
         offsets = self._columns[numbers, 0] + first * item
         self._check_all(numbers, offsets, counts * item, fail)
-        chunks = None if starts is None else self._chunks(numbers, begins, counts)
+        read_offsets = starts is not None and self._stride > 1
+        chunks = self._chunks(numbers, begins, counts) if read_offsets else None
         data, buffers = memoryview(out).cast("B"), []
-        pieces = zip(
-            numbers.tolist(), (places * item).tolist(), offsets.tolist(), (counts * item).tolist(), strict=True
-        )
-        for piece, (number, place, offset, size) in enumerate(pieces):
+        rows, sizes = self._rows[numbers].tolist(), (counts * item).tolist()
+        preadv, descriptor_of = os.preadv, self._files.get
+        for piece, (row, place, offset, size) in enumerate(
+            zip(rows, (places * item).tolist(), offsets.tolist(), sizes, strict=True)
+        ):
             if failed and int(ranges[piece]) in failed:
                 continue
             try:
-                descriptor = self._descriptor(number)
-                self._read(number, descriptor, data[place : place + size], offset)
+                descriptor = descriptor_of(row)
+                into = data[place : place + size]
+                if preadv(descriptor.number, [into], offset) < size:
+                    read_exactly(self._files.locate(row), descriptor.number, into, offset)
                 if chunks is not None:
                     begin, end = chunks[piece]
                     buffer = np.empty(end - begin, dtype=_OFFSET)
-                    at = int(self._columns[number, 1]) + begin * _OFFSET.itemsize
-                    self._read(number, descriptor, memoryview(buffer).cast("B"), at)
+                    at = int(self._columns[numbers[piece], 1]) + begin * _OFFSET.itemsize
+                    self._read(int(numbers[piece]), descriptor, memoryview(buffer).cast("B"), at)
                     buffers.append((piece, buffer))
             except OSError as error:
-                fail(piece, self._unreadable(number, error))
+                fail(piece, self._unreadable(int(numbers[piece]), error))
             except CorpusError as error:
                 fail(piece, error)
         for error_range, error in failed.items():
             on_error(error_range, error)
-        if buffers:
-            _mark_starts(starts, buffers, places, first, counts)
         if starts is not None:
+            if self._stride == 1:
+                self._mark_indexed_starts(starts, numbers, places, begins, counts)
+            elif buffers:
+                _mark_starts(starts, buffers, places, first, counts)
             starts[places[begins == 0]] = True
+
+    def check(self, begins: np.ndarray, counts: np.ndarray, on_error: OnError) -> None:
+        """Do what `fetch` does before it copies: call `on_error` for each range that touches a damaged block."""
+        ranges, numbers, _, begins, counts = self._split(begins, begins, counts)
+
+        def fail(piece: int, error: CorpusError) -> None:
+            on_error(int(ranges[piece]), error)
+
+        self._open_all(numbers, fail)
+        item = self._dtype.itemsize
+        offsets = self._columns[numbers, 0] + (begins - self._bounds[numbers]) * item
+        self._check_all(numbers, offsets, counts * item, fail)
 
     def _split(self, places: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """Ranges cut at the ends of shards: (range, shard number, place, begin, count) of each piece."""
@@ -249,7 +272,7 @@ class TokenSequence:
             raise CorpusError(f"{path}: document offsets do not rise from 0 to the number of tokens; {_RESTORE}")
         with self._lock:
             begin, end = self._index_bounds[number : number + 2]
-            self._index[begin:end] = offsets[::INDEX_STRIDE].astype(np.int64) + self._bounds[number]
+            self._index[begin:end] = offsets[:: self._stride].astype(np.int64) + self._bounds[number]
             self._columns[number] = places[0], places[1]
 
     def _check_all(
@@ -283,47 +306,54 @@ class TokenSequence:
         todo = [block for block in blocks if not self._checked[base + block]]
         if not todo:
             return
-        row, size = int(self._rows[number]), self._manifest.block_bytes
+        row = int(self._rows[number])
         expected = self._manifest.shards.block_hashes(row)
         total = int(self._manifest.shards.bytes[row])
         path = self.path(number)
-        for block in todo:
-            data = memoryview(bytearray(min(size, total - block * size)))
-            try:
-                self._read(number, self._descriptor(number), data, block * size)
-            except OSError as error:
-                raise self._unreadable(number, error) from None
-            if xxhash.xxh3_64_digest(data) != expected[8 * block : 8 * block + 8]:
-                raise CorpusError(
-                    f"{path}: altered: the {size / 2**20:g} MiB block {block} (bytes {block * size} to "
-                    f"{block * size + len(data) - 1}) has another content than when it was written (xxh3 differs); "
-                    f"{_RESTORE}"
-                )
-            self._checked[base + block] = True
+        try:
+            descriptor = self._descriptor(number)
+            for block in todo:
+                check_block(path, descriptor.number, block, self._manifest.block_bytes, total, expected)
+                self._checked[base + block] = True
+        except OSError as error:
+            raise self._unreadable(number, error) from None
 
     def _chunks(self, numbers: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
         """The document offsets (begin, end within the shard's column) among which each piece's are."""
         base = self._index_bounds[numbers]
         low = np.maximum(np.searchsorted(self._index, begins + 1) - 1 - base, 0)
         high = np.searchsorted(self._index, begins + counts, side="right") - base
-        begin = low * INDEX_STRIDE
-        end = np.minimum(np.maximum(high, low + 1) * INDEX_STRIDE, self._documents[numbers] + 1)
+        begin = low * self._stride
+        end = np.minimum(np.maximum(high, low + 1) * self._stride, self._documents[numbers] + 1)
         return list(zip(begin.tolist(), end.tolist(), strict=True))
 
+    def _mark_indexed_starts(
+        self, starts: np.ndarray, numbers: np.ndarray, places: np.ndarray, begins: np.ndarray, counts: np.ndarray
+    ) -> None:
+        low = np.searchsorted(self._index, begins + 1)
+        # A shard that is not open yet repeats its beginning in the index.
+        high = np.minimum(np.searchsorted(self._index, begins + counts, side="right"), self._index_bounds[numbers + 1])
+        found = np.maximum(high - low, 0)
+        ends = np.cumsum(found)
+        which = np.arange(int(ends[-1])) + np.repeat(low - (ends - found), found)
+        starts[np.repeat(places - begins, found) + self._index[which] - 1] = True
+
     def _read(self, number: int, descriptor: _Descriptor, into: memoryview, offset: int) -> None:
-        done = os.preadv(descriptor.number, [into], offset)
-        while done < len(into):
-            more = os.preadv(descriptor.number, [into[done:]], offset + done)
-            if more == 0:
-                raise CorpusError(
-                    f"{self.path(number)}: truncated while it was read, at byte {offset + done}; {_RESTORE}"
-                )
-            done += more
+        if os.preadv(descriptor.number, [into], offset) < len(into):
+            read_exactly(self.path(number), descriptor.number, into, offset)
 
     def _unreadable(self, number: int, error: OSError) -> CorpusError:
         path = self.path(number)
         self._files.forget(int(self._rows[number]))
         return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {_RESTORE}")
+
+    def document_offsets(self, number: int) -> np.ndarray:
+        """Where the documents of a shard begin and end, as places in the sequence: int64 [documents + 1]."""
+        self._open(number)
+        offsets = np.empty(int(self._documents[number]) + 1, dtype=_OFFSET)
+        place = int(self._columns[number, 1])
+        self._read(number, self._descriptor(number), memoryview(offsets).cast("B"), place)
+        return offsets.astype(np.int64) + self._bounds[number]
 
     def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
         """`fetch` of one range: the tokens from `start` on into `tokens` [n], document starts into `starts` [n]."""
@@ -338,6 +368,30 @@ class TokenSequence:
         self._open(number)
         self._check(number, range(int(self._block_bounds[number + 1] - self._block_bounds[number])))
         return open_shard(self.path(number), self.entry(number), self._manifest)
+
+
+def read_exactly(path: Path, descriptor: int, into: memoryview, offset: int) -> None:
+    """Fill `into` with the bytes of a file from `offset` on. Raises CorpusError where it ends early, OSError."""
+    done = 0
+    while done < len(into):
+        more = os.preadv(descriptor, [into[done:]], offset + done)
+        if more == 0:
+            raise CorpusError(f"{path}: truncated while it was read, at byte {offset + done}; {_RESTORE}")
+        done += more
+
+
+def check_block(
+    path: Path, descriptor: int, block: int, block_bytes: int, file_bytes: int, digests: bytes, advice: str = _RESTORE
+) -> None:
+    """Compare a block of a file with its xxh3-64 in `digests` (8 bytes a block). Raises CorpusError, OSError."""
+    begin = block * block_bytes
+    data = memoryview(bytearray(min(block_bytes, file_bytes - begin)))
+    read_exactly(path, descriptor, data, begin)
+    if xxhash.xxh3_64_digest(data) != digests[8 * block : 8 * block + 8]:
+        raise CorpusError(
+            f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {begin + len(data) - 1}) "
+            f"has another content than when it was written (xxh3 differs); {advice}"
+        )
 
 
 def _mark_starts(

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from conf import ConfigError
+from data_pipeline.errors import DataError
 from launch.local import default_processes, train_locally
 
 
@@ -27,6 +28,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
+    except DataError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from conf import ConfigError, compose
+from conf import compose
 from train.config import RunConfig
-from train.validate import validate
+from train.preflight import preflight
 
 CPU_PROCESSES = 2
 
@@ -24,11 +24,11 @@ def default_processes() -> int:
 def train_locally(overrides: Sequence[str], processes: int) -> int:
     """Run `python -m train` with Hydra `overrides` in `processes` processes; returns the exit code.
 
-    Raises ConfigError, before any process starts, for a configuration that cannot work.
+    Raises ConfigError for a configuration that cannot work and DataError for a missing or incomplete corpus, before any
+    process starts: torchrun's own exit code is 1 whatever the processes say.
     """
-    problems = validate(compose(RunConfig, "train", overrides), processes)
-    if problems:
-        raise ConfigError(problems)
+    # The ranks compare the shards' checksums.
+    preflight(compose(RunConfig, "train", overrides), processes, corpus_check="size")
     command = [sys.executable, "-m", "train", *overrides]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

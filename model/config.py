@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from kernels.backends import BACKENDS
+
 FAMILIES = ("xlstm_7b", "neurips")
 BLOCK_KINDS = ("mlstm", "slstm", "attention")
 GATES = ("exp", "sigmoid")
-BACKENDS = ("auto", "reference")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ READ_VALUES = {
     "model/__main__.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
+    "train/preflight.py",
     "train/run.py",
     "launch/__main__.py",
     "launch/local.py",

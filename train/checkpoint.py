@@ -128,8 +128,8 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise CheckpointError(
-                f"writing the checkpoint under {self.root} failed on rank {self.rank}: {error}. Earlier checkpoints are "
-                "untouched; make room or repair the disk and start the same command again"
+                f"writing the checkpoint under {self.root} failed on rank {self.rank}: {error}. Earlier checkpoints "
+                "are untouched; make room or repair the disk and start the same command again"
             ) from error
 
     def _write(self, folder: Path, snapshot: _Snapshot, on_complete: Callable[[Path, float], None]) -> None:
@@ -264,8 +264,8 @@ def newest_usable(root: Path, on_rejected: Callable[[Path, str], None]) -> Path 
         on_rejected(folder, found[0])
     if rejected:
         raise CheckpointError(
-            f"no checkpoint under {root} can be used ({'; '.join(rejected)}). Restore one of them, or move the folder away "
-            "to start the run from its beginning"
+            f"no checkpoint under {root} can be used ({'; '.join(rejected)}). Restore one of them, or move the folder "
+            "away to start the run from its beginning"
         )
     return None
 
@@ -311,7 +311,8 @@ def load(folder: Path, engine: Engine) -> RunState:
         differing = sorted(set(weights.shapes.items()) ^ set(engine.shapes.items()))
         raise CheckpointError(
             f"{folder} is of another model than model=... describes: {len(differing)} parameters differ, for example "
-            f"{differing[0][0]} {list(differing[0][1])}. Give the run another name, or the model of {folder / 'weights'}"
+            f"{differing[0][0]} {list(differing[0][1])}. Give the run another name, or the model of "
+            f"{folder / 'weights'}"
         )
     engine.fill(
         lambda name: weights.read_range(name, 0, torch.Size(weights.shapes[name]).numel()).view(weights.shapes[name]),

@@ -156,7 +156,7 @@ class Engine:
         prepare_moments(self.deepspeed, self.fragments, completed_steps)
 
     def forward_backward(self, tokens: Tensor, targets: Tensor, document_start: Tensor, loss_scale: float) -> Tensor:
-        """One micro-batch. Adds the gradient of (sum of token losses) * loss_scale; returns the unscaled sum, detached."""
+        """One micro-batch. Adds the gradient of (sum of token losses) * loss_scale; returns the sum, detached."""
         with self.compute_context():
             loss_sum = self.deepspeed(tokens, targets, document_start)
         self.deepspeed.backward(loss_sum * loss_scale, scale_wrt_gas=False)
@@ -173,7 +173,7 @@ class Engine:
         self.deepspeed.step()
 
     def gradient_norm(self) -> Tensor:
-        """Global L2 norm of the averaged gradients, fp32 scalar on the device, equal on all ranks; NaN or inf if any is."""
+        """Global L2 norm of the averaged gradients, fp32 scalar on device, equal on all ranks; NaN or inf if any is."""
         squares = torch.zeros((), dtype=torch.float32, device=self.world.device)
         gradients = [g for f in self.fragments if f.owned and (g := f.gradient()) is not None]
         if gradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import Batch, WindowStream
 from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
-from train.engine import Engine
+
+if TYPE_CHECKING:
+    # The trainer's: importing DeepSpeed takes seconds, and what only opens held-out sets does without.
+    from train.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,16 @@ class EvaluationResult:
     tokens: int
 
 
-def open_evaluation_corpora(config: RunConfig, corpus: Corpus) -> dict[str, Corpus]:
+def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "hash") -> dict[str, Corpus]:
     """The corpus of every evaluation set by set name. Raises ValueError when one cannot be read by the run's model."""
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():
         own = evaluation_set.directory is None
-        corpora[name] = corpus if own else Corpus.open(evaluation_set.directory)
+        corpora[name] = corpus if own else Corpus.open(evaluation_set.directory, check)
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
-                f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer than "
-                f"corpus.directory ({config.corpus.directory}); prepare it again with the run's tokenizer"
+                f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "
+                f"than corpus.directory ({config.corpus.directory}); prepare it again with the run's tokenizer"
             )
     return corpora
 
@@ -72,7 +76,7 @@ def _evaluate_set(engine: Engine, config: EvaluationConfig, name: str, corpus: C
     loss_sum, tokens = 0.0, 0
     for turn in range(0, windows.count, config.batch_size * world.size):
         first = turn + world.rank * config.batch_size
-        # A rank without windows of its own still takes part in ZeRO-3's gathering of weights, with other ranks' windows.
+        # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
         loss, count = _score(engine, windows.batch(first if has_own else turn, config.batch_size))
         if has_own:

@@ -4,8 +4,8 @@ DeepSpeed keeps the fp32 weights and the moments in flat tensors, cut differentl
 part of which parameter a rank holds there. Checkpoints, initialisation, gradient norms and the finite check all work on
 fragments, so none of them knows a stage, and a checkpoint written under one layout loads under any other.
 
-The attribute names of DeepSpeed that this file relies on are those of the release pinned in pyproject.toml; nothing else
-in the project touches them.
+The attribute names of DeepSpeed that this file relies on are those of the release pinned in pyproject.toml; nothing
+else in the project touches them.
 """
 
 from __future__ import annotations

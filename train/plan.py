@@ -79,13 +79,14 @@ class Plan:
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas",
-            f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} tokens "
-            f"a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
+            f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
+            f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
             f"length     {self.total_steps:,} steps, {self.total_tokens:,} tokens "
             f"({self.tokens_per_parameter:.1f} a parameter)",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
-            f"memory     {_gib(memory)} a rank: weights {_gib(self.weight_bytes)}, gradients {_gib(self.gradient_bytes)}, "
-            f"optimizer {_gib(self.optimizer_bytes)}, activations {_gib(self.activation_bytes)}",
+            f"memory     {_gib(memory)} a rank: weights {_gib(self.weight_bytes)}, "
+            f"gradients {_gib(self.gradient_bytes)}, optimizer {_gib(self.optimizer_bytes)}, "
+            f"activations {_gib(self.activation_bytes)}",
             f"checkpoint {_gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None:

@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from conf import ConfigError
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import DataError
-from data_pipeline.stream import SampleStream
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
@@ -31,8 +30,8 @@ from train.callbacks.wandb_logger import WandbLogger
 from train.checkpoint import CheckpointError, RunState, load, newest_usable, remove_torn
 from train.config import RunConfig
 from train.engine import Engine, World, join_world, seed_everything
-from train.evaluate import open_evaluation_corpora
-from train.plan import Plan, make_plan
+from train.plan import Plan
+from train.preflight import Preflight, preflight
 from train.run_directory import (
     EventLog,
     RunDirectory,
@@ -42,10 +41,6 @@ from train.run_directory import (
     write_atomically,
 )
 from train.trainer import RunError, Trainer
-from train.validate import validate
-
-# A run resumed with another value of one of these would not be the same run.
-_FIXED = ("name", "seed", "model", "corpus.directory", "corpus.split", "corpus.weights", "training.sequence_length")
 
 
 def train(config: RunConfig) -> int:
@@ -54,50 +49,36 @@ def train(config: RunConfig) -> int:
     Raises ConfigError for a configuration that cannot work.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    problems = validate(config, world_size)
-    if problems:
-        raise ConfigError(problems)
-    plan = make_plan(config, world_size)
-    directory = RunDirectory(Path(config.run_root) / config.name)
     world = None
     try:
-        corpus = Corpus.open(config.corpus.directory)
-        evaluation_corpora = open_evaluation_corpora(config, corpus)
-        _check_corpus(config, plan, corpus)
+        # Before the ranks meet: each finds the same problems, and none waits for another that has ended.
+        checked = preflight(config, world_size)
         world = join_world(config)
+        if world.is_main:
+            checked.directory.create()
         _check_same_on_all_ranks(config)
-        return _train(config, plan, world, directory, corpus, evaluation_corpora)
+        return _train(config, world, checked)
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr, flush=True)
         if world is not None:
-            EventLog(directory.events, world.is_main).append("error", message=str(error))
+            EventLog(checked.directory.events, world.is_main).append("error", message=str(error))
         # Peers may wait in a collective that this rank will not join; the launcher ends them.
         os._exit(1) if world_size > 1 else None
         return 1
 
 
-def _train(
-    config: RunConfig,
-    plan: Plan,
-    world: World,
-    directory: RunDirectory,
-    corpus: Corpus,
-    evaluation_corpora: dict[str, Corpus],
-) -> int:
+def _train(config: RunConfig, world: World, checked: Preflight) -> int:
+    plan, directory, corpus = checked.plan, checked.directory, checked.corpus
     lock = None
     if world.is_main:
-        directory.create()
         lock = RunLock(directory.lock)
         _prepare_folder(config, plan, directory, corpus)
     dist.barrier()
     _log_to_file(directory.logs / f"rank-{world.rank:05d}.log")
     events = EventLog(directory.events, world.is_main)
-    stream = SampleStream(
-        corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
-    )
-    identity = {"corpus": corpus.fingerprint, "order": stream.fingerprint}
+    identity = {"corpus": corpus.fingerprint, "order": checked.stream.fingerprint}
     checkpoint = newest_usable(
         directory.checkpoints, lambda folder, problem: events.append("reject", checkpoint=folder.name, problem=problem)
     )
@@ -119,7 +100,15 @@ def _train(
         _report_resume(config, world, events, checkpoint, state)
 
     trainer = Trainer(
-        config, plan, engine, stream, evaluation_corpora, directory, events, make_callbacks(config), state
+        config,
+        plan,
+        engine,
+        checked.stream,
+        checked.evaluation_corpora,
+        directory,
+        events,
+        make_callbacks(config),
+        state,
     )
     outcome = trainer.run()
     events.append(outcome if outcome == "complete" else "stop", step=trainer.step, reason=trainer.stop_reason)
@@ -145,49 +134,6 @@ def _say(world: World, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _check_corpus(config: RunConfig, plan: Plan, corpus: Corpus) -> None:
-    """Raises ConfigError when the corpus does not fit the model or the length of the run."""
-    problems = []
-    if corpus.vocab_size > config.model.vocab_size:
-        problems.append(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {corpus.vocab_size} token ids of the tokenizer "
-            f"in {config.corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
-        )
-    splits = corpus.splits
-    if config.corpus.split not in splits:
-        problems.append(
-            f"corpus.split: no split '{config.corpus.split}' in {config.corpus.directory}; it has {', '.join(splits)}"
-        )
-    sources = corpus.sources(config.corpus.split) if config.corpus.split in splits else []
-    for source in config.corpus.weights or {}:
-        if source not in sources:
-            problems.append(
-                f"corpus.weights.{source}: split '{config.corpus.split}' has no such source; it has {', '.join(sources)}"
-            )
-    for name, evaluation_set in config.evaluation.sets.items():
-        own = evaluation_set.directory is None
-        if own and evaluation_set.split not in splits:
-            problems.append(
-                f"evaluation.sets.{name}.split: no split '{evaluation_set.split}' in {config.corpus.directory}; it has "
-                f"{', '.join(splits)}"
-            )
-    if problems:
-        raise ConfigError(problems)
-    stream = SampleStream(
-        corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
-    )
-    samples = plan.total_steps * plan.global_batch_size
-    epochs = stream.mixture.epochs(samples)
-    for source, count in epochs.items():
-        if count > config.corpus.max_epochs:
-            problems.append(
-                f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
-                "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
-            )
-    if problems:
-        raise ConfigError(problems)
-
-
 def _check_same_on_all_ranks(config: RunConfig) -> None:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
     digests: list[Any] = [None] * dist.get_world_size()
@@ -199,8 +145,6 @@ def _check_same_on_all_ranks(config: RunConfig) -> None:
 
 def _prepare_folder(config: RunConfig, plan: Plan, directory: RunDirectory, corpus: Corpus) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
-    if directory.config.exists():
-        _check_same_run(config, directory)
     remove_torn(directory.checkpoints)
     _check_room(plan, directory)
     write_atomically(directory.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -213,37 +157,12 @@ def _prepare_folder(config: RunConfig, plan: Plan, directory: RunDirectory, corp
     print(plan.describe(), file=sys.stderr, flush=True)
 
 
-def _check_same_run(config: RunConfig, directory: RunDirectory) -> None:
-    """Raises ConfigError when the folder holds a run that differs in what must not change."""
-    before = OmegaConf.to_container(OmegaConf.load(directory.config))
-    now = dataclasses.asdict(config)
-    problems = []
-    for key in _FIXED:
-        old, new = before, now
-        for part in key.split("."):
-            old, new = (old or {}).get(part), new[part]
-        if old != new:
-            problems.append(
-                f"{key}: {directory.path} was started with another value; give the run another name=..., or go back to "
-                f"{_difference(old, new)}"
-            )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [f"{key}={old.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
-        return ", ".join(parts)
-    return repr(old)
-
-
 def _check_room(plan: Plan, directory: RunDirectory) -> None:
     free = shutil.disk_usage(directory.path).free
     if free < plan.checkpoint_bytes:
         raise RunError(
-            f"{directory.path} has {free / 2**30:.2f} GiB free, one checkpoint needs {plan.checkpoint_bytes / 2**30:.2f} GiB; "
-            "make room or set run_root to another disk"
+            f"{directory.path} has {free / 2**30:.2f} GiB free, one checkpoint needs "
+            f"{plan.checkpoint_bytes / 2**30:.2f} GiB; make room or set run_root to another disk"
         )
 
 
@@ -278,7 +197,7 @@ def _report_resume(config: RunConfig, world: World, events: EventLog, checkpoint
 
 
 def _log_to_file(path: Path) -> None:
-    """Everything that Python code logs on this rank goes to its file; of DeepSpeed's, the terminal keeps errors only."""
+    """What Python code logs on this rank goes to its file; of DeepSpeed's, the terminal keeps errors only."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -6,6 +6,7 @@ metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-X
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+EVENTS_FORMAT_VERSION = 1
 
 
 class RunDirectory:
@@ -69,7 +72,7 @@ class RunLock:
 
 
 class EventLog:
-    """events.jsonl: one line for each thing that happened to the run, never rewritten. Rank 0 writes."""
+    """events.jsonl: a header, then one line for each thing that happened to the run, never rewritten. Rank 0 writes."""
 
     def __init__(self, path: Path, is_main: bool):
         self.path = path
@@ -79,15 +82,40 @@ class EventLog:
         """Add one event; `fields` must be JSON values."""
         if not self.is_main:
             return
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": kind, **fields}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            lines = [{"time": now, "event": kind, **fields}]
+            if file.tell() == 0:
+                lines.insert(0, {"time": now, "event": "header", "format_version": EVENTS_FORMAT_VERSION})
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+def read_events(run_directory: Path) -> list[dict[str, Any]]:
+    """Every line of a run's events.jsonl but the header, in order. Raises as `read_versioned_lines` does."""
+    return read_versioned_lines(Path(run_directory) / "events.jsonl", EVENTS_FORMAT_VERSION)[1:]
+
+
+def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file whose header states its `version`, the header first.
+
+    Raises FileNotFoundError when there is none, ValueError when another version of this program wrote it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} the folder of a run that has started?")
+    lines = read_lines(path)
+    found = lines[0].get("format_version") if lines else None
+    if found != version:
+        raise ValueError(f"{path}: format version {found}; this program reads version {version}")
+    return lines
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line that parses: a run that was killed while it wrote leaves a torn last one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -97,7 +97,7 @@ class Trainer:
         return self.directory.path
 
     def run(self) -> str:
-        """Train; returns "complete", or "stopped" when the run was asked to stop. Raises RunError when it cannot go on."""
+        """Train; returns "complete", or "stopped" when asked to stop. Raises RunError when it cannot go on."""
         outcome = "failed"
         self.dispatch("on_run_start")
         loader = StepLoader(
@@ -172,7 +172,7 @@ class Trainer:
         return loss
 
     def _agree(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> tuple[float, float, bool]:
-        """The global loss and gradient norm, and whether any rank was asked to stop: the step's one wait for the device."""
+        """The global loss and gradient norm, and whether any rank was asked to stop: the step's one device wait."""
         asked = torch.tensor(float(self._stop_reason is not None), device=self.device)
         combined = torch.stack([loss, asked])
         dist.all_reduce(combined)

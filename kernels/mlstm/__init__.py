@@ -6,20 +6,12 @@ Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a he
 import torch
 from torch import Tensor
 
+from kernels import backends
+from kernels.mlstm.inputs import check
 from kernels.mlstm.reference import mlstm_chunkwise, mlstm_recurrent, read_statistics
 from kernels.mlstm.state import MLSTMState
 
-__all__ = ["BACKENDS", "MLSTMState", "mlstm", "mlstm_statistics"]
-
-
-def _reference(q: Tensor, *args, chunk_size: int, **kwargs) -> tuple[Tensor, MLSTMState | None]:
-    if q.shape[1] == 1:
-        return mlstm_recurrent(q, *args, **kwargs)
-    return mlstm_chunkwise(q, *args, chunk_size=chunk_size, **kwargs)
-
-
-# Name -> function with the signature of `mlstm` less its backend.
-BACKENDS = {"auto": _reference, "reference": _reference}
+__all__ = ["MLSTMState", "mlstm", "mlstm_state", "mlstm_statistics"]
 
 
 def mlstm(
@@ -36,6 +28,7 @@ def mlstm(
     normaliser: bool = True,
     eps: float = 1e-6,
     chunk_size: int = 64,
+    keep_chunk_states: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState | None]:
     """The mLSTM cell over a sequence.
@@ -63,32 +56,76 @@ def mlstm(
         gate: "exp" or "sigmoid".
         normaliser: False returns C^T q' itself; only with gate="sigmoid".
         eps: added to the denominator after the max.
-        chunk_size: tokens per chunk of the chunkwise form; changes the speed, not the result.
-        backend: one of BACKENDS; "auto" chooses.
+        chunk_size: tokens per chunk of the reference; changes the speed, not the result. The Triton kernels choose
+            their own (kernels/mlstm/chunkwise/tiles.py).
+        keep_chunk_states: of the Triton kernels: keep the memory that enters each chunk for the backward pass (DK * DV
+            numbers a chunk and head) rather than compute it again there. The reference keeps everything.
+        backend: one of kernels.backends.BACKENDS; "auto" is Triton on a CUDA device and the reference elsewhere.
 
     Returns:
-        h: [B, S, NH, DV] in v's dtype. All is computed in float32 (float64 if any input is), without autocast.
+        h: [B, S, NH, DV] in v's dtype. The reference computes in float32 (float64 if any input is), without autocast;
+            the Triton kernels multiply matrices in q's dtype with float32 sums, and do all else in float32.
         state: the state after the last token, or None.
 
     Raises:
         ValueError: shapes or settings that do not fit together.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown mLSTM backend {backend!r}; use one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](
-        q,
-        k,
-        v,
-        igate_preact,
-        fgate_preact,
-        document_start=document_start,
-        initial_state=initial_state,
-        return_state=return_state,
-        gate=gate,
-        normaliser=normaliser,
-        eps=eps,
-        chunk_size=chunk_size,
-    )
+    check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    settings = {
+        "document_start": document_start,
+        "initial_state": initial_state,
+        "return_state": return_state,
+        "gate": gate,
+        "normaliser": normaliser,
+        "eps": eps,
+    }
+    inputs = (q, k, v, igate_preact, fgate_preact)
+    if backends.choose("mLSTM", backend, q, lambda: _unsupported(*inputs, initial_state)) == "triton":
+        from kernels.mlstm.chunkwise import mlstm_triton
+
+        return mlstm_triton(*inputs, keep_chunk_states=keep_chunk_states, **settings)
+    if q.shape[1] == 1:
+        return mlstm_recurrent(*inputs, **settings)
+    return mlstm_chunkwise(*inputs, chunk_size=chunk_size, **settings)
+
+
+def mlstm_state(
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+    gate: str = "exp",
+    normaliser: bool = True,
+    backend: str = "auto",
+) -> MLSTMState:
+    """The state behind the last token alone, at the cost of the recurrence between chunks.
+
+    Arguments and errors as for `mlstm`; sequence-parallel ranks exchange these states.
+    """
+    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    settings = {"document_start": document_start, "initial_state": initial_state, "gate": gate}
+    inputs = (k, v, igate_preact, fgate_preact)
+    if backends.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":
+        from kernels.mlstm.chunkwise import mlstm_state_triton
+
+        return mlstm_state_triton(*inputs, normaliser=normaliser, **settings)
+    # The state does not depend on the queries.
+    return mlstm_chunkwise(k, *inputs, normaliser=normaliser, return_state=True, **settings)[1]
+
+
+def _unsupported(
+    q: Tensor, k: Tensor, v: Tensor, igate_preact: Tensor, fgate_preact: Tensor, initial_state: MLSTMState | None
+) -> str | None:
+    """Why the Triton kernels cannot take these inputs; None if they can."""
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v have different dtypes ({q.dtype}, {k.dtype}, {v.dtype})"
+    state = () if initial_state is None else (initial_state.C, initial_state.n, initial_state.m)
+    if any(x.dtype == torch.float64 for x in (q, igate_preact, fgate_preact, *state)):
+        return "there are float64 inputs"
+    return None
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def prepare(
     Raises:
         ValueError: shapes or settings that do not fit together.
     """
-    _check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
     batch, length, heads, key_dim = q.shape
     dtype = compute_dtype(q, k, v, igate_preact, fgate_preact)
 
@@ -72,7 +72,7 @@ def prepare(
     )
 
 
-def _check(
+def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,6 +83,7 @@ def _check(
     gate: str,
     normaliser: bool,
 ) -> None:
+    """Raise ValueError for arguments of `mlstm` that do not fit together."""
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
     if gate == "exp" and not normaliser:

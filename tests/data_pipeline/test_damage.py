@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_corpora import TOKENIZER, random_text
 
+from data_pipeline.batch import Columns
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.manifest import Manifest, ShardTable
 from data_pipeline.shards import Shard, ShardBuilder, hash_file
-from data_pipeline.stream import sequential_batches
+from data_pipeline.stream import SampleStream, sequential_batches
 from data_pipeline.tokenizer import train_sentencepiece
 
 
@@ -285,3 +288,50 @@ def test_a_file_that_is_no_shard_is_named(tmp_path):
 
 def test_the_vocabulary_of_the_fixture_is_what_was_asked_for(corpus):
     assert corpus.vocab_size == TOKENIZER.vocab_size
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("damage", [lambda path: flip(path, 0.3), Path.unlink], ids=["flipped", "vanished"])
+def test_samples_of_a_damaged_shard_are_skipped_alike_by_all_ranks_or_stop_the_run(copy, packing, damage, caplog):
+    settings = {"packing": packing}
+    whole = SampleStream(Corpus.open(copy), "train", 50, 1, **settings)
+    count = whole.samples_per_epoch
+    expected = whole.batch(0, count)
+    entry = Corpus.open(copy).sequence("train", "RedPajamaC4").entry(2)
+    affected = [i for i in range(count) if entry.file in [file for file, _, _ in whole.origin(i).parts]]
+    damage(copy / entry.file)
+    with pytest.raises(CorpusError, match=entry.file):
+        SampleStream(Corpus.open(copy, check="none"), "train", 50, 1, **settings).batch(0, count)
+    stream = SampleStream(Corpus.open(copy, check="none"), "train", 50, 1, **settings, on_corrupt="skip")
+    batch = stream.batch(0, count)
+    masked = [i for i in range(count) if bool((batch.targets[i] == -100).all())]
+    assert masked == affected and len(affected) > 1 and stream.damage.skipped == len(affected)
+    kept = [i for i in range(count) if i not in affected]
+    for name in ("tokens", "targets", "document_start"):
+        assert torch.equal(getattr(batch, name)[kept], getattr(expected, name)[kept])
+    assert not batch.document_start[affected].any()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "samples are skipped" in line and entry.file in line
+    halves = [stream.batch(0, count, Columns.of_rank(50, rank, 2)).targets for rank in range(2)]
+    assert torch.equal(torch.cat(halves, 1), batch.targets)
+
+
+def test_a_shard_truncated_while_it_is_read_is_an_error_with_its_name(copy):
+    corpus = Corpus.open(copy)
+    stream = SampleStream(corpus, "train", 50, 1)
+    stream.batch(0, stream.samples_per_epoch)
+    path = copy / corpus.sequence("train", "RedPajamaC4").entry(0).file
+    os.truncate(path, 600)
+    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was read"):
+        stream.batch(0, stream.samples_per_epoch)
+
+
+def test_an_unknown_policy_for_damage_is_refused(copy):
+    with pytest.raises(ValueError, match=r"on_corrupt: no such choice \('ignore'\); choose one of fail, skip"):
+        SampleStream(Corpus.open(copy), "train", 50, 1, on_corrupt="ignore")

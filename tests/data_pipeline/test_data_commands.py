@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import write_slimpajama
+from small_corpora import random_text, write_slimpajama
 
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, validate_prepare
 from data_pipeline.manifest import Manifest
+from tests.documented import has_type, keys_and_types, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,15 +154,42 @@ def test_help_is_complete(tmp_path):
 def test_the_manifest_reads_back_and_every_key_is_documented(corpus):
     path = corpus.directory / "manifest.json"
     document = json.loads(path.read_text())
-    keys = {key.removesuffix("[]") for key in flat_keys(document) if key}
-    generic = {re.sub(r"^splits\..*", "splits", key) for key in keys if not key.startswith("settings.")}
-    generic = {re.sub(r"^(inputs\.(rejected|repaired)).*", r"\1", key) for key in generic}
-    documented = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "data.md").read_text(), flags=re.M))
-    assert generic <= documented, generic - documented
+    keys = flat_keys(document) - {"", "shards[]"} | {"shards"}
+    # Beyond these, keys are labels, reasons, or the settings of conf/.
+    free = r"^(settings|splits|inputs\.rejected|inputs\.repaired)\..*"
+    written = {re.sub(free, r"\1", key) for key in keys}
+    documented = keys_and_types(table("data.md", "key of `manifest.json`"))
+    assert written == documented.keys()
+    for key, words in documented.items():
+        assert has_type(value_at(document, key), words), f"{key} is not {words}"
+    assert document["format_version"] == 1
+
     manifest = Manifest.read(corpus.directory)
     assert manifest.fingerprint == document["fingerprint"] == corpus.fingerprint
     manifest.write(corpus.directory)
     assert json.loads(path.read_text()) == document
+
+
+def value_at(document: object, key: str) -> object:
+    """The value under a dotted key; of a list (`shards[]`) that of the first entry."""
+    for part in key.split("."):
+        document = document[part.removesuffix("[]")]
+        document = document[0] if part.endswith("[]") else document
+    return document
+
+
+def test_every_key_of_the_lines_beside_the_manifest(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for number in range(20):
+        (tmp_path / "raw" / f"{number}.txt").write_text(random_text(random.Random(number), 200), "utf-8")
+    (tmp_path / "raw" / "broken.txt").write_bytes(b"caf\xe9")
+    settings = [f"data.path={tmp_path / 'raw'}", f"output={tmp_path / 'out'}", "tokenizer.vocab_size=400"]
+    assert main(["prepare", "data=text", *settings]) == 0
     for name in ("inputs.jsonl", "report.jsonl"):
-        for entry in (corpus.directory / name).read_text().splitlines():
-            assert set(json.loads(entry)) <= documented
+        documented = keys_and_types(table("data.md", f"key of `{name}`"))
+        lines = [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+        assert lines
+        for line in lines:
+            assert line.keys() == documented.keys()
+            for key, words in documented.items():
+                assert has_type(line[key], words), f"{key}: {line[key]!r} is not {words}"

@@ -32,7 +32,7 @@ def events(run_directory, kind):
 
 
 def start_and_kill_at(command, run_directory, step):
-    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL every process of it."""
+    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL all its processes."""
     process = psutil.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     metrics = run_directory / "metrics.jsonl"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from train.callbacks.base import Callback
-from train.run_directory import write_atomically
+from train.run_directory import read_lines, read_versioned_lines, write_atomically
 
 FILE_NAME = "metrics.jsonl"
 FORMAT_VERSION = 1
@@ -35,7 +35,7 @@ class MetricsFile(Callback):
         if not trainer.is_main:
             return
         path = Path(trainer.run_directory) / FILE_NAME
-        kept = [line for line in _complete_lines(path) if line["kind"] != "header" and line["step"] <= trainer.step]
+        kept = [line for line in read_lines(path) if line["kind"] != "header" and line["step"] <= trainer.step]
         write_atomically(path, "".join(_as_line(line) for line in [_HEADER, *kept]))
         self._file = path.open("a", encoding="utf-8")
 
@@ -70,29 +70,8 @@ class MetricsFile(Callback):
 
 
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics.jsonl but the header, in order.
-
-    Raises FileNotFoundError when the run has none, ValueError when another version of this program wrote it.
-    """
-    path = Path(run_directory) / FILE_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; is {run_directory} the folder of a run that has started?")
-    lines = _complete_lines(path)
-    version = lines[0].get("format_version") if lines else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}; this program reads version {FORMAT_VERSION}")
-    return lines[1:]
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line that parses: a run that was killed while it wrote leaves a torn last one."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """Every line of a run's metrics.jsonl but the header, in order. Raises as `read_versioned_lines` does."""
+    return read_versioned_lines(Path(run_directory) / FILE_NAME, FORMAT_VERSION)[1:]
 
 
 def _as_line(line: dict[str, Any]) -> str:

@@ -1,0 +1,101 @@
+"""How each kernel cuts its work into tiles, by shape.
+
+Axes: rows and columns of the tile that a program owns; head dimensions (`inner`) and tokens that one step takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from kernels.triton_support import INTERPRETED, next_power_of_two
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The cut of one kernel. All sizes are powers of two, at least 16."""
+
+    rows: int
+    columns: int
+    inner: int
+    tokens: int
+    warps: int
+    stages: int
+
+    def within(self, rows: int, columns: int, inner: int) -> Tile:
+        """The same tile, no larger than (the next power of two of) the dimensions it runs over."""
+        return dataclasses.replace(
+            self,
+            rows=min(self.rows, _block(rows)),
+            columns=min(self.columns, _block(columns)),
+            inner=min(self.inner, _block(inner)),
+        )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One cut for each matrix kernel. In `states` rows are dimensions of the first factor.
+
+    chunk: tokens of a chunk; every tile's rows of tokens divide it.
+    """
+
+    chunk: int
+    states: Tile
+    scores: Tile
+    read_out: Tile
+    score_gradients: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+    value_gradient: Tile
+
+
+def _block(size: int) -> int:
+    return max(16, next_power_of_two(size))
+
+
+SIXTEEN_BIT = Tiles(
+    chunk=128,
+    states=Tile(rows=128, columns=128, inner=16, tokens=128, warps=8, stages=3),
+    scores=Tile(rows=128, columns=128, inner=64, tokens=16, warps=8, stages=3),
+    read_out=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
+    score_gradients=Tile(rows=128, columns=128, inner=64, tokens=16, warps=8, stages=3),
+    query_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
+    key_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
+    value_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
+)
+# Exact float32 products run outside the tensor cores and need room in registers.
+THIRTY_TWO_BIT = Tiles(
+    chunk=64,
+    states=Tile(rows=32, columns=32, inner=16, tokens=32, warps=4, stages=2),
+    scores=Tile(rows=32, columns=32, inner=32, tokens=16, warps=4, stages=2),
+    read_out=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
+    score_gradients=Tile(rows=32, columns=32, inner=32, tokens=16, warps=4, stages=2),
+    query_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
+    key_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
+    value_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
+)
+
+
+def choose_tiles(dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiles:
+    """The cut for inputs of this precision and these head dimensions."""
+    base = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
+    if INTERPRETED and dtype != torch.float32:
+        base = dataclasses.replace(THIRTY_TWO_BIT)
+    return fit(base, key_dim, value_dim)
+
+
+def fit(tiles: Tiles, key_dim: int, value_dim: int) -> Tiles:
+    """The same cut with every tile inside the head dimensions."""
+    return dataclasses.replace(
+        tiles,
+        # Backwards and forwards share this cut, and the first factor has the key dimension in both.
+        states=tiles.states.within(key_dim, value_dim, 16),
+        scores=tiles.scores.within(tiles.chunk, tiles.chunk, key_dim),
+        read_out=tiles.read_out.within(tiles.chunk, value_dim, key_dim),
+        score_gradients=tiles.score_gradients.within(tiles.chunk, tiles.chunk, min(key_dim, value_dim)),
+        query_gradient=tiles.query_gradient.within(tiles.chunk, key_dim, value_dim),
+        key_gradient=tiles.key_gradient.within(tiles.chunk, key_dim, value_dim),
+        value_gradient=tiles.value_gradient.within(tiles.chunk, value_dim, key_dim),
+    )

@@ -1,0 +1,281 @@
+"""The Triton mLSTM against the reference in float64 on the same (rounded) inputs: outputs, states, all gradients.
+
+Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
+"""
+
+import pytest
+import torch
+
+from kernels.mlstm import MLSTMState, mlstm, mlstm_state
+from kernels.mlstm.reference import mlstm_chunkwise
+from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
+from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, strided
+
+# Relative to the norm of each tensor (docs/kernels.md).
+EXACT = {"d igate_preact": 1e-5, "d fgate_preact": 1e-4}
+SIXTEEN_BIT = {"h": 4e-3, "C": 4e-3, "n": 1e-4, "d fgate_preact": 1e-2}
+# Sums of many large logarithms lose digits even in float32.
+EXTREME = {"saturated": 1e-3, "strong forgetting": 1e-3, "huge input gate": 1e-3}
+
+# (B, S, NH, DK, DV): on a CPU as small as shows every edge of a chunk of 64 tokens and of tiles of 32 and 16.
+SHAPES = [(2, 150, 2, 32, 48), (1, 1, 1, 16, 32), (1, 64, 1, 48, 96), (1, 65, 3, 16, 16)]
+SHAPES_COMPILED = [
+    *SHAPES,
+    *((2, length, 3, 64, 128) for length in (1, 2, 15, 16, 63, 64, 65, 127, 128, 129, 1000)),
+    *((1, 300, 4, *dims) for dims in [(16, 32), (48, 96), (128, 256), (192, 384), (256, 512), (256, 256), (384, 384)]),
+    (3, 700, 1, 512, 512),
+    (1, 4096, 8, 128, 256),
+    (1, 8192, 2, 256, 512),
+]
+
+
+def tolerances(names, dtype, regime="random"):
+    if dtype == torch.float32:
+        limits = {name: EXACT.get(name, 1e-5) for name in names}
+    else:
+        limits = {name: SIXTEEN_BIT.get(name, 6e-3) for name in names}
+    return {name: max(limit, EXTREME.get(regime, 0)) for name, limit in limits.items()}
+
+
+def make_inputs(shape, dtype, device, regime="random", seed=0):
+    batch, length, heads, key_dim, value_dim = shape
+    torch.manual_seed(seed)
+    q, k = (torch.randn(batch, length, heads, key_dim) for _ in range(2))
+    v = torch.randn(batch, length, heads, value_dim)
+    inputs = [x.to(dtype) for x in (q, k, v)] + list(gates(regime, batch, length, heads))
+    return [x.to(device).requires_grad_() for x in inputs]
+
+
+def make_state(shape, device, gate="exp"):
+    batch, _, heads, key_dim, value_dim = shape
+    torch.manual_seed(1)
+    parts = [torch.randn(batch, heads, key_dim, value_dim), torch.randn(batch, heads, key_dim)]
+    m = torch.randn(batch, heads) if gate == "exp" else torch.zeros(batch, heads)
+    return MLSTMState(*(x.to(device).requires_grad_() for x in parts), m.to(device))
+
+
+def make_starts(shape, device, share=0.04):
+    """Random starts, and some at the edges of chunks of 64 and 128 tokens."""
+    torch.manual_seed(2)
+    starts = torch.rand(shape[:2]) < share
+    for place in (63, 64, 127, 128, shape[1] - 1):
+        starts[:, place : place + 1] |= torch.rand(shape[0], 1) < 0.6
+    return starts.to(device)
+
+
+def double(x):
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def run(cell, inputs, state, dtype, **settings):
+    """Outputs and all gradients of a weighted sum of the outputs, by name; the weights are numbers of `dtype`."""
+    result = cell(*inputs, initial_state=state, **settings)
+    h, final = result if isinstance(result, tuple) else (None, result)
+    parts = {"h": h} | ({} if final is None else {"C": final.C, "n": final.n})
+    vector = settings.get("normaliser", True)
+    outputs = {name: x for name, x in parts.items() if x is not None and (vector or name != "n")}
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in outputs.values()]
+    wanted = dict(zip(INPUT_NAMES[-len(inputs) :], inputs, strict=True))
+    if state is not None:
+        wanted |= {"initial C": state.C} | ({"initial n": state.n} if vector else {})
+    grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), weights, materialize_grads=True)
+    if final is not None:
+        outputs["m"] = final.m
+    return {name: x.detach() for name, x in outputs.items()} | {
+        f"d {name}": grad for name, grad in zip(wanted, grads, strict=True)
+    }
+
+
+def triton_cell(*inputs, **settings):
+    return mlstm(*inputs, backend="triton", **settings)
+
+
+def compare(inputs, state, regime="random", **settings):
+    dtype = inputs[0].dtype
+    actual = run(triton_cell, inputs, state, dtype, **settings)
+    settings.pop("keep_chunk_states", None)
+    doubles = None if state is None else MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
+    expected = run(mlstm_chunkwise, [double(x) for x in inputs], doubles, dtype, **settings)
+    assert_close(actual, expected, tolerances(expected, dtype, regime))
+
+
+@pytest.mark.parametrize("shape", SHAPES_COMPILED if COMPILED else SHAPES, ids=str)
+def test_shapes(shape, dtype, device):
+    inputs = make_inputs(shape, dtype, device)
+    if shape[1] <= 2:
+        # Read-outs at the normaliser's floor: above it, the gradient of a lone token's query is zero but for eps.
+        inputs[3].data -= 4
+    compare(inputs, None)
+
+
+@pytest.mark.parametrize("shape", [(2, 150, 2, 32, 48), *([(2, 700, 2, 256, 512)] if COMPILED else [])], ids=str)
+@pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
+def test_states_and_documents(shape, gate, normaliser, dtype, device):
+    inputs, state = make_inputs(shape, dtype, device), make_state(shape, device, gate)
+    starts = make_starts(shape, device)
+    settings = {"gate": gate, "normaliser": normaliser, "return_state": True}
+    compare(inputs, state, **settings)
+    compare(inputs, state, document_start=starts, keep_chunk_states=True, **settings)
+
+
+@pytest.mark.parametrize("regime", [regime for regime in REGIMES if regime != "random"])
+def test_gate_regimes(regime, dtype, device):
+    shape = (2, 1000, 4, 128, 256) if COMPILED else (1, 200, 2, 16, 32)
+    if dtype == torch.float16 and regime in ("initialisation", "strong forgetting"):
+        pytest.skip("read-outs of about exp(-10), or gradients of states of exp(-15), are below the range of float16")
+    compare(make_inputs(shape, dtype, device, regime), None, regime, document_start=make_starts(shape, device, 0.01))
+
+
+def test_documents_at_every_token(device, dtype):
+    shape = (1, 70, 1, 16, 16)
+    compare(make_inputs(shape, dtype, device), None, document_start=torch.ones(1, 70, dtype=torch.bool, device=device))
+
+
+def test_an_earlier_document_changes_no_bit_of_a_later_one(device, dtype):
+    shape = (1, 150, 2, 32, 48)
+    boundary = 70
+    starts = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+    starts[:, [3, 64, boundary]] = True
+    results = []
+    for seed in (0, 1):
+        inputs = make_inputs(shape, dtype, device, seed=0)
+        with torch.no_grad():
+            for x, other in zip(inputs, make_inputs(shape, dtype, device, seed=seed), strict=True):
+                x[:, :boundary] = other[:, :boundary]
+        state = make_state(shape, device)
+        results.append(run(triton_cell, inputs, state, dtype, document_start=starts, return_state=True))
+    for name in ("h", "d q", "d k", "d v", "d igate_preact", "d fgate_preact"):
+        assert torch.equal(results[0][name][:, boundary:], results[1][name][:, boundary:]), name
+        assert not torch.equal(results[0][name][:, :boundary], results[1][name][:, :boundary]), name
+    for name in ("C", "n", "m"):
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("length", [64, 90])
+def test_two_halves_equal_one_pass(length, device):
+    shape = (1, 150, 2, 32, 48)
+
+    def halves(q, k, v, igate_preact, fgate_preact, *, initial_state):
+        inputs = (q, k, v, igate_preact, fgate_preact)
+        first, state = triton_cell(*(x[:, :length] for x in inputs), initial_state=initial_state, return_state=True)
+        second, state = triton_cell(*(x[:, length:] for x in inputs), initial_state=state, return_state=True)
+        return torch.cat([first, second], dim=1), state
+
+    inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
+    whole = run(triton_cell, inputs, state, torch.float32, return_state=True)
+    parts = run(halves, inputs, state, torch.float32)
+    assert_close(parts, whole, tolerances(whole, torch.float32))
+
+
+def test_state_alone_equals_the_state_of_a_pass(device, dtype):
+    shape = (2, 150, 2, 32, 48)
+    inputs, state = make_inputs(shape, dtype, device)[1:], make_state(shape, device)
+    settings = {"document_start": make_starts(shape, device, 0.01)}
+
+    def triton_state(*inputs, **settings):
+        return mlstm_state(*inputs, backend="triton", **settings)
+
+    actual = run(triton_state, inputs, state, dtype, **settings)
+    doubles = MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
+    expected = run(mlstm_state, [double(x) for x in inputs], doubles, dtype, **settings)
+    assert_close(actual, expected, tolerances(expected, dtype))
+
+
+def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
+    shape = (3, 150, 2, 32, 48)
+    inputs = make_inputs(shape, dtype, device)
+    first, again = (triton_cell(*inputs)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    alone = triton_cell(*(x[1:2] for x in inputs))[0]
+    assert torch.equal(alone, first[1:2])
+
+
+@pytest.mark.parametrize("place", [padded, strided])
+def test_reads_nothing_outside_its_inputs(place, device, dtype):
+    shape = (2, 70, 2, 32, 48)
+    inputs = make_inputs(shape, dtype, device)
+    plain = run(triton_cell, inputs, None, dtype)
+    placed = run(triton_cell, [place(x) for x in inputs], None, dtype)
+    for name, expected in plain.items():
+        assert torch.equal(placed[name], expected), name
+
+
+def test_keeping_chunk_states_changes_no_bit(device, dtype):
+    inputs = make_inputs((1, 150, 2, 32, 48), dtype, device)
+    results = [run(triton_cell, inputs, None, dtype, keep_chunk_states=keep) for keep in (False, True)]
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+def test_is_a_well_behaved_operator(device):
+    shape = (1, 70, 2, 16, 32)
+    inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
+    starts = make_starts(shape, device)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    cell = (*inputs, starts, state.C, state.n, state.m, True, "exp", True, 1e-6, True)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell, test_utils=checks)
+    cell = (*inputs, None, None, None, None, False, "sigmoid", False, 1e-6, False)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell, test_utils=checks)
+    alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone, test_utils=checks)
+
+
+def test_activation_checkpointing_changes_no_bit(device, dtype):
+    inputs = make_inputs((1, 70, 2, 16, 32), dtype, device)
+
+    def checkpointed(*inputs, **settings):
+        return torch.utils.checkpoint.checkpoint(triton_cell, *inputs, use_reentrant=False, **settings)
+
+    plain = run(triton_cell, inputs, None, dtype)
+    again = run(checkpointed, inputs, None, dtype, keep_chunk_states=True)
+    for name, expected in plain.items():
+        assert torch.equal(again[name], expected), name
+
+
+@compiled_only
+def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
+    inputs = make_inputs((2, 300, 2, 64, 128), torch.bfloat16, device)
+    expected = run(triton_cell, inputs, None, torch.bfloat16)
+    compiled = torch.compile(triton_cell, fullgraph=True)
+    actual = run(compiled, inputs, None, torch.bfloat16)
+    for name, x in expected.items():
+        assert torch.equal(actual[name], x), name
+    static = [x.detach() for x in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        triton_cell(*static)
+        with torch.cuda.graph(graph):
+            h, _ = triton_cell(*static)
+    graph.replay()
+    assert torch.equal(h, expected["h"])
+
+
+@compiled_only
+def test_other_lengths_and_batches_compile_nothing_anew(device):
+    from kernels.mlstm.chunkwise import launch
+
+    kernels = [getattr(launch, name) for name in dir(launch) if name.endswith("_kernel")]
+
+    def variants():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    run(triton_cell, make_inputs((1, 160, 2, 64, 128), torch.bfloat16, device), None, torch.bfloat16)
+    before = variants()
+    for batch, length in [(3, 160), (1, 1), (2, 1000), (16, 333)]:
+        shape = (batch, length, 2, 64, 128)
+        run(triton_cell, make_inputs(shape, torch.bfloat16, device), None, torch.bfloat16)
+    assert variants() == before
+
+
+@compiled_only
+def test_states_beyond_two_to_the_31_elements(device):
+    shape = (16, 8192, 8, 256, 512)
+    torch.manual_seed(0)
+    q, k = (torch.randn(*shape[:4], device=device, dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(*shape[:3], shape[4], device=device, dtype=torch.bfloat16)
+    igate, fgate = (torch.randn(*shape[:3], device=device) for _ in range(2))
+    inputs = (q, k, v, igate, fgate + 3)
+    h, _ = triton_cell(*inputs, keep_chunk_states=True)
+    alone, _ = triton_cell(*(x[15:] for x in inputs), keep_chunk_states=True)
+    assert torch.equal(h[15:], alone)

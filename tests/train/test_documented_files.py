@@ -1,0 +1,176 @@
+"""metrics.jsonl, events.jsonl and checkpoints of real runs hold exactly what docs/training.md says of them."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors import safe_open
+
+from tests.documented import has_type, keys_and_types, quoted, table
+from tests.runs import ROOT, TINY_RUN, environment, run_train, train_command
+from train.callbacks.metrics_file import read_metrics
+from train.run_directory import read_events, read_lines
+
+PAGE = "training.md"
+SAMPLES, LENGTH = 8, 32
+CHECKPOINT_EVERY = 20
+
+
+@pytest.fixture(scope="module")
+def runs(small_corpus, tmp_path_factory):
+    """A folder of runs that went through everything that becomes an event: "run" was stopped by a signal, lost its
+    newest checkpoint and was completed; "diverged" failed."""
+    root = tmp_path_factory.mktemp("runs")
+    base = [f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN]
+    # A spike is whatever lies above the running median: no need to provoke one.
+    run = [*base, "name=run", "logging.spike_factor=1.0001", "logging.monitor_interval=10", "evaluation.interval=20"]
+    run += [f"checkpoint.interval={CHECKPOINT_EVERY}"]
+    _stop_after_a_spike([*run, "training.total_steps=10000"], root / "run")
+    newest = max((root / "run" / "checkpoints").iterdir())
+    (newest / "state.json").write_text("{}")
+    end = int(newest.name.removeprefix("step-")) + 5
+    done = run_train([*run, f"training.total_steps={end}"])
+    assert done.returncode == 0, done.stderr
+
+    hot = ["name=diverged", "optimizer.learning_rate=1e30", "schedule.warmup=0", "training.max_skipped_steps=1"]
+    failed = run_train([*base, *hot, "training.total_steps=10"])
+    assert failed.returncode == 1, failed.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def end(runs):
+    """Steps of "run"."""
+    return read_events(runs / "run")[-1]["step"]
+
+
+def _stop_after_a_spike(overrides, run_directory):
+    process = subprocess.Popen(
+        train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(line["event"] == "spike" for line in read_lines(run_directory / "events.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+
+
+def check_keys(line, documented, common):
+    assert line.keys() - common == documented.keys(), line
+    for key, words in documented.items():
+        assert has_type(line[key], words), f"{key}: {line[key]!r} is not {words}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["header", "train", "evaluation", "statistics"])
+def test_every_key_of_metrics(runs, kind):
+    documented = keys_and_types(table(PAGE, f'key of `kind: "{kind}"`'))
+    lines = [line for line in read_lines(runs / "run" / "metrics.jsonl") if line["kind"] == kind]
+    assert lines
+    for line in lines:
+        check_keys(line, documented, {"kind", "step"})
+        assert has_type(line["step"], "int")
+
+
+@pytest.mark.slow
+def test_units_of_metrics(runs, end):
+    lines = read_metrics(runs / "run")
+    assert {line["kind"] for line in lines} == {"train", "evaluation", "statistics"}
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, end + 1))
+    for line in train:
+        assert line["tokens"] == line["step"] * SAMPLES * LENGTH
+        # log(384) is the loss of a uniform guess.
+        assert 0 < line["loss"] < 1.2 * math.log(384)
+        assert line["tokens_per_second"] == pytest.approx(SAMPLES * LENGTH / line["step_seconds"])
+        assert line["tokens_per_second_per_gpu"] == line["tokens_per_second"]
+        assert line["data_wait_fraction"] == pytest.approx(line["data_wait_seconds"] / line["step_seconds"])
+        assert 0 <= line["data_wait_fraction"] <= 1
+        assert 0.05 < line["memory_gib"] < 8
+    for line in lines:
+        if line["kind"] == "evaluation":
+            assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+            assert line["tokens"] == 256
+        if line["kind"] == "statistics":
+            assert all(has_type(value, "float") for value in line["values"].values())
+
+
+@pytest.mark.slow
+def test_every_key_of_events(runs):
+    rows = table(PAGE, "event")
+    documented = {}
+    for row in rows:
+        (event,) = quoted(row[0])
+        documented.setdefault(event, {}).update(keys_and_types([row]))
+    seen = set()
+    for name in ("run", "diverged"):
+        lines = read_lines(runs / name / "events.jsonl")
+        assert [line["event"] for line in lines].index("header") == 0
+        assert [line["event"] for line in lines].count("header") == 1
+        assert read_events(runs / name) == lines[1:]
+        for line in lines:
+            check_keys(line, documented[line["event"]], {"time", "event"})
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"])
+            seen.add(line["event"])
+    assert seen == documented.keys()
+
+
+@pytest.mark.slow
+def test_values_of_events(runs):
+    (resume,) = [line for line in read_events(runs / "run") if line["event"] == "resume"]
+    assert resume["checkpoint"] == f"step-{resume['step']:08d}"
+    assert resume["step"] % CHECKPOINT_EVERY == 0
+    assert (resume["tokens"], resume["next_sample"]) == (resume["step"] * SAMPLES * LENGTH, resume["step"] * SAMPLES)
+    skipped = [line for line in read_events(runs / "diverged") if line["event"] == "skip"]
+    assert [line["first_sample"] for line in skipped] == [line["step"] * SAMPLES for line in skipped]
+    assert not all(math.isfinite(float(line["grad_norm"])) for line in skipped)
+    # What JSON cannot say stands as null in the metrics.
+    (line,) = [line for line in read_metrics(runs / "diverged") if line["step"] == skipped[0]["step"] + 1]
+    assert line["grad_norm"] is None
+
+
+@pytest.mark.slow
+def test_every_file_and_key_of_a_checkpoint(runs, end):
+    folder = runs / "run" / "checkpoints" / f"step-{end:08d}"
+    documented = [name for row in table(PAGE, "file") for name in quoted(row[0])]
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert present == {name.replace("RRRRR", "00000") for name in documented}
+
+    state = json.loads((folder / "state.json").read_text())
+    check_keys(state, keys_and_types(table(PAGE, "key of `state.json`")), set())
+    assert state["step"] == state["applied_steps"] == end and state["skipped_steps"] == 0
+    assert state["data_identity"].keys() == {"corpus", "order"}
+
+    marker = json.loads((folder / "complete.json").read_text())
+    assert marker.keys() == {"format_version", "files"}
+    assert marker["files"].keys() == present - {"complete.json"}
+    for name, entry in marker["files"].items():
+        assert entry.keys() == {"bytes", "xxh3_128"}
+        assert entry["bytes"] == (folder / name).stat().st_size
+
+    model = json.loads((folder / "weights" / "model.json").read_text())
+    assert model.keys() == {"format_version", "model"}
+    assert json.loads((folder / "random-00000.json").read_text()).keys() == {"python", "numpy", "torch"}
+    versions = [state, marker, model]
+    for weights in folder.glob("*/weights-*.safetensors"):
+        with safe_open(weights, framework="pt") as file:
+            assert file.metadata().keys() == {"format_version", "shapes"}
+            versions.append({"format_version": int(file.metadata()["format_version"])})
+    assert [version["format_version"] for version in versions] == [1] * 6
+
+
+@pytest.mark.slow
+def test_every_file_of_the_run_directory_is_documented(runs):
+    documented = {name.split("/")[0] for row in table(PAGE, "path") for name in quoted(row[0])}
+    present = {path.name for path in (runs / "run").iterdir()}
+    assert present <= documented, present - documented
+    for name in ("plan.json", "environment.json", "code.json"):
+        content = json.loads((runs / "run" / name).read_text())
+        (row,) = [row for row in table(PAGE, "path") if quoted(row[0]) == [name]]
+        assert set(quoted(row[1])) - {"train/plan.py", "git diff"} <= content.keys()

@@ -1,0 +1,148 @@
+"""Why a run cannot start, as far as it takes files to see: its corpus, held-out sets, an earlier run of its name.
+
+Reads only, and needs no process group: each rank calls it before the ranks meet, `launch local` before they exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf import ConfigError
+from data_pipeline.corpus import Corpus
+from data_pipeline.stream import SampleStream
+from train.config import RunConfig
+from train.evaluate import open_evaluation_corpora
+from train.plan import Plan, make_plan
+from train.run_directory import RunDirectory
+from train.validate import validate
+
+# A run resumed with another value of one of these would not be the same run.
+_FIXED = ("name", "seed", "model", "corpus.directory", "corpus.split", "corpus.weights", "training.sequence_length")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run needs, opened and found fit for it."""
+
+    plan: Plan
+    directory: RunDirectory
+    corpus: Corpus
+    evaluation_corpora: dict[str, Corpus]
+    stream: SampleStream
+
+
+def preflight(config: RunConfig, world_size: int, corpus_check: str = "hash") -> Preflight:
+    """Check `config` on `world_size` processes against the files that it names.
+
+    `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
+    of the configuration, DataError for a corpus that cannot be used.
+    """
+    _refuse(validate(config, world_size))
+    plan = make_plan(config, world_size)
+    directory = RunDirectory(Path(config.run_root) / config.name)
+    corpus = Corpus.open(config.corpus.directory, corpus_check)
+    try:
+        evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    _refuse(
+        [
+            *_changes_of_run(config, directory),
+            *_misfits_of_corpus(config, corpus),
+            *_misfits_of_evaluation(config, evaluation_corpora),
+        ]
+    )
+    stream = _open_stream(config, corpus)
+    _refuse(_too_many_epochs(config, plan, stream))
+    return Preflight(plan, directory, corpus, evaluation_corpora, stream)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(problems)
+
+
+def _misfits_of_corpus(config: RunConfig, corpus: Corpus) -> list[str]:
+    problems = []
+    if corpus.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size: {config.model.vocab_size} is less than the {corpus.vocab_size} token ids of the "
+            f"tokenizer in {config.corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
+        )
+    split = config.corpus.split
+    if split not in corpus.splits:
+        return [*problems, _no_such_split("corpus.split", split, corpus)]
+    sources = corpus.sources(split)
+    return problems + [
+        f"corpus.weights.{source}: split '{split}' has no such source; it has {', '.join(sources)}"
+        for source in config.corpus.weights or {}
+        if source not in sources
+    ]
+
+
+def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+    problems = []
+    for name, evaluation_set in config.evaluation.sets.items():
+        key, held_out = f"evaluation.sets.{name}", evaluation_corpora[name]
+        if evaluation_set.split not in held_out.splits:
+            problems.append(_no_such_split(f"{key}.split", evaluation_set.split, held_out))
+        elif evaluation_set.source not in (None, *(sources := held_out.sources(evaluation_set.split))):
+            problems.append(
+                f"{key}.source: split '{evaluation_set.split}' has no source '{evaluation_set.source}'; it has "
+                f"{', '.join(sources)}"
+            )
+    return problems
+
+
+def _no_such_split(key: str, split: str, corpus: Corpus) -> str:
+    return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
+
+
+def _open_stream(config: RunConfig, corpus: Corpus) -> SampleStream:
+    try:
+        return SampleStream(
+            corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
+        )
+    except ValueError as error:
+        raise ConfigError([f"corpus.{error}"]) from None
+
+
+def _too_many_epochs(config: RunConfig, plan: Plan, stream: SampleStream) -> list[str]:
+    epochs = stream.mixture.epochs(plan.total_steps * plan.global_batch_size)
+    return [
+        f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
+        "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
+        for source, count in epochs.items()
+        if count > config.corpus.max_epochs
+    ]
+
+
+def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
+    """Where the folder holds a run that differs in what must not change."""
+    if not directory.config.exists():
+        return []
+    before = OmegaConf.to_container(OmegaConf.load(directory.config))
+    now = dataclasses.asdict(config)
+    problems = []
+    for key in _FIXED:
+        old, new = before, now
+        for part in key.split("."):
+            old, new = (old or {}).get(part), new[part]
+        if old != new:
+            problems.append(
+                f"{key}: {directory.path} was started with another value; give the run another name=..., or go back "
+                f"to {_difference(old, new)}"
+            )
+    return problems
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [f"{key}={old.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        return ", ".join(parts)
+    return repr(old)
