@@ -34,7 +34,7 @@ from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, conten
 from data_pipeline.shards import BLOCK_BYTES, sync_folder, token_dtype, write_atomically
 from data_pipeline.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
-from data_pipeline.units import UnitRecord, cut_units, losses
+from data_pipeline.units import UnitRecord, cut_units, losses, sum_counts
 from data_pipeline.workers import Job, Log, WorkFolder, check_losses, run_workers, task_of
 
 REPORT_FILE = "report.jsonl"
@@ -243,7 +243,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
             records=total,
             documents=documents,
             rejected=rejected,
-            repaired=_sum_counts(files, "repaired"),
+            repaired=sum_counts(files, "repaired"),
         ),
         report=ReportEntry(REPORT_FILE, _write_lines(folder / REPORT_FILE, report), len(report)),
     )
@@ -254,14 +254,6 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> str:
     text = "".join(canonical_json(entry) + "\n" for entry in entries)
     return write_atomically(path, lambda put: put(text.encode())).sha256
-
-
-def _sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for entry in files:
-        for reason, count in entry[key].items():
-            sums[reason] = sums.get(reason, 0) + count
-    return dict(sorted(sums.items()))
 
 
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:

@@ -249,7 +249,15 @@ class Shard:
         if self.tokens.dtype != token_dtype(vocab_size):
             problems.append(f"token ids are {self.tokens.dtype}, not {token_dtype(vocab_size)}")
         if len(self.tokens) and int(self.tokens.max()) >= vocab_size:
-            problems.append(f"token id {int(self.tokens.max())} is outside the vocabulary of {vocab_size}")
-        if (self.tokens[self.offsets[1:] - 1] != eod_id).any():
-            problems.append(f"a document does not end with the end-of-document id {eod_id}")
+            place = int(self.tokens.argmax())
+            problems.append(f"token {place}: id {int(self.tokens[place])} is outside the vocabulary of {vocab_size}")
+        ends = self.offsets[1:] - 1
+        if len(open_ended := np.flatnonzero(self.tokens[ends] != eod_id)):
+            problems.append(f"document {open_ended[0]} does not end with the end-of-document id {eod_id}")
+        elif len(found := np.flatnonzero(self.tokens == eod_id)) != self.documents:
+            within = np.setdiff1d(found, ends)[0]
+            document = int(np.searchsorted(self.offsets, within, side="right")) - 1
+            problems.append(
+                f"document {document} holds the end-of-document id {eod_id} before its end, at token {within}"
+            )
         return problems

@@ -145,7 +145,7 @@ def split_by_hash(identity: str, split: SplitConfig) -> str:
 
 
 def look_up(record: dict[str, Any], path: list[str]) -> Any:
-    """The value at the end of nested fields; a string on the way is read as JSON (some copies of SlimPajama have it so)."""
+    """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
     value: Any = record
     for part in path:
         if isinstance(value, str):

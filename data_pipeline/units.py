@@ -223,18 +223,22 @@ def _file_name(label: str) -> str:
     return f"{plain.lstrip('.')}.{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
+def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
+    """reason -> records over some lines of inputs.jsonl; `key`: "rejected" or "repaired"."""
+    sums: dict[str, int] = {}
+    for entry in files:
+        for reason, count in entry[key].items():
+            sums[reason] = sums.get(reason, 0) + count
+    return dict(sorted(sums.items()))
+
+
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:
     """(records read, rejected by reason, function that gives the first n places of rejections) of some units."""
-    rejected: dict[str, int] = {}
-    total = 0
-    for entry in (entry for record in records for entry in record.inputs):
-        total += entry["records"]
-        for reason, count in entry["rejected"].items():
-            rejected[reason] = rejected.get(reason, 0) + count
+    files = [entry for record in records for entry in record.inputs]
 
     def places(count: int) -> list[str]:
         lines = [line for record in records for line in record.report if line["action"] == "rejected"]
         lines.sort(key=lambda line: line["reason"] != "damaged_archive")
         return [f"{e['file']}, record {e['position']}: {e['reason']}: {e['detail']}" for e in lines[:count]]
 
-    return total, dict(sorted(rejected.items())), places
+    return sum(entry["records"] for entry in files), sum_counts(files, "rejected"), places
