@@ -155,8 +155,8 @@ def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_s
         if mine != theirs:
             first, last = number * BLOCK_BYTES, min(size, (number + 1) * BLOCK_BYTES) - 1
             return (
-                f"altered: the {BLOCK_BYTES / 2**20:g} MiB block {number} (bytes {first} to {last}) has another content "
-                "than when it was written (xxh3 differs)"
+                f"altered: the {BLOCK_BYTES / 2**20:g} MiB block {number} (bytes {first} to {last}) has another "
+                "content than when it was written (xxh3 differs)"
             )
     if found.xxh3_128 != entry.xxh3_128 or with_sha256 and found.sha256 != entry.sha256:
         return "altered: it has another content than when it was written (checksum differs)"

@@ -279,6 +279,7 @@ class RecordSource(FileSource):
                 done = int(item.bytes * share)
                 on_bytes(done - told)
                 told = done
+            on_bytes(item.bytes - told)
         except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             yield Rejection(item.name, position + 1, "damaged_archive", f"{first_line}; what follows is lost")
