@@ -21,7 +21,10 @@ OnBytes = Callable[[int], None]
 
 
 class DamagedArchiveError(Exception):
-    """A compressed file that ends early or cannot be decompressed."""
+    """A compressed file that ends early, does not decompress, or gives something else than its checksum says.
+
+    What was read of it before may be altered too: checksums come last, and a flipped bit can hide the end.
+    """
 
 
 class OversizedLine:
@@ -32,7 +35,9 @@ class OversizedLine:
 
 
 def read_lines(path: Path, max_line_bytes: int, on_bytes: OnBytes) -> Iterator[bytes | memoryview | OversizedLine]:
-    """Lines of a plain, .gz, .zst or .zstd file, without their ends; all whole lines, then DamagedArchiveError.
+    """Lines of a plain, .gz, .zst or .zstd file, without their ends; all whole lines.
+
+    Raises DamagedArchiveError after the last whole line of a damaged file.
 
     `on_bytes` is told how much has been read from the disk. No more than `max_line_bytes` of a line is held.
     """

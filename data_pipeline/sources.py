@@ -81,6 +81,8 @@ class Rejection(NamedTuple):
     position: int
     reason: str
     detail: str
+    # What came from the file before is not to be used either.
+    whole_file: bool = False
 
 
 class Source(abc.ABC):
@@ -252,7 +254,8 @@ class RecordSource(FileSource):
                 position += 1
                 yield self._parse(item, line, position)
         except DamagedArchiveError as error:
-            yield Rejection(item.name, position + 1, "damaged_archive", f"{error}; what follows is lost")
+            detail = f"{error}; nothing of the file is used"
+            yield Rejection(item.name, position + 1, "damaged_archive", detail, whole_file=True)
 
     def _parse(self, item: InputFile, line: bytes | memoryview | OversizedLine, position: int) -> Document | Rejection:
         if isinstance(line, OversizedLine):

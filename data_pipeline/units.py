@@ -81,13 +81,24 @@ def run_unit(
 
     Raises PrepareError, and EncoderMismatchError from an encoder that is not equal to the reference.
     """
-    unit = _Unit(number, tokenizer, encoder, config, folder, meter)
-    for item in items:
-        unit.begin(item)
-        for record in source.read(item, meter.add_bytes):
-            unit.take(record)
-        unit.end(source.root)
-    return unit.close()
+    spoiled: set[str] = set()
+    while True:
+        unit = _Unit(number, tokenizer, encoder, config, folder, meter)
+        try:
+            for item in items:
+                unit.begin(item)
+                for record in source.read(item, meter.add_bytes):
+                    unit.take(record, item.name in spoiled)
+                unit.end(source.root)
+            return unit.close()
+        except _SpoiledInput as error:
+            # Once more without it: what it gave may be in shards already.
+            spoiled.add(str(error))
+            meter.end_unit()
+
+
+class _SpoiledInput(Exception):
+    """An input that turned out to be damaged as a whole, by name."""
 
 
 class _Unit:
@@ -123,11 +134,17 @@ class _Unit:
         self._counts |= {"unit": self._number, "records": 0, "documents": 0, "rejected": {}, "repaired": {}}
         self._inputs.append(self._counts)
 
-    def take(self, record: Document | Rejection) -> None:
-        """Account for a record; a document is tokenized, with others, by the next `_flush`."""
+    def take(self, record: Document | Rejection, spoiled: bool) -> None:
+        """Account for a record; a document is tokenized, with others, by the next `_flush`, unless its file is spoiled."""
         self._counts["records"] += 1
         if isinstance(record, Rejection):
+            if record.whole_file and not spoiled:
+                raise _SpoiledInput(record.file)
             self._note("rejected", record.position, record.reason, record.detail)
+            return
+        if spoiled:
+            # Its file has one line in the report.
+            self._count("rejected", "damaged_archive")
             return
         if not record.text or record.text.isspace():
             self._note("rejected", record.position, "empty", "no text, or only white space")
@@ -154,8 +171,11 @@ class _Unit:
         counts = self._counts
         assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
 
-    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
+    def _count(self, action: str, reason: str) -> None:
         self._counts[action][reason] = self._counts[action].get(reason, 0) + 1
+
+    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
+        self._count(action, reason)
         if len(self._report) < REPORT_LINES:
             place = {"file": self._counts["file"], "position": position}
             self._report.append({"action": action, **place, "reason": reason, "detail": detail})

@@ -243,7 +243,7 @@ def check_losses(records: list[UnitRecord], data: DataConfig, enough: int) -> No
     total, rejected, places = losses(records)
     tolerance = data.tolerance
     problems = []
-    damaged = rejected.get("damaged_archive", 0)
+    damaged = sum("damaged_archive" in entry["rejected"] for record in records for entry in record.inputs)
     if damaged > tolerance.damaged_files:
         problems.append(f"{damaged} damaged files, data.tolerance.damaged_files allows {tolerance.damaged_files}")
     count = sum(rejected.values())

@@ -17,6 +17,7 @@ from small_corpora import quietly, random_text, slimpajama_config, write_slimpaj
 from data_pipeline import sources
 from data_pipeline.archives import CHUNK_BYTES, OversizedLine, read_lines
 from data_pipeline.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.inspection import verify_corpus
 from data_pipeline.sources import Document, Rejection, open_source
 
 TEXTS = [random_text(random.Random(1), 60) for _ in range(400)]
@@ -88,7 +89,7 @@ def test_a_file_that_ends_early_is_named_wherever_it_ends(tmp_path, name):
         texts, rejections = read(tmp_path)
         assert [(r.file, r.reason) for r in rejections] == [(name, "damaged_archive")], cut
         assert rejections[0].position == len(texts) + 1 and texts == TEXTS[: len(texts)]
-        assert "what follows is lost" in rejections[0].detail
+        assert rejections[0].whole_file == name.startswith("a.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zstd", "checked.parquet"])
@@ -102,7 +103,24 @@ def test_a_flipped_bit_in_a_file_with_checksums_is_noticed(tmp_path, name):
         texts, rejections = read(tmp_path)
         # Parquet's checksums are of the pages; a bit between them may have no effect, but never another text.
         assert rejections and rejections[0].file == name or name == "checked.parquet" and texts == TEXTS
-        assert texts == TEXTS[: len(texts)]
+        assert texts == TEXTS[: len(texts)] or rejections[0].whole_file
+
+
+def test_nothing_of_an_altered_archive_is_written(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=3)
+    folder = tmp_path / "raw" / "train" / "chunk1"
+    altered = bytearray(gzip.compress(LINES, compresslevel=0))
+    altered[altered.index(b"qudex", len(altered) * 2 // 3)] ^= 1
+    (folder / "altered.jsonl.gz").write_bytes(altered)
+    settings = slimpajama_config(tmp_path / "raw", tmp_path / "out", unit_bytes=10**9, shard_bytes=1000)
+    data = replace(settings.data, files=["**/*.jsonl.*"], tolerance=ToleranceConfig(0.9, damaged_files=1))
+    manifest, _ = quietly(replace(settings, data=data))
+    assert manifest.inputs.documents == 5 * 30
+    assert manifest.inputs.rejected == {"damaged_archive": manifest.inputs.records - 5 * 30}
+    report = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert report[-1]["file"] == "train/chunk1/altered.jsonl.gz" and report[-1]["position"] > 200
+    assert "nothing of the file is used" in report[-1]["detail"]
+    assert verify_corpus(tmp_path / "out") == []
 
 
 def test_what_follows_a_frame_is_damage_unless_it_is_a_frame(tmp_path):

@@ -91,21 +91,24 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
     assert "torn.jsonl.zst, record " in str(error.value) and "bad.jsonl, record 2: malformed" in str(error.value)
     tolerance = ToleranceConfig(rejected_fraction=0.01, damaged_files=1)
     with pytest.raises(
-        PrepareError, match=r"8 of \d+ records \(.*%\) rejected \(1 x damaged_archive, 2 x empty.*1\.000%"
+        PrepareError, match=r"\d+ of \d+ records \(.*%\) rejected \(\d+ x damaged_archive, 2 x empty.*1\.000%"
     ):
         quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
-    tolerance = ToleranceConfig(rejected_fraction=0.05, damaged_files=1)
+    tolerance = ToleranceConfig(rejected_fraction=0.9, damaged_files=1)
     manifest, log = quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
     assert "resuming, 5 of 5 units are finished" in log
+    inputs = [json.loads(entry) for entry in (tmp_path / "out" / "inputs.jsonl").read_text().splitlines()]
+    torn = next(entry for entry in inputs if "torn" in entry["file"])
+    assert torn["documents"] == 0 and torn["rejected"] == {"damaged_archive": torn["records"]}
     assert manifest.inputs.rejected == {
-        "damaged_archive": 1,
+        "damaged_archive": torn["records"],
         "empty": 2,
         "malformed": 2,
         "no_text": 2,
         "not_utf8": 1,
     }
     assert manifest.inputs.repaired == {"lone_surrogate": 1, "no_source_label": 1}
-    assert manifest.inputs.records == manifest.inputs.documents + 8
+    assert manifest.inputs.records == manifest.inputs.documents + 7 + torn["records"]
     report = [json.loads(entry) for entry in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     places = [(e["action"], e["file"].split("/")[-1], e["position"], e["reason"]) for e in report]
     assert places[:9] == [
@@ -119,8 +122,7 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
         ("repaired", "bad.jsonl", 9, "no_source_label"),
         ("repaired", "bad.jsonl", 9, "lone_surrogate"),
     ]
-    assert places[9][1] == "torn.jsonl.zst" and "truncated; what follows is lost" in report[9]["detail"]
-    inputs = [json.loads(entry) for entry in (tmp_path / "out" / "inputs.jsonl").read_text().splitlines()]
+    assert places[9][1] == "torn.jsonl.zst" and "truncated; nothing of the file is used" in report[-1]["detail"]
     assert all(e["records"] == e["documents"] + sum(e["rejected"].values()) for e in inputs)
     assert "rejected malformed: 2 (file and line of each in" in log
 
