@@ -135,7 +135,7 @@ class _Unit:
         self._inputs.append(self._counts)
 
     def take(self, record: Document | Rejection, spoiled: bool) -> None:
-        """Account for a record; a document is tokenized, with others, by the next `_flush`, unless its file is spoiled."""
+        """Account for a record; a document of a file that is not spoiled waits for the next `_flush`."""
         self._counts["records"] += 1
         if isinstance(record, Rejection):
             if record.whole_file and not spoiled:
