@@ -24,8 +24,8 @@ class Batch:
 
     tokens: int64 [B, W]. targets: int64 [B, W], the next token, MASKED (-100) where there is none to predict.
     document_start: bool [B, W], True where a recurrent state must start empty: at the end-of-document id that opens the
-    next document, and at the first token of a source. sources: label of each sample, [B]. continues: bool [B], True where
-    the state of the row's last batch carries on (lanes); None: nowhere.
+    next document, and at the first token of a source. sources: label of each sample, [B]. continues: bool [B], True
+    where the state of the row's last batch carries on (lanes); None: nowhere.
     """
 
     tokens: torch.Tensor
@@ -107,7 +107,7 @@ class Assembly:
     def add_windows(
         self, sequence: TokenSequence, dtype: np.dtype, rows: np.ndarray, begins: np.ndarray, valid: np.ndarray
     ) -> None:
-        """Rows of consecutive tokens: inputs from `begins` on, `valid` targets each (the rest is padding); int64 [n]."""
+        """Rows of consecutive tokens: inputs from `begins` on, `valid` targets each, the rest padding; int64 [n]."""
         begin, width = self._columns.begin, self._width
         # One token more than a row has inputs, in the narrow type of the shards: each token is fetched once.
         fetched = np.empty((len(rows), width + 1), dtype=dtype)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.open_files import RESTORE, OpenFiles
+from data_pipeline.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
 from data_pipeline.shards import BLOCK_BYTES, hash_file
-from data_pipeline.token_sequence import OpenFiles, TokenSequence, shard_metadata
+from data_pipeline.token_sequence import TokenSequence, shard_metadata
 from data_pipeline.tokenizer import Tokenizer
 
 __all__ = ["CHECKS", "Corpus", "TokenSequence", "check_shard_file", "shard_metadata"]
@@ -19,22 +21,31 @@ CHECKS = ("none", "size", "hash")
 class Corpus:
     """A prepared corpus. Use `Corpus.open`."""
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
         self.directory = directory
+        self.folder = Path(directory) if remote is None else remote.folder
         self.manifest = manifest
-        self._files = OpenFiles(self._shard_path)
+        if remote is None:
+            self._files = OpenFiles(self._shard_path)
+        else:
+            self._files = OpenFiles(remote.locate, OPEN_CACHED_FILES, remote)
         self._sequences: dict[tuple[str, str], TokenSequence] = {}
         self._tokenizer: Tokenizer | None = None
 
     @staticmethod
-    def open(directory: str | Path, check: str = "size") -> Corpus:
+    def open(directory: str | Path, check: str = "size", cache: CacheSettings | None = None) -> Corpus:
         """Open the corpus in `directory`: manifest, table of shards and tokenizer are checked, shards when first read.
 
         `check`: what is looked at of every shard beforehand. "none": nothing; "size": its file is there and has its
         size; "hash": every byte (about 10 GB/s). Raises CorpusError, naming the first faulty file.
+
+        `directory` may be a URL of any file system that fsspec knows; its shards are read through `cache`, and `check`
+        does not apply.
         """
         if check not in CHECKS:
             raise ValueError(f"Corpus.open: check must be one of {', '.join(CHECKS)}, got '{check}'")
+        if is_remote(directory):
+            return Corpus._open_remote(str(directory), cache)
         directory = Path(directory)
         manifest = Manifest.read(directory)
         if not len(manifest.shards):
@@ -45,8 +56,22 @@ class Corpus:
             for entry in manifest.shards:
                 problem = check_shard_file(directory, entry, with_hash=True)
                 if problem:
-                    raise CorpusError(f"{directory / entry.file}: {problem}; {_RESTORE}")
+                    raise CorpusError(f"{directory / entry.file}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
+        corpus.tokenizer()
+        return corpus
+
+    @staticmethod
+    def _open_remote(url: str, cache: CacheSettings | None) -> Corpus:
+        if cache is None:
+            raise CorpusError(f"{url}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
+        remote = RemoteCorpus(url, cache)
+        remote.copy_description()
+        manifest = Manifest.read(remote.folder)
+        if not len(manifest.shards):
+            raise CorpusError(f"{url}: the corpus is empty; prepare it again from a source that holds documents")
+        remote.use(manifest)
+        corpus = Corpus(url, manifest, remote)
         corpus.tokenizer()
         return corpus
 
@@ -71,7 +96,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = self.directory / entry.file
+            path = self.folder / entry.file
             if not path.is_file():
                 raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
             try:
@@ -118,10 +143,7 @@ class Corpus:
         return self._sequences[split, source]
 
     def _shard_path(self, row: int) -> Path:
-        return self.directory / self.manifest.shards.file(row)
-
-
-_RESTORE = "restore it or prepare the corpus again"
+        return self.folder / self.manifest.shards.file(row)
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -132,10 +154,10 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
         try:
             size = os.stat(path).st_size
         except OSError:
-            raise CorpusError(f"{path}: the shard is missing; {_RESTORE}") from None
+            raise CorpusError(f"{path}: the shard is missing; {RESTORE}") from None
         if size != expected:
             kind = "truncated" if size < expected else "altered"
-            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {expected}; {_RESTORE}")
+            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {expected}; {RESTORE}")
 
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:

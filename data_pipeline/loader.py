@@ -25,9 +25,9 @@ class StepLoader:
 
     Step t takes samples [first_sample + t * global_batch_size, ...) of the run; replica r of R the r-th contiguous part
     of it, cut into micro-batches; sequence rank q of Q the q-th slice of each of its samples. Each item is the list of
-    micro-batches of one step; at most `prefetch_steps` steps are read ahead. An error of a thread is raised from `next`,
-    at its step. `consumed_samples` counts the samples of the whole run up to the last step handed out, and is all that
-    has to be kept to go on. Close it (or use it as a context manager) to end the threads.
+    micro-batches of one step; at most `prefetch_steps` steps are read ahead. An error of a thread is raised from
+    `next`, at its step. `consumed_samples` counts the samples of the whole run up to the last step handed out, and is
+    all that has to be kept to go on. Close it (or use it as a context manager) to end the threads.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class StepLoader:
             )
         if not 0 <= replica < replicas or first_sample < 0 or prefetch_steps < 1 or workers < 1:
             raise ValueError(
-                f"need 0 <= replica < replicas, first_sample >= 0, prefetch_steps >= 1 and workers >= 1, got {replica}, "
-                f"{replicas}, {first_sample}, {prefetch_steps}, {workers}"
+                f"need 0 <= replica < replicas, first_sample >= 0, prefetch_steps >= 1 and workers >= 1, got "
+                f"{replica}, {replicas}, {first_sample}, {prefetch_steps}, {workers}"
             )
         self.consumed_samples = first_sample
         self._stream = stream

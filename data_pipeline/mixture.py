@@ -1,10 +1,10 @@
 """Which source the sample at a position of the run comes from, and which of its samples: a pure function of position.
 
-Two modes. Without any setting all sources form one pool, and each pass of `sum(sizes)` samples visits every sample once.
-Otherwise the run is cut into segments, in each of which the shares are constant: a segment begins where a phase begins or
-where a source has reached its cap. A segment goes in blocks; after every block each source has had its share of the
-segment to within one sample (largest remainders of the whole so far, so that rounding never adds up), at permuted places.
-Each source goes through its own epochs, one after another, each in a new order.
+Two modes. Without any setting all sources form one pool, and each pass of `sum(sizes)` samples visits every sample
+once. Otherwise the run is cut into segments, in each of which the shares are constant: a segment begins where a phase
+begins or where a source has reached its cap. A segment goes in blocks; after every block each source has had its share
+of the segment to within one sample (largest remainders of the whole so far, so that rounding never adds up), at
+permuted places. Each source goes through its own epochs, one after another, each in a new order.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class MixtureConfig:
 
     weights: share of each source in the samples (any scale; a source without one is left out); None: by `temperature`.
     temperature: shares in proportion to size ** (1 / temperature): 1 is proportional, large is even. None with no
-    weights: proportional, and with nothing else set one pool. epoch_caps: label -> passes after which the source is left
-    out and the others share its place. phases: later changes, by their first sample.
+    weights: proportional, and with nothing else set one pool. epoch_caps: label -> passes after which the source is
+    left out and the others share its place. phases: later changes, by their first sample.
     """
 
     weights: Mapping[str, float] | None = None
@@ -96,7 +96,8 @@ def _check_weights(phase: Phase, sources: Mapping[str, int], prefix: str) -> lis
             problems.append(f"{key}: a weight must be a finite number >= 0, not {weight}")
         elif weight > 0 and sources[label] == 0:
             problems.append(
-                f"{key}: the source has fewer tokens than one sample; set its weight to 0 or shorten the sequence length"
+                f"{key}: the source has fewer tokens than one sample; set its weight to 0 or shorten the sequence "
+                "length"
             )
     weights = _weights(phase, sources) if not problems else {}
     if not problems and not sum(weights.values()) > 0:

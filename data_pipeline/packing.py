@@ -30,8 +30,9 @@ import numpy as np
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import canonical_json
+from data_pipeline.open_files import check_block, read_exactly
 from data_pipeline.shards import BLOCK_BYTES, hash_file, write_atomically
-from data_pipeline.token_sequence import TokenSequence, check_block, read_exactly
+from data_pipeline.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
     from data_pipeline.corpus import Corpus
@@ -133,7 +134,7 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
     identity = {"version": PACKING_VERSION, "corpus": corpus.fingerprint, "split": split}
     identity |= {"sequence_length": sequence_length, "block_tokens": BLOCK_TOKENS}
     name = f"{split}-{sequence_length}-{hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]}"
-    root = Path(folder) if folder else Path(corpus.directory) / "packing"
+    root = Path(folder) if folder else corpus.folder / "packing"
     target = root / name
     try:
         if not (target / _PLAN_FILE).exists():
@@ -144,8 +145,8 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
                     _write_plan(corpus, split, sequence_length, identity, target)
     except OSError as error:
         raise CorpusError(
-            f"{target}: the packing plan cannot be written ({error.strerror}); set corpus.packing_directory to a folder "
-            "that can"
+            f"{target}: the packing plan cannot be written ({error.strerror}); set corpus.packing_directory to a "
+            "folder that can"
         ) from None
     return PackingPlan(target, _read_plan(target, identity))
 
@@ -228,7 +229,7 @@ def document_blocks(sequence: TokenSequence) -> Iterator[np.ndarray]:
 
 
 def pack_block(begins: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pieces, end of each sample's pieces) of a block of documents [begins, ends), int64; both as in the plan's files."""
+    """(pieces, end of each sample's pieces) of the documents [begins, ends), int64 [n], as in the plan's files."""
     whole = (ends - begins) // length
     # Whole samples of long documents.
     number = np.arange(int(whole.sum())) - np.repeat(np.cumsum(whole) - whole, whole)

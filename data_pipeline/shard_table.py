@@ -68,7 +68,8 @@ class ShardTableEntry:
 class ShardTable(Sequence[ShardEntry]):
     """The rows as `ShardEntry` (made one at a time when asked for), and the columns as arrays.
 
-    documents, tokens, text_bytes, bytes: int64 [shards], views of the file. `from_entries` builds one, `read` opens one.
+    documents, tokens, text_bytes, bytes: int64 [shards], views of the file. `from_entries` builds one, `read` opens
+    one.
     """
 
     def __init__(self, batch: pa.RecordBatch, entry: ShardTableEntry, data: pa.Buffer):

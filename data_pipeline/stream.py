@@ -1,9 +1,9 @@
 """Samples of a run from a corpus. Axes: B batch (samples), S sequence.
 
-Concatenated, sample k of a source is tokens [k * S, k * S + S] of it: S inputs and, one further, S targets; packed by best
-fit, it is what `packing.py` plans. Which sample is number i of the run is a pure function of (corpus, split, sequence
-length, seed, mixture, packing, i), see `mixture.py`; so the whole state of reading is one integer, and ranks, workers and
-restarts do not change the order.
+Concatenated, sample k of a source is tokens [k * S, k * S + S] of it: S inputs and, one further, S targets; packed by
+best fit, it is what `packing.py` plans. Which sample is number i of the run is a pure function of (corpus, split,
+sequence length, seed, mixture, packing, i), see `mixture.py`; so the whole state of reading is one integer, and ranks,
+workers and restarts do not change the order.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class SampleOrigin:
 class Lanes:
     """Consecutive samples for training that carries state from one batch to the next.
 
-    Each source is cut into segments of `windows` consecutive samples. Sample i of the run is in lane i % count, which is
-    the global batch size; a lane reads a segment to its end, then another. So row l of a step goes on where row l of the
-    step before ended, except where a segment begins, and there `document_start` is set.
+    Each source is cut into segments of `windows` consecutive samples. Sample i of the run is in lane i % count, which
+    is the global batch size; a lane reads a segment to its end, then another. So row l of a step goes on where row l of
+    the step before ended, except where a segment begins, and there `document_start` is set.
     """
 
     count: int
@@ -237,6 +237,7 @@ class WindowStream:
     def __init__(self, corpus: Corpus, split: str, sequence_length: int, source: str | None = None):
         _check_length(sequence_length)
         self.corpus = corpus
+        self.split = split
         self.sequence_length = sequence_length
         self._dtype = np.dtype(corpus.manifest.token_dtype)
         self._labels = [source] if source else corpus.sources(split)
@@ -248,6 +249,20 @@ class WindowStream:
         self.targets = sum(sequence.tokens - 1 for sequence in self._sequences)
         if not self.windows:
             raise CorpusError(f"{corpus.directory}: split '{split}' has no token to predict; hold out more text")
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the windows (hex sha256): equal fingerprints mean equal tokens in equal order."""
+        identity = [self.corpus.fingerprint, self.split, self._labels, self.sequence_length]
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+    def targets_before(self, window: int) -> int:
+        """Tokens that the first `window` windows predict."""
+        return sum(
+            min((min(window, end) - begin) * self.sequence_length, sequence.tokens - 1)
+            for begin, end, sequence in zip(self._bounds[:-1], self._bounds[1:], self._sequences, strict=True)
+            if begin < window
+        )
 
     def batch(self, first_window: int, count: int, columns: Columns | None = None) -> Batch:
         """Windows first_window ... first_window + count - 1, fewer at the end; `columns` as in `SampleStream.batch`."""

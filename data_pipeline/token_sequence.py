@@ -12,17 +12,16 @@ nothing, and a damaged bit is still found before a token of its block is used.
 from __future__ import annotations
 
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import Manifest
+from data_pipeline.open_files import RESTORE, Descriptor, OpenFiles, check_block, read_exactly
 from data_pipeline.shard_table import ShardEntry
 from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard
 
@@ -30,62 +29,8 @@ from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard
 # the others are read with the tokens.
 INDEXED_DOCUMENTS = 1 << 21
 INDEX_STRIDE = 256
-# Files that a process keeps open at most, if its limit on open files allows.
-MAX_OPEN_FILES = 16384
 _OFFSET = np.dtype(np.int32)
-_RESTORE = "restore it or prepare the corpus again"
 OnError = Callable[[int, CorpusError], None]
-
-
-class OpenFiles:
-    """Read-only descriptors of the files of a corpus' shards, the oldest closed when there are too many.
-
-    `locate` gives the path of the file of a row of the table of shards. Safe to use from threads.
-    """
-
-    def __init__(self, locate: Callable[[int], Path], limit: int | None = None):
-        self.locate = locate
-        self._limit = _raise_limit() if limit is None else limit
-        self._open: dict[int, _Descriptor] = {}
-        self._lock = threading.Lock()
-
-    def get(self, row: int) -> _Descriptor:
-        """The descriptor of the file of `row`; it stays open for as long as the caller holds it. Raises OSError."""
-        found = self._open.get(row)
-        if found is None:
-            found = _Descriptor(self.locate(row))
-            with self._lock:
-                self._open[row] = found
-                while len(self._open) > self._limit:
-                    del self._open[next(iter(self._open))]
-        return found
-
-    def forget(self, row: int) -> None:
-        """Open the file of `row` anew at its next use."""
-        with self._lock:
-            self._open.pop(row, None)
-
-
-class _Descriptor:
-    # Closed with its last reference: a thread that still reads from it never meets a number that was given anew.
-    __slots__ = ("number",)
-
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-def _raise_limit() -> int:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(2 * MAX_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    # Half is left to sockets and the other files of a run.
-    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, soft // 2)
 
 
 class TokenSequence:
@@ -134,7 +79,7 @@ class TokenSequence:
         """Where shard `number` of the sequence can be read; a cache fetches it."""
         return self._files.locate(int(self._rows[number]))
 
-    def _descriptor(self, number: int) -> _Descriptor:
+    def _descriptor(self, number: int) -> Descriptor:
         return self._files.get(int(self._rows[number]))
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -186,14 +131,19 @@ class TokenSequence:
         chunks = self._chunks(numbers, begins, counts) if read_offsets else None
         data, buffers = memoryview(out).cast("B"), []
         rows, sizes = self._rows[numbers].tolist(), (counts * item).tolist()
-        preadv, descriptor_of = os.preadv, self._files.get
+        preadv, descriptor_of, remote = os.preadv, self._files.get, self._files.remote
+        block = self._manifest.block_bytes
         for piece, (row, place, offset, size) in enumerate(
             zip(rows, (places * item).tolist(), offsets.tolist(), sizes, strict=True)
         ):
             if failed and int(ranges[piece]) in failed:
                 continue
             try:
-                descriptor = descriptor_of(row)
+                if remote is None:
+                    descriptor = descriptor_of(row)
+                else:
+                    blocks = range(offset // block, (offset + size - 1) // block + 1)
+                    descriptor = self._cached(int(numbers[piece]), blocks)
                 into = data[place : place + size]
                 if preadv(descriptor.number, [into], offset) < size:
                     read_exactly(self._files.locate(row), descriptor.number, into, offset)
@@ -201,6 +151,9 @@ class TokenSequence:
                     begin, end = chunks[piece]
                     buffer = np.empty(end - begin, dtype=_OFFSET)
                     at = int(self._columns[numbers[piece], 1]) + begin * _OFFSET.itemsize
+                    if remote is not None:
+                        blocks = range(at // block, (at + buffer.nbytes - 1) // block + 1)
+                        descriptor = self._cached(int(numbers[piece]), blocks)
                     self._read(int(numbers[piece]), descriptor, memoryview(buffer).cast("B"), at)
                     buffers.append((piece, buffer))
             except OSError as error:
@@ -253,23 +206,30 @@ class TokenSequence:
             descriptor = self._descriptor(number)
             size = os.fstat(descriptor.number).st_size
         except FileNotFoundError:
-            raise CorpusError(f"{path}: the shard is missing; {_RESTORE}") from None
+            raise CorpusError(f"{path}: the shard is missing; {RESTORE}") from None
         except OSError as error:
             raise self._unreadable(number, error) from None
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "altered"
-            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {entry.bytes}; {_RESTORE}")
+            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {entry.bytes}; {RESTORE}")
         last = int(self._block_bounds[number + 1] - self._block_bounds[number]) - 1
         # The footer and the schema, before they are parsed.
         self._check(number, [0, last])
+        if self._files.remote is not None:
+            # By its descriptor: under its name the cache may have begun another file.
+            descriptor = self._cached(number, [0, last])
+            path = Path(f"/proc/self/fd/{descriptor.number}")
         shard = open_shard(path, entry, self._manifest)
         places = shard.column_places()
         offsets = np.empty(shard.documents + 1, dtype=_OFFSET)
         block = self._manifest.block_bytes
-        self._check(number, range(places[1] // block, (places[1] + offsets.nbytes - 1) // block + 1))
+        blocks = range(places[1] // block, (places[1] + offsets.nbytes - 1) // block + 1)
+        self._check(number, blocks)
+        if self._files.remote is not None:
+            descriptor = self._cached(number, blocks)
         self._read(number, descriptor, memoryview(offsets).cast("B"), places[1])
         if offsets[0] != 0 or offsets[-1] != entry.tokens or (np.diff(offsets) < 1).any():
-            raise CorpusError(f"{path}: document offsets do not rise from 0 to the number of tokens; {_RESTORE}")
+            raise CorpusError(f"{path}: document offsets do not rise from 0 to the number of tokens; {RESTORE}")
         with self._lock:
             begin, end = self._index_bounds[number : number + 2]
             self._index[begin:end] = offsets[:: self._stride].astype(np.int64) + self._bounds[number]
@@ -281,6 +241,9 @@ class TokenSequence:
         """Compare with the manifest every block that a piece touches and that was not compared before."""
         block = self._manifest.block_bytes
         low, high = offsets // block, (offsets + sizes - 1) // block
+        if self._files.remote is not None:
+            # Fetched, and compared, with the file that the tokens are then read from.
+            return
         base = self._block_bounds[numbers]
         unchecked = ~(self._checked[base + low] & self._checked[base + high]) | (high - low > 1)
         pieces = [p for p in np.flatnonzero(unchecked).tolist() if self._columns[numbers[p], 0]]
@@ -302,6 +265,9 @@ class TokenSequence:
             return  # The read that follows says what is wrong.
 
     def _check(self, number: int, blocks: range | list[int]) -> None:
+        if self._files.remote is not None:
+            self._cached(number, blocks)
+            return
         base = int(self._block_bounds[number])
         todo = [block for block in blocks if not self._checked[base + block]]
         if not todo:
@@ -309,14 +275,47 @@ class TokenSequence:
         row = int(self._rows[number])
         expected = self._manifest.shards.block_hashes(row)
         total = int(self._manifest.shards.bytes[row])
-        path = self.path(number)
+        name, size = self._files.name(row), self._manifest.block_bytes
         try:
             descriptor = self._descriptor(number)
             for block in todo:
-                check_block(path, descriptor.number, block, self._manifest.block_bytes, total, expected)
+                check_block(name, descriptor.number, block, size, total, expected)
                 self._checked[base + block] = True
         except OSError as error:
             raise self._unreadable(number, error) from None
+
+    def _cached(self, number: int, blocks: range | list[int]) -> Descriptor:
+        """The cached file of a shard with these blocks in it, compared. Raises CorpusError."""
+        row, remote, size = int(self._rows[number]), self._files.remote, self._manifest.block_bytes
+        expected, total = self._manifest.shards.block_hashes(row), int(self._manifest.shards.bytes[row])
+        name = remote.name(row)
+
+        def is_right(descriptor: Descriptor, block: int) -> bool:
+            try:
+                check_block(name, descriptor.number, block, size, total, expected)
+            except CorpusError:
+                return False
+            return True
+
+        descriptor = self._descriptor(number)
+        while todo := [block for block in blocks if block not in descriptor.checked]:
+            block = todo[0]
+            if not is_right(descriptor, block):
+                self._files.forget_unlinked()
+                path = self._files.locate(row)
+                current = Descriptor(path)
+                if not os.path.sameopenfile(current.number, descriptor.number):
+                    # The cache has dropped the file and begun another, which holds what is fetched from now on.
+                    self._files.put(row, current)
+                    descriptor = current
+                    continue
+                remote.fill(row, block, path, lambda d=descriptor, b=block: is_right(d, b))
+                if os.fstat(descriptor.number).st_nlink:
+                    check_block(name, descriptor.number, block, size, total, expected)
+                elif not is_right(descriptor, block):
+                    continue
+            descriptor.checked.add(block)
+        return descriptor
 
     def _chunks(self, numbers: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
         """The document offsets (begin, end within the shard's column) among which each piece's are."""
@@ -338,21 +337,24 @@ class TokenSequence:
         which = np.arange(int(ends[-1])) + np.repeat(low - (ends - found), found)
         starts[np.repeat(places - begins, found) + self._index[which] - 1] = True
 
-    def _read(self, number: int, descriptor: _Descriptor, into: memoryview, offset: int) -> None:
+    def _read(self, number: int, descriptor: Descriptor, into: memoryview, offset: int) -> None:
         if os.preadv(descriptor.number, [into], offset) < len(into):
             read_exactly(self.path(number), descriptor.number, into, offset)
 
     def _unreadable(self, number: int, error: OSError) -> CorpusError:
         path = self.path(number)
         self._files.forget(int(self._rows[number]))
-        return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {_RESTORE}")
+        return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {RESTORE}")
 
     def document_offsets(self, number: int) -> np.ndarray:
         """Where the documents of a shard begin and end, as places in the sequence: int64 [documents + 1]."""
         self._open(number)
         offsets = np.empty(int(self._documents[number]) + 1, dtype=_OFFSET)
-        place = int(self._columns[number, 1])
-        self._read(number, self._descriptor(number), memoryview(offsets).cast("B"), place)
+        place, block = int(self._columns[number, 1]), self._manifest.block_bytes
+        descriptor = self._descriptor(number)
+        if self._files.remote is not None:
+            descriptor = self._cached(number, range(place // block, (place + offsets.nbytes - 1) // block + 1))
+        self._read(number, descriptor, memoryview(offsets).cast("B"), place)
         return offsets.astype(np.int64) + self._bounds[number]
 
     def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
@@ -366,32 +368,12 @@ class TokenSequence:
         Raises CorpusError when it is not what the manifest describes.
         """
         self._open(number)
-        self._check(number, range(int(self._block_bounds[number + 1] - self._block_bounds[number])))
-        return open_shard(self.path(number), self.entry(number), self._manifest)
-
-
-def read_exactly(path: Path, descriptor: int, into: memoryview, offset: int) -> None:
-    """Fill `into` with the bytes of a file from `offset` on. Raises CorpusError where it ends early, OSError."""
-    done = 0
-    while done < len(into):
-        more = os.preadv(descriptor, [into[done:]], offset + done)
-        if more == 0:
-            raise CorpusError(f"{path}: truncated while it was read, at byte {offset + done}; {_RESTORE}")
-        done += more
-
-
-def check_block(
-    path: Path, descriptor: int, block: int, block_bytes: int, file_bytes: int, digests: bytes, advice: str = _RESTORE
-) -> None:
-    """Compare a block of a file with its xxh3-64 in `digests` (8 bytes a block). Raises CorpusError, OSError."""
-    begin = block * block_bytes
-    data = memoryview(bytearray(min(block_bytes, file_bytes - begin)))
-    read_exactly(path, descriptor, data, begin)
-    if xxhash.xxh3_64_digest(data) != digests[8 * block : 8 * block + 8]:
-        raise CorpusError(
-            f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {begin + len(data) - 1}) "
-            f"has another content than when it was written (xxh3 differs); {advice}"
-        )
+        blocks = range(int(self._block_bounds[number + 1] - self._block_bounds[number]))
+        self._check(number, blocks)
+        path = self.path(number)
+        if self._files.remote is not None:
+            path = Path(f"/proc/self/fd/{self._cached(number, blocks).number}")
+        return open_shard(path, self.entry(number), self._manifest)
 
 
 def _mark_starts(

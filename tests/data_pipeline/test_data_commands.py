@@ -162,7 +162,7 @@ def test_the_manifest_reads_back_and_every_key_is_documented(corpus):
     assert written == documented.keys()
     for key, words in documented.items():
         assert has_type(value_at(document, key), words), f"{key} is not {words}"
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
 
     manifest = Manifest.read(corpus.directory)
     assert manifest.fingerprint == document["fingerprint"] == corpus.fingerprint

@@ -110,13 +110,14 @@ OPEN_LARGE = """
 import json, sys, time, psutil, numpy as np
 from pathlib import Path
 from data_pipeline.manifest import Manifest
-import data_pipeline.token_sequence as token_sequence
+from data_pipeline.open_files import OpenFiles
+from data_pipeline.token_sequence import TokenSequence
 before = psutil.Process().memory_info().rss
 started = time.perf_counter()
 manifest = Manifest.read(Path(sys.argv[1]))
 rows = manifest.shards.rows("train", "web")
-files = token_sequence.OpenFiles(lambda row: Path(manifest.shards.file(row)), limit=10)
-sequence = token_sequence.TokenSequence(manifest, rows, files)
+files = OpenFiles(lambda row: Path(manifest.shards.file(row)), limit=10)
+sequence = TokenSequence(manifest, rows, files)
 parts = list(sequence.parts(sequence.tokens - 5, sequence.tokens))
 print(json.dumps({"seconds": time.perf_counter() - started, "bytes": psutil.Process().memory_info().rss - before,
                   "tokens": sequence.tokens, "number": parts[0][0]}))

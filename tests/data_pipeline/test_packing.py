@@ -1,4 +1,4 @@
-"""Best-fit packing against a plain oracle: every token once, no fitting document cut, little padding, the same for all."""
+"""Best-fit packing against a plain oracle: every token once, no fitting document cut, little padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify` finds what checksums cannot: lists and manifests that were changed and signed again, strangers, repetitions."""
+"""`verify` finds what checksums cannot: lists and manifests changed and signed again, strangers, repetitions."""
 
 from __future__ import annotations
 
