@@ -9,7 +9,7 @@ from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.manifest import Manifest, ShardEntry
 from data_pipeline.open_files import RESTORE, OpenFiles
 from data_pipeline.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.shards import hash_file
+from data_pipeline.shards import BLOCK_BYTES, hash_file
 from data_pipeline.token_sequence import TokenSequence, shard_metadata
 from data_pipeline.tokenizer import Tokenizer
 
@@ -175,7 +175,11 @@ def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_s
     found = hash_file(path, with_sha256)
     for number, (mine, theirs) in enumerate(zip(found.xxh3_64_blocks, entry.xxh3_64_blocks, strict=False)):
         if mine != theirs:
-            return f"altered: the 4 MiB block {number} has another content than when it was written (xxh3 differs)"
+            first, last = number * BLOCK_BYTES, min(size, (number + 1) * BLOCK_BYTES) - 1
+            return (
+                f"altered: the {BLOCK_BYTES / 2**20:g} MiB block {number} (bytes {first} to {last}) has another "
+                "content than when it was written (xxh3 differs)"
+            )
     if found.xxh3_128 != entry.xxh3_128 or with_sha256 and found.sha256 != entry.sha256:
         return "altered: it has another content than when it was written (checksum differs)"
     return None

@@ -266,8 +266,8 @@ def write_shard(path: Path, vocab_size: int, eod_id: int) -> Shard:
 def test_structural_faults_of_a_shard(tmp_path):
     shard = write_shard(tmp_path / "a.arrow", 400, 2)
     assert shard.problems(400, 2) == []
-    assert shard.problems(399, 2) == ["token id 399 is outside the vocabulary of 399"]
-    assert shard.problems(400, 3) == ["a document does not end with the end-of-document id 3"]
+    assert shard.problems(399, 2) == ["token 2: id 399 is outside the vocabulary of 399"]
+    assert shard.problems(400, 3) == ["document 0 does not end with the end-of-document id 3"]
     assert shard.problems(70_000, 2) == ["token ids are uint16, not uint32"]
     assert write_shard(tmp_path / "b.arrow", 70_000, 2).tokens.dtype == np.uint32
     assert write_shard(tmp_path / "c.arrow", 65_536, 2).tokens.tolist() == [5, 6, 65_535, 2]

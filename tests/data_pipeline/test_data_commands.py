@@ -60,7 +60,11 @@ def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):
         (["prepare"], 2, "output"),
         (["prepare", "output=x", "data=nowhere"], 2, "standard_library"),
         (["prepare", "output=x", "data.kindd=text"], 2, "data.kind"),
-        (["prepare", "output=x", "data=slimpajama", "tokenizer.vocab_size=5"], 2, "data.path: kind=jsonl needs a path"),
+        (
+            ["prepare", "output=x", "data=slimpajama", "tokenizer.vocab_size=5"],
+            2,
+            "data.path: kind=records needs a path",
+        ),
         (["prepare", "output=x", "data=text", "data.path=/nowhere/at/all"], 1, "no such file or folder; set data.path"),
         (["inspect", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
         (["verify", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
