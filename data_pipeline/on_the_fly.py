@@ -17,7 +17,7 @@ import heapq
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,52 +40,60 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOG = logging.getLogger(__name__)
 
 
+class LiveCorpus:
+    """Text and the tokenizer for it; what of a `Corpus` can be known without reading the text.
+
+    Raises PrepareError and TokenizerError for a source and a tokenizer that cannot be opened.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, split: str):
+        self.directory = data.path
+        self.data = data
+        self.splits = [split]
+        self.source = open_source(data)
+        self.identity, self.why_not_again = _identity(data, self.source)
+        self._tokenizer = Tokenizer.load(tokenizer.path, tokenizer.eod_token)
+        self.encoder, self.notes = choose_encoder(self._tokenizer, tokenizer.backend, list)
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the text (hex sha256), as far as names, sizes or a revision tell it."""
+        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+
+
 class LiveStream:
     """The order of samples of text that is tokenized while it is read; the counterpart of `SampleStream`.
 
-    `lanes`: the global batch size, so that a rank keeps to its own lanes. `max_epochs`: passes over the text. Raises
-    PrepareError and TokenizerError for a source and a tokenizer that cannot be opened.
+    `lanes`: the global batch size, so that a rank keeps to its own lanes. `max_epochs`: passes over the text.
     """
 
-    plan = None
-
-    def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: TokenizerConfig,
-        split: str,
-        sequence_length: int,
-        seed: int,
-        lanes: int,
-        max_epochs: float,
-        log: Callable[[str], None] = _LOG.info,
-    ):
+    def __init__(self, corpus: LiveCorpus, sequence_length: int, seed: int, lanes: int, max_epochs: float):
         if sequence_length < 1 or lanes < 1:
             raise ValueError(f"sequence_length and lanes must be at least 1, got {sequence_length} and {lanes}")
-        self.split = split
+        self.corpus = corpus
+        self.split = corpus.splits[0]
         self.sequence_length = sequence_length
         self.seed = seed
-        self.limit = None
-        self.tokenizer = Tokenizer.load(tokenizer.path, tokenizer.eod_token)
-        self._data = data
-        self._source = open_source(data)
         self._lanes = lanes
         self._max_epochs = max_epochs
-        self._encoder, lines = choose_encoder(self.tokenizer, tokenizer.backend, lambda: [])
-        for line in lines:
-            log(line)
-        self._dtype = token_dtype(self.tokenizer.vocab_size)
+        self._dtype = token_dtype(corpus.vocab_size)
         self._lock = threading.Lock()
         self._open: dict[int, _Lane] = {}
         self._chunks: Iterator[list[tuple[int, str, np.ndarray]]] | None = None
-        self.source_identity, self._why_not_again = _identity(data, self._source)
 
     @property
     def identity(self) -> dict[str, Any]:
         """As `SampleStream.identity`."""
         return {
-            "corpus": hashlib.sha256(canonical_json(self.source_identity).encode()).hexdigest(),
-            "tokenizer": self.tokenizer.fingerprint,
+            "corpus": self.corpus.fingerprint,
+            "tokenizer": self.corpus.tokenizer().fingerprint,
             "format_version": 0,
             "order_version": ORDER_VERSION,
             "split": self.split,
@@ -142,8 +150,8 @@ class LiveStream:
 
     def _begin_again(self, windows: dict[int, int]) -> None:
         before = sum(windows.values()) * self.sequence_length
-        if self._why_not_again and (before or self._chunks is not None):
-            raise CorpusError(f"the samples before cannot be read again: {self._why_not_again}")
+        if self.corpus.why_not_again and (before or self._chunks is not None):
+            raise CorpusError(f"the samples before cannot be read again: {self.corpus.why_not_again}")
         if before:
             _LOG.info("reading again what came before: about %d tokens of this rank", before)
         self._open = {lane: _Lane(self.sequence_length) for lane in windows}
@@ -175,7 +183,7 @@ class LiveStream:
                     yield self._encode(waiting)
                     waiting, characters = [], 0
             if not read:
-                raise CorpusError(f"data.path={self._data.path}: no document of split '{self.split}' was found")
+                raise CorpusError(f"data.path={self.corpus.directory}: no document of split '{self.split}' was found")
             if rejected:
                 _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, rejected)
             yield self._encode(waiting)
@@ -185,16 +193,16 @@ class LiveStream:
         )
 
     def _records(self, epoch: int) -> Iterator[Any]:
-        inputs = self._source.inputs()
+        inputs = self.corpus.source.inputs()
         order = permute(np.arange(len(inputs)), len(inputs), derive_key(self.seed, "live inputs", epoch))
         for place in order.tolist():
-            yield from self._source.read(inputs[place], lambda count: None)
+            yield from self.corpus.source.read(inputs[place], lambda count: None)
 
     def _encode(self, waiting: list[tuple[int, Document]]) -> list[tuple[int, str, np.ndarray]]:
         if not waiting:
             return []
-        ids, offsets = self._encoder.encode([_utf8(document.text) for _, document in waiting])
-        end = np.array([self.tokenizer.eod_id], dtype=self._dtype)
+        ids, offsets = self.corpus.encoder.encode([_utf8(document.text) for _, document in waiting])
+        end = np.array([self.corpus.tokenizer().eod_id], dtype=self._dtype)
         return [
             (lane, document.source, np.concatenate((ids[offsets[n] : offsets[n + 1]].astype(self._dtype), end)))
             for n, (lane, document) in enumerate(waiting)

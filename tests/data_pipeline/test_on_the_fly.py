@@ -13,7 +13,7 @@ from data_pipeline.batch import Columns
 from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig
 from data_pipeline.errors import CorpusError
 from data_pipeline.loader import StepLoader
-from data_pipeline.on_the_fly import LiveStream
+from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.sources import open_source
 
 LENGTH, LANES = 24, 12
@@ -31,8 +31,8 @@ def open_live(raw, corpus):
     tokenizer = TokenizerConfig(kind="file", path=str(corpus.folder / "tokenizer"))
 
     def open_stream(**changes) -> LiveStream:
-        settings = {"data": slimpajama_config(raw, raw).data, "seed": 1, "lanes": LANES, "max_epochs": 3, **changes}
-        return LiveStream(tokenizer=tokenizer, split="train", sequence_length=LENGTH, **settings)
+        live = LiveCorpus(changes.pop("data", slimpajama_config(raw, raw).data), tokenizer, "train")
+        return LiveStream(live, LENGTH, **{"seed": 1, "lanes": LANES, "max_epochs": 3, **changes})
 
     return open_stream
 
@@ -115,16 +115,16 @@ def test_a_data_set_without_a_pinned_revision_is_read_once_and_refused_on_resume
     from data_pipeline.on_the_fly import _identity
 
     named = dataclasses.replace(data_set, path="someone/something")
-    identity, why_not = _identity(named, stream._source)
+    identity, why_not = _identity(named, stream.corpus.source)
     assert "someone/something has no pinned revision (None)" in why_not and "someone/something" in identity
-    assert _identity(dataclasses.replace(named, revision="main"), stream._source)[1] is not None
-    assert _identity(dataclasses.replace(named, revision="a" * 40), stream._source)[1] is None
-    stream._why_not_again = why_not
+    assert _identity(dataclasses.replace(named, revision="main"), stream.corpus.source)[1] is not None
+    assert _identity(dataclasses.replace(named, revision="a" * 40), stream.corpus.source)[1] is None
+    stream.corpus.why_not_again = why_not
     assert len(stream.batch(0, LANES).tokens) == LANES and len(stream.batch(LANES, LANES).tokens) == LANES
     with pytest.raises(CorpusError, match=r"cannot be read again: .* set data\.revision to a commit"):
         stream.batch(0, LANES)
     resumed = open_live(data=data_set)
-    resumed._why_not_again = why_not
+    resumed.corpus.why_not_again = why_not
     with pytest.raises(CorpusError, match="cannot be read again"):
         resumed.batch(LANES, LANES)
 
