@@ -56,7 +56,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     make_corpus(options.work, options.tokens)
     make_large_manifest(options.work)
-    readers = {"ours": sys.executable, "ours, 1 in 256 offsets in memory": sys.executable, "memmap": sys.executable}
+    readers = {"ours": sys.executable, "ours, 1 in 128 offsets in memory": sys.executable, "memmap": sys.executable}
     if options.mds_python:
         readers["mosaicml"] = str(options.mds_python)
         run_child(options, readers["mosaicml"], "make_mds")
@@ -311,7 +311,7 @@ def open_large(work: Path, _: bool) -> dict[str, Any]:
 
 CHILDREN = {
     "ours": read_ours,
-    "ours, 1 in 256 offsets in memory": read_ours_sparse,
+    "ours, 1 in 128 offsets in memory": read_ours_sparse,
     "memmap": read_memmap,
     "make_mds": make_mds,
     "mosaicml": read_mosaicml,
