@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,7 +203,6 @@ def test_a_claim_of_another_machine_ends_when_nothing_touches_it(tmp_path, monke
 
 
 def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tmp_path, monkeypatch):
-    import shutil
 
     write_slimpajama(tmp_path / "raw")
     config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
