@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-from conf import ConfigError, compose
-from data_pipeline.config import PrepareConfig, validate_prepare
 from data_pipeline.errors import DataError
 
 PREPARE_HELP = """\
@@ -42,6 +40,9 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
+    # Imported where it is needed: the workers of a preparation import this module, and Hydra costs half a second.
+    from conf import ConfigError
+
     try:
         return options.run(options)
     except ConfigError as error:
@@ -112,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from conf import ConfigError, compose
+    from data_pipeline.config import PrepareConfig, validate_prepare
     from data_pipeline.prepare import prepare
 
     config = compose(PrepareConfig, "prepare", options.overrides)
@@ -123,6 +126,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.inspection import show_corpus, show_sample
 
     if options.sample is None:
@@ -137,6 +141,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.inspection import verify_corpus
 
     if options.workers < 1:
@@ -150,6 +155,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.regroup import merge_corpora
 
     if len(options.directories) < 2:
@@ -160,6 +166,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.regroup import split_corpus
 
     if options.parts < 1:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
+import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.claims import Claims
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import PrepareError
 from data_pipeline.manifest import Manifest, canonical_json
+from data_pipeline.shards import write_atomically
 from data_pipeline.sources import InputFile, open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.workers import WorkFolder
@@ -45,40 +46,34 @@ def confirm_finished(config: PrepareConfig, folder: Path, manifest: Manifest) ->
     _refuse_other_inputs(folder, old, open_source(config.data).inputs())
 
 
-def begin_plan(config: PrepareConfig, folder: Path, inputs: list[InputFile]) -> bool:
-    """Record what is being prepared, or compare with what was; returns whether the folder had been begun.
-
-    Raises PrepareError for other settings, other input files, or a folder that holds something else.
-    """
+def refuse_strangers(folder: Path) -> None:
+    """Raises PrepareError when a folder without a plan holds something that is not a preparation's."""
     work = WorkFolder(folder)
-    settings = content_settings(config)
     if not work.plan.exists():
         strangers = sorted(p.name for p in folder.iterdir() if p != work.path and p.suffix != ".partial")
         if strangers:
             raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
-        work.create()
-        plan = {"settings": settings, "inputs": [[item.name, item.bytes] for item in inputs]}
-        if _create(work.plan, canonical_json(plan).encode()):
-            return False
+
+
+def begin_plan(config: PrepareConfig, folder: Path, inputs: list[InputFile], claims: Claims) -> bool:
+    """Record what is being prepared, or compare with what was; returns whether the folder had been begun.
+
+    Raises PrepareError for other settings or other input files.
+    """
+    work = WorkFolder(folder)
+    work.create()
+    settings = content_settings(config)
+    text = canonical_json({"settings": settings, "inputs": [[item.name, item.bytes] for item in inputs]})
+    while not work.plan.exists():
+        with claims.take("plan") as mine:
+            if mine and not work.plan.exists():
+                write_atomically(work.plan, lambda put: put(text.encode()))
+                return False
+        if not mine:
+            time.sleep(0.1)
     plan = json.loads(work.plan.read_bytes())
     _refuse_other_settings(folder, plan["settings"], settings)
     _refuse_other_inputs(folder, dict(plan["inputs"]), inputs)
-    return True
-
-
-def _create(path: Path, data: bytes) -> bool:
-    """Write a file that is there as a whole or not at all; False when another process was faster."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
     return True
 
 

@@ -30,7 +30,7 @@ from data_pipeline.manifest import (
     canonical_json,
 )
 from data_pipeline.order import derive_key, permute
-from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, content_settings
+from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, content_settings, refuse_strangers
 from data_pipeline.shards import BLOCK_BYTES, sync_folder, token_dtype, write_atomically
 from data_pipeline.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
@@ -55,13 +55,18 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST_FILE).exists():
-            manifest = Manifest.read(folder)
-            confirm_finished(config, folder, manifest)
-            _remove_leftovers(folder, manifest)
-            log(f"{folder}: already prepared, nothing to do ({_summary(manifest)})")
-            return manifest
-        return _prepare(config, folder, log, show_progress)
+        if not (folder / MANIFEST_FILE).exists():
+            try:
+                return _prepare(config, folder, log, show_progress)
+            except (PrepareError, FileNotFoundError):
+                # Unless another command has just finished the corpus, and removed what it was made with.
+                if not (folder / MANIFEST_FILE).exists():
+                    raise
+        manifest = Manifest.read(folder)
+        confirm_finished(config, folder, manifest)
+        _remove_leftovers(folder, manifest)
+        log(f"{folder}: already prepared, nothing to do ({_summary(manifest)})")
+        return manifest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(folder).free
@@ -77,8 +82,9 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     inputs = source.inputs()
     index, count = task_of(config)
     work = WorkFolder(folder)
-    resumed = begin_plan(config, folder, inputs)
+    refuse_strangers(folder)
     with Claims(work.claims) as claims:
+        resumed = begin_plan(config, folder, inputs, claims)
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
         units = len(cut_units(inputs, config.unit_bytes))
         if resumed:
@@ -260,7 +266,8 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     """Delete what only an unfinished preparation needs, and files that an interrupted one left behind."""
     shutil.rmtree(WorkFolder(folder).path, ignore_errors=True)
     for path in folder.glob("*.partial"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
     known = {folder / manifest.shards.file(row) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):
         if path.is_file() and path not in known:

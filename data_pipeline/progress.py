@@ -88,7 +88,8 @@ class Progress:
         if not self._shown or now - self._last_tick < TICK_INTERVAL:
             return
         self._last_tick = now
-        if now - self._last_scan > RESCAN_INTERVAL:
+        writes_line = self._plain and now - self._last_line > PLAIN_INTERVAL
+        if writes_line or now - self._last_scan > RESCAN_INTERVAL:
             self._last_scan = now
             self._rescan()
         documents = sum(meter[1] for meter in self._meters)
@@ -99,7 +100,7 @@ class Progress:
         self._bar.update((self._done if self._total else documents) - before)
         counts = f"{documents:,} documents, {tokens / 1e6:.1f}M tokens"
         self._bar.set_postfix_str(f"{self._units_done}/{len(self._unit_bytes)} units, {counts}", refresh=False)
-        if self._plain and now - self._last_line > PLAIN_INTERVAL:
+        if writes_line:
             self._last_line = now
             self._log(f"preparing: {self._state(now)}{counts}")
 

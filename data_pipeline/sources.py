@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
+
 from data_pipeline import columns
 from data_pipeline.archives import DamagedArchiveError, OversizedLine, read_lines
 from data_pipeline.config import DataConfig, SplitConfig
@@ -109,7 +111,9 @@ class Source(abc.ABC):
         split = item.split
         if split is None:
             by_document = self.config.split.unit == "document"
-            split = split_by_hash(text if by_document else item.name, self.config.split)
+            split = (
+                split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
+            )
         labelled = isinstance(label, str) and label != ""
         unlabelled = self.config.source_field is not None and not labelled
         return Document(text, label if labelled else self.config.source, split, item.name, position, unlabelled)
@@ -137,10 +141,20 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def split_by_hash(identity: str, split: SplitConfig) -> str:
-    """The split of a file name or a text: a pure function of it and of `split.seed`."""
-    key = json.dumps([split.seed, identity], ensure_ascii=True)
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+def split_by_name(name: str, split: SplitConfig) -> str:
+    """The split of a file: a pure function of its name and of `split.seed`."""
+    key = json.dumps([split.seed, name], ensure_ascii=True)
+    return _split_at(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64, split)
+
+
+def split_by_text(text: str, split: SplitConfig) -> str:
+    """The split of a document: a pure function of its text and of `split.seed`, which prefixes what is hashed."""
+    digest = xxhash.xxh3_64(f"{split.seed} ".encode())
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return _split_at(digest.intdigest() / 2**64, split)
+
+
+def _split_at(share: float, split: SplitConfig) -> str:
     if share < split.validation_fraction:
         return "validation"
     return "test" if share < split.validation_fraction + split.test_fraction else "train"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,3 +200,19 @@ def test_a_claim_of_another_machine_ends_when_nothing_touches_it(tmp_path, monke
         time.sleep(0.4)
         with claims.take("x") as mine:
             assert mine
+
+
+def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tmp_path, monkeypatch):
+
+    write_slimpajama(tmp_path / "raw")
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+    finished, _ = quietly(replace(config, output=str(tmp_path / "other")))
+
+    def overtaken(*arguments):
+        """The other command writes the manifest and removes the work folder between two steps of this one."""
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "other", tmp_path / "out")
+
+    monkeypatch.setattr("data_pipeline.prepare.run_workers", overtaken)
+    manifest, log = quietly(config)
+    assert manifest == finished and "already prepared" in log

@@ -15,7 +15,7 @@ from small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajam
 
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import PrepareError
-from data_pipeline.sources import Document, Rejection, natural_key, open_source, split_by_hash
+from data_pipeline.sources import Document, Rejection, natural_key, open_source, split_by_name, split_by_text
 
 ALL_TRAIN = SplitConfig(validation_fraction=0)
 
@@ -215,13 +215,21 @@ def test_datasets_stream_local_folders_and_saved_data_sets(tmp_path):
         open_source(DataConfig(kind="datasets", path=str(tmp_path / "nothing")))
 
 
-def test_splits_by_hash_have_their_shares_and_stay(tmp_path):
+@pytest.mark.parametrize("deal", [split_by_name, split_by_text])
+def test_splits_by_hash_have_their_shares(deal):
     split = SplitConfig(validation_fraction=0.2, test_fraction=0.1)
-    dealt = [split_by_hash(f"file{i}", split) for i in range(20_000)]
+    dealt = [deal(f"file{i}", split) for i in range(20_000)]
     assert abs(dealt.count("validation") / 20_000 - 0.2) < 0.01 and abs(dealt.count("test") / 20_000 - 0.1) < 0.01
-    assert dealt == [split_by_hash(f"file{i}", split) for i in range(20_000)]
+    assert dealt == [deal(f"file{i}", split) for i in range(20_000)]
     other = SplitConfig(validation_fraction=0.2, test_fraction=0.1, seed=1)
-    assert dealt != [split_by_hash(f"file{i}", other) for i in range(20_000)]
+    both = [
+        a == b == "validation" for a, b in zip(dealt, [deal(f"file{i}", other) for i in range(20_000)], strict=True)
+    ]
+    assert abs(sum(both) / 20_000 - 0.04) < 0.01
+    assert deal("half a pair \ud83d", split) in ("train", "validation", "test")
+
+
+def test_equal_documents_go_to_the_same_split(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(line(f"text {i % 50}") for i in range(100)))
     found = records(jsonl_config(tmp_path, split=SplitConfig(unit="document", validation_fraction=0.5)))
     assert [d.split for d in found[:50]] == [d.split for d in found[50:]]
