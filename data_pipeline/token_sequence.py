@@ -75,8 +75,8 @@ class TokenSequence:
     def entry(self, number: int) -> ShardEntry:
         return self._manifest.shards[int(self._rows[number])]
 
-    def path(self, number: int) -> Path:
-        """Where shard `number` of the sequence can be read; a cache fetches it."""
+    def path(self, number: int) -> str | Path:
+        """Where shard `number` of the sequence lies: its file, or its URL."""
         return self._files.locate(int(self._rows[number]))
 
     def _descriptor(self, number: int) -> Descriptor:
@@ -163,7 +163,7 @@ class TokenSequence:
                     descriptor = self._cached(int(numbers[piece]), blocks)
                 into = data[place : place + size]
                 if preadv(descriptor.number, [into], offset) < size:
-                    read_exactly(self._files.name(row), descriptor.number, into, offset)
+                    read_exactly(self._files.locate(row), descriptor.number, into, offset)
             except OSError as error:
                 fail(piece, self._unreadable(int(numbers[piece]), error))
             except CorpusError as error:
@@ -288,7 +288,7 @@ class TokenSequence:
         row = int(self._rows[number])
         expected = self._manifest.shards.block_hashes(row)
         total = int(self._manifest.shards.bytes[row])
-        name, size = self._files.name(row), self._manifest.block_bytes
+        name, size = self._files.locate(row), self._manifest.block_bytes
         try:
             descriptor = self._descriptor(number)
             for block in todo:
@@ -312,22 +312,15 @@ class TokenSequence:
 
         descriptor = self._descriptor(number)
         while todo := [block for block in blocks if block not in descriptor.checked]:
-            block = todo[0]
-            if not is_right(descriptor, block):
-                self._files.forget_unlinked()
-                path = self._files.locate(row)
-                current = Descriptor(path)
-                if not os.path.sameopenfile(current.number, descriptor.number):
-                    # The cache has dropped the file and begun another, which holds what is fetched from now on.
-                    self._files.put(row, current)
-                    descriptor = current
+            if not is_right(descriptor, todo[0]):
+                if os.fstat(descriptor.number).st_nlink == 0:
+                    # The cache has dropped the file; what is fetched from now on goes to another of its name.
+                    self._files.forget_unlinked()
+                    descriptor = self._descriptor(number)
                     continue
-                remote.fill(row, block, path, lambda d=descriptor, b=block: is_right(d, b))
-                if os.fstat(descriptor.number).st_nlink:
-                    check_block(name, descriptor.number, block, size, total, expected)
-                elif not is_right(descriptor, block):
-                    continue
-            descriptor.checked.add(block)
+                remote.fill(row, todo[0], descriptor.number, lambda d=descriptor, b=todo[0]: is_right(d, b))
+                check_block(name, descriptor.number, todo[0], size, total, expected)
+            descriptor.checked.add(todo[0])
         return descriptor
 
     def _mark_read_starts(
