@@ -28,7 +28,7 @@ class Corpus:
         if remote is None:
             self._files = OpenFiles(self._shard_path)
         else:
-            self._files = OpenFiles(remote.locate, OPEN_CACHED_FILES, remote)
+            self._files = OpenFiles(remote.name, OPEN_CACHED_FILES, remote)
         self._sequences: dict[tuple[str, str], TokenSequence] = {}
         self._tokenizer: Tokenizer | None = None
 

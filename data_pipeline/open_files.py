@@ -24,11 +24,13 @@ MAX_OPEN_FILES = 16384
 class OpenFiles:
     """Read-only descriptors of the files of a corpus' shards, the oldest closed when there are too many.
 
-    `locate` gives the path of the file of a row of the table of shards. `remote`: where they come from, if that is a
-    cache. Safe to use from threads.
+    `locate` gives the path of the file of a row of the table of shards. `remote`: where they come from, if they are
+    read through a cache. Safe to use from threads.
     """
 
-    def __init__(self, locate: Callable[[int], Path], limit: int | None = None, remote: RemoteCorpus | None = None):
+    def __init__(
+        self, locate: Callable[[int], str | Path], limit: int | None = None, remote: RemoteCorpus | None = None
+    ):
         self.locate = locate
         self.remote = remote
         self._limit = _raise_limit() if limit is None else limit
@@ -39,20 +41,16 @@ class OpenFiles:
         """The descriptor of the file of `row`; it stays open for as long as the caller holds it. Raises OSError."""
         found = self._open.get(row)
         if found is None:
-            found = Descriptor(self.locate(row))
-            self.put(row, found)
+            if self.remote is None:
+                found = Descriptor(os.open(self.locate(row), os.O_RDONLY | os.O_CLOEXEC))
+            else:
+                found = Descriptor(self.remote.open(row))
+            with self._lock:
+                # Another thread may have been faster: one descriptor for all, with what was checked of it.
+                found = self._open.setdefault(row, found)
+                while len(self._open) > self._limit:
+                    del self._open[next(iter(self._open))]
         return found
-
-    def put(self, row: int, descriptor: Descriptor) -> None:
-        """Use `descriptor` for `row` from now on."""
-        with self._lock:
-            self._open[row] = descriptor
-            while len(self._open) > self._limit:
-                del self._open[next(iter(self._open))]
-
-    def name(self, row: int) -> str:
-        """What messages call the file."""
-        return str(self.locate(row)) if self.remote is None else self.remote.name(row)
 
     def forget_unlinked(self) -> None:
         """Let go of files that a cache has dropped, so that their space is free."""
@@ -70,14 +68,13 @@ class Descriptor:
     # Closed with its last reference: a thread that still reads from it never meets a number that was given anew.
     __slots__ = ("checked", "number")
 
-    def __init__(self, path: Path):
+    def __init__(self, number: int):
         # Of a cached file: its blocks that were compared. They belong to this file, not to the next of its name.
         self.checked: set[int] = set()
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = number
 
     def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 def _raise_limit() -> int:

@@ -94,28 +94,25 @@ class RemoteCorpus:
                 f"corpus.cache_gib: {self._limit / 2**30:g} GiB is less than eight blocks of {largest} bytes; raise it"
             )
 
-    def locate(self, row: int) -> Path:
-        """The sparse file of a shard in the cache; made when there is none. Raises OSError, CorpusError."""
+    def open(self, row: int) -> int:
+        """A descriptor of the sparse file of a shard in the cache; made when there is none. Raises CorpusError."""
         name = hashlib.sha256(self._manifest.shards.file(row).encode()).hexdigest()[:32]
         path = self._shards / f"{name}.arrow"
         size = int(self._manifest.shards.bytes[row])
         with _explained(self.folder, self._limit):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-            try:
-                if os.fstat(descriptor).st_size != size:
-                    os.ftruncate(descriptor, 0)
-                    os.ftruncate(descriptor, size)
-                os.utime(descriptor)
-            finally:
-                os.close(descriptor)
-        return path
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, 0)
+                os.ftruncate(descriptor, size)
+            os.utime(descriptor)
+        return descriptor
 
     def name(self, row: int) -> str:
         """The shard's own place, for messages."""
         return f"{self.url}/{self._manifest.shards.file(row)}"
 
-    def fill(self, row: int, block: int, path: Path, is_right: Callable[[], bool]) -> None:
-        """Fetch one block into the cached file at `path` unless `is_right` says that another process has done so.
+    def fill(self, row: int, block: int, descriptor: int, is_right: Callable[[], bool]) -> None:
+        """Fetch one block into an open cached file unless `is_right` says that another process has done so.
 
         Raises CorpusError when it cannot be fetched or kept.
         """
@@ -124,47 +121,50 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         with _explained(self.folder, self._limit):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
                 if is_right():
                     return
                 data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
                 if len(data) != end - begin:
                     raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
-                self._make_room(end - begin, keep=path)
+                self._make_room(end - begin, descriptor)
                 try:
                     _write(descriptor, data, begin)
                 except OSError as error:
                     if error.errno not in _FULL:
                         raise
                     # Others fill the disk too: give back what can be given.
-                    self._evict(0, keep=path)
+                    self._evict(0, descriptor)
                     _write(descriptor, data, begin)
             finally:
-                os.close(descriptor)
+                fcntl.lockf(descriptor, fcntl.LOCK_UN, end - begin, begin)
 
-    def _make_room(self, size: int, keep: Path) -> None:
+    def _make_room(self, size: int, keep: int) -> None:
         self._since_measured += size
         if self._since_measured * _MEASURE_EVERY >= self._limit:
             self._since_measured = 0
             self._evict(self._limit * 7 // 8, keep)
 
-    def _evict(self, target: int, keep: Path) -> None:
-        """Unlink the shards opened longest ago until the rest takes at most `target` bytes, if it takes the limit."""
+    def _evict(self, target: int, keep: int) -> None:
+        """Unlink the shards opened longest ago until the rest takes at most `target` bytes, if it takes the limit.
+
+        The file that is open as `keep` stays.
+        """
+        kept = os.fstat(keep).st_ino
         with _locked(self.folder / ".lock"):
             files = []
             for entry in os.scandir(self._shards):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
-                    files.append((status.st_mtime_ns, status.st_blocks * 512, Path(entry.path)))
-            total = sum(size for _, size, _ in files)
+                    files.append((status.st_mtime_ns, status.st_blocks * 512, status.st_ino, Path(entry.path)))
+            total = sum(size for _, size, _, _ in files)
             if target and total <= self._limit * 15 // 16:
                 return
-            for _, size, path in sorted(files):
+            for _, size, inode, path in sorted(files):
                 if total <= target:
                     return
-                if path != keep:
+                if inode != kept:
                     path.unlink(missing_ok=True)
                     total -= size
 

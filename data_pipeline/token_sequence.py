@@ -28,7 +28,7 @@ from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard
 # Sources of up to so many documents have all document offsets in memory (16 MiB), larger ones one in INDEX_STRIDE, and
 # the others are read with the tokens.
 INDEXED_DOCUMENTS = 1 << 21
-INDEX_STRIDE = 256
+INDEX_STRIDE = 128
 _OFFSET = np.dtype(np.int32)
 OnError = Callable[[int, CorpusError], None]
 
@@ -75,8 +75,8 @@ class TokenSequence:
     def entry(self, number: int) -> ShardEntry:
         return self._manifest.shards[int(self._rows[number])]
 
-    def path(self, number: int) -> Path:
-        """Where shard `number` of the sequence can be read; a cache fetches it."""
+    def path(self, number: int) -> str | Path:
+        """Where shard `number` of the sequence lies: its file, or its URL."""
         return self._files.locate(int(self._rows[number]))
 
     def _descriptor(self, number: int) -> Descriptor:
@@ -123,19 +123,36 @@ class TokenSequence:
             failed.setdefault(int(ranges[piece]), error)
 
         self._open_all(numbers, fail)
-        first = begins - self._bounds[numbers]
         item = self._dtype.itemsize
-        offsets = self._columns[numbers, 0] + first * item
+        offsets = self._columns[numbers, 0] + (begins - self._bounds[numbers]) * item
         self._check_all(numbers, offsets, counts * item, fail)
-        read_offsets = starts is not None and self._stride > 1
-        chunks = self._chunks(numbers, begins, counts) if read_offsets else None
-        data, buffers = memoryview(out).cast("B"), []
-        rows, sizes = self._rows[numbers].tolist(), (counts * item).tolist()
+        data = memoryview(out).cast("B")
+        self._read_ranges(numbers, offsets, counts * item, places * item, data, ranges, failed, fail)
+        if starts is not None:
+            if self._stride == 1:
+                self._mark_indexed_starts(starts, numbers, places, begins, counts)
+            else:
+                self._mark_read_starts(starts, numbers, places, begins, counts, ranges, failed, fail)
+            starts[places[begins == 0]] = True
+        for error_range, error in failed.items():
+            on_error(error_range, error)
+
+    def _read_ranges(
+        self,
+        numbers: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        places: np.ndarray,
+        data: memoryview,
+        ranges: np.ndarray,
+        failed: dict[int, CorpusError],
+        fail: Callable[[int, CorpusError], None],
+    ) -> None:
+        """Bytes [offsets[p], offsets[p] + sizes[p]) of shard numbers[p] to data[places[p] :], for every piece p."""
         preadv, descriptor_of, remote = os.preadv, self._files.get, self._files.remote
         block = self._manifest.block_bytes
-        for piece, (row, place, offset, size) in enumerate(
-            zip(rows, (places * item).tolist(), offsets.tolist(), sizes, strict=True)
-        ):
+        columns = (x.tolist() for x in (self._rows[numbers], places, offsets, sizes))
+        for piece, (row, place, offset, size) in enumerate(zip(*columns, strict=True)):
             if failed and int(ranges[piece]) in failed:
                 continue
             try:
@@ -147,27 +164,10 @@ class TokenSequence:
                 into = data[place : place + size]
                 if preadv(descriptor.number, [into], offset) < size:
                     read_exactly(self._files.locate(row), descriptor.number, into, offset)
-                if chunks is not None:
-                    begin, end = chunks[piece]
-                    buffer = np.empty(end - begin, dtype=_OFFSET)
-                    at = int(self._columns[numbers[piece], 1]) + begin * _OFFSET.itemsize
-                    if remote is not None:
-                        blocks = range(at // block, (at + buffer.nbytes - 1) // block + 1)
-                        descriptor = self._cached(int(numbers[piece]), blocks)
-                    self._read(int(numbers[piece]), descriptor, memoryview(buffer).cast("B"), at)
-                    buffers.append((piece, buffer))
             except OSError as error:
                 fail(piece, self._unreadable(int(numbers[piece]), error))
             except CorpusError as error:
                 fail(piece, error)
-        for error_range, error in failed.items():
-            on_error(error_range, error)
-        if starts is not None:
-            if self._stride == 1:
-                self._mark_indexed_starts(starts, numbers, places, begins, counts)
-            elif buffers:
-                _mark_starts(starts, buffers, places, first, counts)
-            starts[places[begins == 0]] = True
 
     def check(self, begins: np.ndarray, counts: np.ndarray, on_error: OnError) -> None:
         """Do what `fetch` does before it copies: call `on_error` for each range that touches a damaged block."""
@@ -180,6 +180,8 @@ class TokenSequence:
         item = self._dtype.itemsize
         offsets = self._columns[numbers, 0] + (begins - self._bounds[numbers]) * item
         self._check_all(numbers, offsets, counts * item, fail)
+        if self._files.remote is not None:
+            self._check_cached(numbers, offsets, counts * item, fail)
 
     def _split(self, places: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """Ranges cut at the ends of shards: (range, shard number, place, begin, count) of each piece."""
@@ -256,6 +258,17 @@ class TokenSequence:
             except CorpusError as error:
                 fail(piece, error)
 
+    def _check_cached(
+        self, numbers: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, fail: Callable[[int, CorpusError], None]
+    ) -> None:
+        block = self._manifest.block_bytes
+        for piece in np.flatnonzero(self._columns[numbers, 0]).tolist():
+            begin, end = int(offsets[piece]), int(offsets[piece] + sizes[piece])
+            try:
+                self._cached(int(numbers[piece]), range(begin // block, (end - 1) // block + 1))
+            except CorpusError as error:
+                fail(piece, error)
+
     def _read_ahead(self, number: int, low: int, high: int) -> None:
         block = self._manifest.block_bytes
         try:
@@ -275,7 +288,7 @@ class TokenSequence:
         row = int(self._rows[number])
         expected = self._manifest.shards.block_hashes(row)
         total = int(self._manifest.shards.bytes[row])
-        name, size = self._files.name(row), self._manifest.block_bytes
+        name, size = self._files.locate(row), self._manifest.block_bytes
         try:
             descriptor = self._descriptor(number)
             for block in todo:
@@ -299,32 +312,46 @@ class TokenSequence:
 
         descriptor = self._descriptor(number)
         while todo := [block for block in blocks if block not in descriptor.checked]:
-            block = todo[0]
-            if not is_right(descriptor, block):
-                self._files.forget_unlinked()
-                path = self._files.locate(row)
-                current = Descriptor(path)
-                if not os.path.sameopenfile(current.number, descriptor.number):
-                    # The cache has dropped the file and begun another, which holds what is fetched from now on.
-                    self._files.put(row, current)
-                    descriptor = current
+            if not is_right(descriptor, todo[0]):
+                if os.fstat(descriptor.number).st_nlink == 0:
+                    # The cache has dropped the file; what is fetched from now on goes to another of its name.
+                    self._files.forget_unlinked()
+                    descriptor = self._descriptor(number)
                     continue
-                remote.fill(row, block, path, lambda d=descriptor, b=block: is_right(d, b))
-                if os.fstat(descriptor.number).st_nlink:
-                    check_block(name, descriptor.number, block, size, total, expected)
-                elif not is_right(descriptor, block):
-                    continue
-            descriptor.checked.add(block)
+                remote.fill(row, todo[0], descriptor.number, lambda d=descriptor, b=todo[0]: is_right(d, b))
+                check_block(name, descriptor.number, todo[0], size, total, expected)
+            descriptor.checked.add(todo[0])
         return descriptor
 
-    def _chunks(self, numbers: np.ndarray, begins: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
-        """The document offsets (begin, end within the shard's column) among which each piece's are."""
+    def _mark_read_starts(
+        self,
+        starts: np.ndarray,
+        numbers: np.ndarray,
+        places: np.ndarray,
+        begins: np.ndarray,
+        counts: np.ndarray,
+        ranges: np.ndarray,
+        failed: dict[int, CorpusError],
+        fail: Callable[[int, CorpusError], None],
+    ) -> None:
+        """Read the document offsets among which those of each piece are, and mark its starts."""
         base = self._index_bounds[numbers]
         low = np.maximum(np.searchsorted(self._index, begins + 1) - 1 - base, 0)
         high = np.searchsorted(self._index, begins + counts, side="right") - base
-        begin = low * self._stride
-        end = np.minimum(np.maximum(high, low + 1) * self._stride, self._documents[numbers] + 1)
-        return list(zip(begin.tolist(), end.tolist(), strict=True))
+        first = low * self._stride
+        found = np.minimum(np.maximum(high, low + 1) * self._stride, self._documents[numbers] + 1) - first
+        ends = np.cumsum(found)
+        # Zeros where nothing was read, which are before every piece.
+        buffer = np.zeros(int(ends[-1]), dtype=_OFFSET)
+        item = _OFFSET.itemsize
+        offsets = self._columns[numbers, 1] + first * item
+        data = memoryview(buffer).cast("B")
+        self._read_ranges(numbers, offsets, found * item, (ends - found) * item, data, ranges, failed, fail)
+        within = begins - self._bounds[numbers]
+        position = buffer - np.repeat((within + 1).astype(_OFFSET), found)
+        inside = np.flatnonzero((position >= 0) & (position < np.repeat(counts.astype(_OFFSET), found)))
+        piece = np.searchsorted(ends, inside, side="right")
+        starts[places[piece] + position[inside]] = True
 
     def _mark_indexed_starts(
         self, starts: np.ndarray, numbers: np.ndarray, places: np.ndarray, begins: np.ndarray, counts: np.ndarray
@@ -374,20 +401,6 @@ class TokenSequence:
         if self._files.remote is not None:
             path = Path(f"/proc/self/fd/{self._cached(number, blocks).number}")
         return open_shard(path, self.entry(number), self._manifest)
-
-
-def _mark_starts(
-    starts: np.ndarray,
-    buffers: list[tuple[int, np.ndarray]],
-    places: np.ndarray,
-    first: np.ndarray,
-    counts: np.ndarray,
-) -> None:
-    """Set starts[places + p] at every position p of a piece whose token ends a document (offset - 1)."""
-    pieces = np.repeat(np.array([p for p, _ in buffers]), [len(b) for _, b in buffers])
-    ends = np.concatenate([b for _, b in buffers]).astype(np.int64) - 1 - first[pieces]
-    inside = (ends >= 0) & (ends < counts[pieces])
-    starts[places[pieces[inside]] + ends[inside]] = True
 
 
 def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:

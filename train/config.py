@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data_pipeline.config import DataConfig, TokenizerConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
@@ -41,11 +42,22 @@ class MixturePhaseConfig:
 
 
 @dataclass(frozen=True)
+class LiveConfig:
+    """Text that is tokenized while the run reads it, instead of a prepared corpus."""
+
+    # As `python -m data_pipeline prepare` takes them; tokenizer.kind is "file".
+    data: DataConfig
+    tokenizer: TokenizerConfig
+
+
+@dataclass(frozen=True)
 class CorpusConfig:
     """The prepared corpus (`python -m data_pipeline prepare`) that the run reads, and in which order."""
 
     # A folder, or a URL of any file system that fsspec knows.
-    directory: str = "???"
+    directory: str | None = "???"
+    # Text to tokenize while the run reads it, when nothing is prepared (then directory is null).
+    live: LiveConfig | None = None
     # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine, and how many GiB of them.
     cache_directory: str | None = None
     cache_gib: float = 100.0

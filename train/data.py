@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import validate_data, validate_tokenizer
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.mixture import MixtureConfig, Phase, check_mixture
+from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.remote import CacheSettings, is_remote
 from data_pipeline.stream import SampleStream
 from train.config import CorpusConfig, RunConfig
@@ -31,7 +33,8 @@ def mixture_of(config: RunConfig) -> MixtureConfig:
 def validate_corpus(config: CorpusConfig) -> list[str]:
     """Every problem of the keys under `corpus` that shows without the corpus, one line each."""
     problems = []
-    if is_remote(config.directory) and config.cache_directory is None:
+    problems += _validate_live(config)
+    if config.directory is not None and is_remote(config.directory) and config.cache_directory is None:
         problems.append(
             f"corpus.cache_directory: a corpus at a URL ({config.directory}) is read through a cache; set it to a "
             "folder on a local disk"
@@ -71,27 +74,68 @@ def validate_corpus(config: CorpusConfig) -> list[str]:
     return problems
 
 
-def open_corpus(config: RunConfig, directory: str, check: str) -> Corpus:
-    """Open the corpus in a folder or at a URL, through the run's cache. Raises CorpusError."""
+def _validate_live(config: CorpusConfig) -> list[str]:
+    if (config.live is None) == (config.directory is None):
+        return [
+            f"corpus.directory: set exactly one of corpus.directory ({config.directory}) and corpus.live, the other to "
+            "null"
+        ]
+    if config.live is None:
+        return []
+    problems = validate_data(config.live.data, "corpus.live.data")
+    problems += validate_tokenizer(config.live.tokenizer, "corpus.live.tokenizer")
+    if config.live.tokenizer.kind != "file":
+        problems.append(
+            f"corpus.live.tokenizer.kind: a run does not train its tokenizer ({config.live.tokenizer.kind}); set it to "
+            "file"
+        )
+    asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
+    asked |= {"on_corrupt": "fail", "cache_directory": None, "workers": 1}
+    return problems + [
+        f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
+        f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"
+        for key, usual in asked.items()
+        if getattr(config, key) != usual
+    ]
+
+
+def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
+    """What the run is trained on. Raises DataError."""
+    live = config.corpus.live
+    if live is not None:
+        return LiveCorpus(live.data, live.tokenizer, config.corpus.split)
+    return open_corpus(config, config.corpus.directory, check)
+
+
+def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
+    """Open the prepared corpus in a folder or at a URL, through the run's cache. Raises CorpusError."""
+    if directory is None:
+        raise CorpusError("corpus.directory: this needs a prepared corpus; the run tokenizes while it reads")
     cache = None
     if config.corpus.cache_directory is not None:
         cache = CacheSettings(Path(config.corpus.cache_directory), int(config.corpus.cache_gib * 2**30))
     return Corpus.open(directory, check, cache)
 
 
-def misfits_of_mixture(config: RunConfig, corpus: Corpus) -> list[str]:
+def misfits_of_mixture(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[str]:
     """What the mixture asks of the corpus that it lacks, one line each."""
+    if isinstance(corpus, LiveCorpus):
+        return []
     sources = dict.fromkeys(corpus.sources(config.corpus.split), 1)
     return [f"corpus.{problem}" for problem in check_mixture(mixture_of(config), sources)]
 
 
-def open_stream(config: RunConfig, corpus: Corpus, pin: bool = False) -> SampleStream:
+def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = False) -> SampleStream | LiveStream:
     """The run's order of samples. Raises ValueError for settings that the corpus cannot serve, CorpusError."""
+    training = config.training
+    if isinstance(corpus, LiveCorpus):
+        lanes = training.global_batch_size
+        return LiveStream(corpus, training.sequence_length, config.seed, lanes, config.corpus.max_epochs)
     packing_directory = config.corpus.packing_directory
     return SampleStream(
         corpus,
         config.corpus.split,
-        config.training.sequence_length,
+        training.sequence_length,
         config.seed,
         mixture_of(config),
         packing=config.corpus.packing,
@@ -101,8 +145,10 @@ def open_stream(config: RunConfig, corpus: Corpus, pin: bool = False) -> SampleS
     )
 
 
-def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream) -> list[str]:
-    """Where the run is longer than its data allow, one line each."""
+def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> list[str]:
+    """Where the run is longer than its data allow, one line each; of text tokenized on the way it shows later."""
+    if isinstance(stream, LiveStream):
+        return []
     samples = plan.total_steps * plan.global_batch_size
     if stream.limit is not None and samples > stream.limit:
         return [
@@ -117,9 +163,15 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream) -> list
     ]
 
 
-def describe_data(plan: Plan, stream: SampleStream) -> str:
+def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
     """What the run reads, as the lines that it prints at its start."""
     samples = plan.total_steps * plan.global_batch_size
+    if isinstance(stream, LiveStream):
+        lines = [f"data       {samples:,} samples, tokenized while they are read, order {stream.fingerprint[:16]}"]
+        lines += [f"           {note}" for note in stream.corpus.notes]
+        if stream.corpus.why_not_again:
+            lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
+        return "\n".join(lines)
     counts, epochs = stream.mixture.counts(samples), stream.mixture.epochs(samples)
     lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
     lines += [
@@ -138,7 +190,7 @@ def describe_data(plan: Plan, stream: SampleStream) -> str:
     return "\n".join(lines)
 
 
-def data_identity(stream: SampleStream) -> dict[str, Any]:
+def data_identity(stream: SampleStream | LiveStream) -> dict[str, Any]:
     """What `next_sample` of a checkpoint counts: equal identities mean that every sample is the same."""
     return {**stream.identity, "order": stream.fingerprint}
 

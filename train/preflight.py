@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.corpus import Corpus
+from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.stream import SampleStream
 from train.config import RunConfig
-from train.data import misfits_of_mixture, open_corpus, open_stream, too_little_data
+from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
@@ -27,7 +28,8 @@ from train.validate import validate
 _FIXED = ("name", "seed", "model", "training.sequence_length")
 # Of these, unless corpus.allow_changed_data gives a reason.
 _FIXED_DATA = tuple(
-    f"corpus.{key}" for key in ("directory", "split", "weights", "temperature", "epoch_caps", "phases", "packing")
+    f"corpus.{key}"
+    for key in ("directory", "split", "weights", "temperature", "epoch_caps", "phases", "packing", "live")
 )
 
 
@@ -37,9 +39,9 @@ class Preflight:
 
     plan: Plan
     directory: RunDirectory
-    corpus: Corpus
+    corpus: Corpus | LiveCorpus
     evaluation_corpora: dict[str, Corpus]
-    stream: SampleStream
+    stream: SampleStream | LiveStream
 
 
 def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") -> Preflight:
@@ -51,7 +53,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
     _refuse(validate(config, world_size))
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
-    corpus = open_corpus(config, config.corpus.directory, corpus_check)
+    corpus = open_run_corpus(config, corpus_check)
     try:
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     except ValueError as error:
@@ -81,7 +83,7 @@ def _misfits_of_corpus(config: RunConfig, corpus: Corpus) -> list[str]:
     if corpus.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size: {config.model.vocab_size} is less than the {corpus.vocab_size} token ids of the "
-            f"tokenizer in {config.corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
+            f"tokenizer in {corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
         )
     split = config.corpus.split
     if split not in corpus.splits:

@@ -107,6 +107,11 @@ def _validate_intervals(config: RunConfig) -> list[str]:
     for name, evaluation_set in config.evaluation.sets.items():
         if evaluation_set.max_tokens is not None:
             at_least[f"evaluation.sets.{name}.max_tokens"] = (evaluation_set.max_tokens, 1)
+        if config.corpus.live is not None and evaluation_set.directory is None:
+            problems.append(
+                f"evaluation.sets.{name}.directory: a run that tokenizes while it reads holds nothing out; name a "
+                "prepared corpus, or set evaluation=none"
+            )
         if evaluation_set.by_source and evaluation_set.source is not None:
             problems.append(
                 f"evaluation.sets.{name}.by_source: the set is one source already ({evaluation_set.source}); set "
