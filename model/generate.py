@@ -63,6 +63,7 @@ def generate(
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
     logits, state = _prefill(model, prompts, device)
+    state = state.for_decoding()
     active = torch.ones(len(prompts), dtype=torch.bool)
     generated: list[Tensor] = []
     while True:

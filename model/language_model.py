@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
@@ -20,6 +20,8 @@ from model.config import ModelConfig
 from model.state import ModelState
 
 _MEASURED_TOKENS = 64
+# By the loss_reduction of a forward pass, as in torch.nn.functional.cross_entropy.
+_LOSSES = {"none": linear_cross_entropy, "sum": linear_cross_entropy_sum}
 
 
 @dataclass
@@ -30,6 +32,8 @@ class ModelOutput:
     logits: Tensor | None = None
     # [B, S] of the same dtype, nats; 0 where the target is -100.
     token_losses: Tensor | None = None
+    # Their sum, 0-d, from a pass that makes its gradients at once (kernels.cross_entropy.linear_cross_entropy_sum).
+    loss_sum: Tensor | None = None
     state: ModelState | None = None
 
 
@@ -48,12 +52,19 @@ class LMHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.soft_cap = config.logit_soft_cap
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """hidden [B, S, D] -> token losses [B, S] with `targets` [B, S], else logits [B, S, V]; float32 at least."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, loss_reduction: str = "none", z_loss_weight: float = 0.0
+    ) -> Tensor:
+        """hidden [B, S, D] -> logits [B, S, V], or with targets [B, S] losses [B, S] or their sum; float32 at least."""
         if statistics.is_recording():
             self._record(hidden)
         if targets is not None:
-            return linear_cross_entropy(hidden, self.weight, targets, soft_cap=self.soft_cap)
+            device = hidden.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                # As for every other product; the kernel itself computes in the dtype that it is given.
+                hidden = hidden.to(torch.get_autocast_dtype(device))
+            loss = _LOSSES[loss_reduction]
+            return loss(hidden, self.weight, targets, soft_cap=self.soft_cap, z_loss_weight=z_loss_weight)
         return soft_cap(self._uncapped(hidden), self.soft_cap)
 
     def _uncapped(self, hidden: Tensor) -> Tensor:
@@ -105,6 +116,8 @@ class LanguageModel(nn.Module):
         document_start: Tensor | None = None,
         state: ModelState | None = None,
         return_state: bool = False,
+        loss_reduction: str = "none",
+        z_loss_weight: float = 0.0,
     ) -> ModelOutput:
         """Run the model over a stretch of tokens: a training batch, a prompt, or one decoding step.
 
@@ -114,23 +127,25 @@ class LanguageModel(nn.Module):
             document_start: [B, S] bool, True at the first token of each document: every layer starts empty there.
             state: what an earlier call returned for the tokens before these; None: empty.
             return_state: also return the state behind the last token.
+            loss_reduction: "none" returns the losses of the tokens, "sum" their sum alone, which trains faster.
+            z_loss_weight: adds z_loss_weight * logsumexp(logits)^2 to the loss of every scored token.
 
         Raises:
-            ValueError: tokens, targets, document_start or state do not fit each other or the model.
+            ValueError: tokens, targets, document_start or state do not fit each other or the model, or an unknown
+                reduction.
         """
         self._check_inputs(tokens, targets, document_start, state)
+        if loss_reduction not in _LOSSES:
+            raise ValueError(f"loss_reduction must be one of {', '.join(_LOSSES)}, not {loss_reduction!r}")
         x = self.embedding(tokens)
         block_states = []
         for index, block in enumerate(self.blocks):
             block_state = None if state is None else state.blocks[index]
             x, new_state = block(x, document_start, block_state, return_state, self.activation_checkpointing)
             block_states.append(new_state)
-        result = self.lm_head(self.out_norm(x), targets)
-        return ModelOutput(
-            logits=result if targets is None else None,
-            token_losses=None if targets is None else result,
-            state=ModelState(block_states) if return_state else None,
-        )
+        result = self.lm_head(self.out_norm(x), targets, loss_reduction, z_loss_weight)
+        kind = "logits" if targets is None else {"none": "token_losses", "sum": "loss_sum"}[loss_reduction]
+        return ModelOutput(**{kind: result}, state=ModelState(block_states) if return_state else None)
 
     def _check_inputs(self, tokens, targets, document_start, state) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:

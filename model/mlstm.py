@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
+from kernels.mlstm.step import DecodingState, mlstm_step
 from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
 from model.config import ModelConfig
-from model.norms import HeadNorm
+from model.norms import GatedHeadNorm, HeadNorm
 from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear
 from model.state import ConvCellState
 
@@ -33,7 +34,7 @@ class MLSTM(nn.Module):
         self.output_gate = Linear(d_model, v_dim)
         self.igate = GateLinear(d_model, heads)
         self.fgate = GateLinear(d_model, heads)
-        self.head_norm = HeadNorm(v_dim, self.settings.head_norm_eps)
+        self.head_norm = GatedHeadNorm(v_dim, self.settings.head_norm_eps, self.settings.backend)
         self.out_proj = Linear(v_dim, d_model)
 
     def forward(
@@ -47,19 +48,15 @@ class MLSTM(nn.Module):
         igate, fgate = self.igate(gate_input), self.fgate(gate_input)
         igate_preact = soft_cap(igate, settings.gate_soft_cap)
         fgate_preact = soft_cap(fgate, settings.gate_soft_cap)
-        h, new_state = mlstm(
-            q,
-            k,
-            v,
-            igate_preact,
-            fgate_preact,
-            document_start=document_start,
-            initial_state=state,
-            return_state=return_state,
+        h, new_state = _run_cell(
+            (q, k, v, igate_preact, fgate_preact),
+            document_start,
+            state,
+            return_state,
+            settings.chunk_size,
             gate=settings.gate,
             normaliser=settings.normaliser,
             eps=settings.cell_eps,
-            chunk_size=settings.chunk_size,
             backend=settings.backend,
         )
         if statistics.is_recording():
@@ -67,7 +64,7 @@ class MLSTM(nn.Module):
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate, fgate_preact, settings.gate_soft_cap)
             if settings.normaliser:
                 _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, settings.gate)
-        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.head_norm(h)), new_state
+        return self.out_proj(self.head_norm(h, self.output_gate(x))), new_state
 
 
 class PreUpMLSTM(nn.Module):
@@ -88,7 +85,7 @@ class PreUpMLSTM(nn.Module):
         self.v_proj = BlockDiagonalLinear(width // block, block, block)
         self.igate = GateLinear(3 * width, self.settings.n_heads)
         self.fgate = GateLinear(3 * width, self.settings.n_heads)
-        self.head_norm = HeadNorm(width, self.settings.head_norm_eps)
+        self.head_norm = HeadNorm(width, self.settings.head_norm_eps, self.settings.backend)
         self.learnable_skip = nn.Parameter(torch.empty(width))
         self.down_proj = Linear(width, config.d_model)
 
@@ -105,17 +102,13 @@ class PreUpMLSTM(nn.Module):
         gate_input = gate_input.to(compute_dtype(gate_input, self.igate.weight))
         igate_preact, fgate_preact = self.igate(gate_input), self.fgate(gate_input)
         q, k, v = (projected.unflatten(-1, (settings.n_heads, -1)) for projected in (q, k, v))
-        h, cell = mlstm(
-            q,
-            k,
-            v,
-            igate_preact,
-            fgate_preact,
-            document_start=document_start,
-            initial_state=None if state is None else state.cell,
-            return_state=return_state,
+        h, cell = _run_cell(
+            (q, k, v, igate_preact, fgate_preact),
+            document_start,
+            None if state is None else state.cell,
+            return_state,
+            settings.chunk_size,
             eps=settings.cell_eps,
-            chunk_size=settings.chunk_size,
             backend=settings.backend,
         )
         if statistics.is_recording():
@@ -124,6 +117,30 @@ class PreUpMLSTM(nn.Module):
             _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, "exp")
         mixed = self.head_norm(h) + self.learnable_skip * a
         return self.down_proj(mixed * F.silu(z)), ConvCellState(new_tail, cell) if return_state else None
+
+
+def _run_cell(
+    inputs: tuple[Tensor, ...],
+    document_start: Tensor | None,
+    state: MLSTMState | DecodingState | None,
+    return_state: bool,
+    chunk_size: int,
+    **options,
+) -> tuple[Tensor, MLSTMState | DecodingState | None]:
+    """The cell over a sequence, or its step where one token continues a state that it may overwrite."""
+    if isinstance(state, DecodingState):
+        if inputs[0].shape[1] == 1 and document_start is None and not torch.is_grad_enabled():
+            h = mlstm_step(*(x.squeeze(1) for x in inputs), state, **options)
+            return h[:, None], state
+        state = state.as_mlstm_state()
+    return mlstm(
+        *inputs,
+        document_start=document_start,
+        initial_state=state,
+        return_state=return_state,
+        chunk_size=chunk_size,
+        **options,
+    )
 
 
 def _record_cell(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.head_norm import head_norm
+from kernels.head_norm import gated_head_norm, head_norm
 from kernels.precision import autocast_disabled, compute_dtype
 from model import statistics
 
@@ -59,11 +59,20 @@ class LayerNorm(_PreNorm):
 class HeadNorm(nn.Module):
     """Layer normalisation of each head of a cell's output by itself (kernels.head_norm)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, backend: str):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+        self.backend = backend
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, S, NH, DV] -> [B, S, NH * DV] in h's dtype."""
-        return head_norm(h, self.weight, eps=self.eps)
+        return head_norm(h, self.weight, eps=self.eps, backend=self.backend)
+
+
+class GatedHeadNorm(HeadNorm):
+    """The same, multiplied by a sigmoid gate (kernels.head_norm.gated_head_norm)."""
+
+    def forward(self, h: Tensor, gate_preact: Tensor) -> Tensor:
+        """h [B, S, NH, DV], gate_preact [B, S, NH * DV] -> [B, S, NH * DV] in h's dtype."""
+        return gated_head_norm(h, gate_preact, self.weight, eps=self.eps, backend=self.backend)

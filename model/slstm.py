@@ -41,7 +41,7 @@ class SLSTM(nn.Module):
         self.ogate_proj = BlockDiagonalLinear(heads, head_dim, head_dim)
         self.recurrent_kernel = nn.Parameter(torch.empty(heads, head_dim, 4, head_dim))
         self.bias = nn.Parameter(torch.empty(4, heads, head_dim))
-        self.head_norm = HeadNorm(config.d_model, self.settings.head_norm_eps)
+        self.head_norm = HeadNorm(config.d_model, self.settings.head_norm_eps, self.settings.backend)
 
     def forward(
         self, x: Tensor, document_start: Tensor | None, state: ConvCellState | None, return_state: bool
@@ -56,7 +56,7 @@ class SLSTM(nn.Module):
         initial = None if state is None else state.cell
         h, cell = slstm(
             gates,
-            self.recurrent_kernel.to(gates.dtype),
+            self.recurrent_kernel,
             document_start=document_start,
             initial_state=initial,
             return_state=return_state,

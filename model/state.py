@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.mlstm import MLSTMState
+from kernels.mlstm.step import DecodingState
 from kernels.slstm import SLSTMState
 
 Tree = TypeVar("Tree")
@@ -25,7 +26,7 @@ class ConvCellState:
 
     # [B, K - 1, C] in the activations' dtype: the last inputs of the convolution.
     conv_tail: Tensor
-    cell: MLSTMState | SLSTMState
+    cell: MLSTMState | DecodingState | SLSTMState
 
 
 @dataclass
@@ -39,12 +40,15 @@ class AttentionState:
     position: Tensor
 
 
-BlockState = MLSTMState | ConvCellState | AttentionState
+BlockState = MLSTMState | DecodingState | ConvCellState | AttentionState
 
 
 @dataclass
 class ModelState:
-    """The state of every block, first to last. Nothing changes it in place: one state may be continued many times."""
+    """The state of every block, first to last.
+
+    Nothing changes it in place, so one state may be continued many times, unless it came from `for_decoding`.
+    """
 
     blocks: list[BlockState]
 
@@ -59,6 +63,18 @@ class ModelState:
     def to(self, device: torch.device | str) -> ModelState:
         """The same state on `device`."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def for_decoding(self) -> ModelState:
+        """A copy whose mLSTM memories single tokens without gradients update where they lie: continue it once only."""
+        return ModelState([_for_decoding(block) for block in self.blocks])
+
+
+def _for_decoding(block: BlockState) -> BlockState:
+    if isinstance(block, MLSTMState):
+        return DecodingState.of(block)
+    if isinstance(block, ConvCellState) and isinstance(block.cell, MLSTMState):
+        return ConvCellState(block.conv_tail, DecodingState.of(block.cell))
+    return block
 
 
 def map_tensors(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:

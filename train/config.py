@@ -23,6 +23,8 @@ class TrainingConfig:
     # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
     total_steps: int | None = None
     total_tokens: int | None = None
+    # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
+    z_loss_weight: float = 0.0
     # Non-finite steps that a run may skip before it stops.
     max_skipped_steps: int = 20
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).

@@ -28,13 +28,23 @@ from train.plan import Plan
 class TokenLossSum(nn.Module):
     """The model as DeepSpeed sees it: tokens in, summed token losses out."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, z_loss_weight: float):
         super().__init__()
         self.model = model
+        self.z_loss_weight = z_loss_weight
 
     def forward(self, tokens: Tensor, targets: Tensor, document_start: Tensor) -> Tensor:
-        """[B, S] int64, int64 (-100: not scored), bool -> fp32 scalar, the sum over the valid targets."""
-        return self.model(tokens, targets=targets, document_start=document_start).token_losses.sum()
+        """[B, S] int64, int64 (-100: not scored), bool -> fp32 scalar, the sum over the valid targets.
+
+        The z-loss is part of it in training mode only: what is evaluated is the cross-entropy.
+        """
+        return self.model(
+            tokens,
+            targets=targets,
+            document_start=document_start,
+            loss_reduction="sum",
+            z_loss_weight=self.z_loss_weight if self.training else 0.0,
+        ).loss_sum
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Engine:
         with self._construction_context():
             self.model = LanguageModel(config.model)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
-        module = TokenLossSum(self.model)
+        module = TokenLossSum(self.model, config.training.z_loss_weight)
         named = [(name.removeprefix("model."), parameter) for name, parameter in module.named_parameters()]
         self.optimizer = build_optimizer(named, config.optimizer)
         self.deepspeed, *_ = deepspeed.initialize(

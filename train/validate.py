@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from model.config import validate_model
 from train.config import RunConfig
 from train.data import validate_corpus
@@ -56,6 +58,8 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         value = getattr(training, key)
         if value is not None and value < 1:
             problems.append(f"training.{key}: must be at least 1 ({value})")
+    if not 0 <= training.z_loss_weight < math.inf:
+        problems.append(f"training.z_loss_weight: must be 0 (no z-loss) or positive ({training.z_loss_weight})")
     if training.max_skipped_steps < 0:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:

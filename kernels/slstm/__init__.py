@@ -5,14 +5,12 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head.
 
 from torch import Tensor
 
+from kernels import backends
 from kernels.slstm.loop import slstm_loop
 from kernels.slstm.reference import slstm_recurrent
 from kernels.slstm.state import SLSTMState
 
-__all__ = ["BACKENDS", "SLSTMState", "slstm"]
-
-# Name -> function with the signature of `slstm` less its backend.
-BACKENDS = {"auto": slstm_loop, "reference": slstm_recurrent}
+__all__ = ["SLSTMState", "slstm"]
 
 
 def slstm(
@@ -46,18 +44,22 @@ def slstm(
         initial_state: the state before the first token; None: empty.
         return_state: whether to return the state after the last token.
         gate_soft_cap: cap * tanh(x / cap) on the complete pre-activations of i and f; None: no cap.
-        backend: one of BACKENDS; "auto" chooses.
+        backend: one of kernels.backends.BACKENDS. "reference" is the specification, differentiated by autograd;
+            "triton" keeps the recurrent weights on chip for the whole sequence; "auto" is "triton" where it can run,
+            and elsewhere a loop with a hand-written backward pass, equal to the reference and several times faster.
 
     Returns:
-        h: [B, S, NH, DH] in gates_x's dtype. All is computed in float32 (float64 if any input is), without autocast.
+        h: [B, S, NH, DH] in gates_x's dtype. All is computed in float32 (float64 if any input is), without autocast;
+            but "triton" takes the recurrent product in recurrent_kernel's dtype, or in autocast's, and adds in float32.
         state: the state after the last token, or None.
 
     Raises:
-        ValueError: shapes or settings that do not fit together.
+        ValueError: shapes or settings that do not fit together, or a backend that cannot do this.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown sLSTM backend {backend!r}; use one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](
+    form = slstm_recurrent if backend == "reference" else slstm_loop
+    if backends.choose("sLSTM", backend, gates_x, lambda: _unsupported(gates_x, recurrent_kernel)) == "triton":
+        from kernels.slstm.triton_op import slstm_triton as form
+    return form(
         gates_x,
         recurrent_kernel,
         document_start=document_start,
@@ -65,3 +67,9 @@ def slstm(
         return_state=return_state,
         gate_soft_cap=gate_soft_cap,
     )
+
+
+def _unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:
+    from kernels.slstm.triton_op import unsupported
+
+    return unsupported(gates_x, recurrent_kernel)

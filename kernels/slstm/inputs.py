@@ -46,7 +46,7 @@ def prepare(
     Raises:
         ValueError: shapes or settings that do not fit together.
     """
-    _check(gates_x, recurrent_kernel, document_start, initial_state, gate_soft_cap)
+    check(gates_x, recurrent_kernel, document_start, initial_state, gate_soft_cap)
     batch, _, _, heads, head_dim = gates_x.shape
     dtype = compute_dtype(gates_x, recurrent_kernel)
     if initial_state is None:
@@ -72,7 +72,7 @@ def final_state(h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> SLSTMState:
     return SLSTMState(*(part.transpose(0, 1) for part in (h, c, n, m)))
 
 
-def _check(
+def check(
     gates_x: Tensor,
     recurrent_kernel: Tensor,
     document_start: Tensor | None,

@@ -87,7 +87,7 @@ def assert_lean(kernel: CompiledKernel, *, stack_bytes: int = 0, tensor_cores: b
         assert kernel.wgmma > 0, kernel
 
 
-def _compile_for_hopper() -> list:
+def hopper_without_gpu() -> list:
     """From here on a launch compiles for sm_90 and runs nothing; the result grows by (name, compiled) for each."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -156,7 +156,7 @@ def _describe(name: str, kernel) -> CompiledKernel:
 
 def _main() -> None:
     modules = {}
-    compiled = _compile_for_hopper()
+    compiled = hopper_without_gpu()
     for call in json.load(sys.stdin):
         file = call["file"]
         if file not in modules:

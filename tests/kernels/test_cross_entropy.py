@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.cross_entropy import MASKED, linear_cross_entropy
+from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
 from kernels.soft_cap import soft_cap
 
 B, S, D, V = 2, 11, 6, 50
@@ -189,12 +189,15 @@ def test_targets_outside_the_vocabulary_are_refused(target):
         ({"weight": torch.zeros(V, D + 1)}, r"weight \[V, D\] and targets .* \(50, 7\)"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, not 0"),
         ({"soft_cap": -1.0}, "soft cap must be positive, not -1.0; use null"),
+        ({"z_loss_weight": -0.1}, r"z_loss_weight must be 0 \(no z-loss\) or positive, not -0.1"),
+        ({"backend": "triton"}, "cross-entropy backend 'triton' needs a CUDA device"),
     ],
 )
 def test_mistakes_are_named(change, message):
     arguments = dict(zip(("hidden", "weight", "targets"), make_inputs(), strict=True))
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**(arguments | change))
+    for function in (linear_cross_entropy, linear_cross_entropy_sum):
+        with pytest.raises(ValueError, match=message):
+            function(**(arguments | change))
 
 
 def test_soft_cap():
@@ -206,3 +209,26 @@ def test_soft_cap():
     assert torch.allclose(soft_cap(1e-4 * x, 15.0), 1e-4 * x, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="a soft cap must be positive, not 0; use null for no cap"):
         soft_cap(x, 0)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_z_loss_is_the_square_of_the_log_sum_exp(cap):
+    hidden, weight, targets = make_inputs()
+    logits = soft_cap(hidden @ weight.T, cap)
+    z_loss = logits.logsumexp(-1).square().masked_fill(targets == MASKED, 0)
+    expected = with_gradients(plain(hidden, weight, targets, cap) + 0.1 * z_loss, hidden, weight)
+    losses = linear_cross_entropy(hidden, weight, targets, soft_cap=cap, z_loss_weight=0.1, chunk_tokens=4)
+    for a, b in zip(with_gradients(losses, hidden, weight), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_the_sum_is_the_sum():
+    hidden, weight, targets = make_inputs()
+    settings = {"soft_cap": 3.0, "z_loss_weight": 0.1, "chunk_tokens": 4}
+    total = linear_cross_entropy_sum(hidden, weight, targets, **settings)
+    expected = linear_cross_entropy(hidden, weight, targets, **settings).sum()
+    assert torch.equal(total, expected)
+    for a, b in zip(
+        torch.autograd.grad(total, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]), strict=True
+    ):
+        assert torch.equal(a, b)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.head_norm import head_norm
+from kernels.head_norm import gated_head_norm, head_norm
 
 B, S, NH, DV = 2, 7, 3, 8
 
@@ -58,3 +58,38 @@ def test_mistakes_are_named():
         head_norm(h, weight[:DV], eps=1e-6)
     with pytest.raises(ValueError, match=r"got \(2, 7, 24\)"):
         head_norm(h.flatten(2), weight, eps=1e-6)
+
+
+def make_gated_inputs(dtype=torch.float64):
+    h, weight = make_inputs(dtype)
+    return [h, (2 * torch.randn(B, S, NH * DV)).to(dtype).requires_grad_(), weight]
+
+
+def test_the_gate_multiplies_the_norm():
+    inputs = make_gated_inputs()
+    h, gate_preact, weight = inputs
+    actual = gated_head_norm(h, gate_preact, weight, eps=1e-6)
+    expected = torch.sigmoid(gate_preact) * head_norm(h, weight, eps=1e-6)
+    cotangent = torch.randn_like(expected)
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gated_norm_is_rounded_once():
+    h, gate_preact, weight = (x.detach() for x in make_gated_inputs(torch.bfloat16))
+    expected = gated_head_norm(h.float(), gate_preact.float(), weight.float(), eps=1e-6).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gated_head_norm(h, gate_preact, weight, eps=1e-6), expected)
+
+
+def test_mistakes_with_the_gate_are_named():
+    h, gate_preact, weight = make_gated_inputs()
+    with pytest.raises(ValueError, match=r"gate_preact \[B, S, NH \* DV\] .* \(2, 7, 3, 8\), \(2, 7, 23\) and \(24,\)"):
+        gated_head_norm(h, gate_preact[..., 1:], weight, eps=1e-6)
+    with pytest.raises(ValueError, match="unknown head norm backend 'cuda'; use one of auto, reference, triton"):
+        gated_head_norm(h, gate_preact, weight, eps=1e-6, backend="cuda")
+    with pytest.raises(ValueError, match="head norm backend 'triton' needs a CUDA device .* are on 'cpu'"):
+        gated_head_norm(h, gate_preact, weight, eps=1e-6, backend="triton")

@@ -262,3 +262,25 @@ def test_the_state_of_another_depth_is_refused(small_configs, make_model):
 def test_an_output_not_asked_for_is_none(small_configs, make_model):
     output = make_model(small_configs["mlstm"])(TOKENS)
     assert isinstance(output, ModelOutput) and output.token_losses is None and output.state is None
+
+
+def test_the_loss_sum_is_that_of_the_tokens(small_configs, make_model, make_batch):
+    model, batch = make_model(small_configs["mlstm"]), make_batch()
+    for z_loss_weight in (0.0, 0.1):
+        output = model(**batch, loss_reduction="sum", z_loss_weight=z_loss_weight)
+        assert output.token_losses is None and output.logits is None
+        expected = model(**batch, z_loss_weight=z_loss_weight).token_losses
+        torch.testing.assert_close(output.loss_sum, expected.sum(), rtol=1e-12, atol=0)
+    assert output.loss_sum > model(**batch, loss_reduction="sum").loss_sum
+    with pytest.raises(ValueError, match="loss_reduction must be one of none, sum, not 'mean'"):
+        model(**batch, loss_reduction="mean")
+
+
+def test_under_autocast_the_loss_multiplies_in_bfloat16(small_configs, make_model, make_batch):
+    head, batch = make_model(small_configs["mlstm"], torch.float32).lm_head, make_batch()
+    hidden = torch.randn(*batch["tokens"].shape, small_configs["mlstm"].d_model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = head(hidden, batch["targets"])
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, head(hidden.bfloat16(), batch["targets"]))
+    assert not torch.equal(actual, head(hidden, batch["targets"]))

@@ -26,6 +26,7 @@ def test_a_sound_configuration_has_no_problem():
         (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
         (["training.total_steps=null"], "set exactly one of total_steps (None) and total_tokens (None)"),
         (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),
+        (["training.z_loss_weight=-1e-4"], "training.z_loss_weight: must be 0 (no z-loss) or positive (-0.0001)"),
         (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),
         (["parallel.zero_stage=4"], "parallel.zero_stage: no such choice (4); choose one of 0, 1, 2, 3"),
         (["parallel.activation_checkpointing=all"], "choose one of none, unit, block"),

@@ -149,11 +149,12 @@ def _sum_until_start(left_ends, left_sum, right_ends, right_sum):
     return left_ends + right_ends, tl.where(right_ends == 0, left_sum + right_sum, right_sum)
 
 
-@triton.jit(do_not_specialize=["S", "NH", "padded_length", "part_stride"])
+@triton.jit(do_not_specialize=["S", "NH", "NC", "part_stride"])
 def gate_gradients_kernel(
     weight_sums,
     query_products,
     key_products,
+    chunk_decay,
     final_products,
     igate,
     fgate,
@@ -162,8 +163,9 @@ def gate_gradients_kernel(
     grad_fgate,
     S,
     NH,
-    padded_length,
+    NC,
     part_stride,
+    negligible_decay,
     SUM_PARTS: tl.constexpr,
     QUERY_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
@@ -171,7 +173,8 @@ def gate_gradients_kernel(
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    L: tl.constexpr,
+    CB: tl.constexpr,
 ):
     """Gradients of the gates, one program for each sequence and head.
 
@@ -180,6 +183,9 @@ def gate_gradients_kernel(
     the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t), plus the product of the state
     behind the last token with its gradient, if the document lasts that long. Inside a chunk the sums come from
     weight_sums (scores.py), across chunks from query_products and key_products (backward.py).
+
+    What spans a whole chunk is the difference of sums that do not, so it is known to their rounding only. Where the
+    chunk's decay is below negligible_decay it is taken as nothing, and the rounding of later chunks ends there.
     """
     pid = tl.program_id(0)
     batch = (pid // NH).to(tl.int64)
@@ -189,35 +195,57 @@ def gate_gradients_kernel(
     fgate += gate_offset
     grad_igate += gate_offset
     grad_fgate += gate_offset
-    weight_sums += pid.to(tl.int64) * padded_length
-    query_products += pid.to(tl.int64) * padded_length
-    key_products += pid.to(tl.int64) * padded_length
-    places = tl.arange(0, BLOCK)
+    weight_sums += pid.to(tl.int64) * NC * L
+    query_products += pid.to(tl.int64) * NC * L
+    key_products += pid.to(tl.int64) * NC * L
+    chunk_decay += pid.to(tl.int64) * NC
+    chunks = tl.arange(0, CB)
+    places = tl.arange(0, L)
     part_stride = part_stride.to(tl.int64)
-    later = 0.0
+    # The sum of G over everything from this chunk on as readers and everything before it as sources.
+    across = 0.0
     if HAS_FINAL:
-        later = tl.load(final_products + pid)
-    n_blocks = tl.cdiv(S, BLOCK)
+        across = tl.load(final_products + pid)
+    n_blocks = tl.cdiv(NC, CB)
     for step in range(n_blocks):
-        token = (n_blocks - 1 - step) * BLOCK + places
+        chunk = (n_blocks - 1 - step) * CB + chunks
+        token = (chunk * L)[:, None] + places[None, :]
         valid = token < S
         offset = token.to(tl.int64) * NH
-        as_reader = tl.load(weight_sums + part_stride + token, mask=valid, other=0.0)
+        by_memory = tl.zeros([CB, L], dtype=tl.float32)
         for part in tl.static_range(QUERY_PARTS):
-            as_reader += tl.load(query_products + part * part_stride + token, mask=valid, other=0.0)
-        as_source = tl.zeros([BLOCK], dtype=tl.float32)
+            by_memory += tl.load(query_products + part * part_stride + token, mask=valid, other=0.0)
+        to_memory = tl.zeros([CB, L], dtype=tl.float32)
+        for part in tl.static_range(KEY_PARTS):
+            to_memory += tl.load(key_products + part * part_stride + token, mask=valid, other=0.0)
+        as_source = to_memory
         for part in tl.static_range(SUM_PARTS):
             as_source += tl.load(weight_sums + (2 + part) * part_stride + token, mask=valid, other=0.0)
-        for part in tl.static_range(KEY_PARTS):
-            as_source += tl.load(key_products + part * part_stride + token, mask=valid, other=0.0)
+        as_reader = by_memory + tl.load(weight_sums + part_stride + token, mask=valid, other=0.0)
         grad_log_input = as_source + tl.load(weight_sums + token, mask=valid, other=0.0)
-        ends = tl.zeros([BLOCK], dtype=tl.float32)
+        ends = tl.zeros([CB, L], dtype=tl.float32)
         if HAS_STARTS:
             starts_next = tl.load(document_start + batch * S + token + 1, mask=token + 1 < S, other=0)
-            ends = starts_next.to(tl.float32)
-        ends, grad_log_forget = tl.associative_scan((ends, as_reader - as_source), 0, _sum_until_start, reverse=True)
-        grad_log_forget = tl.where(ends == 0, grad_log_forget + later, grad_log_forget)
-        later = tl.sum(tl.where(places == 0, grad_log_forget, 0.0))
+            # A chunk ends no document: what its memory gives to the next one is part of to_memory.
+            ends = tl.where(places[None, :] < L - 1, starts_next.to(tl.float32), 0.0)
+        ends, inside = tl.associative_scan((ends, as_reader - as_source), 1, _sum_until_start, reverse=True)
+
+        decay = tl.load(chunk_decay + chunk, mask=chunk < NC, other=1.0)
+        alone = (decay < negligible_decay) | ((chunk == 0) & (not HAS_INITIAL))
+        given = tl.sum(to_memory, axis=1)
+        taken = tl.sum(by_memory, axis=1)
+        # `across` before each chunk, and from it that behind each, in use.
+        alone_after, before = tl.associative_scan(
+            (tl.where(alone, 1.0, 0.0), tl.where(alone, taken, taken - given)), 0, _sum_until_start, reverse=True
+        )
+        before = tl.where(alone_after == 0, before + across, before)
+        is_next = chunks[None, :] == (chunks + 1)[:, None]
+        behind = tl.sum(tl.where(is_next, before[None, :], 0.0), axis=1)
+        behind = tl.where(chunks == CB - 1, across, behind)
+        behind = tl.where(alone, given, behind)
+        across = tl.sum(tl.where(chunks == 0, before, 0.0))
+
+        grad_log_forget = tl.where(ends == 0, inside + behind[:, None], inside)
         # The forget gate of a document's first token multiplies an empty memory.
         idle = valid & (token == 0) if not HAS_INITIAL else valid & (token < 0)
         if HAS_STARTS:

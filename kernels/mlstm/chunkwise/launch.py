@@ -195,24 +195,25 @@ def states(
     return result
 
 
-def read_out(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, packed: Tensor, before: States, documents: Documents
+def scores(
+    problem: Problem, q: Tensor, k: Tensor, packed: Tensor, vectors: Tensor, documents: Documents
 ) -> tuple[Tensor, Tensor]:
-    """h [B, S, NH, DV] in v's dtype, and n^T q / sqrt(DK) [BH, SP] float32."""
-    tiles = problem.tiles
+    """What each token reads of each other one of its chunk [BH, SP, L], and n^T q / sqrt(DK) [BH, SP] float32."""
+    tiles, tile = problem.tiles, problem.tiles.scores
     scores = q.new_empty(problem.sequences, problem.padded, tiles.chunk)
     query_normaliser = q.new_empty(problem.sequences, problem.padded, dtype=torch.float32)
-    tile = tiles.scores
-    sizes = (problem.length, problem.heads, problem.chunks, problem.row_stride)
     scores_kernel[problem.grid(tile)](
         q,
         k,
         packed,
-        before.vectors,
+        vectors,
         documents.number,
         scores,
         query_normaliser,
-        *sizes,
+        problem.length,
+        problem.heads,
+        problem.chunks,
+        problem.row_stride,
         *_strides(q),
         *_strides(k),
         SCALE=problem.scale,
@@ -226,24 +227,40 @@ def read_out(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+    return scores, query_normaliser
+
+
+def read_out(
+    problem: Problem,
+    q: Tensor,
+    v: Tensor,
+    packed: Tensor,
+    query_normaliser: Tensor,
+    matrices: Tensor,
+    scores: Tensor,
+) -> Tensor:
+    """h [B, S, NH, DV] in v's dtype."""
     h = v.new_empty(v.shape)
-    tile = tiles.read_out
+    tile = problem.tiles.read_out
     read_out_kernel[problem.grid(tile, problem.value_dim)](
         q,
         v,
         packed,
         query_normaliser,
-        before.matrices,
+        matrices,
         scores,
         h,
-        *sizes,
+        problem.length,
+        problem.heads,
+        problem.chunks,
+        problem.row_stride,
         problem.eps,
         *_strides(q),
         *_strides(v),
         SCALE=problem.scale,
         DK=problem.key_dim,
         DV=problem.value_dim,
-        L=tiles.chunk,
+        L=problem.tiles.chunk,
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.inner,
@@ -252,7 +269,7 @@ def read_out(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return h, query_normaliser
+    return h
 
 
 def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, query_normaliser: Tensor) -> Tensor:
@@ -422,18 +439,25 @@ def gate_gradients(
     weight_sums: Tensor,
     query_products: Tensor,
     key_products: Tensor,
+    chunk_decay: Tensor,
     final_products: Tensor | None,
     igate_preact: Tensor,
     fgate_preact: Tensor,
     documents: Documents,
     has_initial: bool,
+    negligible_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of igate_preact and fgate_preact [B, S, NH], float32."""
+    """Gradients of igate_preact and fgate_preact [B, S, NH], float32.
+
+    negligible_decay: below it, nothing is said to pass a whole chunk; that of the precision of the states.
+    """
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
+    chunk = problem.tiles.chunk
     gate_gradients_kernel[(problem.sequences,)](
         weight_sums,
         query_products,
         key_products,
+        chunk_decay,
         final_products,
         igate_preact,
         fgate_preact,
@@ -441,8 +465,9 @@ def gate_gradients(
         *grads,
         problem.length,
         problem.heads,
-        problem.padded,
+        problem.chunks,
         problem.row_stride,
+        negligible_decay,
         SUM_PARTS=len(weight_sums) - 2,
         QUERY_PARTS=len(query_products),
         KEY_PARTS=len(key_products),
@@ -450,7 +475,8 @@ def gate_gradients(
         HAS_INITIAL=has_initial,
         HAS_FINAL=final_products is not None,
         EXPONENTIAL=problem.exponential,
-        BLOCK=GATE_TOKENS,
+        L=chunk,
+        CB=max(1, GATE_TOKENS // chunk),
         num_warps=8,
     )
     return grads[0], grads[1]

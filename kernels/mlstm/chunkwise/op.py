@@ -23,6 +23,11 @@ def _flat(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
+def _negligible(k: Tensor) -> float:
+    """A decay that leaves less of a state than the rounding of what is added to it."""
+    return torch.finfo(k.dtype).eps / 16
+
+
 def _no_state(like: Tensor, count: int) -> list[Tensor]:
     # Operators return tensors, never None, and no two of them may share memory.
     return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
@@ -65,7 +70,8 @@ def mlstm_chunkwise(
         (_flat(C_initial), _flat(n_initial)),
         store_after=return_state,
     )
-    h, query_normaliser = launch.read_out(problem, q, k, v, packed, states, documents)
+    scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
+    h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
     final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
     kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
     return h, *final, packed, chunk_decay, query_normaliser, *kept
@@ -153,7 +159,17 @@ def mlstm_chunkwise_backward(
     grad_k, key_products = launch.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
     grad_v = launch.value_gradient(problem, k, grad_h, packed, leaving, scores)
     grad_gates = launch.gate_gradients(
-        problem, sums, query_products, key_products, final_products, igate_preact, fgate_preact, documents, has_initial
+        problem,
+        sums,
+        query_products,
+        key_products,
+        chunk_decay,
+        final_products,
+        igate_preact,
+        fgate_preact,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
     return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
@@ -311,7 +327,16 @@ def mlstm_chunkwise_state_backward(
     grad_k, key_products = launch.key_gradient(problem, k, k, v, packed, leaving, no_scores)
     grad_v = launch.value_gradient(problem, k, v, packed, leaving, no_scores)
     grad_gates = launch.gate_gradients(
-        problem, no_sums, nothing[None], key_products, final_products, *gates, documents, has_initial
+        problem,
+        no_sums,
+        nothing[None],
+        key_products,
+        chunk_decay,
+        final_products,
+        *gates,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
 

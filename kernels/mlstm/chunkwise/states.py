@@ -79,27 +79,30 @@ def states_kernel(
         if VECTOR:
             vector = tl.load(vector_before + bh * DX + dx, mask=dx < DX, other=0.0)
     writes_vector = VECTOR and first_y == 0
-    for step in range(NC):
-        chunk = NC - 1 - step if BACKWARDS else step
+    parts: tl.constexpr = L // BT
+    for step in range(NC * parts):
+        chunk = step // parts
+        if BACKWARDS:
+            chunk = NC - 1 - chunk
+        is_first = step % parts == 0
         if STORE_CHUNKS:
             place = matrices + (bh * NC + chunk) * DX * DY + matrix_place
-            tl.store(place, matrix.to(matrices.dtype.element_ty), mask=in_matrix)
+            tl.store(place, matrix.to(matrices.dtype.element_ty), mask=in_matrix & is_first)
             if VECTOR:
-                tl.store(vectors + (bh * NC + chunk) * DX + dx, vector, mask=(dx < DX) & writes_vector)
+                tl.store(vectors + (bh * NC + chunk) * DX + dx, vector, mask=(dx < DX) & writes_vector & is_first)
         decay = tl.load(chunk_decay + chunk)
-        matrix *= decay
-        vector *= decay
-        for part in tl.static_range(L // BT):
-            token = chunk * L + part * BT + tokens
-            weight = tl.load(matrix_weight + token)
-            x_place = token.to(tl.int64)[None, :] * x_stride_s + dx[:, None]
-            x_here = tl.load(x + x_place, mask=(token < S)[None, :] & (dx < DX)[:, None], other=0.0)
-            y_place = token.to(tl.int64)[:, None] * y_stride_s + dy[None, :]
-            y_here = tl.load(y + y_place, mask=(token < S)[:, None] & (dy < DY)[None, :], other=0.0)
-            wide = x_here.to(tl.float32)
-            matrix = dot((wide * weight[None, :]).to(x_here.dtype), y_here, matrix)
-            if VECTOR:
-                vector += tl.sum(wide * tl.load(vector_weight + token)[None, :], axis=1)
+        if parts > 1:
+            decay = tl.where(is_first, decay, 1.0)
+        token = chunk * L + step % parts * BT + tokens
+        weight = tl.load(matrix_weight + token)
+        x_place = token.to(tl.int64)[None, :] * x_stride_s + dx[:, None]
+        x_here = tl.load(x + x_place, mask=(token < S)[None, :] & (dx < DX)[:, None], other=0.0)
+        y_place = token.to(tl.int64)[:, None] * y_stride_s + dy[None, :]
+        y_here = tl.load(y + y_place, mask=(token < S)[:, None] & (dy < DY)[None, :], other=0.0)
+        wide = x_here.to(tl.float32)
+        matrix = dot((wide * weight[None, :]).to(x_here.dtype), y_here, matrix * decay)
+        if VECTOR:
+            vector = vector * decay + tl.sum(wide * tl.load(vector_weight + token)[None, :], axis=1)
     if STORE_AFTER:
         tl.store(matrix_after + bh * DX * DY + matrix_place, matrix, mask=in_matrix)
         if VECTOR:

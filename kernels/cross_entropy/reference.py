@@ -1,6 +1,6 @@
-"""Cross-entropy straight from hidden states, without ever holding the logits of the whole batch.
+"""The loss in plain PyTorch: the specification, and what runs on a CPU.
 
-Axes: B batch, S sequence, D model dimension, V vocabulary, N tokens (B * S).
+Axes: N tokens, D model dimension, V vocabulary.
 """
 
 import torch
@@ -10,49 +10,22 @@ from torch.autograd.function import once_differentiable
 from kernels.precision import autocast_disabled, compute_dtype
 
 MASKED = -100
+_CHUNK_TOKENS = 2048
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, soft_cap: float | None = None, chunk_tokens: int = 2048
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, z_loss_weight: float, chunk_tokens: int | None
 ) -> Tensor:
-    """-log softmax(soft_cap(hidden @ weight.T))[target] of every token, in nats.
-
-    The logits of at most chunk_tokens tokens exist at a time; the backward pass computes them again. The matrix
-    products run in hidden's dtype, the soft cap and the log-sum-exp in float32 (float64 for float64 inputs), and the
-    gradient of the weight is summed over the chunks in that precision too.
-
-    Args:
-        hidden: [B, S, D], any floating dtype.
-        weight: [V, D].
-        targets: [B, S] int64 in [0, V), or -100 for a token that is not scored.
-        soft_cap: bound of the logits, cap * tanh(logits / cap); None: no bound.
-        chunk_tokens: how many tokens' logits to hold at a time.
-
-    Returns:
-        [B, S] float32 (float64 for float64 inputs), 0 where the target is -100.
-
-    Raises:
-        ValueError: the shapes do not fit, or a setting is not positive.
-    """
-    if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            "linear_cross_entropy needs hidden [B, S, D], weight [V, D] and targets [B, S], got "
-            f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
-        )
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"a soft cap must be positive, not {soft_cap}; use null for no cap")
-    losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), soft_cap, chunk_tokens)
-    return losses.view(targets.shape)
+    """As kernels.cross_entropy.linear_cross_entropy, for hidden [N, D] and targets [N] -> losses [N]."""
+    return _LinearCrossEntropy.apply(hidden, weight, targets, cap, z_loss_weight, chunk_tokens or _CHUNK_TOKENS)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """hidden [N, D], weight [V, D], targets [N] -> losses [N]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, chunk_tokens):
-        ctx.cap, ctx.chunk_tokens = cap, chunk_tokens
+    def forward(ctx, hidden, weight, targets, cap, z_loss_weight, chunk_tokens):
+        ctx.cap, ctx.z_loss_weight, ctx.chunk_tokens = cap, z_loss_weight, chunk_tokens
         losses, log_sums = [], []
         with autocast_disabled(hidden):
             weight_for_product = weight.to(hidden.dtype)
@@ -61,7 +34,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = _logits(chunk, weight_for_product, masked, cap)
                 log_sum = torch.logsumexp(logits, dim=1)
                 target_logits = logits.gather(1, target.masked_fill(masked, 0)[:, None]).squeeze(1)
-                losses.append((log_sum - target_logits).masked_fill_(masked, 0))
+                loss = log_sum - target_logits
+                if z_loss_weight:
+                    loss = loss + z_loss_weight * log_sum.square()
+                losses.append(loss.masked_fill_(masked, 0))
                 log_sums.append(log_sum)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_sums))
         return torch.cat(losses)
@@ -82,6 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 masked = target == MASKED
                 logits = _logits(chunk, weight_for_product, masked, ctx.cap)
                 grad_logits = torch.exp(logits - log_sums[tokens, None])
+                if ctx.z_loss_weight:
+                    grad_logits.mul_(1 + 2 * ctx.z_loss_weight * log_sums[tokens, None])
                 index = target.masked_fill(masked, 0)[:, None]
                 grad_logits.scatter_add_(1, index, grad_logits.new_full(index.shape, -1))
                 if ctx.cap is not None:
@@ -95,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += grad_product.t() @ chunk.masked_fill(masked[:, None], 0)
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, masked: Tensor, cap: float | None) -> Tensor:

@@ -1,0 +1,304 @@
+"""Finds the fastest tiles of the mLSTM's kernels for a GPU, among those that pass against the reference.
+
+    python -m benchmarks.tune_mlstm --output tiles.json [--shapes 8,8192,8,256,512 ...]
+
+Each kernel is timed by itself on random inputs, for each chunk size; a tile is admitted only if forward and backward
+with it agree with the float64 reference. The result has every admitted time, and the best tiles of each chunk size
+with the sums of their times. kernels/mlstm/chunkwise/tiles/ holds the tables of the GPUs that were tuned.
+
+Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from kernels.mlstm.chunkwise import launch, tiles
+from kernels.mlstm.chunkwise.gates import ADDED
+from kernels.mlstm.chunkwise.launch import Documents, Problem
+from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
+from kernels.mlstm.chunkwise.tiles import Tile, Tiles
+
+FORWARD = ("states", "scores", "read_out")
+# The recurrence runs again for the states, and once against time for their gradients.
+BACKWARD = ("states", "states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
+STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
+CHUNKS = (64, 128, 256)
+LIMITS = {"h": 4e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "i": 6e-3, "f": 1e-2}
+
+
+def _grid(rows, columns, inner, tokens, warps_and_stages) -> list[Tile]:
+    return [
+        Tile(r, c, i, t, w, s)
+        for r in rows
+        for c in columns
+        for i in inner
+        for t in tokens
+        for w, s in warps_and_stages
+        if not (r * c >= 128 * 256 and w == 4) and not (r * c <= 64 * 64 and w == 8)
+    ]
+
+
+def candidates(stage: str, chunk: int) -> list[Tile]:
+    """Tiles worth a trial for a kernel."""
+    if stage == "states":
+        found = _grid((64, 128), (128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (8, 4)))
+        return [t for t in found if t.tokens <= chunk]
+    if stage in ("scores", "score_gradients"):
+        found = _grid((64, 128), (64, 128), (64, 128), (16,), ((4, 3), (8, 3), (4, 2), (8, 2)))
+    else:
+        found = _grid((64, 128), (128, 256), (64,), (64,), ((4, 3), (8, 3), (4, 4), (8, 4), (8, 2)))
+        found += [Tile(128, 128, 128, 128, 8, 2), Tile(64, 128, 32, 32, 4, 4), Tile(128, 128, 32, 32, 8, 5)]
+    return [t for t in found if t.rows <= chunk and t.tokens <= t.rows and (t.columns <= chunk or "score" not in stage)]
+
+
+class Stages:
+    """One call of each kernel on the inputs of a shape."""
+
+    def __init__(self, shape: tuple[int, ...], base: Tiles, device: str):
+        batch, length, heads, key_dim, value_dim = shape
+        options = {"device": device, "dtype": torch.bfloat16}
+        make = torch.randn if device == "cuda" else torch.empty
+        self.q, self.k = (make(batch, length, heads, key_dim, **options) for _ in range(2))
+        self.v, self.grad_h = (make(batch, length, heads, value_dim, **options) for _ in range(2))
+        self.igate, self.fgate = (make(batch, length, heads, device=device) for _ in range(2))
+        if device == "cuda":
+            self.igate -= 10
+            self.fgate += 4.5
+        self.documents = Documents(None, None)
+        fitted = tiles.fit(base, key_dim, value_dim)
+        self.problem = Problem(batch, length, heads, key_dim, value_dim, fitted, True, True, 1e-6)
+
+    def prepare(self) -> None:
+        """Run everything once, so that each stage has its inputs."""
+        p = self.problem
+        self.packed, self.decay, _ = launch.weights(p, self.igate, self.fgate, self.documents, None)
+        self.entering = self.states(p)
+        self.scores_, self.normaliser = launch.scores(
+            p, self.q, self.k, self.packed, self.entering.vectors, self.documents
+        )
+        self.h = self.read_out(p)
+        self.rows = launch.row_weights(p, self.h, self.grad_h, self.packed, self.normaliser)
+        self.leaving = self.gradient_states(p)
+        self.scaled, self.grad_scores, _ = self.score_gradients(p)
+
+    def states(self, p):
+        w = self.packed[ADDED]
+        return launch.states(p, self.k, self.v, w, w, self.decay, (None, None))
+
+    def gradient_states(self, p):
+        w = (self.rows[MATRIX_WEIGHT], self.rows[VECTOR_WEIGHT])
+        return launch.states(p, self.q, self.grad_h, *w, self.decay, (None, None), backwards=True)
+
+    def scores(self, p):
+        return launch.scores(p, self.q, self.k, self.packed, self.entering.vectors, self.documents)
+
+    def read_out(self, p):
+        return launch.read_out(p, self.q, self.v, self.packed, self.normaliser, self.entering.matrices, self.scores_)
+
+    def score_gradients(self, p):
+        return launch.score_gradients(p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents)
+
+    def query_gradient(self, p):
+        return launch.query_gradient(p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores)
+
+    def key_gradient(self, p):
+        return launch.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
+
+    def value_gradient(self, p):
+        return launch.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
+
+    def run(self, stage: str, tile: Tile):
+        """Call one kernel with a tile."""
+        p = dataclasses.replace(self.problem, tiles=with_tile(self.problem.tiles, stage, tile))
+        return getattr(self, stage)(p)
+
+
+def with_tile(base: Tiles, stage: str, tile: Tile) -> Tiles:
+    """The same cut but for one kernel."""
+    return dataclasses.replace(base, **{stage: tile})
+
+
+def base_tiles(chunk: int) -> Tiles:
+    """The untuned cut with another chunk size."""
+    rows = min(128, chunk)
+    changed = {
+        field.name: dataclasses.replace(
+            tile, rows=rows, columns=min(tile.columns, chunk) if "score" in field.name else tile.columns
+        )
+        for field in dataclasses.fields(Tiles)
+        if isinstance(tile := getattr(tiles.SIXTEEN_BIT, field.name), Tile) and field.name != "states"
+    }
+    states = dataclasses.replace(tiles.SIXTEEN_BIT.states, tokens=rows)
+    return dataclasses.replace(tiles.SIXTEEN_BIT, chunk=chunk, states=states, **changed)
+
+
+def _compile(job) -> str | None:
+    """Compile one kernel in a process that has no GPU, into the cache on disk; says why it failed."""
+    shape, chunk, stage, tile = job
+    import triton
+
+    from tests.kernels.compile_gate import hopper_without_gpu
+
+    try:
+        hopper_without_gpu()
+        stages = Stages((1, *shape[1:]), base_tiles(chunk), "cpu")
+        stages.prepare()
+        if stage is not None:
+            stages.run(stage, tile)
+        return None
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        del triton
+
+
+def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
+    """Best tiles and all times, ms, for one shape and each chunk size."""
+    from triton.testing import do_bench
+
+    report: dict = {"shape": shape, "chunks": {}}
+    end = time.monotonic() + seconds
+    for chunk in chunks:
+        base = base_tiles(chunk)
+        stages = Stages(shape, base, "cuda")
+        stages.prepare()
+        times: dict[str, list] = {}
+        best: dict[str, tuple[float, Tile]] = {}
+        for stage in STAGES:
+            times[stage] = measured = {}
+            for tile in candidates(stage, chunk):
+                fitted = tiles.fit(with_tile(base, stage, tile), shape[3], shape[4])
+                tile = getattr(fitted, stage)
+                if tile in measured or time.monotonic() > end:
+                    continue
+                try:
+                    measured[tile] = do_bench(
+                        lambda: stages.run(stage, tile),
+                        warmup=4,
+                        rep=15,
+                        return_mode="median",  # noqa: B023
+                    )
+                except Exception as error:  # noqa: BLE001
+                    measured[tile] = type(error).__name__
+            ranked = sorted(
+                (ms, number, tile) for number, (tile, ms) in enumerate(measured.items()) if isinstance(ms, float)
+            )
+            for ms, _, tile in ranked:
+                if check(with_tile(base, stage, tile), shape):
+                    best[stage] = (ms, tile)
+                    break
+                measured[tile] = f"wrong: {ms}"
+        small = {
+            name: do_bench(call, warmup=8, rep=30, return_mode="median") for name, call in other_kernels(stages).items()
+        }
+        report["chunks"][chunk] = {
+            "best": {stage: [ms, dataclasses.asdict(tile)] for stage, (ms, tile) in best.items()},
+            "other": small,
+            "times": {s: [[dataclasses.asdict(t), ms] for t, ms in m.items()] for s, m in times.items()},
+        }
+        forward = sum(best[s][0] for s in FORWARD) + small["weights"]
+        backward = sum(best[s][0] for s in BACKWARD) + small["row_weights"]
+        print(f"\n{shape} chunk {chunk}: forward {forward:.3f} ms, backward with recomputed states {backward:.3f} ms")
+        for stage, (ms, t) in best.items():
+            tried = list(times[stage].values())
+            wrong = sum(isinstance(x, str) and x.startswith("wrong") for x in tried)
+            failed = sum(isinstance(x, str) for x in tried) - wrong
+            cut = f"{t.rows}x{t.columns} inner {t.inner} tokens {t.tokens} warps {t.warps} stages {t.stages}"
+            print(f"  {stage:16s} {ms:.3f}  {cut}   ({len(tried)} tried, {failed} failed, {wrong} wrong)")
+        print("  other", {k: round(v, 3) for k, v in small.items()}, flush=True)
+    return report
+
+
+def other_kernels(stages: Stages) -> dict:
+    """The kernels without a choice of tiles."""
+    p = stages.problem
+    return {
+        "weights": lambda: launch.weights(p, stages.igate, stages.fgate, stages.documents, None),
+        "row_weights": lambda: launch.row_weights(p, stages.h, stages.grad_h, stages.packed, stages.normaliser),
+    }
+
+
+_expected: dict = {}
+
+
+def _check_inputs(dims):
+    torch.manual_seed(0)
+    shape = (1, 600, 2)
+    q, k = (torch.randn(*shape, dims[0], device="cuda").bfloat16() for _ in range(2))
+    v, grad = (torch.randn(*shape, dims[1], device="cuda").bfloat16() for _ in range(2))
+    gates = torch.randn(*shape, device="cuda"), torch.randn(*shape, device="cuda") + 3
+    starts = torch.rand(shape[:2], device="cuda") < 0.01
+    return [x.requires_grad_() for x in (q, k, v, *gates)], grad, starts
+
+
+def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
+    """Whether forward and backward with these tiles agree with the reference in float64."""
+    from kernels.mlstm.chunkwise import mlstm_triton
+    from kernels.mlstm.reference import mlstm_chunkwise
+
+    dims = shape[3:]
+    inputs, grad, starts = _check_inputs(dims)
+    if dims not in _expected:
+        doubles = [x.detach().double().requires_grad_() for x in inputs]
+        h, _ = mlstm_chunkwise(*doubles, document_start=starts)
+        _expected[dims] = [h.detach(), *torch.autograd.grad(h, doubles, grad.double())]
+    fitted = tiles.fit(cut, *dims)
+    choose = launch.choose_tiles
+    launch.choose_tiles = lambda *_: fitted
+    try:
+        h, _ = mlstm_triton(*inputs, document_start=starts)
+        actual = [h.detach(), *torch.autograd.grad(h, inputs, grad)]
+    finally:
+        launch.choose_tiles = choose
+    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, _expected[dims], strict=True)]
+    return all(error <= limit for error, limit in zip(errors, LIMITS.values(), strict=True))
+
+
+def main() -> None:
+    """Compile every candidate in parallel, then check and time each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="*", default=["8,8192,8,256,512", "1,8192,8,256,512", "8,8192,16,128,256"])
+    parser.add_argument("--chunks", nargs="*", type=int, default=list(CHUNKS))
+    parser.add_argument("--seconds", type=float, default=120, help="for the timing of each shape and chunk size")
+    arguments = parser.parse_args()
+    shapes = [tuple(int(x) for x in text.split(",")) for text in arguments.shapes]
+    start = time.monotonic()
+    dims = {shape[3:]: shape for shape in shapes}
+    jobs = [
+        (shape, chunk, stage, tile)
+        for shape in dims.values()
+        for chunk in arguments.chunks
+        for stage in STAGES
+        for tile in candidates(stage, chunk)
+    ]
+    first = [(shape, chunk, None, None) for shape in dims.values() for chunk in arguments.chunks]
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        failures = [x for x in pool.map(_compile, first, chunksize=1) if x]
+        failures += [x for x in pool.map(_compile, jobs, chunksize=4) if x]
+    print(
+        f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s, {len(failures)} did not", set(failures)
+    )
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__,
+        "shapes": [],
+    }
+    for shape in shapes:
+        report["shapes"].append(tune(shape, arguments.chunks, arguments.seconds * len(arguments.chunks)))
+        arguments.output.write_text(json.dumps(report, indent=1))
+    print(f"done in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

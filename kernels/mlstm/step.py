@@ -1,0 +1,132 @@
+"""One token through the mLSTM, on a state that is updated where it lies: what decoding repeats.
+
+Axes: B batch, NH heads, DK query/key and DV value dimension of a head, T groups of columns of the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import backends
+from kernels.mlstm.inputs import check
+from kernels.mlstm.reference import mlstm_recurrent
+from kernels.mlstm.state import MLSTMState
+
+# The largest DK that one Triton program holds, with 16 columns of the memory.
+MAX_KEY_DIM = 2048
+
+
+@dataclass
+class DecodingState:
+    """An MLSTMState that steps overwrite where it lies; whoever holds it continues it once only.
+
+    Each group of adjacent columns of C has a copy of n and m of its own, all equal: the programs of a GPU that update
+    the groups then need not wait for each other. The copies are a few percent of C.
+
+    Attributes:
+        C: [B, NH, DK, DV] float32 (float64 on the reference), contiguous, as the others.
+        n: [B, NH, T, DK].
+        m: [B, NH, T].
+    """
+
+    C: Tensor
+    n: Tensor
+    m: Tensor
+
+    @classmethod
+    def of(cls, state: MLSTMState, columns: int | None = None) -> DecodingState:
+        """A copy of `state` in groups of `columns` columns (a power of two of at least 16); None: what suits a GPU."""
+        key_dim, value_dim = state.C.shape[-2:]
+        if columns is None:
+            # Enough programs for a whole GPU at B = 1; whole cache lines of 128 bytes where the keys leave room.
+            columns = 32 if key_dim <= 256 else 16
+        groups = -(-value_dim // columns)
+        C = state.C.detach().clone(memory_format=torch.contiguous_format)
+        n, m = (part.detach()[:, :, None] for part in (state.n, state.m))
+        return cls(C, n.repeat(1, 1, groups, 1), m.repeat(1, 1, groups))
+
+    def as_mlstm_state(self) -> MLSTMState:
+        """The same numbers, in the same memory."""
+        return MLSTMState(self.C, self.n[:, :, 0], self.m[:, :, 0])
+
+
+@torch.no_grad()
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: DecodingState,
+    *,
+    gate: str = "exp",
+    normaliser: bool = True,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """The mLSTM cell (kernels.mlstm.mlstm) for one token. No gradients.
+
+    The Triton backend is one kernel launch, reads and writes the state once, and can be captured in a CUDA graph.
+
+    Args:
+        q, k: [B, NH, DK], any floating dtype.
+        v: [B, NH, DV].
+        igate_preact, fgate_preact: [B, NH] pre-activations, after bias and soft cap.
+        state: the state before the token; it holds the one behind the token when the call returns.
+        gate, normaliser, eps: as for mlstm.
+        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+
+    Returns:
+        h: [B, NH, DV] in v's dtype. All is computed in float32 (float64 if any input is), without autocast.
+
+    Raises:
+        ValueError: shapes or settings that do not fit together, or what the backend cannot do.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
+    check(*_as_sequence(q, k, v, igate_preact, fgate_preact), None, state.as_mlstm_state(), gate, normaliser)
+    tensors = (q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
+    if backends.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
+        return mlstm_step_reference(q, k, v, igate_preact, fgate_preact, state, gate, normaliser, eps)
+    from kernels.mlstm import step_fused
+
+    return step_fused.mlstm_step(*tensors, gate, normaliser, eps)
+
+
+def mlstm_step_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    state: DecodingState,
+    gate: str,
+    normaliser: bool,
+    eps: float,
+) -> Tensor:
+    """The specification: the recurrent form of one token, and its state written over the old one."""
+    inputs = _as_sequence(q, k, v, igate_preact, fgate_preact)
+    options = {"return_state": True, "gate": gate, "normaliser": normaliser, "eps": eps}
+    h, new = mlstm_recurrent(*inputs, initial_state=state.as_mlstm_state(), **options)
+    for old, value in ((state.C, new.C), (state.n, new.n[:, :, None]), (state.m, new.m[:, :, None])):
+        old.copy_(value)
+    return h[:, 0]
+
+
+def _as_sequence(*token: Tensor) -> tuple[Tensor, ...]:
+    """[B, ...] -> [B, 1, ...]: a sequence of one token."""
+    return tuple(x[:, None] for x in token)
+
+
+def _unsupported(tensors: tuple[Tensor, ...]) -> str | None:
+    q, *_, C, n, m = tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "the kernel computes in float32 and a tensor is float64"
+    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (C, n, m)):
+        return "the state must be float32 and contiguous"
+    if q.shape[-1] > MAX_KEY_DIM:
+        return f"key dimension {q.shape[-1]} is above {MAX_KEY_DIM}"
+    return None

@@ -1,0 +1,213 @@
+"""The sLSTM forward pass as one Triton kernel that holds the recurrent weights on chip for the whole sequence.
+
+A team of TEAM programs owns one head for ROWS sequences of the batch; each program owns UNITS units with all four
+gates. At each token a program multiplies its weights with the whole h of the token before, and writes its units of the
+new h, where the others read them. With TEAM = 1 nothing is exchanged.
+
+Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, rows] with rows of the batch.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.slstm.triton_exchange import await_written, product
+
+# What the backward pass needs of each token, in this order; all lie in [-2, 2]. The memory is an average of tanh(z):
+# with y = c / n, l = m + log n, SHARE = exp(i - l) and KEPT = 1 - SHARE, y <- KEPT y + SHARE tanh(z), h = sigmoid(o) y.
+# So dy += dh OUTPUT; dz = dy CELL; do = dh OUTPUT_GATE; g = dy AVERAGE; di = (g + dl SHARE) INPUT_SLOPE;
+# dl <- dl KEPT - g; df = dl FORGET; dy <- dy KEPT.
+OUTPUT, CELL, OUTPUT_GATE, AVERAGE, SHARE, KEPT, FORGET, INPUT_SLOPE = (tl.constexpr(k) for k in range(8))
+
+
+@triton.jit
+def tanh(x):
+    """Through exp(-2 |x|), which cannot overflow."""
+    small = tl.exp(-2 * tl.abs(x))
+    magnitude = (1 - small) / (1 + small)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """min(x, 0) - log(1 + exp(-|x|)): finite wherever x is."""
+    return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """[4 * UNITS, ROWS] with the gate slower -> i, f, z, o [UNITS, ROWS]."""
+    x = x.reshape(4, UNITS, ROWS).permute(1, 2, 0).reshape(UNITS, ROWS, 2, 2)
+    i_and_z, f_and_o = tl.split(x)
+    i, z = tl.split(i_and_z)
+    f, o = tl.split(f_and_o)
+    return i, f, z, o
+
+
+@triton.jit(do_not_specialize=["batch", "length", "teams", "max_polls"])
+def slstm_forward_kernel(
+    gates_x,
+    recurrent_kernel,
+    document_start,
+    initial_h,
+    initial_c,
+    initial_n,
+    initial_m,
+    mixed_h,
+    h,
+    derivatives,
+    last_h,
+    last_c,
+    last_n,
+    last_m,
+    cap,
+    batch,
+    length,
+    teams,
+    max_polls,
+    gates_stride_b,
+    gates_stride_s,
+    gates_stride_gate,
+    gates_stride_head,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TEAM: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WITH_DERIVATIVES: tl.constexpr,
+    WITH_H: tl.constexpr,
+):
+    """`teams` teams take the pairs of a head and ROWS sequences in turn. Grid: (teams * TEAM,).
+
+    gates_x [B, S, 4, NH, DH] (last stride 1); recurrent_kernel [NH, DH, 4, DH], contiguous, in the dtype of the matrix
+    products; document_start [B, S] int8; initial_h [B, NH, DH] in that dtype, initial_c, n, m [B, NH, DH] float32.
+    mixed_h [B, S, NH, DH] is the h that the next token sees, in that dtype, filled with NOT_WRITTEN; h is the same in
+    the dtype of the result (WITH_H); derivatives [B, S, K, NH, DH], K = 8 with a cap and 7 without, in that dtype too;
+    last_* [B, NH, DH] float32.
+    """
+    team = tl.program_id(0) // TEAM
+    units = tl.program_id(0) % TEAM * UNITS + tl.arange(0, UNITS)
+    inner = tl.arange(0, WIDTH)
+    gate_units = tl.arange(0, 4 * UNITS)
+    of_gate = gate_units // UNITS
+    of_unit = tl.program_id(0) % TEAM * UNITS + gate_units % UNITS
+    D: tl.constexpr = HEADS * HEAD_DIM
+    KINDS: tl.constexpr = 8 if HAS_CAP else 7
+    bits_dtype: tl.constexpr = tl.int32 if mixed_h.dtype.element_ty == tl.float32 else tl.int16
+    dtype: tl.constexpr = mixed_h.dtype.element_ty
+    ANOTHER_NAN: tl.constexpr = 0x7FFFFFFF if mixed_h.dtype.element_ty == tl.float32 else 0x7FFF
+
+    for item in range(team, tl.cdiv(batch, ROWS) * HEADS, teams):
+        head = item % HEADS
+        rows = (item // HEADS * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (units < HEAD_DIM)[:, None] & (rows < batch)[None, :]
+        inner_mask = (inner < HEAD_DIM)[:, None] & (rows < batch)[None, :]
+        weights = tl.load(
+            recurrent_kernel
+            + (head * HEAD_DIM + inner[None, :]) * 4 * HEAD_DIM
+            + (of_gate * HEAD_DIM + of_unit)[:, None],
+            (inner < HEAD_DIM)[None, :] & (of_unit < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        state_offsets = rows[None, :] * D + head * HEAD_DIM + units[:, None]
+        c = tl.load(initial_c + state_offsets, mask, other=0.0)
+        n = tl.load(initial_n + state_offsets, mask, other=0.0)
+        m = tl.load(initial_m + state_offsets, mask, other=0.0)
+        average = tl.where(n > 0, c / n, 0.0)
+        output = tl.load(initial_h + state_offsets, mask, other=0.0).to(tl.float32)
+
+        gates_here = gates_x + rows[None, :] * gates_stride_b + head * gates_stride_head + units[:, None]
+        starts_here = document_start + rows * length
+        h_offsets = rows[None, :] * length * D + head * HEAD_DIM + units[:, None]
+        derivatives_here = derivatives + rows[None, :] * length * (KINDS * D) + head * HEAD_DIM + units[:, None]
+        seen = (initial_h + rows[None, :] * D + head * HEAD_DIM + inner[:, None]).to(tl.pointer_type(bits_dtype))
+        seen_next = (mixed_h + rows[None, :] * length * D + head * HEAD_DIM + inner[:, None]).to(
+            tl.pointer_type(bits_dtype)
+        )
+
+        next_i = tl.load(gates_here, mask, other=0.0)
+        next_f = tl.load(gates_here + gates_stride_gate, mask, other=0.0)
+        next_z = tl.load(gates_here + 2 * gates_stride_gate, mask, other=0.0)
+        next_o = tl.load(gates_here + 3 * gates_stride_gate, mask, other=0.0)
+        next_start = rows < 0
+        if HAS_STARTS:
+            next_start = tl.load(starts_here, rows < batch, other=0) != 0
+        for t in range(length):
+            x_i, x_f, x_z, x_o, start = next_i, next_f, next_z, next_o, next_start
+            # The next token's inputs are on their way while this one waits for the others.
+            gates_here += gates_stride_s
+            starts_here += 1
+            next_mask = mask & (t + 1 < length)
+            next_i = tl.load(gates_here, next_mask, other=0.0)
+            next_f = tl.load(gates_here + gates_stride_gate, next_mask, other=0.0)
+            next_z = tl.load(gates_here + 2 * gates_stride_gate, next_mask, other=0.0)
+            next_o = tl.load(gates_here + 3 * gates_stride_gate, next_mask, other=0.0)
+            if HAS_STARTS:
+                next_start = tl.load(starts_here, (rows < batch) & (t + 1 < length), other=0) != 0
+
+            if TEAM == 1:
+                before = output.to(dtype)
+            else:
+                bits, allowed = await_written(seen, inner_mask, tl.where(t == 0, 0, max_polls))
+                max_polls = tl.where(t == 0, max_polls, allowed)
+                before = bits.to(dtype, bitcast=True)
+                seen = seen_next
+                seen_next += D
+            if HAS_STARTS:
+                before = tl.where(start[None, :], 0.0, before).to(dtype)
+                c = tl.where(start[None, :], 0.0, c)
+                n = tl.where(start[None, :], 0.0, n)
+                average = tl.where(start[None, :], 0.0, average)
+                m = tl.where(start[None, :], float("-inf"), m)
+            recurrent = product(weights, before)
+            i, f, z, o = split_gates(recurrent, UNITS, ROWS)
+            i += x_i
+            f += x_f
+            z = tanh(z + x_z)
+            o = tl.sigmoid(o + x_o)
+            if HAS_CAP:
+                i = cap * tanh(i / cap)
+                f = cap * tanh(f / cap)
+            kept = log_sigmoid(f) + m
+            m = tl.maximum(kept, i)
+            input_weight = tl.exp(i - m)
+            memory_weight = tl.exp(kept - m)
+            c = memory_weight * c + input_weight * z
+            kept_n = memory_weight * n
+            n = kept_n + input_weight
+            average_before = average
+            average = c / n
+            output = o * average
+
+            mixed = output.to(dtype)
+            if TEAM > 1:
+                mixed_bits = mixed.to(bits_dtype, bitcast=True)
+                # A NaN among the inputs must not look like a number on its way.
+                mixed_bits = tl.where(mixed_bits == -1, ANOTHER_NAN, mixed_bits).to(bits_dtype)
+                mixed = mixed_bits.to(dtype, bitcast=True)
+            tl.store(mixed_h + h_offsets, mixed, mask)
+            if WITH_H:
+                tl.store(h + h_offsets, output, mask)
+            h_offsets += D
+            if WITH_DERIVATIVES:
+                # Both from their own numerators: one of them may be too small to be 1 less the other.
+                share, kept_share = input_weight / n, kept_n / n
+                slope = tl.sigmoid(-f)
+                if HAS_CAP:
+                    slope *= 1 - (f / cap) * (f / cap)
+                    tl.store(derivatives_here + INPUT_SLOPE * D, 1 - (i / cap) * (i / cap), mask)
+                tl.store(derivatives_here + OUTPUT * D, o, mask)
+                tl.store(derivatives_here + CELL * D, share * (1 - z * z), mask)
+                tl.store(derivatives_here + OUTPUT_GATE * D, output * (1 - o), mask)
+                tl.store(derivatives_here + AVERAGE * D, share * kept_share * (z - average_before), mask)
+                tl.store(derivatives_here + SHARE * D, share, mask)
+                tl.store(derivatives_here + KEPT * D, kept_share, mask)
+                tl.store(derivatives_here + FORGET * D, slope, mask)
+                derivatives_here += KINDS * D
+
+        tl.store(last_h + state_offsets, output, mask)
+        tl.store(last_c + state_offsets, c, mask)
+        tl.store(last_n + state_offsets, n, mask)
+        tl.store(last_m + state_offsets, m, mask)

@@ -1,0 +1,340 @@
+"""The sLSTM on Triton kernels, as operators that torch.compile and activation checkpointing see whole.
+
+Axes: B batch, S sequence, NH heads, DH dimension of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.precision import autocast_disabled
+from kernels.slstm.inputs import check
+from kernels.slstm.state import SLSTMState
+from kernels.slstm.triton_backward import slstm_backward_kernel
+from kernels.slstm.triton_exchange import MAX_POLLS, NOT_WRITTEN
+from kernels.slstm.triton_forward import slstm_forward_kernel
+from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles
+from kernels.triton_support import multiprocessors, next_power_of_two
+
+
+def unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs, or None if they can."""
+    head_dim, dtype = gates_x.shape[-1], recurrent_kernel.dtype
+    for name, tensor in (("gates_x", gates_x), ("recurrent_kernel", recurrent_kernel)):
+        if tensor.dtype not in MAX_HEAD_DIM:
+            return f"{name} is {tensor.dtype}, not one of {', '.join(map(str, MAX_HEAD_DIM))}"
+    if head_dim > MAX_HEAD_DIM[dtype]:
+        return f"heads with {dtype} weights have at most {MAX_HEAD_DIM[dtype]} units, and these have {head_dim}"
+    if gates_x.device.type == "cuda":
+        tiles = default_tiles(head_dim, dtype)
+        most = multiprocessors(gates_x.device) * tiles.resident
+        if tiles.team(head_dim) > most:
+            return f"a head of {head_dim} units needs {tiles.team(head_dim)} programs at once, and the GPU has {most}"
+    return None
+
+
+def slstm_triton(
+    gates_x: Tensor,
+    recurrent_kernel: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    initial_state: SLSTMState | None = None,
+    return_state: bool = False,
+    gate_soft_cap: float | None = None,
+) -> tuple[Tensor, SLSTMState | None]:
+    """Equal to slstm_recurrent of kernels.slstm.reference. Arguments and result as kernels.slstm.slstm.
+
+    The recurrent matrix product takes both factors in recurrent_kernel's dtype, or in autocast's, and adds in float32;
+    gates, memory and states are float32 whatever the inputs.
+    """
+    check(gates_x, recurrent_kernel, document_start, initial_state, gate_soft_cap)
+    device = gates_x.device.type
+    if torch.is_autocast_enabled(device):
+        recurrent_kernel = recurrent_kernel.to(torch.get_autocast_dtype(device))
+    batch, _, _, heads, head_dim = gates_x.shape
+    with autocast_disabled(gates_x):
+        if initial_state is None:
+            initial_state = SLSTMState.empty(batch, heads, head_dim, device=gates_x.device, dtype=torch.float32)
+        state = initial_state.to(dtype=torch.float32)
+        is_differentiated = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (gates_x, recurrent_kernel, state.h, state.c, state.n)
+        )
+        h, _, _, *last = torch.ops.xlstm_pretrain.slstm(
+            gates_x,
+            recurrent_kernel,
+            document_start,
+            state.h,
+            state.c,
+            state.n,
+            state.m.detach(),
+            gate_soft_cap,
+            is_differentiated,
+        )
+    return h, SLSTMState(*last) if return_state else None
+
+
+def launch_forward(
+    tiles: Tiles,
+    gates_x: Tensor,
+    recurrent_kernel: Tensor,
+    document_start: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    cap: float | None,
+    with_derivatives: bool,
+) -> tuple[Tensor, ...]:
+    """h [B, S, NH, DH] in gates_x's dtype, the same as the next token sees it, derivatives, last h, c, n, m.
+
+    Args:
+        tiles: the division of the work.
+        gates_x, recurrent_kernel, document_start: as kernels.slstm.slstm.
+        h, c, n, m: [B, NH, DH] float32, the initial state.
+        cap: the soft cap of i and f, or None.
+        with_derivatives: whether a backward pass follows; without, `derivatives` has no element.
+    """
+    batch, length, _, heads, head_dim = gates_x.shape
+    device, dtype = gates_x.device, recurrent_kernel.dtype
+    if gates_x.stride(-1) != 1:
+        gates_x = gates_x.contiguous()
+    starts = gates_x if document_start is None else document_start.contiguous().view(torch.int8)
+    # A cell that has seen nothing must not hold its first input against an old maximum.
+    m = m.masked_fill(n == 0, -torch.inf)
+    mixed = torch.empty(batch, length, heads, head_dim, device=device, dtype=dtype)
+    mixed.view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(NOT_WRITTEN)
+    outputs = mixed if gates_x.dtype == dtype else torch.empty_like(mixed, dtype=gates_x.dtype)
+    kinds = (7 if cap is None else 8) if with_derivatives else 0
+    derivatives = torch.empty(batch, length, kinds, heads, head_dim, device=device, dtype=dtype)
+    last = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(4)]
+    team, teams = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device)
+    slstm_forward_kernel[(teams * team,)](
+        gates_x,
+        recurrent_kernel.contiguous(),
+        starts,
+        h.to(dtype).contiguous(),
+        c.contiguous(),
+        n.contiguous(),
+        m.contiguous(),
+        mixed,
+        outputs,
+        derivatives,
+        *last,
+        1.0 if cap is None else cap,
+        batch,
+        length,
+        teams,
+        MAX_POLLS,
+        *gates_x.stride()[:4],
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        TEAM=team,
+        UNITS=tiles.units,
+        ROWS=tiles.rows,
+        WIDTH=tiles.width(head_dim),
+        HAS_STARTS=document_start is not None,
+        HAS_CAP=cap is not None,
+        WITH_DERIVATIVES=with_derivatives,
+        WITH_H=outputs is not mixed,
+        num_warps=tiles.warps,
+        num_stages=1,
+        launch_cooperative_grid=team > 1,
+    )
+    return outputs, mixed, derivatives, *last
+
+
+def launch_backward(
+    tiles: Tiles,
+    grad_h: Tensor,
+    recurrent_kernel: Tensor,
+    document_start: Tensor | None,
+    derivatives: Tensor,
+    last_grad_h: Tensor,
+    last_grad_average: Tensor,
+    last_grad_log_n: Tensor,
+    gates_dtype: torch.dtype,
+    with_cap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gates_x, of c / n and of m + log n of the initial state.
+
+    Args:
+        tiles: the division of the work, not necessarily that of the forward pass.
+        grad_h: [B, S, NH, DH].
+        recurrent_kernel, document_start: as kernels.slstm.slstm.
+        derivatives: of the forward pass.
+        last_grad_h, last_grad_average, last_grad_log_n: [B, NH, DH] float32, of the state after the last token.
+        gates_dtype: of gates_x.
+        with_cap: whether i and f have a soft cap.
+    """
+    batch, length, heads, head_dim = grad_h.shape
+    device = grad_h.device
+    starts = derivatives if document_start is None else document_start.contiguous().view(torch.int8)
+    grad_gates = torch.empty(batch, length, 4, heads, head_dim, device=device, dtype=gates_dtype)
+    first = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(2)]
+    team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
+    messages = torch.zeros(2, teams, team, width * tiles.rows, device=device, dtype=torch.int32)
+    slstm_backward_kernel[(teams * team,)](
+        grad_h.contiguous(),
+        recurrent_kernel.contiguous(),
+        starts,
+        derivatives,
+        last_grad_h.contiguous(),
+        last_grad_average.contiguous(),
+        last_grad_log_n.contiguous(),
+        messages,
+        grad_gates,
+        *first,
+        batch,
+        length,
+        teams,
+        MAX_POLLS,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        TEAM=team,
+        TEAM_BLOCK=next_power_of_two(team),
+        UNITS=tiles.units,
+        ROWS=tiles.rows,
+        WIDTH=width,
+        HAS_STARTS=document_start is not None,
+        HAS_CAP=with_cap,
+        num_warps=tiles.warps,
+        num_stages=1,
+        launch_cooperative_grid=team > 1,
+    )
+    return grad_gates, *first
+
+
+@torch.library.custom_op("xlstm_pretrain::slstm", mutates_args=())
+def _slstm(
+    gates_x: Tensor,
+    recurrent_kernel: Tensor,
+    document_start: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    cap: float | None,
+    with_derivatives: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tiles = default_tiles(gates_x.shape[-1], recurrent_kernel.dtype)
+    outputs, mixed, *rest = launch_forward(
+        tiles, gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivatives
+    )
+    # Results of an operator must not share memory.
+    return outputs, mixed.new_empty(0) if mixed is outputs else mixed, *rest
+
+
+@_slstm.register_fake
+def _(gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivatives):
+    batch, length, _, heads, head_dim = gates_x.shape
+    outputs = gates_x.new_empty(batch, length, heads, head_dim)
+    is_same = gates_x.dtype == recurrent_kernel.dtype
+    mixed = outputs.new_empty(0) if is_same else torch.empty_like(outputs, dtype=recurrent_kernel.dtype)
+    kinds = (7 if cap is None else 8) if with_derivatives else 0
+    derivatives = recurrent_kernel.new_empty(batch, length, kinds, heads, head_dim)
+    return outputs, mixed, derivatives, *(h.new_empty(h.shape) for _ in range(4))
+
+
+@torch.library.custom_op("xlstm_pretrain::slstm_backward", mutates_args=())
+def _slstm_backward(
+    grad_h: Tensor,
+    recurrent_kernel: Tensor,
+    document_start: Tensor | None,
+    derivatives: Tensor,
+    last_grad_h: Tensor,
+    last_grad_average: Tensor,
+    last_grad_log_n: Tensor,
+    gates_dtype: torch.dtype,
+    with_cap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = default_tiles(grad_h.shape[-1], recurrent_kernel.dtype)
+    return launch_backward(
+        tiles,
+        grad_h,
+        recurrent_kernel,
+        document_start,
+        derivatives,
+        last_grad_h,
+        last_grad_average,
+        last_grad_log_n,
+        gates_dtype,
+        with_cap,
+    )
+
+
+@_slstm_backward.register_fake
+def _(
+    grad_h,
+    recurrent_kernel,
+    document_start,
+    derivatives,
+    last_grad_h,
+    last_grad_average,
+    last_grad_log_n,
+    gates_dtype,
+    with_cap,
+):
+    batch, length, heads, head_dim = grad_h.shape
+    grad_gates = grad_h.new_empty(batch, length, 4, heads, head_dim, dtype=gates_dtype)
+    return grad_gates, *(last_grad_h.new_empty(last_grad_h.shape) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    gates_x, recurrent_kernel, document_start, h, c, n, _, cap, _ = inputs
+    outputs, mixed, derivatives, _, last_c, last_n, last_m = output
+    mixed = mixed if mixed.numel() else outputs
+    ctx.save_for_backward(recurrent_kernel, document_start, h, c, n, mixed, derivatives, last_c, last_n)
+    ctx.gates_dtype, ctx.with_cap = gates_x.dtype, cap is not None
+    ctx.mark_non_differentiable(output[1], derivatives, last_m)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_outputs, _mixed, _derivatives, grad_last_h, grad_last_c, grad_last_n, _m):
+    kernel, starts, h, c, n, mixed, derivatives, last_c, last_n = ctx.saved_tensors
+    with autocast_disabled(kernel):
+        zeros = torch.zeros_like(last_c)
+        grad_last_h, grad_last_c, grad_last_n = (
+            zeros if x is None else x for x in (grad_last_h, grad_last_c, grad_last_n)
+        )
+        if grad_outputs is None:
+            grad_outputs = torch.zeros_like(mixed)
+        # The kernel carries y = c / n and l = m + log n: c = y n, and both are scaled by exp(l).
+        grad_gates, grad_average, grad_log_n = torch.ops.xlstm_pretrain.slstm_backward(
+            grad_outputs,
+            kernel,
+            starts,
+            derivatives,
+            grad_last_h,
+            grad_last_c * last_n,
+            grad_last_c * last_c + grad_last_n * last_n,
+            ctx.gates_dtype,
+            ctx.with_cap,
+        )
+        mixed_grads = grad_gates.to(kernel.dtype)
+        grad_kernel = grad_h = grad_c = grad_n = None
+        if ctx.needs_input_grad[1]:
+            grad_kernel = _kernel_gradient(h, mixed, starts, mixed_grads)
+        if ctx.needs_input_grad[3]:
+            grad_h = torch.einsum("bgho,higo->bhi", mixed_grads[:, 0].float(), kernel.float())
+            if starts is not None:
+                grad_h = grad_h.masked_fill(starts[:, 0, None, None], 0)
+        is_empty = n == 0
+        if ctx.needs_input_grad[4]:
+            grad_c = (grad_average / n).masked_fill(is_empty, 0)
+        if ctx.needs_input_grad[5]:
+            grad_n = ((grad_log_n - grad_average * c / n) / n).masked_fill(is_empty, 0)
+    return grad_gates, grad_kernel, None, grad_h, grad_c, grad_n, None, None, None
+
+
+def _kernel_gradient(h: Tensor, mixed: Tensor, starts: Tensor | None, grad_gates: Tensor) -> Tensor:
+    """[NH, DH, 4, DH], summed over all tokens, one matrix product for each gate and head."""
+    before = torch.cat([h.to(mixed.dtype)[:, None], mixed[:, :-1]], dim=1)
+    if starts is not None:
+        before = before.masked_fill(starts[:, :, None, None], 0)
+    before = before.flatten(0, 1).permute(1, 2, 0)
+    gates = [torch.bmm(before, grad_gates[:, :, gate].flatten(0, 1).transpose(0, 1)) for gate in range(4)]
+    return torch.stack(gates, dim=2)
+
+
+_slstm.register_autograd(_backward, setup_context=_setup_context)
