@@ -1,6 +1,6 @@
 """How fast is `prepare` on one core, against its tokenizer library alone and against Hugging Face tokenizers?
 
-    python benchmarks/data_prepare.py CORPUS TOKENIZER --output benchmarks/results/NAME.md
+    python -m benchmarks.data_prepare CORPUS TOKENIZER --output benchmarks/results/NAME.md
 
 CORPUS is a folder in SlimPajama's layout, TOKENIZER a tokenizer.json or a SentencePiece model. Every measurement runs
 alone in a fresh process, --rounds times in turn, on one thread; rates are megabytes of UTF-8 text per CPU-second,
@@ -31,19 +31,16 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
+from data_pipeline.encoders import BACKENDS, DISTRIBUTIONS, build_encoder, choose_encoder
+from data_pipeline.errors import TokenizerError
+from data_pipeline.progress import METER_LENGTH, Meter
+from data_pipeline.shards import token_dtype
+from data_pipeline.sources import Document, InputFile, Source, open_source
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.units import BATCH_BYTES, run_unit
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from conf import compose  # noqa: E402
-from data_pipeline.config import PrepareConfig, resolve_source  # noqa: E402
-from data_pipeline.encoders import BACKENDS, DISTRIBUTIONS, build_encoder, choose_encoder  # noqa: E402
-from data_pipeline.errors import TokenizerError  # noqa: E402
-from data_pipeline.progress import METER_LENGTH, Meter  # noqa: E402
-from data_pipeline.shards import token_dtype  # noqa: E402
-from data_pipeline.sources import Document, InputFile, Source, open_source  # noqa: E402
-from data_pipeline.tokenizer import Tokenizer  # noqa: E402
-from data_pipeline.units import BATCH_BYTES, run_unit  # noqa: E402
-
 BATCH_DOCUMENTS = 256
 MEASUREMENTS = {
     "alone": f"alone: str in batches of {BATCH_DOCUMENTS}",
@@ -93,16 +90,22 @@ def _gate(tokenizer: Tokenizer, name: str, sample: list[str]) -> str | None:
 
 
 def _in_a_process(options: argparse.Namespace, key: tuple[str, str]) -> float:
-    command = [sys.executable, __file__, str(options.corpus), str(options.tokenizer), "--child", *key]
+    paths = [str(options.corpus.resolve()), str(options.tokenizer.resolve())]
+    command = [sys.executable, "-m", "benchmarks.data_prepare", *paths, "--child", *key]
     command += ["--reference-bytes", str(options.reference_bytes)]
     variables = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE).stdout)
+    return json.loads(subprocess.run(command, cwd=ROOT, env=variables, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def _open(options: argparse.Namespace) -> tuple[Source, PrepareConfig]:
-    config = compose(PrepareConfig, "prepare", ["data=slimpajama", "output=unused"])
-    data = replace(config.data, path=str(options.corpus), files=["train/**/*.jsonl.zst"])
-    return open_source(data), resolve_source(replace(config, data=data))
+    data = DataConfig(
+        kind="records",
+        path=str(options.corpus),
+        files=["train/**/*.jsonl.zst"],
+        source_field="meta.redpajama_set_name",
+        split=SplitConfig(rule="given"),
+    )
+    return open_source(data), PrepareConfig(data, TokenizerConfig(), output="unused")
 
 
 def _documents(source: Source, inputs: list[InputFile]) -> list[Document]:
@@ -194,7 +197,7 @@ def _report(
     gates: dict[str, str | None],
     results: dict[tuple[str, str], list[float]],
 ) -> str:
-    command = f"python benchmarks/data_prepare.py CORPUS {options.tokenizer.name} --rounds {options.rounds}"
+    command = f"python -m benchmarks.data_prepare CORPUS {options.tokenizer.name} --rounds {options.rounds}"
     libraries = ["tokenizers", "sentencepiece", *DISTRIBUTIONS.values(), "orjson", "zstandard", "pyarrow", "numpy"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [

@@ -45,7 +45,7 @@ PROBES = (
 
 
 class EncoderMismatchError(TokenizerError):
-    """A fast library gave other ids than the reference; `run_unit` starts the unit again with the reference."""
+    """A fast library gave other ids than the reference, or failed; its units are done again with the reference."""
 
 
 class Encoder(abc.ABC):
@@ -96,8 +96,16 @@ class FastEncoder(Encoder):
 
     def encode_unchecked(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """`encode` without the sample that is compared."""
-        ids, offsets = self._encode(texts)
-        ids = _narrowed(ids, self._vocab_size, self.name)
+        try:
+            ids, offsets = self._encode(texts)
+            ids = _narrowed(ids, self._vocab_size, self.name)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        # The Rust libraries' panics are no Exception.
+        except BaseException as error:
+            raise EncoderMismatchError(_first_line(error)) from None
+        if len(offsets) != len(texts) + 1 or offsets[-1] != len(ids):
+            raise EncoderMismatchError(f"it gave ids for {len(offsets) - 1} of {len(texts)} texts")
         doubtful = self._doubtful(texts, ids, offsets)
         if not doubtful:
             return ids, offsets
@@ -163,11 +171,10 @@ def choose_encoder(
             encoder = build_encoder(tokenizer, name)
             if encoder.name in refused:
                 raise TokenizerError("it gave other ids than the reference for this corpus")
-            texts = [text.encode("utf-8", "replace") for text in (*_probes(tokenizer), *sample())]
+            texts = [text.encode("utf-8") for text in (*_probes(tokenizer), *sample())]
             encoder.compare(texts)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        # The Rust libraries' panics are no Exception.
         except BaseException as error:
             reason = _reason(name, error)
         else:
@@ -186,6 +193,10 @@ def choose_encoder(
 def _reason(name: str, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"not installed (pip install '.[fast-prepare]' or pip install {DISTRIBUTIONS[name]})"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 

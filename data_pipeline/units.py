@@ -23,7 +23,7 @@ from data_pipeline.tokenizer import Tokenizer
 
 # Texts are tokenized together up to about this many bytes: fewer changes between reading and tokenizing keep the
 # tokenizer's tables in the processor's caches.
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 8 << 20
 # Lines of the report that one unit writes at most; its counts are always complete.
 REPORT_LINES = 1000
 

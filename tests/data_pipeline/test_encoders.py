@@ -108,9 +108,6 @@ def test_documents_of_the_corpus_are_compared_too(hugging_face_file, monkeypatch
 
 
 def test_a_library_that_breaks_is_passed_over(hugging_face_file, monkeypatch):
-    class PanicException(BaseException):
-        pass
-
     def panic(texts):
         raise PanicException("index out of bounds\nin some file")
 
@@ -121,8 +118,11 @@ def test_a_library_that_breaks_is_passed_over(hugging_face_file, monkeypatch):
 
 def test_an_id_outside_the_vocabulary_is_refused(hugging_face_file):
     encoder = _fast(lambda texts: flat([[70_000]]), Tokenizer.load(hugging_face_file))
-    with pytest.raises(TokenizerError, match="gave an id outside the vocabulary of 494"):
+    with pytest.raises(EncoderMismatchError, match="gave an id outside the vocabulary of 494"):
         encoder.encode([b"x"])
+    encoder = _fast(lambda texts: flat([[7]]), Tokenizer.load(hugging_face_file))
+    with pytest.raises(EncoderMismatchError, match="it gave ids for 1 of 2 texts"):
+        encoder.encode([b"x", b"y"])
 
 
 def test_every_batch_is_sampled(hugging_face_file):
@@ -132,8 +132,13 @@ def test_every_batch_is_sampled(hugging_face_file):
         encoder.encode([random_text(random.Random(0), 50).encode()])
 
 
+class PanicException(BaseException):
+    """What a Rust library raises when it fails."""
+
+
+@pytest.mark.parametrize("breaks", [False, True])
 def test_what_a_library_encoded_before_it_was_found_to_differ_is_encoded_again(
-    hugging_face_file, tmp_path, monkeypatch
+    hugging_face_file, tmp_path, monkeypatch, breaks
 ):
     write_slimpajama(tmp_path / "raw", files=6)
     odd = tmp_path / "raw" / "train" / "chunk1" / "example_train_4.jsonl.zst"
@@ -145,11 +150,18 @@ def test_what_a_library_encoded_before_it_was_found_to_differ_is_encoded_again(
     )
     expected, _ = quietly(config)
     parse = parsing_specials(hugging_face_file)
-    pretend_installed(monkeypatch, lambda texts: parse([text.replace(b"zebra", b"horse") for text in texts]))
+
+    def odd_encode(texts):
+        if breaks and any(b"zebra" in text for text in texts):
+            raise PanicException("called unwrap on a zebra\nin some file")
+        return parse([text.replace(b"zebra", b"horse") for text in texts])
+
+    pretend_installed(monkeypatch, odd_encode)
     # The sample of the gate ends before the odd file.
     monkeypatch.setattr("data_pipeline.prepare.COMPARED_BYTES", 2000)
     found, log = quietly(replace(config, output=str(tmp_path / "out"), tokenizer=settings))
-    assert "gigatoken 2" in log and "is not used any more, and what it encoded will be encoded again" in log
+    assert "is not used any more, and what it encoded will be encoded again: " in log
+    assert "again: called unwrap on a zebra" in log if breaks else "ids differ from tokenizers" in log
     assert found.fingerprint == expected.fingerprint
     assert [shard.sha256 for shard in found.shards] == [shard.sha256 for shard in expected.shards]
 

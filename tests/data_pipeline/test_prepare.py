@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import zstandard
 from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
@@ -244,3 +245,17 @@ def test_no_document_at_all_is_an_error_that_names_the_reasons(tmp_path):
         quietly(PrepareConfig(data, tokenizer, str(tmp_path / "out")))
     with pytest.raises(PrepareError, match="no training document to train the tokenizer on"):
         quietly(PrepareConfig(data, TOKENIZER, str(tmp_path / "out2")))
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=1, documents=5)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w69999"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(["<|endoftext|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"))
+    manifest, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out", tokenizer=tokenizer))
+    assert manifest.token_dtype == "uint32" and manifest.tokenizer.eod_id == 70_000
+    shard = Corpus.open(tmp_path / "out").sequence("train", "RedPajamaC4").shard(0)
+    assert shard.tokens.dtype == "uint32" and set(shard.tokens.tolist()) == {69_999, 70_000}
+    assert verify_corpus(tmp_path / "out") == []
