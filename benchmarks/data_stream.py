@@ -138,7 +138,7 @@ def make_large_manifest(work: Path) -> None:
     """A manifest of 627 billion tokens and 600 million documents in a million shards, without the shards."""
     import pyarrow as pa
 
-    from data_pipeline.shard_table import _SCHEMA, ShardTable
+    from data_pipeline.shard_table import SCHEMA, ShardTable
 
     count = 1_000_000
     folder = work / "large"
@@ -158,7 +158,7 @@ def make_large_manifest(work: Path) -> None:
         *(pa.array([rng.bytes(n) for _ in range(count)], pa.binary(n)) for n in (32, 16)),
         pa.array([rng.bytes(8) for _ in range(count)], pa.binary()),
     ]
-    manifest(ShardTable.from_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))).write(folder)
+    manifest(ShardTable.from_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))).write(folder)
 
 
 def measure(batches: Callable[[], Iterator[Any]], samples: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ SHARD_TABLE_FILE = "shards.arrow"
 _ADVICE = "restore the file or prepare the corpus again"
 _COUNTS = ("documents", "tokens", "text_bytes")
 _LABEL = pa.dictionary(pa.int32(), pa.string())
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("file", pa.string(), nullable=False),
         pa.field("split", _LABEL, nullable=False),
@@ -84,18 +84,18 @@ class ShardTable(Sequence[ShardEntry]):
     def from_entries(entries: Iterable[ShardEntry]) -> ShardTable:
         """The table of `entries`, in their order, in memory."""
         entries = list(entries)
-        columns = {name: [getattr(entry, name) for entry in entries] for name in _SCHEMA.names}
+        columns = {name: [getattr(entry, name) for entry in entries] for name in SCHEMA.names}
         columns |= {name: [bytes.fromhex(x) for x in columns[name]] for name in ("sha256", "xxh3_128")}
         columns["xxh3_64_blocks"] = [bytes.fromhex("".join(blocks)) for blocks in columns["xxh3_64_blocks"]]
         columns |= {name: _encode_labels(columns[name]) for name in ("split", "source")}
-        arrays = [pa.array(columns[f.name], f.type) if f.type != _LABEL else columns[f.name] for f in _SCHEMA]
-        return ShardTable.from_batch(pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA))
+        arrays = [pa.array(columns[f.name], f.type) if f.type != _LABEL else columns[f.name] for f in SCHEMA]
+        return ShardTable.from_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
 
     @staticmethod
     def from_batch(batch: pa.RecordBatch) -> ShardTable:
         """The table of a record batch that has the columns of the file."""
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, _SCHEMA) as writer:
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_batch(batch)
         data = sink.getvalue()
         sha256, xxh3 = hashlib.sha256(data).hexdigest(), xxhash.xxh3_128_hexdigest(data)
@@ -146,7 +146,7 @@ class ShardTable(Sequence[ShardEntry]):
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} shards")
         row = int(row) % len(self)
-        values = {name: self._batch.column(name)[row].as_py() for name in _SCHEMA.names}
+        values = {name: self._batch.column(name)[row].as_py() for name in SCHEMA.names}
         values |= {name: values[name].hex() for name in ("sha256", "xxh3_128")}
         blocks = values["xxh3_64_blocks"].hex()
         values["xxh3_64_blocks"] = [blocks[n : n + 16] for n in range(0, len(blocks), 16)]
@@ -197,6 +197,6 @@ def _encode_labels(labels: list[str]) -> pa.DictionaryArray:
 
 def _only_batch(data: pa.Buffer) -> pa.RecordBatch:
     reader = pa.ipc.open_file(data)
-    if reader.num_record_batches != 1 or not reader.schema.equals(_SCHEMA):
+    if reader.num_record_batches != 1 or not reader.schema.equals(SCHEMA):
         raise pa.ArrowInvalid("its columns are not those of a table of shards")
     return reader.get_batch(0)
