@@ -175,7 +175,7 @@ def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
     epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
     lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
     lines += [
-        f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.2f} epochs"
+        f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
         for source, passes in epochs.items()
     ]
     if stream.plan is not None:

@@ -1,6 +1,7 @@
 """Why a run cannot start, as far as it takes files to see: its corpus, held-out sets, an earlier run of its name.
 
-Reads only, and needs no process group: each rank calls it before the ranks meet, `launch local` before they exist.
+Reads only (the plan of packing=best_fit and the cache of a remote corpus apart), and needs no process group: each rank
+calls it before the ranks meet, `launch local` before they exist.
 """
 
 from __future__ import annotations
