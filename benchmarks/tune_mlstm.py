@@ -17,13 +17,14 @@ import json
 import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from kernels.mlstm.chunkwise import launch, tiles
+from kernels.mlstm.chunkwise import launch, launch_backward, problem, tiles
 from kernels.mlstm.chunkwise.gates import ADDED
-from kernels.mlstm.chunkwise.launch import Documents, Problem
+from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles
 
@@ -32,6 +33,8 @@ FORWARD = ("states", "scores", "read_out")
 BACKWARD = ("states", "states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
 STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
 CHUNKS = (64, 128, 256)
+# ms of trial runs and of timed runs.
+REPETITION = {"warmup": 4, "rep": 15, "return_mode": "median"}
 LIMITS = {"h": 4e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "i": 6e-3, "f": 1e-2}
 
 
@@ -86,7 +89,7 @@ class Stages:
             p, self.q, self.k, self.packed, self.entering.vectors, self.documents
         )
         self.h = self.read_out(p)
-        self.rows = launch.row_weights(p, self.h, self.grad_h, self.packed, self.normaliser)
+        self.rows = launch_backward.row_weights(p, self.h, self.grad_h, self.packed, self.normaliser)
         self.leaving = self.gradient_states(p)
         self.scaled, self.grad_scores, _ = self.score_gradients(p)
 
@@ -105,16 +108,20 @@ class Stages:
         return launch.read_out(p, self.q, self.v, self.packed, self.normaliser, self.entering.matrices, self.scores_)
 
     def score_gradients(self, p):
-        return launch.score_gradients(p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents)
+        return launch_backward.score_gradients(
+            p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents
+        )
 
     def query_gradient(self, p):
-        return launch.query_gradient(p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores)
+        return launch_backward.query_gradient(
+            p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores
+        )
 
     def key_gradient(self, p):
-        return launch.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
+        return launch_backward.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
 
     def value_gradient(self, p):
-        return launch.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
+        return launch_backward.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
 
     def run(self, stage: str, tile: Tile):
         """Call one kernel with a tile."""
@@ -181,12 +188,7 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
                 if tile in measured or time.monotonic() > end:
                     continue
                 try:
-                    measured[tile] = do_bench(
-                        lambda: stages.run(stage, tile),
-                        warmup=4,
-                        rep=15,
-                        return_mode="median",  # noqa: B023
-                    )
+                    measured[tile] = do_bench(partial(stages.run, stage, tile), **REPETITION)
                 except Exception as error:  # noqa: BLE001
                     measured[tile] = type(error).__name__
             ranked = sorted(
@@ -197,9 +199,7 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
                     best[stage] = (ms, tile)
                     break
                 measured[tile] = f"wrong: {ms}"
-        small = {
-            name: do_bench(call, warmup=8, rep=30, return_mode="median") for name, call in other_kernels(stages).items()
-        }
+        small = {name: do_bench(call, **REPETITION) for name, call in other_kernels(stages).items()}
         report["chunks"][chunk] = {
             "best": {stage: [ms, dataclasses.asdict(tile)] for stage, (ms, tile) in best.items()},
             "other": small,
@@ -214,8 +214,36 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
             failed = sum(isinstance(x, str) for x in tried) - wrong
             cut = f"{t.rows}x{t.columns} inner {t.inner} tokens {t.tokens} warps {t.warps} stages {t.stages}"
             print(f"  {stage:16s} {ms:.3f}  {cut}   ({len(tried)} tried, {failed} failed, {wrong} wrong)")
+        whole = time_whole(base, {stage: tile for stage, (_, tile) in best.items()}, stages)
+        report["chunks"][chunk]["whole"] = whole
+        print(f"  whole operator: forward {whole[0]:.3f}, forward + backward {whole[1]:.3f} ms")
         print("  other", {k: round(v, 3) for k, v in small.items()}, flush=True)
     return report
+
+
+def time_whole(base: Tiles, best: dict[str, Tile], stages: Stages) -> tuple[float, float]:
+    """ms of the operator's forward pass, and of both passes, with the best tiles."""
+    from triton.testing import do_bench
+
+    from kernels.mlstm.chunkwise import mlstm_triton
+
+    cut = dataclasses.replace(base, **best)
+    inputs = [x.clone().requires_grad_() for x in (stages.q, stages.k, stages.v, stages.igate, stages.fgate)]
+
+    def forward():
+        with torch.no_grad():
+            mlstm_triton(*inputs)
+
+    def both():
+        h, _ = mlstm_triton(*inputs)
+        torch.autograd.grad(h, inputs, stages.grad_h)
+
+    choose = problem.choose_tiles
+    problem.choose_tiles = lambda *_: cut
+    try:
+        return do_bench(forward, **REPETITION), do_bench(both, **REPETITION)
+    finally:
+        problem.choose_tiles = choose
 
 
 def other_kernels(stages: Stages) -> dict:
@@ -223,7 +251,9 @@ def other_kernels(stages: Stages) -> dict:
     p = stages.problem
     return {
         "weights": lambda: launch.weights(p, stages.igate, stages.fgate, stages.documents, None),
-        "row_weights": lambda: launch.row_weights(p, stages.h, stages.grad_h, stages.packed, stages.normaliser),
+        "row_weights": lambda: launch_backward.row_weights(
+            p, stages.h, stages.grad_h, stages.packed, stages.normaliser
+        ),
     }
 
 
@@ -252,13 +282,13 @@ def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
         h, _ = mlstm_chunkwise(*doubles, document_start=starts)
         _expected[dims] = [h.detach(), *torch.autograd.grad(h, doubles, grad.double())]
     fitted = tiles.fit(cut, *dims)
-    choose = launch.choose_tiles
-    launch.choose_tiles = lambda *_: fitted
+    choose = problem.choose_tiles
+    problem.choose_tiles = lambda *_: fitted
     try:
         h, _ = mlstm_triton(*inputs, document_start=starts)
         actual = [h.detach(), *torch.autograd.grad(h, inputs, grad)]
     finally:
-        launch.choose_tiles = choose
+        problem.choose_tiles = choose
     errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, _expected[dims], strict=True)]
     return all(error <= limit for error, limit in zip(errors, LIMITS.values(), strict=True))
 

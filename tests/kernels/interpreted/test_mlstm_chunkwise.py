@@ -9,16 +9,14 @@ import torch
 from kernels.mlstm import MLSTMState, mlstm, mlstm_state
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
-from tests.kernels.mlstm_rounded import mlstm_rounded
-from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, relative_error, strided
+from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, strided
 
-# Relative to the norm of each tensor (docs/kernels.md); where a PyTorch computation with the same roundings
-# (mlstm_rounded.py) is further off than that, the kernels may be NEAR_ROUNDED times as far off as it is.
+# Relative to the norm of each tensor (docs/kernels.md).
 EXACT = {"d fgate_preact": 1e-4}
 SIXTEEN_BIT = {"h": 4e-3, "C": 4e-3, "n": 1e-4, "d fgate_preact": 1e-2}
-NEAR_ROUNDED = 1.2
-# Of a float32 sum whose terms differ by exp(30), the small ones keep fewer digits.
-SATURATED = {"d fgate_preact": 1e-3}
+# Where hardly anything is remembered, the forget gates' gradient is a small difference of sums as large as the input
+# gates' gradients, and its error is measured against those.
+FORGETFUL = ("saturated", "strong forgetting")
 
 # (B, S, NH, DK, DV): on a CPU as small as shows every edge of a chunk of 64 tokens and of tiles of 32 and 16.
 SHAPES = [(2, 150, 2, 32, 48), (1, 1, 1, 16, 32), (1, 64, 1, 48, 96), (1, 65, 3, 16, 16)]
@@ -32,21 +30,20 @@ SHAPES_COMPILED = [
 ]
 
 
-def tolerances(expected, dtype, rounded=None, regime="random"):
+def tolerances(expected, dtype, regime="random"):
     special, other = (EXACT, 1e-5) if dtype == torch.float32 else (SIXTEEN_BIT, 6e-3)
-    if dtype == torch.float32 and regime == "saturated":
-        special = SATURATED
     limits = {name: special.get(name, other) for name in expected}
-    if rounded is not None:
-        near = {name: NEAR_ROUNDED * relative_error(rounded[name], expected[name]) for name in expected}
-        limits = {name: max(limits[name], near[name]) for name in expected}
+    if regime in FORGETFUL:
+        ratio = expected["d igate_preact"].norm() / expected["d fgate_preact"].norm()
+        limits["d fgate_preact"] *= max(1, ratio.item())
     return limits
 
 
 def make_inputs(shape, dtype, device, regime="random", seed=0):
     batch, length, heads, key_dim, value_dim = shape
     torch.manual_seed(seed)
-    q, k = (torch.randn(batch, length, heads, key_dim) for _ in range(2))
+    # Queries and keys with a common part: n^T q is then far from zero, where no finite precision could divide by it.
+    q, k = (1 + torch.randn(batch, length, heads, key_dim) for _ in range(2))
     v = torch.randn(batch, length, heads, value_dim)
     inputs = [x.to(dtype) for x in (q, k, v)] + list(gates(regime, batch, length, heads))
     return [x.to(device).requires_grad_() for x in inputs]
@@ -103,8 +100,7 @@ def compare(inputs, state, regime="random", **settings):
     settings.pop("keep_chunk_states", None)
     doubles = None if state is None else MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
     expected = run(mlstm_chunkwise, [double(x) for x in inputs], doubles, dtype, **settings)
-    rounded = run(mlstm_rounded, inputs, state, dtype, **settings)
-    assert_close(actual, expected, tolerances(expected, dtype, rounded, regime))
+    assert_close(actual, expected, tolerances(expected, dtype, regime))
 
 
 @pytest.mark.parametrize("shape", SHAPES_COMPILED if COMPILED else SHAPES, ids=str)
@@ -260,9 +256,9 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 
 @compiled_only
 def test_other_lengths_and_batches_compile_nothing_anew(device):
-    from kernels.mlstm.chunkwise import launch
+    from kernels.mlstm.chunkwise import launch, launch_backward
 
-    kernels = [getattr(launch, name) for name in dir(launch) if name.endswith("_kernel")]
+    kernels = [x for m in (launch, launch_backward) for name, x in vars(m).items() if name.endswith("_kernel")]
 
     def variants():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
