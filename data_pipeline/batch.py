@@ -112,7 +112,7 @@ class Assembly:
         # One token more than a row has inputs, in the narrow type of the shards: each token is fetched once.
         fetched = np.empty((len(rows), width + 1), dtype=dtype)
         starts = np.zeros((len(rows), width + 1), dtype=bool)
-        counts = np.clip(valid - begin, -1, width) + 1
+        counts = np.minimum(np.maximum(valid - begin, -1), width) + 1
         wanted = np.flatnonzero(counts > 1)
         on_error = self._damage.handler(self._damaged, rows[wanted])
         if on_error and width < int(valid.max()):

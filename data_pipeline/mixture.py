@@ -190,7 +190,7 @@ class Mixture:
             if self._segments[-1].end is not None:
                 self.limit = self._segments[-1].end
         self._starts = [segment.start for segment in self._segments]
-        self._block = lru_cache(maxsize=8)(self._compute_block)
+        self._block = lru_cache(maxsize=3)(self._compute_block)
 
     @property
     def identity(self) -> list:
@@ -216,19 +216,12 @@ class Mixture:
         return self._locate_pooled(positions) if self._pooled else self._locate_mixed(positions)
 
     def counts(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` samples of the run come from each source, exactly."""
-        if self._pooled:
-            epochs, rest = divmod(samples, max(1, int(self._bounds[-1])))
-            last = np.zeros(len(self.sources), dtype=np.int64)
-            for begin in range(0, rest, LARGEST_BLOCK):
-                chunk = np.arange(begin, min(begin + LARGEST_BLOCK, rest)) + epochs * int(self._bounds[-1])
-                last += np.bincount(self._locate_pooled(chunk)[0], minlength=len(self.sources))
-            return {s: epochs * self.sizes[s] + int(n) for s, n in zip(self.sources, last, strict=True)}
+        """How many of the first `samples` samples of a mixed run come from each source, exactly."""
         number = max(0, bisect_right(self._starts, samples) - 1)
         return dict(zip(self.sources, self._counts_at(self._segments[number], samples), strict=True))
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source has been gone through after `samples` samples of the run."""
+        """How often each source has been gone through after `samples` samples of the run; of one pool the mean."""
         if self._pooled:
             total = int(self._bounds[-1])
             return {s: samples / total for s in self.sources if self.sizes[s]}

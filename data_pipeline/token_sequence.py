@@ -151,8 +151,8 @@ class TokenSequence:
         """Bytes [offsets[p], offsets[p] + sizes[p]) of shard numbers[p] to data[places[p] :], for every piece p."""
         preadv, descriptor_of, remote = os.preadv, self._files.get, self._files.remote
         block = self._manifest.block_bytes
-        columns = (x.tolist() for x in (self._rows[numbers], places, offsets, sizes))
-        for piece, (row, place, offset, size) in enumerate(zip(*columns, strict=True)):
+        columns = (x.tolist() for x in (self._rows[numbers], places, places + sizes, offsets, sizes))
+        for piece, (row, place, end, offset, size) in enumerate(zip(*columns, strict=True)):
             if failed and int(ranges[piece]) in failed:
                 continue
             try:
@@ -161,9 +161,8 @@ class TokenSequence:
                 else:
                     blocks = range(offset // block, (offset + size - 1) // block + 1)
                     descriptor = self._cached(int(numbers[piece]), blocks)
-                into = data[place : place + size]
-                if preadv(descriptor.number, [into], offset) < size:
-                    read_exactly(self._files.locate(row), descriptor.number, into, offset)
+                if preadv(descriptor.number, [data[place:end]], offset) != size:
+                    read_exactly(self._files.locate(row), descriptor.number, data[place:end], offset)
             except OSError as error:
                 fail(piece, self._unreadable(int(numbers[piece]), error))
             except CorpusError as error:
@@ -193,7 +192,8 @@ class TokenSequence:
         return tuple(np.array(column, dtype=np.int64) for column in zip(*pieces, strict=True))
 
     def _open_all(self, numbers: np.ndarray, fail: Callable[[int, CorpusError], None]) -> None:
-        for number in np.unique(numbers[self._columns[numbers, 0] == 0]).tolist():
+        unopened = numbers[self._columns[numbers, 0] == 0]
+        for number in np.unique(unopened).tolist() if unopened.size else ():
             try:
                 self._open(number)
             except CorpusError as error:
@@ -248,6 +248,8 @@ class TokenSequence:
             return
         base = self._block_bounds[numbers]
         unchecked = ~(self._checked[base + low] & self._checked[base + high]) | (high - low > 1)
+        if not unchecked.any():
+            return
         pieces = [p for p in np.flatnonzero(unchecked).tolist() if self._columns[numbers[p], 0]]
         for piece in pieces:
             # The disk reads all of them while the first is being hashed.

@@ -172,11 +172,11 @@ def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
         if stream.corpus.why_not_again:
             lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
         return "\n".join(lines)
-    counts, epochs = stream.mixture.counts(samples), stream.mixture.epochs(samples)
+    epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
     lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
     lines += [
-        f"           {source}: {counts[source] / samples:.2%} of the samples, {epochs[source]:.2f} epochs"
-        for source in epochs
+        f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.2f} epochs"
+        for source, passes in epochs.items()
     ]
     if stream.plan is not None:
         padding = sum(s.padding for s in stream.plan.statistics.values())

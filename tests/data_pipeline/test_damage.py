@@ -19,9 +19,10 @@ from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.inspection import verify_corpus
-from data_pipeline.manifest import Manifest, ShardTable
+from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
 from data_pipeline.shards import Shard, ShardBuilder, hash_file
 from data_pipeline.stream import SampleStream, sequential_batches
+from data_pipeline.token_sequence import shard_metadata
 from data_pipeline.tokenizer import train_sentencepiece
 
 
@@ -84,6 +85,31 @@ def test_the_damaged_block_of_a_large_shard_is_named(tmp_path):
     path.write_bytes(data)
     different = [a != b for a, b in zip(hash_file(path).xxh3_64_blocks, hashes.xxh3_64_blocks, strict=True)]
     assert different == [False, False, True, False]
+
+
+def test_a_damaged_block_of_a_large_shard_is_caught_before_its_tokens_and_spoils_no_other(corpus, tmp_path):
+    builder = ShardBuilder(corpus.vocab_size, corpus.eod_id)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        builder.add(rng.integers(3, corpus.vocab_size, 1_000_000), b"text")
+    entry = ShardEntry("a.arrow", "train", "web", 0, 6, builder.tokens, 24, 0, "", "", [])
+    hashes = builder.write(tmp_path / "a.arrow", shard_metadata(entry, corpus.manifest.tokenizer.fingerprint))
+    entry = dataclasses.replace(entry, **dataclasses.asdict(hashes))
+    dataclasses.replace(corpus.manifest, shards=ShardTable.from_entries([entry])).write(tmp_path)
+    shutil.copytree(corpus.folder / "tokenizer", tmp_path / "tokenizer")
+    flip(tmp_path / "a.arrow", 0.5)
+    sequence = Corpus.open(tmp_path).sequence("train", "web")
+    served = 0
+    for begin in range(0, sequence.tokens - 1000, 10_000):
+        out = np.zeros(1000, dtype=np.uint16)
+        try:
+            sequence.read(begin, out, np.zeros(1000, dtype=bool))
+            served += 1
+        except CorpusError as error:
+            assert "a.arrow: altered: the 4 MiB block 1 (bytes 4194304 to 8388607)" in str(error)
+            assert not out.any()
+    # Two thirds of the file: blocks 0 and 2.
+    assert 0.6 < served / (sequence.tokens / 10_000) < 0.72
 
 
 def truncate(folder):
