@@ -138,7 +138,18 @@ def _is_local(holder: dict[str, Any]) -> bool:
 
 
 def _identity(pid: int) -> dict[str, Any] | None:
+    """What tells a process from all others of its machine; None when it has ended."""
+    started = _started(pid)
+    return None if started is None else {"machine": _machine(), "pid": pid, "started": started}
+
+
+def _started(pid: int) -> float | None:
     try:
-        return {"machine": _machine(), "pid": pid, "started": psutil.Process(pid).create_time()}
-    except psutil.NoSuchProcess:
+        if os.path.exists("/proc/self/stat"):
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # Clock ticks since the machine started: unlike a time of day it does not move when the clock is set. A dead
+            # process that nobody waits for is still listed.
+            return None if state in "ZX" else float(fields[18])
+        return psutil.Process(pid).create_time()
+    except (OSError, psutil.NoSuchProcess):
         return None

@@ -176,13 +176,19 @@ def write_claim(folder: Path, **changes: object) -> Path:
 
 
 def test_a_claim_ends_with_its_process_on_this_machine(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for changes in ({"pid": dead.pid}, {"started": 1.0}):
+    dead, zombie = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
+    holders = [claims_module._identity(process.pid) for process in (dead, zombie)]
+    assert None not in holders
+    dead.communicate(b"\n")
+    zombie.stdin.close()
+    while ") Z" not in Path(f"/proc/{zombie.pid}/stat").read_text():
+        time.sleep(0.01)
+    for changes in (*holders, {"started": 1.0}):
         write_claim(tmp_path, **changes)
         with Claims(tmp_path) as claims, claims.take("x") as mine:
             assert mine and [p.name for p in sorted(tmp_path.iterdir())] == ["x.0", "x.1"]
         assert list(tmp_path.iterdir()) == []
+    zombie.wait()
 
 
 def test_a_claim_of_another_machine_ends_when_nothing_touches_it(tmp_path, monkeypatch):
