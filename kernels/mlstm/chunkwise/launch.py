@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.mlstm.chunkwise.gates import WEIGHT_ROWS, chunk_totals_kernel, weights_kernel
@@ -17,6 +16,7 @@ from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import read_out_kernel
 from kernels.mlstm.chunkwise.scores import scores_kernel
 from kernels.mlstm.chunkwise.states import states_kernel, weigh_kernel
+from kernels.triton_support import ceil_div, next_power_of_two
 
 
 def weights(
@@ -93,8 +93,8 @@ def states(
         result.vector = x.new_zeros(problem.batch, problem.heads, key_dim, dtype=torch.float32)
     weighed = x.new_empty(sequences, problem.padded, key_dim)
     sums = x.new_empty(sequences, chunks, key_dim, dtype=torch.float32)
-    width = min(64, max(16, triton.next_power_of_2(key_dim)))
-    weigh_kernel[(triton.cdiv(key_dim, width) * chunks * sequences,)](
+    width = min(64, max(16, next_power_of_two(key_dim)))
+    weigh_kernel[(ceil_div(key_dim, width) * chunks * sequences,)](
         x,
         matrix_weight,
         vector_weight,
@@ -111,7 +111,7 @@ def states(
         VECTOR=problem.normaliser,
         num_warps=4,
     )
-    grid = (triton.cdiv(key_dim, tile.rows) * triton.cdiv(value_dim, tile.columns) * sequences,)
+    grid = (ceil_div(key_dim, tile.rows) * ceil_div(value_dim, tile.columns) * sequences,)
     states_kernel[grid](
         weighed,
         sums,

@@ -7,7 +7,6 @@ a chunk; SP = NC * L, the sequence padded to whole chunks.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.mlstm.chunkwise.backward import key_gradient_kernel, query_gradient_kernel, value_gradient_kernel
@@ -17,6 +16,7 @@ from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import ROW_WEIGHT_ROWS, row_weights_kernel
 from kernels.mlstm.chunkwise.scores import score_gradients_kernel
 from kernels.mlstm.chunkwise.tiles import Tile
+from kernels.triton_support import ceil_div, next_power_of_two
 
 
 def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, query_normaliser: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, que
         DV=problem.value_dim,
         L=problem.tiles.chunk,
         BM=rows,
-        BD=min(128, triton.next_power_of_2(problem.value_dim)),
+        BD=min(128, next_power_of_two(problem.value_dim)),
         NORMALISER=problem.normaliser,
         num_warps=4,
     )
@@ -103,7 +103,7 @@ def query_gradient(
     """grad_q [B, S, NH, DK], and by tile of columns q . (the memory's part of grad_q) [tiles, BH, SP] float32."""
     tile = problem.tiles.query_gradient
     grad_q = q.new_empty(q.shape)
-    products = rows.new_empty(triton.cdiv(problem.key_dim, tile.columns), problem.sequences, problem.padded)
+    products = rows.new_empty(ceil_div(problem.key_dim, tile.columns), problem.sequences, problem.padded)
     query_gradient_kernel[problem.grid(tile, problem.key_dim)](
         q,
         k,
@@ -133,7 +133,7 @@ def key_gradient(
     """grad_k [B, S, NH, DK], and by tile of columns k . (the memory's part of grad_k) [tiles, BH, SP] float32."""
     tile = problem.tiles.key_gradient
     grad_k = k.new_empty(k.shape)
-    products = packed.new_empty(triton.cdiv(problem.key_dim, tile.columns), problem.sequences, problem.padded)
+    products = packed.new_empty(ceil_div(problem.key_dim, tile.columns), problem.sequences, problem.padded)
     key_gradient_kernel[problem.grid(tile, problem.key_dim)](
         q,
         k,

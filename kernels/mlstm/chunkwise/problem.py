@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles, choose_tiles
+from kernels.triton_support import ceil_div
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Problem:
 
     @property
     def chunks(self) -> int:
-        return -(-self.length // self.tiles.chunk)
+        return ceil_div(self.length, self.tiles.chunk)
 
     @property
     def padded(self) -> int:
@@ -60,7 +60,7 @@ class Problem:
 
     def grid(self, tile: Tile, columns: int | None = None) -> tuple[int]:
         """Programs of a kernel with `tile.rows` tokens each, and `tile.columns` of so many columns."""
-        column_tiles = 1 if columns is None else triton.cdiv(columns, tile.columns)
+        column_tiles = 1 if columns is None else ceil_div(columns, tile.columns)
         return (column_tiles * (self.padded // tile.rows) * self.sequences,)
 
 

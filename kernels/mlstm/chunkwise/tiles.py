@@ -91,11 +91,15 @@ def choose_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, sequences: in
 
     The number of sequences may change the rows and columns of a tile, never the order in which anything is summed.
     """
+    return _choose(dtype, key_dim, value_dim, sequences <= FEW_SEQUENCES, device)
+
+
+@lru_cache(maxsize=256)
+def _choose(dtype: torch.dtype, key_dim: int, value_dim: int, few_sequences: bool, device: torch.device) -> Tiles:
     if dtype == torch.float32 or INTERPRETED:
         return fit(THIRTY_TWO_BIT, key_dim, value_dim)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    tuned = _tuned(name).get((key_dim, value_dim, sequences <= FEW_SEQUENCES))
-    return fit(tuned or SIXTEEN_BIT, key_dim, value_dim)
+    return fit(_tuned(name).get((key_dim, value_dim, few_sequences), SIXTEEN_BIT), key_dim, value_dim)
 
 
 @lru_cache(maxsize=8)
