@@ -6,11 +6,13 @@ Axes: B batch, S sequence, D model width.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.mlstm import keeping_chunk_states
 from model import statistics
 from model.attention import Attention
 from model.config import ModelConfig
@@ -97,5 +99,11 @@ def _recomputed(function, *arguments):
         *arguments,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (contextlib.nullcontext(), statistics.paused()),
+        context_fn=lambda: (keeping_chunk_states(), _second_run()),
     )
+
+
+@contextlib.contextmanager
+def _second_run() -> Iterator[None]:
+    with keeping_chunk_states(), statistics.paused():
+        yield

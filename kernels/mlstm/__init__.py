@@ -3,6 +3,9 @@
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,10 @@ from kernels.mlstm.inputs import check
 from kernels.mlstm.reference import mlstm_chunkwise, mlstm_recurrent, read_statistics
 from kernels.mlstm.state import MLSTMState
 
-__all__ = ["MLSTMState", "mlstm", "mlstm_state", "mlstm_statistics"]
+__all__ = ["MLSTMState", "keeping_chunk_states", "mlstm", "mlstm_state", "mlstm_statistics"]
+
+
+_keeping_chunk_states = False
 
 
 def mlstm(
@@ -28,7 +34,7 @@ def mlstm(
     normaliser: bool = True,
     eps: float = 1e-6,
     chunk_size: int = 64,
-    keep_chunk_states: bool = False,
+    keep_chunk_states: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState | None]:
     """The mLSTM cell over a sequence.
@@ -59,7 +65,8 @@ def mlstm(
         chunk_size: tokens per chunk of the reference; changes the speed, not the result. The Triton kernels choose
             their own (kernels/mlstm/chunkwise/tiles.py).
         keep_chunk_states: of the Triton kernels: keep the memory that enters each chunk for the backward pass (DK * DV
-            numbers a chunk and head) rather than compute it again there. The reference keeps everything.
+            numbers a chunk and head) rather than compute it again there. None: inside `keeping_chunk_states()` only.
+            The reference keeps everything.
         backend: one of kernels.backends.BACKENDS; "auto" is Triton on a CUDA device and the reference elsewhere.
 
     Returns:
@@ -83,10 +90,27 @@ def mlstm(
     if backends.choose("mLSTM", backend, q, lambda: _unsupported(*inputs, initial_state)) == "triton":
         from kernels.mlstm.chunkwise import mlstm_triton
 
-        return mlstm_triton(*inputs, keep_chunk_states=keep_chunk_states, **settings)
+        keep = _keeping_chunk_states if keep_chunk_states is None else keep_chunk_states
+        return mlstm_triton(*inputs, keep_chunk_states=keep, **settings)
     if q.shape[1] == 1:
         return mlstm_recurrent(*inputs, **settings)
     return mlstm_chunkwise(*inputs, chunk_size=chunk_size, **settings)
+
+
+@contextlib.contextmanager
+def keeping_chunk_states() -> Iterator[None]:
+    """Inside, `mlstm` keeps chunk states unless told otherwise.
+
+    For activation checkpointing: what its second run keeps lives for the backward pass of one block, which would
+    otherwise compute it a third time, and what its first run keeps is dropped at once.
+    """
+    global _keeping_chunk_states
+    before = _keeping_chunk_states
+    _keeping_chunk_states = True
+    try:
+        yield
+    finally:
+        _keeping_chunk_states = before
 
 
 def mlstm_state(

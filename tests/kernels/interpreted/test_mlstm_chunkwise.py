@@ -5,8 +5,10 @@ Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a he
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from kernels.mlstm import MLSTMState, mlstm, mlstm_state
+from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
+from kernels.mlstm.chunkwise import launch
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
 from tests.kernels.mlstm_rounded import mlstm_rounded
@@ -232,14 +234,26 @@ def test_is_a_well_behaved_operator(device):
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone, test_utils=checks)
 
 
-def test_activation_checkpointing_changes_no_bit(device, dtype):
+def test_activation_checkpointing_keeps_chunk_states_and_changes_no_bit(device, dtype, monkeypatch):
     inputs = make_inputs((1, 70, 2, 16, 32), dtype, device)
+    recurrences = []
+    states = launch.states
+
+    def counted(*args, backwards=False, **settings):
+        recurrences.append("backwards" if backwards else "forwards")
+        return states(*args, backwards=backwards, **settings)
+
+    monkeypatch.setattr(launch, "states", counted)
 
     def checkpointed(*inputs, **settings):
-        return torch.utils.checkpoint.checkpoint(triton_cell, *inputs, use_reentrant=False, **settings)
+        context = lambda: (keeping_chunk_states(), keeping_chunk_states())  # noqa: E731
+        return checkpoint(triton_cell, *inputs, use_reentrant=False, context_fn=context, **settings)
 
     plain = run(triton_cell, inputs, None, dtype)
-    again = run(checkpointed, inputs, None, dtype, keep_chunk_states=True)
+    assert recurrences == ["forwards", "forwards", "backwards"]
+    recurrences.clear()
+    again = run(checkpointed, inputs, None, dtype)
+    assert recurrences == ["forwards", "forwards", "backwards"], "the second run's states serve the backward pass"
     for name, expected in plain.items():
         assert torch.equal(again[name], expected), name
 
@@ -264,7 +278,7 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 
 @compiled_only
 def test_other_lengths_and_batches_compile_nothing_anew(device):
-    from kernels.mlstm.chunkwise import launch, launch_backward
+    from kernels.mlstm.chunkwise import launch_backward
 
     kernels = [x for m in (launch, launch_backward) for name, x in vars(m).items() if name.endswith("_kernel")]
 

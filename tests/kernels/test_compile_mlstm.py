@@ -1,0 +1,66 @@
+"""The mLSTM's kernels compile for Hopper: on tensor cores, within its registers, with the tiles of the tuned table."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from kernels.mlstm.chunkwise import launch, op, problem  # noqa: E402
+from kernels.mlstm.chunkwise.tiles import SIXTEEN_BIT, TABLES, _tuned, fit  # noqa: E402
+from tests.kernels.compile_gate import assert_lean, compile_launches  # noqa: E402
+
+PRODUCTS = {
+    "states_kernel",
+    "scores_kernel",
+    "read_out_kernel",
+    "score_gradients_kernel",
+    "query_gradient_kernel",
+    "key_gradient_kernel",
+    "value_gradient_kernel",
+}
+# Bytes of a thread. Two tiles of 128 x 128 float32 and the decays between them fill the registers of 8 warps.
+SPILLS = {"score_gradients_kernel": 128}
+
+
+def launch_both_passes(key_dim, value_dim, tuned, starts):
+    """Every launch of a forward and a backward pass, on empty tensors."""
+    batch, length, heads = 1, 300, 2
+    q = torch.empty(batch, length, heads, key_dim, dtype=torch.bfloat16)
+    v = torch.empty(batch, length, heads, value_dim, dtype=torch.bfloat16)
+    gate = torch.empty(batch, length, heads)
+    start = torch.zeros(batch, length, dtype=torch.bool) if starts else None
+    cut = _tuned("NVIDIA H200")[key_dim, value_dim, False] if tuned else SIXTEEN_BIT
+    problem.choose_tiles = lambda *_: fit(cut, key_dim, value_dim)
+    forward = op.mlstm_chunkwise._init_fn
+    h, _, _, _, packed, decay, normaliser, _, _ = forward(
+        q, q, v, gate, gate, start, None, None, None, False, "exp", True, 1e-6, False
+    )
+    op.mlstm_chunkwise_backward._init_fn(
+        v, None, None, q, q, v, gate, gate, start, None, None, h, None, packed, decay, normaliser, None, None,
+        "exp", True, 1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kernels_are_lean():
+    calls = [
+        (launch_both_passes, {"key_dim": 256, "value_dim": 512, "tuned": True, "starts": True}),
+        (launch_both_passes, {"key_dim": 96, "value_dim": 192, "tuned": False, "starts": False}),
+    ]
+    for kernels in compile_launches(calls):
+        assert {kernel.name for kernel in kernels} >= PRODUCTS
+        for kernel in kernels:
+            assert_lean(kernel, stack_bytes=SPILLS.get(kernel.name, 0), tensor_cores=kernel.name in PRODUCTS)
+            if kernel.name in PRODUCTS:
+                assert kernel.asynchronous_copies > 0, kernel
+
+
+def test_every_tuned_table_is_readable():
+    tables = sorted(TABLES.glob("*.json"))
+    assert tables
+    for path in tables:
+        for (key_dim, value_dim, _), tiles in _tuned(path.stem.replace("_", " ")).items():
+            assert fit(tiles, key_dim, value_dim) == tiles
+            rows = [tile.rows for name, tile in vars(tiles).items() if name not in ("chunk", "states")]
+            assert all(tiles.chunk % count == 0 for count in rows)
+            assert launch.ceil_div(tiles.chunk, tiles.states.tokens) * tiles.states.tokens == tiles.chunk
