@@ -18,6 +18,7 @@ from conf import ConfigError
 from data_pipeline.corpus import Corpus
 from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.stream import SampleStream
+from kernels.backends import triton_runs_on
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
@@ -61,6 +62,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
         raise ConfigError([str(error)]) from None
     _refuse(
         [
+            *_misfits_of_backends(config),
             *_changes_of_run(config, directory),
             *_misfits_of_corpus(config, corpus),
             *_misfits_of_evaluation(config, evaluation_corpora),
@@ -72,6 +74,18 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
         raise ConfigError([f"corpus.{error}"]) from None
     _refuse(too_little_data(config, plan, stream))
     return Preflight(plan, directory, corpus, evaluation_corpora, stream)
+
+
+def _misfits_of_backends(config: RunConfig) -> list[str]:
+    """Layers that are to run Triton kernels on a machine that cannot."""
+    if triton_runs_on(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")):
+        return []
+    return [
+        f"model.{section}.backend: 'triton' needs a CUDA device and the package triton, and this machine does not have "
+        "both; use auto or reference"
+        for section in ("mlstm", "preup_mlstm", "slstm")
+        if (layer := getattr(config.model, section)) is not None and layer.backend == "triton"
+    ]
 
 
 def _refuse(problems: list[str]) -> None:

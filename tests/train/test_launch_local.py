@@ -1,6 +1,7 @@
 """`python -m launch local` finds what is wrong before processes start, and keeps the exit code that torchrun loses."""
 
 import pytest
+import torch
 
 from launch.__main__ import main
 from tests.runs import run_train
@@ -10,11 +11,14 @@ def local(*overrides):
     return main(["local", "--processes", "2", *overrides])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton kernels run here")
 def test_what_files_show_exits_2_with_every_problem(tiny_run, tmp_path, capsys):
-    changes = ["model.vocab_size=64", "evaluation.sets.validation.source=books", "+corpus.weights.books=1.0"]
+    backend = "model.slstm.backend=triton"
+    changes = [backend, "model.vocab_size=64", "evaluation.sets.validation.source=books", "+corpus.weights.books=1.0"]
     assert local(*tiny_run, *changes, "training.total_steps=3") == 2
     shown = capsys.readouterr().err
-    assert "3 problems" in shown
+    assert "4 problems" in shown
+    assert "model.slstm.backend: 'triton' needs a CUDA device" in shown
     assert "model.vocab_size: 64 is less than the 320 token ids" in shown
     assert "evaluation.sets.validation.source: split 'validation' has no source 'books'; it has text" in shown
     assert "corpus.weights.books: split 'train' has no such source" in shown
