@@ -8,14 +8,15 @@ from torch import Tensor
 
 BACKENDS = ("auto", "reference", "triton")
 
+# Found out once, here: torch.compile traces `choose`, and cannot trace into these (find_spec before PyTorch 2.13).
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads this variable when it is imported, and no later change has an effect.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def triton_runs_on(tensor: Tensor) -> bool:
     """Whether Triton kernels can take the tensor: on a CUDA device, or on a CPU under Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if tensor.device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return tensor.device.type == "cuda"
+    return HAS_TRITON and (tensor.device.type == "cuda" or (tensor.device.type == "cpu" and INTERPRETED))
 
 
 def choose(operation: str, backend: str, tensor: Tensor, unsupported: Callable[[], str | None]) -> str:

@@ -3,14 +3,14 @@
 Nothing outside them may import Triton at module level: there is none on a Mac, where the references run.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
+from kernels import backends
+
 # Under Triton's interpreter kernels run as numpy programs, on a CPU; there a dot of bfloat16 is silently wrong.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = backends.INTERPRETED
 # What the kernels were tested with.
 SUPPORTED_VERSIONS = ((3, 6), (3, 9))
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
-from kernels.precision import compute_dtype
+from kernels.precision import compute_dtype, has_autocast
 from kernels.soft_cap import soft_cap
 from model import statistics
 from model.blocks import ACTIVATION_CHECKPOINTING, Block, norm_class
@@ -60,7 +60,7 @@ class LMHead(nn.Module):
             self._record(hidden)
         if targets is not None:
             device = hidden.device.type
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            if has_autocast(device) and torch.is_autocast_enabled(device):
                 # As for every other product; the kernel itself computes in the dtype that it is given.
                 hidden = hidden.to(torch.get_autocast_dtype(device))
             loss = _LOSSES[loss_reduction]

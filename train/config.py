@@ -25,6 +25,8 @@ class TrainingConfig:
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
+    # On GPUs: compare the kernels with their references before the first step, and refuse to train where they disagree.
+    kernel_preflight: bool = True
     # Non-finite steps that a run may skip before it stops.
     max_skipped_steps: int = 20
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).

@@ -31,6 +31,7 @@ from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data, refuse_changed_data
 from train.engine import Engine, World, join_world, seed_everything
 from train.evaluate import open_sets
+from train.kernel_preflight import check_kernels
 from train.plan import Plan
 from train.preflight import Preflight, preflight
 from train.run_directory import (
@@ -89,6 +90,7 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
         _say(world, f"The run '{config.name}' is complete: {config.total_steps} steps in {directory.path}.")
         return 0
 
+    check_kernels(config, world, events)
     seed_everything(config.seed, world.rank)
     engine = Engine(config, plan, world)
     if world.is_main:

@@ -1,0 +1,134 @@
+"""Before a run on GPUs: do the kernels compute there what the references do, in the shapes of the run's model?
+
+Not to be confused with train/preflight.py, which looks at the configuration and files and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kernels import preflight
+from kernels.preflight import Case, Finding, HeadNormCase, LossCase, MLSTMCase, SLSTMCase
+from model.config import ModelConfig
+from train.config import RunConfig
+from train.engine import World
+from train.run_directory import EventLog
+from train.trainer import RunError
+
+# Sequences that are enough for the mLSTM's kernels to choose the tiles of any larger batch.
+_LARGEST_BATCH = 32
+
+
+def check_kernels(config: RunConfig, world: World, events: EventLog) -> None:
+    """Compare every kernel of the run with its reference on this rank's GPU and log the errors. Collective.
+
+    Does nothing without a GPU, where the references run, or with training.kernel_preflight=false.
+
+    Raises:
+        RunError: on every rank, if a kernel disagrees on any, or the installed Triton is one that was not tested.
+    """
+    if world.device.type != "cuda" or not config.training.kernel_preflight:
+        return
+    started = time.perf_counter()
+    findings = [finding for case in kernel_cases(config) for finding in preflight.compare(case, world.device)]
+    # The reference's float64 buffers are of no use to the engine.
+    torch.cuda.empty_cache()
+    reports: list[Any] = [None] * world.size
+    dist.all_gather_object(reports, (torch.cuda.get_device_name(world.device), findings))
+    worst = largest_errors([finding for _, of_rank in reports for finding in of_rank])
+    events.append("kernel_preflight", seconds=round(time.perf_counter() - started, 3), errors=worst)
+    problems = kernel_problems(reports)
+    if problems:
+        raise RunError("\n  - ".join(["the kernels cannot be trusted here:", *problems]))
+
+
+def kernel_cases(config: RunConfig) -> list[Case]:
+    """Every kernel call that differs in shape, dtype or setting, where the configuration leaves kernels the choice."""
+    is_bf16 = config.precision.compute == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    # Under ZeRO 0 autocast casts what enters a product; weights that enter none stay float32.
+    weight_dtype = torch.float32 if config.parallel.zero_stage == 0 else dtype
+    model = config.model
+    cases: list[Case] = []
+    kinds = set(model.block_kinds())
+    if "mlstm" in kinds:
+        batch = min(config.training.micro_batch_size, _LARGEST_BATCH)
+        cases += _mlstm_cases(model, dtype, weight_dtype, batch)
+    if "slstm" in kinds:
+        cases += _slstm_cases(model, dtype, weight_dtype)
+    loss = (model.d_model, model.vocab_size, dtype, weight_dtype, model.logit_soft_cap)
+    cases.append(LossCase(*loss, z_loss_weight=config.training.z_loss_weight))
+    return [case for case in cases if case.backend != "reference"]
+
+
+def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batch: int) -> list[Case]:
+    if model.family == "neurips":
+        layer, key_width, value_width = model.preup_mlstm, model.preup_dim, model.preup_dim
+        options = {}
+    else:
+        layer, key_width, value_width = model.mlstm, model.mlstm_qk_dim, model.mlstm_v_dim
+        options = {"gate": layer.gate, "normaliser": layer.normaliser}
+    heads, value_dim = layer.n_heads, value_width // layer.n_heads
+    is_gated = model.family == "xlstm_7b"
+    shape = (heads, key_width // heads, value_dim, dtype)
+    return [
+        *(
+            MLSTMCase(*shape, bias, eps=layer.cell_eps, batch=batch, backend=layer.backend, **options)
+            for bias in (2.0, -10.0)
+        ),
+        HeadNormCase(heads, value_dim, dtype, weight_dtype, layer.head_norm_eps, is_gated, layer.backend),
+    ]
+
+
+def _slstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Case]:
+    layer = model.slstm
+    heads, head_dim = layer.n_heads, model.d_model // layer.n_heads
+    return [
+        SLSTMCase(heads, head_dim, dtype, layer.gate_soft_cap, layer.backend),
+        # The cell puts out what its gates are: float32.
+        HeadNormCase(heads, head_dim, torch.float32, weight_dtype, layer.head_norm_eps, False, layer.backend),
+    ]
+
+
+def largest_errors(findings: list[Finding]) -> dict[str, float | None]:
+    """Of each case's tensors the worst for its limit: "case: tensor" -> error, None (JSON has no NaN) if not finite."""
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        before = worst.get(finding.operation)
+        if before is None or _badness(finding) > _badness(before):
+            worst[finding.operation] = finding
+    return {
+        f"{finding.operation}: {finding.tensor}": finding.error if math.isfinite(finding.error) else None
+        for finding in worst.values()
+    }
+
+
+def _badness(finding: Finding) -> float:
+    return math.inf if math.isnan(finding.error) else finding.error / finding.limit
+
+
+def kernel_problems(reports: list[tuple[str, list[Finding]]]) -> list[str]:
+    """Everything that speaks against the kernels, and last what to do; empty if nothing does.
+
+    Args:
+        reports: of each rank, the name of its GPU and its findings.
+    """
+    unsupported = preflight.unsupported_triton()
+    problems = [] if unsupported is None else [unsupported]
+    disagreements: dict[str, list[int]] = {}
+    for rank, (device, findings) in enumerate(reports):
+        for finding in findings:
+            if not finding.agrees:
+                disagreements.setdefault(f"{finding} ({device})", []).append(rank)
+    problems += [f"{text} on rank {', '.join(map(str, ranks))}" for text, ranks in disagreements.items()]
+    if problems:
+        problems.append(
+            "install another Triton; recurrences and head norms can also run on their references (backend=reference in "
+            "model.mlstm, model.preup_mlstm or model.slstm); training.kernel_preflight=false trains without this check"
+        )
+    return problems
