@@ -21,7 +21,7 @@ def test_what_files_show_exits_2_with_every_problem(tiny_run, tmp_path, capsys):
     assert "model.slstm.backend: 'triton' needs a CUDA device" in shown
     assert "model.vocab_size: 64 is less than the 320 token ids" in shown
     assert "evaluation.sets.validation.source: split 'validation' has no source 'books'; it has text" in shown
-    assert "corpus.weights.books: split 'train' has no such source" in shown
+    assert "corpus.weights.books: the corpus has no such source" in shown
     assert local(*tiny_run, "training.total_steps=100000", "corpus.max_epochs=2") == 2
     assert "corpus.max_epochs: the run reads source" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
