@@ -4,7 +4,7 @@
 
 Each kernel is timed by itself on random inputs, for each chunk size; a tile is admitted only if forward and backward
 with it agree with the float64 reference. The result has every admitted time, and the best tiles of each chunk size
-with the sums of their times. kernels/mlstm/chunkwise/tiles/ holds the tables of the GPUs that were tuned.
+with the sums of their times. kernels/mlstm/chunkwise/tuned/ holds the tables of the GPUs that were tuned.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """

@@ -22,7 +22,7 @@ from kernels.triton_support import ceil_div, next_power_of_two
 def weights(
     problem: Problem, igate_preact: Tensor, fgate_preact: Tensor, documents: Documents, m_initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed weights [5, BH, SP], decay of each chunk [BH, NC] and the last stabiliser [B, NH]; all float32."""
+    """Packed weights [7, BH, SP], decay of each chunk [BH, NC] and the last stabiliser [B, NH]; all float32."""
     options = {"dtype": torch.float32, "device": igate_preact.device}
     packed = torch.empty(WEIGHT_ROWS, problem.sequences, problem.padded, **options)
     chunk_decay = torch.empty(problem.sequences, problem.chunks, **options)

@@ -55,7 +55,7 @@ def mlstm_chunkwise(
 
     Returns:
         h [B, S, NH, DV]; C, n, m behind the last token (empty unless return_state); and what the backward pass needs:
-        packed weights [5, BH, SP], chunk decays [BH, NC], query normaliser [BH, SP], and the states that enter the
+        packed weights [7, BH, SP], chunk decays [BH, NC], query normaliser [BH, SP], and the states that enter the
         chunks: matrices [BH, NC, DK, DV] and vectors [BH, NC, DK] (empty unless keep_chunk_states).
     """
     problem = Problem.of(k, v, gate, normaliser, eps)

@@ -12,7 +12,7 @@ from kernels.mlstm.chunkwise import launch
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
 from tests.kernels.mlstm_rounded import mlstm_rounded
-from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, relative_error, strided
+from tests.kernels.triton_cases import COMPILED, DTYPES, assert_close, compiled_only, padded, relative_error, strided
 
 # Relative to the norm of each tensor (docs/kernels.md). Where a PyTorch computation with the roundings of tensor cores
 # (mlstm_rounded.py) is further off than a 16-bit limit, the kernels may be NEAR_ROUNDED times as far off as it is.
@@ -24,7 +24,7 @@ SIXTEEN_BIT = {"h": 4e-3, "C": 4e-3, "n": 1e-4, "d fgate_preact": 1e-2}
 FORGETFUL = ("saturated", "strong forgetting")
 
 # (B, S, NH, DK, DV): on a CPU as small as shows every edge of a chunk of 64 tokens and of tiles of 32 and 16.
-SHAPES = [(2, 150, 2, 32, 48), (1, 1, 1, 16, 32), (1, 64, 1, 48, 96), (1, 65, 3, 16, 16)]
+SHAPES = [(1, 150, 2, 32, 48), (1, 1, 1, 16, 32), (1, 65, 1, 48, 96)]
 SHAPES_COMPILED = [
     *SHAPES,
     *((2, length, 3, 64, 128) for length in (1, 2, 15, 16, 63, 64, 65, 127, 128, 129, 1000)),
@@ -33,6 +33,10 @@ SHAPES_COMPILED = [
     (1, 4096, 8, 128, 256),
     (1, 8192, 2, 256, 512),
 ]
+
+
+# What must be equal bit for bit does not depend on the precision of the interpreter.
+bitwise = pytest.mark.parametrize("dtype", DTYPES if COMPILED else DTYPES[:1], ids=str)
 
 
 def tolerances(expected, dtype, regime="random", rounded=None):
@@ -121,19 +125,22 @@ def test_shapes(shape, dtype, device):
     compare(inputs, None)
 
 
-@pytest.mark.parametrize("shape", [(2, 150, 2, 32, 48), *([(2, 700, 2, 256, 512)] if COMPILED else [])], ids=str)
+@pytest.mark.parametrize("shape", [(2, 100, 1, 32, 48), *([(2, 700, 2, 256, 512)] if COMPILED else [])], ids=str)
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
 def test_states_and_documents(shape, gate, normaliser, dtype, device):
+    if not COMPILED and dtype == torch.float16 and gate == "sigmoid":
+        pytest.skip("the gates are computed in float32 in any case")
     inputs, state = make_inputs(shape, dtype, device), make_state(shape, device, gate)
     starts = make_starts(shape, device)
     settings = {"gate": gate, "normaliser": normaliser, "return_state": True}
-    compare(inputs, state, **settings)
+    if COMPILED:
+        compare(inputs, state, **settings)
     compare(inputs, state, document_start=starts, keep_chunk_states=True, **settings)
 
 
 @pytest.mark.parametrize("regime", [regime for regime in REGIMES if regime != "random"])
 def test_gate_regimes(regime, dtype, device):
-    shape = (2, 1000, 4, 128, 256) if COMPILED else (1, 200, 2, 16, 32)
+    shape = (2, 1000, 4, 128, 256) if COMPILED else (1, 140, 1, 16, 32)
     if dtype == torch.float16 and regime in ("initialisation", "strong forgetting"):
         pytest.skip("read-outs of about exp(-10), or gradients of states of exp(-15), are below the range of float16")
     compare(make_inputs(shape, dtype, device, regime), None, regime, document_start=make_starts(shape, device, 0.01))
@@ -145,6 +152,7 @@ def test_documents_at_every_token(device, dtype):
     compare(inputs, None, document_start=torch.ones(1, 70, dtype=torch.bool, device=device))
 
 
+@bitwise
 def test_an_earlier_document_changes_no_bit_of_a_later_one(device, dtype):
     shape = (1, 150, 2, 32, 48)
     boundary = 70
@@ -167,7 +175,7 @@ def test_an_earlier_document_changes_no_bit_of_a_later_one(device, dtype):
 
 @pytest.mark.parametrize("length", [64, 90])
 def test_two_halves_equal_one_pass(length, device):
-    shape = (1, 150, 2, 32, 48)
+    shape = (1, 130, 1, 32, 48)
 
     def halves(q, k, v, igate_preact, fgate_preact, *, initial_state):
         inputs = (q, k, v, igate_preact, fgate_preact)
@@ -182,7 +190,7 @@ def test_two_halves_equal_one_pass(length, device):
 
 
 def test_state_alone_equals_the_state_of_a_pass(device, dtype):
-    shape = (2, 150, 2, 32, 48)
+    shape = (1, 130, 2, 32, 48)
     inputs, state = make_inputs(shape, dtype, device)[1:], make_state(shape, device)
     settings = {"document_start": make_starts(shape, device, 0.01)}
 
@@ -195,8 +203,9 @@ def test_state_alone_equals_the_state_of_a_pass(device, dtype):
     assert_close(actual, expected, tolerances(expected, dtype))
 
 
+@bitwise
 def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
-    shape = (3, 150, 2, 32, 48)
+    shape = (2, 70, 2, 32, 48)
     inputs = make_inputs(shape, dtype, device)
     first, again = (triton_cell(*inputs)[0] for _ in range(2))
     assert torch.equal(first, again)
@@ -204,6 +213,7 @@ def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
     assert torch.equal(alone, first[1:2])
 
 
+@bitwise
 @pytest.mark.parametrize("place", [padded, strided])
 def test_reads_nothing_outside_its_inputs(place, device, dtype):
     shape = (2, 70, 2, 32, 48)
@@ -214,8 +224,9 @@ def test_reads_nothing_outside_its_inputs(place, device, dtype):
         assert torch.equal(placed[name], expected), name
 
 
+@bitwise
 def test_keeping_chunk_states_changes_no_bit(device, dtype):
-    inputs = make_inputs((1, 150, 2, 32, 48), dtype, device)
+    inputs = make_inputs((1, 70, 2, 32, 48), dtype, device)
     results = [run(triton_cell, inputs, None, dtype, keep_chunk_states=keep) for keep in (False, True)]
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
@@ -234,6 +245,7 @@ def test_is_a_well_behaved_operator(device):
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone, test_utils=checks)
 
 
+@bitwise
 def test_activation_checkpointing_keeps_chunk_states_and_changes_no_bit(device, dtype, monkeypatch):
     inputs = make_inputs((1, 70, 2, 16, 32), dtype, device)
     recurrences = []
