@@ -41,13 +41,13 @@ def test_kernels_agree_with_their_references(case, device):
     assert all(finding.operation == str(case) for finding in findings) and any(f.error > 0 for f in findings)
 
 
-def test_a_scale_that_is_off_by_a_hundredth_is_found(monkeypatch, device):
+def test_a_scale_that_is_off_by_three_hundredths_is_found(monkeypatch, device):
     from kernels.mlstm.chunkwise.problem import Problem
 
-    monkeypatch.setattr(Problem, "scale", property(lambda self: 1.01 * self.key_dim**-0.5))
+    monkeypatch.setattr(Problem, "scale", property(lambda self: 1.03 * self.key_dim**-0.5))
     findings = compare(MLSTMCase(1, 16, 16, SIXTEEN_BIT, gate="sigmoid", normaliser=False, backend="triton"), device)
     assert not [finding.tensor for finding in findings if finding.agrees]
-    assert findings[0].error == pytest.approx(0.01, rel=0.1)
+    assert findings[0].error == pytest.approx(0.03, rel=0.1)
 
 
 def test_tiles_narrower_than_a_head_are_found(monkeypatch, device):
