@@ -28,12 +28,14 @@ class Tiles:
         rows: sequences of the batch that a team processes together, a power of two from 16.
         warps: of a program.
         resident: programs that share a multiprocessor.
+        narrow: whether programs exchange gradients in bfloat16 where the weights are, or in float32.
     """
 
     units: int
     rows: int
     warps: int = 4
     resident: int = 1
+    narrow: bool = True
 
     def team(self, head_dim: int) -> int:
         """Programs that share one head."""
