@@ -17,21 +17,24 @@ import json
 import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from kernels.mlstm.chunkwise import launch, tiles
+from kernels.mlstm.chunkwise import launch, launch_backward, problem, tiles
 from kernels.mlstm.chunkwise.gates import ADDED
-from kernels.mlstm.chunkwise.launch import Documents, Problem
+from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles
 
 FORWARD = ("states", "scores", "read_out")
-BACKWARD = ("states", "gradient_states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
-# Stages that are not named as their field of Tiles: the recurrence runs in both directions.
-FIELDS = {"gradient_states": "states"}
+# The recurrence runs again for the states, and once against time for their gradients.
+BACKWARD = ("states", "states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
+STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
 CHUNKS = (64, 128, 256)
+# ms of trial runs and of timed runs.
+REPETITION = {"warmup": 4, "rep": 15, "return_mode": "median"}
 LIMITS = {"h": 4e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "i": 6e-3, "f": 1e-2}
 
 
@@ -49,8 +52,8 @@ def _grid(rows, columns, inner, tokens, warps_and_stages) -> list[Tile]:
 
 def candidates(stage: str, chunk: int) -> list[Tile]:
     """Tiles worth a trial for a kernel."""
-    if stage in ("states", "gradient_states"):
-        found = _grid((64, 128), (64, 128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (4, 4)))
+    if stage == "states":
+        found = _grid((64, 128), (128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (8, 4)))
         return [t for t in found if t.tokens <= chunk]
     if stage in ("scores", "score_gradients"):
         found = _grid((64, 128), (64, 128), (64, 128), (16,), ((4, 3), (8, 3), (4, 2), (8, 2)))
@@ -86,7 +89,7 @@ class Stages:
             p, self.q, self.k, self.packed, self.entering.vectors, self.documents
         )
         self.h = self.read_out(p)
-        self.rows = launch.row_weights(p, self.h, self.grad_h, self.packed, self.normaliser)
+        self.rows = launch_backward.row_weights(p, self.h, self.grad_h, self.packed, self.normaliser)
         self.leaving = self.gradient_states(p)
         self.scaled, self.grad_scores, _ = self.score_gradients(p)
 
@@ -105,16 +108,20 @@ class Stages:
         return launch.read_out(p, self.q, self.v, self.packed, self.normaliser, self.entering.matrices, self.scores_)
 
     def score_gradients(self, p):
-        return launch.score_gradients(p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents)
+        return launch_backward.score_gradients(
+            p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents
+        )
 
     def query_gradient(self, p):
-        return launch.query_gradient(p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores)
+        return launch_backward.query_gradient(
+            p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores
+        )
 
     def key_gradient(self, p):
-        return launch.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
+        return launch_backward.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
 
     def value_gradient(self, p):
-        return launch.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
+        return launch_backward.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
 
     def run(self, stage: str, tile: Tile):
         """Call one kernel with a tile."""
@@ -124,7 +131,7 @@ class Stages:
 
 def with_tile(base: Tiles, stage: str, tile: Tile) -> Tiles:
     """The same cut but for one kernel."""
-    return dataclasses.replace(base, **{FIELDS.get(stage, stage): tile})
+    return dataclasses.replace(base, **{stage: tile})
 
 
 def base_tiles(chunk: int) -> Tiles:
@@ -173,42 +180,70 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
         stages.prepare()
         times: dict[str, list] = {}
         best: dict[str, tuple[float, Tile]] = {}
-        for stage in dict.fromkeys(FORWARD + BACKWARD):
+        for stage in STAGES:
+            times[stage] = measured = {}
             for tile in candidates(stage, chunk):
-                if time.monotonic() > end:
-                    break
                 fitted = tiles.fit(with_tile(base, stage, tile), shape[3], shape[4])
-                tile = getattr(fitted, FIELDS.get(stage, stage))
-                if any(entry[0] == dataclasses.asdict(tile) for entry in times.get(stage, [])):
+                tile = getattr(fitted, stage)
+                if tile in measured or time.monotonic() > end:
                     continue
                 try:
-                    passed = check(with_tile(base, stage, tile), shape)
-                    ms = do_bench(lambda: stages.run(stage, tile), warmup=8, rep=30, return_mode="median")  # noqa: B023
+                    measured[tile] = do_bench(partial(stages.run, stage, tile), **REPETITION)
                 except Exception as error:  # noqa: BLE001
-                    times.setdefault(stage, []).append([dataclasses.asdict(tile), f"{type(error).__name__}"])
-                    continue
-                times.setdefault(stage, []).append([dataclasses.asdict(tile), ms if passed else f"wrong: {ms}"])
-                if passed and (stage not in best or ms < best[stage][0]):
+                    measured[tile] = type(error).__name__
+            ranked = sorted(
+                (ms, number, tile) for number, (tile, ms) in enumerate(measured.items()) if isinstance(ms, float)
+            )
+            for ms, _, tile in ranked:
+                if check(with_tile(base, stage, tile), shape):
                     best[stage] = (ms, tile)
-        small = {
-            name: do_bench(call, warmup=8, rep=30, return_mode="median") for name, call in other_kernels(stages).items()
-        }
+                    break
+                measured[tile] = f"wrong: {ms}"
+        small = {name: do_bench(call, **REPETITION) for name, call in other_kernels(stages).items()}
         report["chunks"][chunk] = {
             "best": {stage: [ms, dataclasses.asdict(tile)] for stage, (ms, tile) in best.items()},
             "other": small,
-            "times": times,
+            "times": {s: [[dataclasses.asdict(t), ms] for t, ms in m.items()] for s, m in times.items()},
         }
         forward = sum(best[s][0] for s in FORWARD) + small["weights"]
         backward = sum(best[s][0] for s in BACKWARD) + small["row_weights"]
         print(f"\n{shape} chunk {chunk}: forward {forward:.3f} ms, backward with recomputed states {backward:.3f} ms")
         for stage, (ms, t) in best.items():
-            tried = [entry[1] for entry in times[stage]]
+            tried = list(times[stage].values())
             wrong = sum(isinstance(x, str) and x.startswith("wrong") for x in tried)
             failed = sum(isinstance(x, str) for x in tried) - wrong
             cut = f"{t.rows}x{t.columns} inner {t.inner} tokens {t.tokens} warps {t.warps} stages {t.stages}"
             print(f"  {stage:16s} {ms:.3f}  {cut}   ({len(tried)} tried, {failed} failed, {wrong} wrong)")
+        whole = time_whole(base, {stage: tile for stage, (_, tile) in best.items()}, stages)
+        report["chunks"][chunk]["whole"] = whole
+        print(f"  whole operator: forward {whole[0]:.3f}, forward + backward {whole[1]:.3f} ms")
         print("  other", {k: round(v, 3) for k, v in small.items()}, flush=True)
     return report
+
+
+def time_whole(base: Tiles, best: dict[str, Tile], stages: Stages) -> tuple[float, float]:
+    """ms of the operator's forward pass, and of both passes, with the best tiles."""
+    from triton.testing import do_bench
+
+    from kernels.mlstm.chunkwise import mlstm_triton
+
+    cut = dataclasses.replace(base, **best)
+    inputs = [x.clone().requires_grad_() for x in (stages.q, stages.k, stages.v, stages.igate, stages.fgate)]
+
+    def forward():
+        with torch.no_grad():
+            mlstm_triton(*inputs)
+
+    def both():
+        h, _ = mlstm_triton(*inputs)
+        torch.autograd.grad(h, inputs, stages.grad_h)
+
+    choose = problem.choose_tiles
+    problem.choose_tiles = lambda *_: cut
+    try:
+        return do_bench(forward, **REPETITION), do_bench(both, **REPETITION)
+    finally:
+        problem.choose_tiles = choose
 
 
 def other_kernels(stages: Stages) -> dict:
@@ -216,7 +251,9 @@ def other_kernels(stages: Stages) -> dict:
     p = stages.problem
     return {
         "weights": lambda: launch.weights(p, stages.igate, stages.fgate, stages.documents, None),
-        "row_weights": lambda: launch.row_weights(p, stages.h, stages.grad_h, stages.packed, stages.normaliser),
+        "row_weights": lambda: launch_backward.row_weights(
+            p, stages.h, stages.grad_h, stages.packed, stages.normaliser
+        ),
     }
 
 
@@ -245,13 +282,13 @@ def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
         h, _ = mlstm_chunkwise(*doubles, document_start=starts)
         _expected[dims] = [h.detach(), *torch.autograd.grad(h, doubles, grad.double())]
     fitted = tiles.fit(cut, *dims)
-    choose = launch.choose_tiles
-    launch.choose_tiles = lambda *_: fitted
+    choose = problem.choose_tiles
+    problem.choose_tiles = lambda *_: fitted
     try:
         h, _ = mlstm_triton(*inputs, document_start=starts)
         actual = [h.detach(), *torch.autograd.grad(h, inputs, grad)]
     finally:
-        launch.choose_tiles = choose
+        problem.choose_tiles = choose
     errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, _expected[dims], strict=True)]
     return all(error <= limit for error, limit in zip(errors, LIMITS.values(), strict=True))
 
@@ -271,7 +308,7 @@ def main() -> None:
         (shape, chunk, stage, tile)
         for shape in dims.values()
         for chunk in arguments.chunks
-        for stage in dict.fromkeys(FORWARD + BACKWARD)
+        for stage in STAGES
         for tile in candidates(stage, chunk)
     ]
     first = [(shape, chunk, None, None) for shape in dims.values() for chunk in arguments.chunks]

@@ -1,4 +1,4 @@
-"""Command line: `python -m data_pipeline prepare|inspect|verify`."""
+"""Command line: `python -m data_pipeline prepare|inspect|verify|merge|split`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-from conf import ConfigError, compose
-from data_pipeline.config import PrepareConfig, validate_prepare
 from data_pipeline.errors import DataError
 
 PREPARE_HELP = """\
@@ -16,26 +14,35 @@ Tokenize text into a corpus folder that `python -m train` reads.
 
 Settings are Hydra overrides (KEY=VALUE). The most used:
   output=DIR                    the corpus folder (required)
-  data=CHOICE                   standard_library (default) | text | jsonl | slimpajama | parquet | datasets
-  data.path=PATH                folder or file to read; for data=datasets a data set's name or folder
+  data=CHOICE                   standard_library (default) | text | slimpajama | dclm | records | jsonl | parquet |
+                                datasets
+  source=PATH                   folder or file to read, or datasets:NAME for what the library `datasets` opens
+  workers=N                     processes of this command (default: 1)
   data.source_field=FIELD       field of a record with its source label, e.g. meta.redpajama_set_name
   data.split.validation_fraction=0.01
   tokenizer=CHOICE              sentencepiece_4k (default) | sentencepiece_32k | file
   tokenizer.path=FILE           with tokenizer=file: a SentencePiece .model or a Hugging Face tokenizer.json
+  tokenizer.backend=auto        reference | gigatoken | fastokens | splintr: the library that encodes
+  data.tolerance.rejected_fraction=0.001, data.tolerance.damaged_files=0     what may be lost of the input
 
-It may be killed at any moment: the same command goes on where it stopped, and does nothing when all is done.
+It may be killed at any moment: the same command goes on where it stopped, and does nothing when all is done. Started
+several times with one output, on one node or many (a Slurm array needs nothing more), the commands share the work; the
+last one to end finishes the corpus. The bytes do not depend on who did what.
 
 examples:
   python -m data_pipeline prepare output=corpora/demo
-  python -m data_pipeline prepare data=slimpajama data.path=/data/SlimPajama-627B tokenizer=file \\
-      tokenizer.path=20B_tokenizer.json output=corpora/slimpajama
-  python -m data_pipeline prepare data=datasets data.path=roneneldan/TinyStories output=corpora/stories
+  python -m data_pipeline prepare data=slimpajama source=/data/SlimPajama-627B tokenizer=file \\
+      tokenizer.path=20B_tokenizer.json output=corpora/slimpajama workers=32
+  python -m data_pipeline prepare data=datasets source=datasets:roneneldan/TinyStories output=corpora/stories
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
+    # Imported where it is needed: the workers of a preparation import this module, and Hydra costs half a second.
+    from conf import ConfigError
+
     try:
         return options.run(options)
     except ConfigError as error:
@@ -80,11 +87,34 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check every file of a corpus against its manifest")
     verify.add_argument("directory", type=Path, help="corpus folder")
+    verify.add_argument("--workers", type=int, default=1, metavar="N", help="shards checked at a time (default: 1)")
     verify.set_defaults(run=_verify)
+    merge = commands.add_parser("merge", help="one corpus of several, without rewriting a shard")
+    merge.add_argument("directories", type=Path, nargs="+", metavar="DIRECTORY", help="corpus folders")
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new corpus")
+    merge.set_defaults(run=_merge)
+    split = commands.add_parser("split", help="a part of a corpus, or several, without rewriting a shard")
+    split.add_argument("directory", type=Path, help="corpus folder")
+    split.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="new corpus; with --parts DIR-00000 ..."
+    )
+    split.add_argument("--split", action="append", default=[], metavar="SPLIT", help="only this one (repeat for more)")
+    split.add_argument("--source", action="append", default=[], metavar="LABEL", help="only this one (repeat for more)")
+    split.add_argument("--parts", type=int, default=1, metavar="N", help="deal the shards of each source to N corpora")
+    split.set_defaults(run=_split)
+    for command in (merge, split):
+        command.add_argument(
+            "--link",
+            choices=("hard", "symbolic", "copy"),
+            default="hard",
+            help="how the new folder gets the shards' files: second names of the same files (default), links, copies",
+        )
     return parser
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from conf import ConfigError, compose
+    from data_pipeline.config import PrepareConfig, validate_prepare
     from data_pipeline.prepare import prepare
 
     config = compose(PrepareConfig, "prepare", options.overrides)
@@ -96,6 +126,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.inspection import show_corpus, show_sample
 
     if options.sample is None:
@@ -110,14 +141,40 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from conf import ConfigError
     from data_pipeline.inspection import verify_corpus
 
-    problems = verify_corpus(options.directory)
+    if options.workers < 1:
+        raise ConfigError([f"--workers: must be at least 1 ({options.workers})"])
+    problems = verify_corpus(options.directory, options.workers)
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
         print(f"{options.directory}: every file is as it was written")
     return 1 if problems else 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from conf import ConfigError
+    from data_pipeline.regroup import merge_corpora
+
+    if len(options.directories) < 2:
+        raise ConfigError([f"DIRECTORY: needs at least two corpora ({options.directories[0]})"])
+    manifest = merge_corpora(options.directories, options.output, options.link)
+    print(f"{options.output}: {len(manifest.shards)} shards of {len(options.directories)} corpora")
+    return 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    from conf import ConfigError
+    from data_pipeline.regroup import split_corpus
+
+    if options.parts < 1:
+        raise ConfigError([f"--parts: must be at least 1 ({options.parts})"])
+    selection = (options.split, options.source, options.parts, options.link)
+    for folder, manifest in split_corpus(options.directory, options.output, *selection):
+        print(f"{folder}: {len(manifest.shards)} shards")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,52 +1,77 @@
-"""A prepared corpus opened for reading: checked against its manifest, shards memory-mapped when first used."""
+"""A prepared corpus opened for reading: its manifest, its tokenizer, and each source as a sequence of tokens."""
 
 from __future__ import annotations
 
-import threading
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import accumulate
+import os
 from pathlib import Path
-
-import numpy as np
 
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.manifest import Manifest, ShardEntry
-from data_pipeline.shards import SHARD_FORMAT_VERSION, Shard, hash_file, token_dtype
+from data_pipeline.open_files import RESTORE, OpenFiles
+from data_pipeline.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
+from data_pipeline.shards import BLOCK_BYTES, hash_file
+from data_pipeline.token_sequence import TokenSequence, shard_metadata
 from data_pipeline.tokenizer import Tokenizer
 
-# Shards of one source that stay mapped at a time: each holds a file descriptor.
-MAX_OPEN_SHARDS = 256
+__all__ = ["CHECKS", "Corpus", "TokenSequence", "check_shard_file", "shard_metadata"]
+
+CHECKS = ("none", "size", "hash")
 
 
 class Corpus:
     """A prepared corpus. Use `Corpus.open`."""
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
         self.directory = directory
+        self.folder = Path(directory) if remote is None else remote.folder
         self.manifest = manifest
+        if remote is None:
+            self._files = OpenFiles(self._shard_path)
+        else:
+            self._files = OpenFiles(remote.name, OPEN_CACHED_FILES, remote)
         self._sequences: dict[tuple[str, str], TokenSequence] = {}
         self._tokenizer: Tokenizer | None = None
 
     @staticmethod
-    def open(directory: str | Path, check: str = "hash") -> Corpus:
-        """Open the corpus in `directory` after checking that it is complete and as it was written.
+    def open(directory: str | Path, check: str = "size", cache: CacheSettings | None = None) -> Corpus:
+        """Open the corpus in `directory`: manifest, table of shards and tokenizer are checked, shards when first read.
 
-        `check`: "hash" compares the size and the xxh3 of every shard with the manifest (about 10 GB/s), "size" only
-        the sizes. Raises CorpusError, naming the first faulty file.
+        `check`: what is looked at of every shard beforehand. "none": nothing; "size": its file is there and has its
+        size; "hash": every byte (about 10 GB/s). Raises CorpusError, naming the first faulty file.
+
+        `directory` may be a URL of any file system that fsspec knows; its shards are read through `cache`, and `check`
+        does not apply.
         """
-        if check not in ("hash", "size"):
-            raise ValueError(f"Corpus.open: check must be 'hash' or 'size', got '{check}'")
+        if check not in CHECKS:
+            raise ValueError(f"Corpus.open: check must be one of {', '.join(CHECKS)}, got '{check}'")
+        if is_remote(directory):
+            return Corpus._open_remote(str(directory), cache)
         directory = Path(directory)
         manifest = Manifest.read(directory)
-        if not manifest.shards:
+        if not len(manifest.shards):
             raise CorpusError(f"{directory}: the corpus is empty; prepare it again from a source that holds documents")
-        for entry in manifest.shards:
-            problem = check_shard_file(directory, entry, with_hash=check == "hash")
-            if problem:
-                raise CorpusError(f"{directory / entry.file}: {problem}; restore it or prepare the corpus again")
+        if check != "none":
+            _check_sizes(directory, manifest)
+        if check == "hash":
+            for entry in manifest.shards:
+                problem = check_shard_file(directory, entry, with_hash=True)
+                if problem:
+                    raise CorpusError(f"{directory / entry.file}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
+        corpus.tokenizer()
+        return corpus
+
+    @staticmethod
+    def _open_remote(url: str, cache: CacheSettings | None) -> Corpus:
+        if cache is None:
+            raise CorpusError(f"{url}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
+        remote = RemoteCorpus(url, cache)
+        remote.copy_description()
+        manifest = Manifest.read(remote.folder)
+        if not len(manifest.shards):
+            raise CorpusError(f"{url}: the corpus is empty; prepare it again from a source that holds documents")
+        remote.use(manifest)
+        corpus = Corpus(url, manifest, remote)
         corpus.tokenizer()
         return corpus
 
@@ -71,7 +96,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = self.directory / entry.file
+            path = self.folder / entry.file
             if not path.is_file():
                 raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
             try:
@@ -113,9 +138,26 @@ class Corpus:
                 f"{self.directory}: no source '{source}' in split '{split}'; it has {', '.join(self.sources(split))}"
             )
         if (split, source) not in self._sequences:
-            entries = [e for e in self.manifest.shards if e.split == split and e.source == source]
-            self._sequences[split, source] = TokenSequence(self.directory, entries, self.manifest)
+            rows = self.manifest.shards.rows(split, source)
+            self._sequences[split, source] = TokenSequence(self.manifest, rows, self._files)
         return self._sequences[split, source]
+
+    def _shard_path(self, row: int) -> Path:
+        return self.folder / self.manifest.shards.file(row)
+
+
+def _check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Raises CorpusError for the first shard whose file is missing or has another size."""
+    folder = str(directory)
+    for row, expected in enumerate(manifest.shards.bytes.tolist()):
+        path = os.path.join(folder, manifest.shards.file(row))
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            raise CorpusError(f"{path}: the shard is missing; {RESTORE}") from None
+        if size != expected:
+            kind = "truncated" if size < expected else "altered"
+            raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {expected}; {RESTORE}")
 
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:
@@ -133,92 +175,11 @@ def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_s
     found = hash_file(path, with_sha256)
     for number, (mine, theirs) in enumerate(zip(found.xxh3_64_blocks, entry.xxh3_64_blocks, strict=False)):
         if mine != theirs:
-            return f"altered: the 4 MiB block {number} has another content than when it was written (xxh3 differs)"
+            first, last = number * BLOCK_BYTES, min(size, (number + 1) * BLOCK_BYTES) - 1
+            return (
+                f"altered: the {BLOCK_BYTES / 2**20:g} MiB block {number} (bytes {first} to {last}) has another "
+                "content than when it was written (xxh3 differs)"
+            )
     if found.xxh3_128 != entry.xxh3_128 or with_sha256 and found.sha256 != entry.sha256:
         return "altered: it has another content than when it was written (checksum differs)"
     return None
-
-
-class TokenSequence:
-    """The shards of one source as one long sequence of tokens, read by memory mapping. Safe to use from threads."""
-
-    def __init__(self, directory: Path, entries: list[ShardEntry], manifest: Manifest):
-        self.entries = entries
-        self._directory = directory
-        self._manifest = manifest
-        self._bounds = list(accumulate((entry.tokens for entry in entries), initial=0))
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def tokens(self) -> int:
-        return self._bounds[-1]
-
-    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(shard number, first token, end) of each shard that holds a part of [start, stop), within the shard."""
-        number = bisect_right(self._bounds, start) - 1
-        while start < stop:
-            base, bound = self._bounds[number], self._bounds[number + 1]
-            end = min(stop, bound)
-            yield number, start - base, end - base
-            start = end
-            number += 1
-
-    def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Copy the tokens from position `start` on into `tokens` [n], and set `starts` (bool [n]) at document starts.
-
-        A document starts at position 0 and at each end-of-document id: the id that closes a document opens the next
-        one. Ends are found by offsets, never by the value of an id.
-        """
-        place = 0
-        for number, first, end in self.parts(start, start + len(tokens)):
-            shard = self.shard(number)
-            tokens[place : place + end - first] = shard.tokens[first:end]
-            # Scalars of the offsets' own type: any other would convert the whole memory-mapped array.
-            low, high = shard.offsets.searchsorted(np.array((first + 1, end + 1), dtype=shard.offsets.dtype))
-            if low < high:
-                starts[shard.offsets[low:high] + (place - first - 1)] = True
-            place += end - first
-        if start == 0:
-            starts[:1] = True
-
-    def shard(self, number: int) -> Shard:
-        """Shard `number` of this sequence, mapped. Raises CorpusError when it is not what the manifest describes."""
-        with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
-                shard = self._open_shard(self.entries[number])
-                self._open[number] = shard
-                if len(self._open) > MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
-            return shard
-
-    def _open_shard(self, entry: ShardEntry) -> Shard:
-        path = self._directory / entry.file
-        shard = Shard(path)
-        for key, value in shard_metadata(entry, self._manifest.tokenizer.fingerprint).items():
-            if shard.metadata.get(key) != value:
-                raise CorpusError(
-                    f"{path}: its {key} is '{shard.metadata.get(key)}', the manifest says '{value}'; "
-                    "restore the shard or prepare the corpus again"
-                )
-        shape = (shard.documents, len(shard.tokens), shard.tokens.dtype)
-        if shape != (entry.documents, entry.tokens, token_dtype(self._manifest.tokenizer.vocab_size)):
-            raise CorpusError(
-                f"{path}: {shape[0]} documents and {shape[1]} {shape[2]} tokens, the manifest says {entry.documents} "
-                f"and {entry.tokens} {self._manifest.token_dtype}; restore the shard or prepare the corpus again"
-            )
-        return shard
-
-
-def shard_metadata(entry: ShardEntry, tokenizer_fingerprint: str) -> dict[str, str]:
-    """What the schema of a shard repeats of its manifest entry."""
-    return {
-        "shard_format_version": str(SHARD_FORMAT_VERSION),
-        "split": entry.split,
-        "source": entry.source,
-        "unit": str(entry.unit),
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-    }

@@ -1,5 +1,6 @@
 """`manifest.json`: what a prepared corpus consists of, with sizes and checksums; the corpus' identity is its hash.
 
+It stays small at any size of corpus: the shards are rows of `shards.arrow` (shard_table.py), whose checksum it holds.
 Written last and atomically: a folder without a manifest is not a corpus. It holds no clock time, no host name and no
 absolute path: the same input and settings give the same bytes.
 """
@@ -10,14 +11,18 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import CorpusError
+from data_pipeline.shard_table import ShardEntry, ShardTable, ShardTableEntry
 from data_pipeline.shards import write_atomically
 
+__all__ = ["InputsEntry", "Manifest", "ReportEntry", "ShardEntry", "ShardTable", "TokenizerEntry", "canonical_json"]
+
 FORMAT = "xlstm-pretrain corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 
@@ -35,23 +40,6 @@ class TokenizerEntry:
     eod_id: int
     eod_token: str
     probe_sha256: str
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard: what it holds and the checksums of its file."""
-
-    file: str
-    split: str
-    source: str
-    unit: int
-    documents: int
-    tokens: int
-    text_bytes: int
-    bytes: int
-    sha256: str
-    xxh3_128: str
-    xxh3_64_blocks: list[str]
 
 
 @dataclass(frozen=True)
@@ -78,33 +66,53 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. `splits`: split -> source -> {"documents", "tokens", "text_bytes"}, sums over `shards`."""
+    """The whole manifest; `shards` is the table of shards, one `ShardEntry` a row."""
 
     settings: dict[str, Any]
     tokenizer: TokenizerEntry
     token_dtype: str
     block_bytes: int
-    splits: dict[str, dict[str, dict[str, int]]]
-    shards: list[ShardEntry]
+    shards: ShardTable
     inputs: InputsEntry
     report: ReportEntry
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
+    def splits(self) -> dict[str, dict[str, dict[str, int]]]:
+        """split -> source -> {"documents", "tokens", "text_bytes"}, sums over `shards`."""
+        return self.shards.sums()
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "token_dtype": self.token_dtype,
+            "block_bytes": self.block_bytes,
+            "splits": self.splits,
+            "shards": dataclasses.asdict(self.shards.entry),
+            "inputs": dataclasses.asdict(self.inputs),
+            "report": dataclasses.asdict(self.report),
+        }
+
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON of everything above."""
-        return hashlib.sha256(canonical_json(dataclasses.asdict(self)).encode()).hexdigest()
+        """sha256 of the canonical JSON of everything above, the checksum of the table of shards included."""
+        return hashlib.sha256(canonical_json(self._document()).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder` atomically."""
-        document = {**dataclasses.asdict(self), "fingerprint": self.fingerprint}
+        """Write `shards.arrow`, then `manifest.json`, into `folder`, each atomically."""
+        self.shards.write(folder)
+        document = {**self._document(), "fingerprint": self.fingerprint}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
         write_atomically(folder / MANIFEST_FILE, lambda put: put(text.encode()))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Read and check `manifest.json`. Raises CorpusError when it is missing, altered or of another version."""
+        """Read and check `manifest.json` and map `shards.arrow`.
+
+        Raises CorpusError when one is missing, altered or of another version, naming the file.
+        """
         path = folder / MANIFEST_FILE
         if not folder.is_dir():
             raise CorpusError(f"{folder}: no such folder; prepare a corpus with `python -m data_pipeline prepare`")
@@ -121,42 +129,33 @@ class Manifest:
             raise CorpusError(f"{path}: not a corpus manifest (its 'format' is not '{FORMAT}')")
         if document.get("format_version") != FORMAT_VERSION:
             raise CorpusError(
-                f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION}; "
-                "prepare the corpus again or use the release that wrote it"
+                f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION} "
+                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again or use the "
+                "release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
         if hashlib.sha256(canonical_json(document).encode()).hexdigest() != recorded:
             raise CorpusError(f"{path}: altered after it was written (its fingerprint does not match); {_ADVICE}")
         try:
-            return _from_document(document)
+            manifest = _from_document(document, folder)
         except (TypeError, KeyError) as error:
             raise CorpusError(f"{path}: keys missing or unknown ({error}); {_ADVICE}") from None
+        if manifest.fingerprint != recorded:
+            raise CorpusError(f"{path}: its sums are not those of {manifest.shards.entry.file}; {_ADVICE}")
+        return manifest
 
 
 _ADVICE = "restore the file or prepare the corpus again"
 
 
-def _from_document(document: dict[str, Any]) -> Manifest:
-    parts = {
-        "tokenizer": TokenizerEntry(**document.pop("tokenizer")),
-        "shards": [ShardEntry(**entry) for entry in document.pop("shards")],
-        "inputs": InputsEntry(**document.pop("inputs")),
-        "report": ReportEntry(**document.pop("report")),
-    }
-    return Manifest(**document, **parts)
+def _from_document(document: dict[str, Any], folder: Path) -> Manifest:
+    fields = {key: value for key, value in document.items() if key not in ("format", "format_version", "splits")}
+    parts = {"tokenizer": TokenizerEntry, "inputs": InputsEntry, "report": ReportEntry, "shards": ShardTableEntry}
+    fields |= {key: kind(**document[key]) for key, kind in parts.items()}
+    fields["shards"] = ShardTable.read(folder, fields["shards"])
+    return Manifest(**fields)
 
 
 def canonical_json(value: Any) -> str:
     """The one spelling of `value` that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def summarise(shards: list[ShardEntry]) -> dict[str, dict[str, dict[str, int]]]:
-    """Documents, tokens and text bytes of each source of each split."""
-    splits: dict[str, dict[str, dict[str, int]]] = {}
-    for shard in shards:
-        empty = {"documents": 0, "tokens": 0, "text_bytes": 0}
-        sums = splits.setdefault(shard.split, {}).setdefault(shard.source, empty)
-        for key in sums:
-            sums[key] += getattr(shard, key)
-    return splits

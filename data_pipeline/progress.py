@@ -4,63 +4,116 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 
 from tqdm import tqdm
 
-# Seconds between two lines where no bar can be drawn.
+# Seconds between two lines where no bar can be drawn, between two looks at the meters, and at what others finished.
 PLAIN_INTERVAL = 15.0
+TICK_INTERVAL = 0.5
+RESCAN_INTERVAL = 10.0
+# Numbers of a meter: bytes read of the unit in work; documents and tokens written in all.
+METER_LENGTH = 3
+
+
+class Meter:
+    """Where one worker counts; `numbers` may lie in memory shared with the process that shows the progress."""
+
+    def __init__(self, numbers: MutableSequence[int], tick: Callable[[], None] = lambda: None):
+        self._numbers = numbers
+        self._tick = tick
+
+    def add_bytes(self, count: int) -> None:
+        """Some bytes of the input have been read."""
+        self._numbers[0] += count
+        self._tick()
+
+    def add_documents(self, documents: int, tokens: int) -> None:
+        """Some documents have become tokens."""
+        self._numbers[1] += documents
+        self._numbers[2] += tokens
+        self._tick()
+
+    def end_unit(self) -> None:
+        """The unit in work is finished, or given up."""
+        self._numbers[0] = 0
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere. Sizes in bytes on disk; 0 in all: documents are counted."""
+    """A bar on a terminal, a line now and then elsewhere.
 
-    def __init__(self, total_bytes: int, done_bytes: int, log: Callable[[str], None], shown: bool):
-        self._total = total_bytes
-        self._done = done_bytes
-        self._start_bytes = done_bytes
-        self._documents = 0
-        self._tokens = 0
+    `unit_bytes`: bytes on disk of every unit; when all are 0, documents are counted. `finished`: the numbers of all
+    finished units, whoever finished them. `meters`: the numbers of this command's workers.
+    """
+
+    def __init__(
+        self,
+        unit_bytes: list[int],
+        finished: Callable[[], set[int]],
+        meters: list[MutableSequence[int]],
+        log: Callable[[str], None],
+        shown: bool,
+    ):
+        self._unit_bytes = unit_bytes
+        self._total = sum(unit_bytes)
+        self._finished = finished
+        self._meters = meters
         self._log = log
-        self._started = self._last_line = time.monotonic()
+        self._units_done = 0
+        self._finished_bytes = 0
+        self._rescan()
+        self._start_bytes = self._done = self._finished_bytes
+        self._started = self._last_line = self._last_scan = time.monotonic()
+        self._last_tick = 0.0
+        self._shown = shown
         self._plain = shown and not sys.stderr.isatty()
         self._bar = tqdm(
-            total=total_bytes or None,
-            initial=done_bytes,
-            unit="B" if total_bytes else "document",
+            total=self._total or None,
+            initial=self._done,
+            unit="B" if self._total else "document",
             unit_scale=True,
             desc="preparing",
             disable=not shown or self._plain,
             dynamic_ncols=True,
         )
 
-    def add_bytes(self, count: int) -> None:
-        """Some bytes of the input have been read."""
-        self._done += count
-        if self._total:
-            self._bar.update(count)
+    def _rescan(self) -> None:
+        finished = self._finished()
+        self._units_done = len(finished)
+        self._finished_bytes = sum(self._unit_bytes[number] for number in finished)
 
-    def add_document(self, tokens: int) -> None:
-        """A document has become tokens."""
-        self._documents += 1
-        self._tokens += tokens
-        if not self._total:
-            self._bar.update(1)
-        if self._documents % 64 == 0:
-            self._bar.set_postfix_str(f"{self._documents:,} documents, {self._tokens / 1e6:.1f}M tokens", refresh=False)
-            if self._plain and time.monotonic() - self._last_line > PLAIN_INTERVAL:
-                self._write_line()
-
-    def _write_line(self) -> None:
-        self._last_line = time.monotonic()
-        rate = (self._done - self._start_bytes) / (self._last_line - self._started)
-        counts = f"{self._documents:,} documents, {self._tokens / 1e6:.1f}M tokens"
-        if not self._total or rate <= 0:
-            self._log(f"preparing: {counts}")
+    def tick(self) -> None:
+        """Show the present state, unless that was done a moment ago."""
+        now = time.monotonic()
+        if not self._shown or now - self._last_tick < TICK_INTERVAL:
             return
-        left = (self._total - self._done) / rate
+        self._last_tick = now
+        writes_line = self._plain and now - self._last_line > PLAIN_INTERVAL
+        if writes_line or now - self._last_scan > RESCAN_INTERVAL:
+            self._last_scan = now
+            self._rescan()
+        documents = sum(meter[1] for meter in self._meters)
+        tokens = sum(meter[2] for meter in self._meters)
+        before = self._done if self._total else self._bar.n
+        # Never backwards: what a unit had read leaves its meter before the unit is seen to be finished.
+        self._done = max(self._done, self._finished_bytes + sum(meter[0] for meter in self._meters))
+        self._bar.update((self._done if self._total else documents) - before)
+        counts = f"{documents:,} documents, {tokens / 1e6:.1f}M tokens"
+        self._bar.set_postfix_str(f"{self._units_done}/{len(self._unit_bytes)} units, {counts}", refresh=False)
+        if writes_line:
+            self._last_line = now
+            self._log(f"preparing: {self._state(now)}{counts}")
+
+    def _state(self, now: float) -> str:
+        rate = (self._done - self._start_bytes) / (now - self._started)
+        if not self._total or rate <= 0:
+            return ""
         share = self._done / self._total
-        self._log(f"preparing: {share:.0%}, {rate / 1e6:.1f} MB/s, {left / 60:.1f} minutes left; {counts}")
+        minutes = (self._total - self._done) / rate / 60
+        return (
+            f"{share:.0%}, {self._units_done}/{len(self._unit_bytes)} units, {rate / 1e6:.1f} MB/s, {minutes:.1f} "
+            "minutes left; "
+        )
 
     def __enter__(self) -> Progress:
         return self

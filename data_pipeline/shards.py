@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,10 @@ def hash_file(path: Path, with_sha256: bool = True, on_bytes: Callable[[int], No
 def write_atomically(path: Path, write: Callable[[Callable[[bytes], object]], None]) -> FileHashes:
     """Create `path` so that at any kill it is absent, as before, or complete; returns its checksums.
 
-    `write` gets a function that takes bytes. The data go to `<path>.partial`, are flushed to the disk, then renamed.
+    `write` gets a function that takes bytes. The data go to a file of their own, `<path>.<random>.partial`, are flushed
+    to the disk, then renamed: processes that write the same path do not meet.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     hasher = _Hasher()
     try:
         with open(partial, "wb") as file:
@@ -150,6 +152,11 @@ class ShardBuilder:
         self._text_bytes: list[int] = []
         self.tokens = 0
 
+    def _check(self, ids: np.ndarray) -> None:
+        lowest = int(ids.min()) if ids.size and ids.dtype.kind == "i" else 0
+        if ids.size and (lowest < 0 or int(ids.max()) >= self._vocab_size):
+            raise CorpusError(f"the tokenizer gave an id outside its vocabulary of {self._vocab_size}")
+
     @property
     def documents(self) -> int:
         return len(self._lengths)
@@ -163,20 +170,26 @@ class ShardBuilder:
         return self.tokens * self._eod.itemsize
 
     def add(self, ids: np.ndarray, text: bytes) -> None:
-        """Append a document: its token ids [n] without the end-of-document id, and its UTF-8 text."""
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-            raise CorpusError(f"the tokenizer gave an id outside its vocabulary of {self._vocab_size}")
-        self._parts += [ids.astype(self._eod.dtype), self._eod]
+        """Append a document: its token ids [n] without the end-of-document id, and its UTF-8 text.
+
+        Ids of the shard's own type are kept as a view and checked when the shard is written. Raises CorpusError.
+        """
+        if ids.dtype != self._eod.dtype:
+            self._check(ids)
+            ids = ids.astype(self._eod.dtype)
+        self._parts += (ids, self._eod)
         self._lengths.append(len(ids) + 1)
         self._hashes.append(xxhash.xxh3_64_intdigest(text))
         self._text_bytes.append(len(text))
         self.tokens += len(ids) + 1
 
     def write(self, path: Path, metadata: dict[str, str]) -> FileHashes:
-        """Write the shard atomically with `metadata` in its schema."""
+        """Write the shard atomically with `metadata` in its schema. Raises CorpusError for an id that cannot be."""
         offsets = np.concatenate(([0], np.cumsum(self._lengths, dtype=np.int64))).astype(np.int32)
+        tokens = np.concatenate(self._parts)
+        self._check(tokens)
         columns = {
-            "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._parts))),
+            "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
             "document_hash": pa.array(np.array(self._hashes, dtype=np.uint64)),
             "text_bytes": pa.array(np.array(self._text_bytes, dtype=np.uint32)),
         }
@@ -203,12 +216,13 @@ class Shard:
     def __init__(self, path: Path):
         try:
             self._map = pa.memory_map(str(path), "r")
-            reader = pa.ipc.open_file(self._map)
+            self._data = self._map.read_buffer()
+            reader = pa.ipc.open_file(self._data)
             if reader.num_record_batches != 1:
                 raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of 1")
             batch = reader.get_batch(0)
             self.metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-            column = batch.column("tokens")
+            column = self._column = batch.column("tokens")
             self.tokens = column.values.to_numpy(zero_copy_only=True)
             self.offsets = column.offsets.to_numpy(zero_copy_only=True)
             self.document_hashes = batch.column("document_hash").to_numpy(zero_copy_only=True)
@@ -222,6 +236,11 @@ class Shard:
     def documents(self) -> int:
         return len(self.offsets) - 1
 
+    def column_places(self) -> tuple[int, int]:
+        """Byte offsets in the file of `tokens` and of `offsets`."""
+        _, offsets, _, tokens = self._column.buffers()
+        return tokens.address - self._data.address, offsets.address - self._data.address
+
     def problems(self, vocab_size: int, eod_id: int) -> list[str]:
         """Structural faults: offsets that do not rise, ids outside the vocabulary, documents without their end."""
         problems = []
@@ -230,7 +249,15 @@ class Shard:
         if self.tokens.dtype != token_dtype(vocab_size):
             problems.append(f"token ids are {self.tokens.dtype}, not {token_dtype(vocab_size)}")
         if len(self.tokens) and int(self.tokens.max()) >= vocab_size:
-            problems.append(f"token id {int(self.tokens.max())} is outside the vocabulary of {vocab_size}")
-        if (self.tokens[self.offsets[1:] - 1] != eod_id).any():
-            problems.append(f"a document does not end with the end-of-document id {eod_id}")
+            place = int(self.tokens.argmax())
+            problems.append(f"token {place}: id {int(self.tokens[place])} is outside the vocabulary of {vocab_size}")
+        ends = self.offsets[1:] - 1
+        if len(open_ended := np.flatnonzero(self.tokens[ends] != eod_id)):
+            problems.append(f"document {open_ended[0]} does not end with the end-of-document id {eod_id}")
+        elif len(found := np.flatnonzero(self.tokens == eod_id)) != self.documents:
+            within = np.setdiff1d(found, ends)[0]
+            document = int(np.searchsorted(self.offsets, within, side="right")) - 1
+            problems.append(
+                f"document {document} holds the end-of-document id {eod_id} before its end, at token {within}"
+            )
         return problems

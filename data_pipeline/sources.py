@@ -1,4 +1,4 @@
-"""Documents from text trees, JSON lines, Parquet, Hugging Face data sets and Python's standard library.
+"""Documents from text trees, JSON lines, Parquet, Arrow, Hugging Face data sets and Python's standard library.
 
 A source lists its inputs in a fixed order (numbers in names compare as numbers) and reads each one on its own, so that
 what comes out of an input depends on nothing else. Every record comes out as a Document or as a Rejection.
@@ -16,9 +16,12 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data_pipeline.archives import TruncatedArchiveError, read_lines
+import xxhash
+
+from data_pipeline import columns
+from data_pipeline.archives import DamagedArchiveError, OversizedLine, read_lines
 from data_pipeline.config import DataConfig, SplitConfig
 from data_pipeline.errors import PrepareError
 
@@ -34,6 +37,24 @@ SPLIT_NAMES = {
 OnBytes = Callable[[int], None]
 
 
+def _parse_json(line: bytes | memoryview) -> Any:
+    """What the standard library makes of a line; integers become floats, which have no limit of digits.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(bytes(line), parse_int=float)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+try:
+    # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
+    from orjson import loads as _parse_json_fast
+except ImportError:
+    _parse_json_fast = _parse_json
+
+
 @dataclass(frozen=True)
 class InputFile:
     """One input. `name`: relative, with '/'. `bytes`: size on disk (0: unknown). `split`: where it is given."""
@@ -43,8 +64,7 @@ class InputFile:
     split: str | None = None
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text. `position`: its line (JSON lines) or row in `file`, from 1; 0: the file as a whole."""
 
     text: str
@@ -56,14 +76,15 @@ class Document:
     unlabelled: bool = False
 
 
-@dataclass(frozen=True)
-class Rejection:
+class Rejection(NamedTuple):
     """A record that gives no document, and why."""
 
     file: str
     position: int
     reason: str
     detail: str
+    # What came from the file before is not to be used either.
+    whole_file: bool = False
 
 
 class Source(abc.ABC):
@@ -74,6 +95,7 @@ class Source(abc.ABC):
 
     def __init__(self, config: DataConfig):
         self.config = config
+        self._label_path = config.source_field.split(".") if config.source_field else []
 
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:
@@ -83,41 +105,65 @@ class Source(abc.ABC):
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         """The records of one input in order; `on_bytes` is told how much of it has been read."""
 
-    def document(self, item: InputFile, text: str, position: int, label: Any = None) -> Document:
+    def document(self, item: InputFile, text: str, position: int, label: Any = None) -> Document | Rejection:
+        if len(text) > self.config.max_record_bytes:
+            return self._too_large(item, position, f"{len(text)} characters")
         split = item.split
         if split is None:
             by_document = self.config.split.unit == "document"
-            split = split_by_hash(text if by_document else item.name, self.config.split)
+            split = (
+                split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
+            )
         labelled = isinstance(label, str) and label != ""
         unlabelled = self.config.source_field is not None and not labelled
         return Document(text, label if labelled else self.config.source, split, item.name, position, unlabelled)
 
+    def _too_large(self, item: InputFile, position: int, size: str) -> Rejection:
+        detail = f"{size}, data.max_record_bytes is {self.config.max_record_bytes}"
+        return Rejection(item.name, position, "too_large", detail)
+
     def from_record(self, item: InputFile, record: Any, position: int) -> Document | Rejection:
         """The document of a record with fields."""
+        if isinstance(record, UnicodeDecodeError):
+            return Rejection(item.name, position, "not_utf8", f"byte {record.start} of a field: {record.reason}")
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            return Rejection(item.name, position, "malformed", f"not a record with fields but {kind}")
+            return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
         text = record.get(self.config.text_field)
         if not isinstance(text, str):
-            found = "no such field" if self.config.text_field not in record else f"it is {type(text).__name__}"
+            found = "no such field" if self.config.text_field not in record else f"it is {_kind(text)}"
             return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
-        label = look_up(record, self.config.source_field) if self.config.source_field else None
+        label = look_up(record, self._label_path) if self._label_path else None
         return self.document(item, text, position, label)
 
 
-def split_by_hash(identity: str, split: SplitConfig) -> str:
-    """The split of a file name or a text: a pure function of it and of `split.seed`."""
-    key = json.dumps([split.seed, identity], ensure_ascii=True)
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null", str: "a string"}
+    return names.get(type(value), "a number")
+
+
+def split_by_name(name: str, split: SplitConfig) -> str:
+    """The split of a file: a pure function of its name and of `split.seed`."""
+    key = json.dumps([split.seed, name], ensure_ascii=True)
+    return _split_at(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64, split)
+
+
+def split_by_text(text: str, split: SplitConfig) -> str:
+    """The split of a document: a pure function of its text and of `split.seed`, which prefixes what is hashed."""
+    digest = xxhash.xxh3_64(f"{split.seed} ".encode())
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return _split_at(digest.intdigest() / 2**64, split)
+
+
+def _split_at(share: float, split: SplitConfig) -> str:
     if share < split.validation_fraction:
         return "validation"
     return "test" if share < split.validation_fraction + split.test_fraction else "train"
 
 
-def look_up(record: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; a string on the way is read as JSON (some copies of SlimPajama store `meta` so)."""
+def look_up(record: dict[str, Any], path: list[str]) -> Any:
+    """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
     value: Any = record
-    for part in path.split("."):
+    for part in path:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -190,7 +236,11 @@ class TextSource(FileSource):
     """Each file is one document, in UTF-8, kept exactly. Also the standard library."""
 
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
-        data = (self.root / item.name).read_bytes()
+        path = self.root / item.name
+        if path.stat().st_size > self.config.max_record_bytes:
+            yield self._too_large(item, 0, f"{path.stat().st_size} bytes")
+            return
+        data = path.read_bytes()
         on_bytes(len(data))
         try:
             text = data.decode("utf-8")
@@ -200,62 +250,64 @@ class TextSource(FileSource):
         yield self.document(item, text, 0)
 
 
-class JsonLinesSource(FileSource):
-    """One JSON object a line; plain, .gz, .zst or .zstd."""
+class RecordSource(FileSource):
+    """Files of records with fields: JSON lines, Parquet or Arrow, or what each file's ending says."""
 
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        kind = self.config.kind
+        if kind == "records":
+            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
+        if kind == "jsonl":
+            return self._read_json_lines(item, on_bytes)
+        return self._read_columns(item, on_bytes, columns.read_parquet if kind == "parquet" else columns.read_arrow)
+
+    def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         position = 0
         try:
-            for line in read_lines(self.root / item.name, on_bytes):
+            for line in read_lines(self.root / item.name, self.config.max_record_bytes, on_bytes):
                 position += 1
                 yield self._parse(item, line, position)
-        except TruncatedArchiveError as error:
-            yield Rejection(item.name, position + 1, "damaged_archive", f"{error}; what follows is lost")
+        except DamagedArchiveError as error:
+            detail = f"{error}; nothing of the file is used"
+            yield Rejection(item.name, position + 1, "damaged_archive", detail, whole_file=True)
 
-    def _parse(self, item: InputFile, line: bytes, position: int) -> Document | Rejection:
-        if not line.strip():
-            return Rejection(item.name, position, "empty", "a blank line")
+    def _parse(self, item: InputFile, line: bytes | memoryview | OversizedLine, position: int) -> Document | Rejection:
+        if isinstance(line, OversizedLine):
+            return self._too_large(item, position, f"a line of {line.bytes} bytes")
         try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            return Rejection(item.name, position, "not_utf8", f"byte {error.start} of the line: {error.reason}")
-        except (ValueError, RecursionError) as error:
-            return Rejection(item.name, position, "malformed", f"not JSON: {error}")
+            record = _parse_json_fast(line)
+        except ValueError:
+            try:
+                record = _parse_json(line)
+            except ValueError as error:
+                return _not_json(item, bytes(line), position, error)
         return self.from_record(item, record, position)
 
-
-class ParquetSource(FileSource):
-    """Rows of Parquet files."""
-
-    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
-        import pyarrow as pa
-        import pyarrow.parquet
-
+    def _read_columns(
+        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[list[columns.Record], float]]]
+    ) -> Iterator[Document | Rejection]:
         position = 0
         told = 0
         try:
-            file = pa.parquet.ParquetFile(self.root / item.name)
-            rows = max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=self._columns(item, file.schema_arrow.names)):
-                for record in batch.to_pylist():
+            for records, share in read(self.root / item.name, item.name, self.config):
+                for record in records:
                     position += 1
                     yield self.from_record(item, record, position)
-                done = item.bytes * position // rows
+                done = int(item.bytes * share)
                 on_bytes(done - told)
                 told = done
-        except (pa.ArrowException, OSError) as error:
+            on_bytes(item.bytes - told)
+        except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             yield Rejection(item.name, position + 1, "damaged_archive", f"{first_line}; what follows is lost")
 
-    def _columns(self, item: InputFile, names: list[str]) -> list[str]:
-        if self.config.text_field not in names:
-            raise PrepareError(
-                f"{item.name}: no column '{self.config.text_field}', only {', '.join(names)}; set data.text_field"
-            )
-        wanted = [self.config.text_field]
-        if self.config.source_field and self.config.source_field.split(".")[0] in names:
-            wanted.append(self.config.source_field.split(".")[0])
-        return wanted
+
+def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) -> Rejection:
+    if not line.strip():
+        return Rejection(item.name, position, "empty", "a blank line")
+    if isinstance(error, UnicodeDecodeError):
+        return Rejection(item.name, position, "not_utf8", f"byte {error.start} of the line: {error.reason}")
+    return Rejection(item.name, position, "malformed", f"not JSON: {error}")
 
 
 class DatasetsSource(Source):
@@ -318,8 +370,10 @@ def open_source(config: DataConfig) -> Source:
     kinds: dict[str, type[Source]] = {
         "standard_library": TextSource,
         "text": TextSource,
-        "jsonl": JsonLinesSource,
-        "parquet": ParquetSource,
+        "jsonl": RecordSource,
+        "parquet": RecordSource,
+        "arrow": RecordSource,
+        "records": RecordSource,
         "datasets": DatasetsSource,
     }
     return kinds[config.kind](config)

@@ -1,51 +1,35 @@
-"""Batches of packed samples from a corpus. Axes: B batch (samples), S sequence.
+"""Samples of a run from a corpus. Axes: B batch (samples), S sequence.
 
-Sample k of a source is tokens [k * S, k * S + S] of it: S inputs and, one further, S targets. Which sample is number i
-of the run is a pure function of (corpus, split, sequence length, seed, weights, i), see `mixture.py`; so the whole
-state of reading is one integer, and ranks, workers and restarts do not change the order.
+Concatenated, sample k of a source is tokens [k * S, k * S + S] of it: S inputs and, one further, S targets; packed by
+best fit, it is what `packing.py` plans. Which sample is number i of the run is a pure function of (corpus, split,
+sequence length, seed, mixture, packing, i), see `mixture.py`; so the whole state of reading is one integer, and ranks,
+workers and restarts do not change the order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
-import torch
 
-from data_pipeline.corpus import Corpus, TokenSequence
+from data_pipeline.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
+from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
-from data_pipeline.manifest import canonical_json
-from data_pipeline.mixture import Mixture
+from data_pipeline.loader import StepLoader
+from data_pipeline.manifest import FORMAT_VERSION, canonical_json
+from data_pipeline.mixture import Mixture, MixtureConfig
 from data_pipeline.order import ORDER_VERSION
-from data_pipeline.shards import token_dtype
+from data_pipeline.packing import PACKINGS, open_plan
 
-__all__ = ["Batch", "Corpus", "CorpusError", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
+__all__ = ["MASKED", "Batch", "Lanes", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
 
-MASKED = -100
 # Neighbouring samples whose places are computed in one go: the cost of a call is that of a thousand.
 LOCATED_TOGETHER = 1024
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed samples on the CPU.
-
-    tokens: int64 [B, S]. targets: int64 [B, S], the next token, MASKED (-100) where there is none to predict.
-    document_start: bool [B, S], True where a recurrent state must start empty: at the end-of-document id that opens the
-    next document, and at the first token of a source. sources: label of each sample, [B].
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    document_start: torch.Tensor
-    sources: list[str]
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,19 @@ class SampleOrigin:
     parts: list[tuple[str, int, int]]
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """Consecutive samples for training that carries state from one batch to the next.
+
+    Each source is cut into segments of `windows` consecutive samples. Sample i of the run is in lane i % count, which
+    is the global batch size; a lane reads a segment to its end, then another. So row l of a step goes on where row l of
+    the step before ended, except where a segment begins, and there `document_start` is set.
+    """
+
+    count: int
+    windows: int
+
+
 def _check_length(sequence_length: int) -> None:
     if sequence_length < 1:
         raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
@@ -67,8 +64,9 @@ def _check_length(sequence_length: int) -> None:
 class SampleStream:
     """The endless, seeded order of the samples of one split.
 
-    `weights`: share of each source in the samples; None: all samples of all sources, each once an epoch. Raises
-    CorpusError when the split is missing or shorter than one sample, ValueError for weights that cannot be used.
+    `packing`: "concatenate" or "best_fit" (its plan is kept in `packing_directory`). `on_corrupt`: "fail", or "skip" to
+    mask samples that touch a damaged shard. `pin`: batches in page-locked memory. Raises CorpusError when the split is
+    missing or shorter than one sample, ValueError for settings that cannot be used.
     """
 
     def __init__(
@@ -77,52 +75,117 @@ class SampleStream:
         split: str,
         sequence_length: int,
         seed: int,
-        weights: Mapping[str, float] | None = None,
+        mixture: MixtureConfig | None = None,
+        *,
+        packing: str = "concatenate",
+        packing_directory: Path | None = None,
+        lanes: Lanes | None = None,
+        on_corrupt: str = "fail",
+        pin: bool = False,
     ):
         _check_length(sequence_length)
+        if packing not in PACKINGS:
+            raise ValueError(f"packing: no such choice ({packing!r}); choose one of {', '.join(PACKINGS)}")
+        if lanes and (packing != "concatenate" or lanes.count < 1 or lanes.windows < 1):
+            raise ValueError(f"lanes need packing=concatenate and positive numbers, got {packing} and {lanes}")
         self.corpus = corpus
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed
-        sizes = {
-            source: max(0, (corpus.tokens(split, source) - 1) // sequence_length) for source in corpus.sources(split)
-        }
+        self.damage = DamagedSamples(on_corrupt)
+        self.plan = None
+        self._lanes = lanes
+        self._pin = pin
+        self._dtype = np.dtype(corpus.manifest.token_dtype)
+        sources = corpus.sources(split)
+        if packing == "best_fit":
+            self.plan = open_plan(corpus, split, sequence_length, packing_directory)
+            sizes = {source: self.plan.samples(source) for source in sources}
+        else:
+            span = sequence_length * (lanes.windows if lanes else 1)
+            sizes = {source: max(0, (corpus.tokens(split, source) - 1) // span) for source in sources}
         if not any(sizes.values()):
             raise CorpusError(
                 f"{corpus.directory}: split '{split}' has {corpus.tokens(split)} tokens, less than one sample of "
                 f"{sequence_length} + 1; use a shorter sequence length or more text"
             )
-        self.mixture = Mixture(sizes, weights, seed)
+        self.mixture = Mixture(sizes, mixture or MixtureConfig(), seed)
         self._sequences = [corpus.sequence(split, source) for source in self.mixture.sources]
         self._locate_run = lru_cache(maxsize=8)(self._compute_run)
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of all sources in use; without weights, that many in a row visit each sample exactly once."""
-        return self.mixture.samples_per_epoch
+        """Samples of all sources in use; without a mixture, that many in a row visit each sample exactly once."""
+        return self.mixture.samples_per_epoch * (self._lanes.windows if self._lanes else 1)
+
+    @property
+    def limit(self) -> int | None:
+        """Samples until every source has reached its cap; None: endless."""
+        if self._lanes is None or self.mixture.limit is None:
+            return self.mixture.limit
+        return self.mixture.limit // self._lanes.count * self._lanes.count * self._lanes.windows
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the order depends on, by name: equal identities mean that sample i is the same for every i."""
+        return {
+            "corpus": self.corpus.fingerprint,
+            "tokenizer": self.corpus.manifest.tokenizer.fingerprint,
+            "format_version": FORMAT_VERSION,
+            "order_version": ORDER_VERSION,
+            "split": self.split,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "mixture": self.mixture.identity,
+            "packing": self.plan.fingerprint if self.plan else "concatenate",
+            "lanes": [self._lanes.count, self._lanes.windows] if self._lanes else None,
+        }
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the order (hex sha256): equal fingerprints mean that sample i is the same for every i."""
-        identity = [self.corpus.fingerprint, ORDER_VERSION, self.split, self.sequence_length, self.seed]
-        return hashlib.sha256(canonical_json([*identity, self.mixture.quotas]).encode()).hexdigest()
+        """Identity of the order (hex sha256)."""
+        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
 
-    def batch(self, first_sample: int | Sequence[int] | np.ndarray, count: int | None = None) -> Batch:
-        """Samples first_sample ... first_sample + count - 1 of the run; or those of a sequence of indices."""
+    def batch(
+        self,
+        first_sample: int | Sequence[int] | np.ndarray,
+        count: int | None = None,
+        columns: Columns | None = None,
+    ) -> Batch:
+        """Samples first_sample ... first_sample + count - 1 of the run; or those of a sequence of indices.
+
+        `columns`: only these places of each sample; nothing else is read.
+        """
         if count is not None:
             indices = np.arange(first_sample, first_sample + count, dtype=np.int64)
         else:
             indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
         numbers, samples = self._locate(indices)
-        length = self.sequence_length
-        windows = [
-            (self._sequences[number], sample * length, length)
-            for number, sample in zip(numbers.tolist(), samples.tolist(), strict=True)
-        ]
-        return _pack(self.corpus, windows, length, [self.mixture.sources[number] for number in numbers])
+        columns = columns or Columns(0, self.sequence_length)
+        assembly = Assembly(len(indices), columns, self.corpus.eod_id, self.damage, self._pin)
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            sequence = self._sequences[number]
+            if self.plan:
+                source = self.mixture.sources[number]
+                assembly.add_packed(sequence, self._dtype, rows, self.plan, source, samples[rows])
+            else:
+                valid = np.full(len(rows), self.sequence_length)
+                assembly.add_windows(sequence, self._dtype, rows, samples[rows] * self.sequence_length, valid)
+        continues = None
+        if self._lanes:
+            continues = indices // self._lanes.count % self._lanes.windows > 0
+            if columns.begin == 0:
+                assembly.starts.numpy()[~continues, 0] = True
+        return assembly.finish([self.mixture.sources[number] for number in numbers.tolist()], continues)
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source number, sample of that source) of each index, computed for runs of neighbours at once."""
+        if self.limit is not None and indices.size and indices.max() >= self.limit:
+            raise ValueError(
+                f"epoch_caps: every source has reached its cap after {self.limit} samples; sample {indices.max()} does "
+                "not exist. Raise the caps or shorten the run"
+            )
         runs, places = np.divmod(indices, LOCATED_TOGETHER)
         found = np.empty((2, len(indices)), dtype=np.int64)
         for run in np.unique(runs).tolist():
@@ -131,18 +194,37 @@ class SampleStream:
         return found[0], found[1]
 
     def _compute_run(self, run: int) -> np.ndarray:
-        positions = np.arange(run * LOCATED_TOGETHER, (run + 1) * LOCATED_TOGETHER, dtype=np.int64)
-        numbers, _, samples = self.mixture.locate(positions)
+        end = (run + 1) * LOCATED_TOGETHER
+        if self.limit is not None:
+            # What lies beyond the last sample is refused when it is asked for, not when its neighbours are.
+            end = min(end, self.limit)
+        numbers, _, samples = self._locate_now(np.arange(run * LOCATED_TOGETHER, end, dtype=np.int64))
         return np.stack([numbers, samples])
+
+    def _locate_now(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self._lanes is None:
+            return self.mixture.locate(indices)
+        steps, lanes = np.divmod(indices, self._lanes.count)
+        turns, windows = np.divmod(steps, self._lanes.windows)
+        numbers, epochs, segments = self.mixture.locate(turns * self._lanes.count + lanes)
+        return numbers, epochs, segments * self._lanes.windows + windows
 
     def origin(self, index: int) -> SampleOrigin:
         """Where sample `index` of the run comes from, to trace a loss spike back to text."""
-        number, epoch, sample = (int(x[0]) for x in self.mixture.locate(np.array([index])))
-        sequence = self._sequences[number]
-        start = sample * self.sequence_length
-        spans = sequence.parts(start, start + self.sequence_length + 1)
-        parts = [(sequence.entries[n].file, first, end) for n, first, end in spans]
-        return SampleOrigin(index, self.mixture.sources[number], epoch, sample, parts)
+        number, epoch, sample = (int(x[0]) for x in self._locate_now(np.array([index])))
+        sequence, source = self._sequences[number], self.mixture.sources[number]
+        if self.plan:
+            _, _, begins, counts, _ = self.plan.pieces(source, np.array([sample]))
+            ranges = list(zip(begins.tolist(), (begins + counts).tolist(), strict=True))
+        else:
+            start = sample * self.sequence_length
+            ranges = [(start, start + self.sequence_length + 1)]
+        parts = [
+            (sequence.entry(n).file, first, end)
+            for begin, stop in ranges
+            for n, first, end in sequence.parts(begin, stop)
+        ]
+        return SampleOrigin(index, source, epoch, sample, parts)
 
 
 class WindowStream:
@@ -155,7 +237,9 @@ class WindowStream:
     def __init__(self, corpus: Corpus, split: str, sequence_length: int, source: str | None = None):
         _check_length(sequence_length)
         self.corpus = corpus
+        self.split = split
         self.sequence_length = sequence_length
+        self._dtype = np.dtype(corpus.manifest.token_dtype)
         self._labels = [source] if source else corpus.sources(split)
         self._sequences = [corpus.sequence(split, label) for label in self._labels]
         # A window with at least one target; -(-a // b) rounds up.
@@ -166,17 +250,33 @@ class WindowStream:
         if not self.windows:
             raise CorpusError(f"{corpus.directory}: split '{split}' has no token to predict; hold out more text")
 
-    def batch(self, first_window: int, count: int) -> Batch:
-        """Windows first_window ... first_window + count - 1, fewer at the end."""
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the windows (hex sha256): equal fingerprints mean equal tokens in equal order."""
+        identity = [self.corpus.fingerprint, self.split, self._labels, self.sequence_length]
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+    def targets_before(self, window: int) -> int:
+        """Tokens that the first `window` windows predict."""
+        return sum(
+            min((min(window, end) - begin) * self.sequence_length, sequence.tokens - 1)
+            for begin, end, sequence in zip(self._bounds[:-1], self._bounds[1:], self._sequences, strict=True)
+            if begin < window
+        )
+
+    def batch(self, first_window: int, count: int, columns: Columns | None = None) -> Batch:
+        """Windows first_window ... first_window + count - 1, fewer at the end; `columns` as in `SampleStream.batch`."""
         length = self.sequence_length
-        windows, sources = [], []
-        for window in range(first_window, min(first_window + count, self.windows)):
-            number = bisect_right(self._bounds, window) - 1
-            sequence = self._sequences[number]
-            begin = (window - self._bounds[number]) * length
-            windows.append((sequence, begin, min(length, sequence.tokens - 1 - begin)))
-            sources.append(self._labels[number])
-        return _pack(self.corpus, windows, length, sources)
+        wanted = np.arange(first_window, min(first_window + count, self.windows))
+        numbers = np.searchsorted(self._bounds, wanted, side="right") - 1
+        columns = columns or Columns(0, length)
+        assembly = Assembly(len(wanted), columns, self.corpus.eod_id, DamagedSamples("fail"))
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            begins = (wanted[rows] - self._bounds[number]) * length
+            valid = np.minimum(length, self._sequences[number].tokens - 1 - begins)
+            assembly.add_windows(self._sequences[number], self._dtype, rows, begins, valid)
+        return assembly.finish([self._labels[number] for number in numbers.tolist()])
 
 
 def sequential_batches(
@@ -186,120 +286,3 @@ def sequential_batches(
     windows = WindowStream(corpus, split, sequence_length, source)
     for first in range(0, windows.windows, batch_size):
         yield windows.batch(first, batch_size)
-
-
-def _pack(corpus: Corpus, windows: list[tuple[TokenSequence, int, int]], length: int, sources: list[str]) -> Batch:
-    """The batch of `windows`: (sequence, first input, number of valid targets) each."""
-    # One token more than a row has inputs, in the narrow type of the shards: each token is fetched once.
-    shape = (len(windows), length + 1)
-    fetched = np.empty(shape, dtype=token_dtype(corpus.vocab_size))
-    starts = np.zeros(shape, dtype=bool)
-    for row, (sequence, begin, valid) in enumerate(windows):
-        sequence.read(begin, fetched[row, : valid + 1], starts[row, : valid + 1])
-    tokens = fetched[:, :-1].astype(np.int64, order="C")
-    targets = fetched[:, 1:].astype(np.int64, order="C")
-    starts = np.ascontiguousarray(starts[:, :-1])
-    for row, (_, _, valid) in enumerate(windows):
-        if valid < length:
-            tokens[row, valid:] = corpus.eod_id
-            targets[row, valid:] = MASKED
-            starts[row, valid:] = False
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(starts), sources)
-
-
-class StepLoader:
-    """The micro-batches of one replica, optimizer step after optimizer step, read ahead by a thread.
-
-    Step t takes samples [first_sample + t * global_batch_size, ...) of the run; replica r of R the r-th contiguous part
-    of it, cut into micro-batches. Each item is the list of micro-batches of one step. An error of the thread is raised
-    from `next`. `consumed_samples` counts the samples of the whole run up to the last step handed out. Close it (or use
-    it as a context manager) to end the thread.
-    """
-
-    def __init__(
-        self,
-        stream: SampleStream,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        replica: int,
-        replicas: int,
-        first_sample: int,
-        prefetch_steps: int = 2,
-    ):
-        if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (replicas * micro_batch_size):
-            raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of replicas {replicas} x micro_batch_size "
-                f"{micro_batch_size}; change one of them"
-            )
-        if not 0 <= replica < replicas or first_sample < 0 or prefetch_steps < 1:
-            raise ValueError(
-                f"need 0 <= replica < replicas, first_sample >= 0 and prefetch_steps >= 1, got {replica}, {replicas}, "
-                f"{first_sample}, {prefetch_steps}"
-            )
-        self.consumed_samples = first_sample
-        self._stream = stream
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._share = global_batch_size // replicas
-        self._offset = replica * self._share
-        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch_steps)
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(first_sample,), name="step-loader", daemon=True)
-        self._thread.start()
-
-    def _work(self, first_sample: int) -> None:
-        try:
-            while not self._stop.is_set():
-                self._put(self._load(first_sample + self._offset))
-                first_sample += self._global_batch_size
-        except BaseException as error:
-            self._put(error)
-
-    def _load(self, first: int) -> list[Batch]:
-        size = self._micro_batch_size
-        share = self._stream.batch(first, self._share)
-        return [
-            Batch(
-                share.tokens[begin : begin + size],
-                share.targets[begin : begin + size],
-                share.document_start[begin : begin + size],
-                share.sources[begin : begin + size],
-            )
-            for begin in range(0, self._share, size)
-        ]
-
-    def _put(self, item: list[Batch] | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def __iter__(self) -> StepLoader:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        if self._failure is not None:
-            raise self._failure
-        if self._stop.is_set():
-            raise RuntimeError("StepLoader is closed")
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
-        self.consumed_samples += self._global_batch_size
-        return item
-
-    def close(self) -> None:
-        """End the thread; may be called more than once."""
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> StepLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

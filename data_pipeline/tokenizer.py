@@ -35,7 +35,11 @@ PROBE = (
 
 
 class Tokenizer(abc.ABC):
-    """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document."""
+    """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document.
+
+    `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
+    what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
+    """
 
     kind: str
     library: str
@@ -44,6 +48,9 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eod_id: int
     eod_token: str
+    special_ids: list[int]
+    added_tokens: list[str]
+    rewritten_text: str = ""
 
     @staticmethod
     def load(path: str | Path, eod_token: str | None = None) -> Tokenizer:
@@ -141,7 +148,12 @@ class SentencePieceTokenizer(Tokenizer):
                 "set tokenizer.eod_token to a control piece"
             )
         self.eod_token = self._model.id_to_piece(self.eod_id)
+        ids = range(self.vocab_size)
+        self.special_ids = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.added_tokens = [self._model.id_to_piece(i) for i in self.special_ids]
         self._meta_space_ids = self._find_meta_space_ids()
+        if self._meta_space_ids:
+            self.rewritten_text = META_SPACE
 
     def _find_meta_space_ids(self) -> list[int]:
         """Byte pieces that spell META_SPACE; empty when the model cannot keep it apart from a space."""
@@ -187,7 +199,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        added = self._model.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        self.special_ids = sorted(special.values())
+        self.added_tokens = [token.content for token in added.values()]
         found = [eod_token] if eod_token is not None else [t for t in EOD_CANDIDATES if t in special]
         if len(found) != 1 or found[0] not in special:
             raise TokenizerError(

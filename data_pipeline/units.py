@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import PrepareConfig
-from data_pipeline.corpus import check_shard_file, shard_metadata
+from data_pipeline.corpus import shard_metadata
+from data_pipeline.encoders import Encoder
 from data_pipeline.errors import PrepareError
 from data_pipeline.manifest import ShardEntry, canonical_json
-from data_pipeline.progress import Progress
-from data_pipeline.shards import MAX_TOKENS, ShardBuilder, hash_file
+from data_pipeline.progress import Meter
+from data_pipeline.shards import MAX_TOKENS, ShardBuilder, hash_file, write_atomically
 from data_pipeline.sources import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizer import Tokenizer
 
-# Texts are tokenized together up to this many characters.
-BATCH_CHARACTERS = 1 << 20
+# Texts are tokenized together up to about this many bytes: fewer changes between reading and tokenizing keep the
+# tokenizer's tables in the processor's caches.
+BATCH_BYTES = 8 << 20
 # Lines of the report that one unit writes at most; its counts are always complete.
 REPORT_LINES = 1000
 
@@ -31,9 +33,25 @@ class UnitRecord:
     """What a finished unit wrote. `inputs`: a line of inputs.jsonl each; `report`: lines of report.jsonl."""
 
     unit: int
+    # Library that encoded it.
+    encoder: str
     shards: list[ShardEntry]
     inputs: list[dict[str, Any]]
     report: list[dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """Write the record atomically: its unit is finished from then on."""
+        text = canonical_json(dataclasses.asdict(self)) + "\n"
+        write_atomically(path, lambda put: put(text.encode()))
+
+    @staticmethod
+    def read(path: Path) -> UnitRecord | None:
+        """The record in `path`; None when there is none that can be read."""
+        try:
+            fields = json.loads(path.read_bytes())
+            return UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
 
 def cut_units(inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
@@ -49,155 +67,159 @@ def cut_units(inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]
     return units
 
 
-class Journal:
-    """The finished units, one JSON line each, written through to the disk line by line."""
-
-    def __init__(self, path: Path, folder: Path):
-        self.records: dict[int, UnitRecord] = {}
-        valid_bytes = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                record = _parse_record(line)
-                if record is None:
-                    break
-                valid_bytes += len(line)
-                if all(check_shard_file(folder, shard, with_hash=True) is None for shard in record.shards):
-                    self.records[record.unit] = record
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._file.truncate(valid_bytes)
-
-    def append(self, record: UnitRecord) -> None:
-        """Count a unit as finished."""
-        self._file.write(canonical_json(dataclasses.asdict(record)).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records[record.unit] = record
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _parse_record(line: bytes) -> UnitRecord | None:
-    """The record of a line; None for one that a kill cut short."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        fields = json.loads(line)
-        return UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
 def run_unit(
     number: int,
     items: list[InputFile],
     source: Source,
     tokenizer: Tokenizer,
+    encoder: Encoder,
     config: PrepareConfig,
     folder: Path,
-    progress: Progress,
+    meter: Meter,
 ) -> UnitRecord:
-    """Tokenize the documents of a unit into shards below `folder`. Raises PrepareError."""
-    unit = _Unit(number, tokenizer, config, folder, progress)
-    for item in items:
-        unit.begin(item)
-        for record in source.read(item, progress.add_bytes):
-            unit.take(record)
-        unit.flush()
-        if source.root is not None:
-            unit.counts["xxh3_128"] = hash_file(source.root / item.name, with_sha256=False).xxh3_128
-    unit.close()
-    return UnitRecord(number, unit.shards, unit.inputs, unit.report)
+    """Tokenize the documents of a unit into shards below `folder`.
+
+    Raises PrepareError, and EncoderMismatchError from an encoder that is not equal to the reference.
+    """
+    spoiled: set[str] = set()
+    while True:
+        unit = _Unit(number, tokenizer, encoder, config, folder, meter)
+        try:
+            for item in items:
+                unit.begin(item)
+                for record in source.read(item, meter.add_bytes):
+                    unit.take(record, item.name in spoiled)
+                unit.end(source.root)
+            return unit.close()
+        except _SpoiledInput as error:
+            # Once more without it: what it gave may be in shards already.
+            spoiled.add(str(error))
+            meter.end_unit()
+
+
+class _SpoiledInput(Exception):
+    """An input that turned out to be damaged as a whole, by name."""
 
 
 class _Unit:
-    def __init__(self, number: int, tokenizer: Tokenizer, config: PrepareConfig, folder: Path, progress: Progress):
-        self.shards: list[ShardEntry] = []
-        self.inputs: list[dict[str, Any]] = []
-        self.report: list[dict[str, Any]] = []
-        self.counts: dict[str, Any] = {}
+    def __init__(
+        self,
+        number: int,
+        tokenizer: Tokenizer,
+        encoder: Encoder,
+        config: PrepareConfig,
+        folder: Path,
+        meter: Meter,
+    ):
+        self._shards: list[ShardEntry] = []
+        self._inputs: list[dict[str, Any]] = []
+        self._report: list[dict[str, Any]] = []
         self._number = number
         self._tokenizer = tokenizer
         self._fingerprint = tokenizer.fingerprint
+        self._encoder = encoder
         self._shard_bytes = config.shard_bytes
         self._folder = folder
-        self._progress = progress
+        self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        self._waiting: list[Document] = []
-        self._waiting_characters = 0
+        # Of the waiting documents only this is kept: their text as bytes, (split, source) and position.
+        self._texts: list[bytes] = []
+        self._places: list[tuple[tuple[str, str], int]] = []
+        self._waiting_bytes = 0
 
     def begin(self, item: InputFile) -> None:
-        self.counts = {"file": item.name, "bytes": item.bytes, "xxh3_128": None, "unit": self._number}
-        self.counts |= {"records": 0, "documents": 0, "rejected": {}, "repaired": {}}
-        self.inputs.append(self.counts)
+        """What follows comes from `item`."""
+        self._counts: dict[str, Any] = {"file": item.name, "bytes": item.bytes, "xxh3_128": None}
+        self._counts |= {"unit": self._number, "records": 0, "documents": 0, "rejected": {}, "repaired": {}}
+        self._inputs.append(self._counts)
 
-    def take(self, record: Document | Rejection) -> None:
-        """Account for a record; a document is tokenized, with others, by the next `flush`."""
-        self.counts["records"] += 1
-        if isinstance(record, Document) and not record.text.strip():
-            record = Rejection(record.file, record.position, "empty", "no text, or only white space")
+    def take(self, record: Document | Rejection, spoiled: bool) -> None:
+        """Account for a record; a document of a file that is not spoiled waits for the next `_flush`."""
+        self._counts["records"] += 1
         if isinstance(record, Rejection):
-            self._note("rejected", record.file, record.position, record.reason, record.detail)
+            if record.whole_file and not spoiled:
+                raise _SpoiledInput(record.file)
+            self._note("rejected", record.position, record.reason, record.detail)
+            return
+        if spoiled:
+            # Its file has one line in the report.
+            self._count("rejected", "damaged_archive")
+            return
+        if not record.text or record.text.isspace():
+            self._note("rejected", record.position, "empty", "no text, or only white space")
             return
         if record.unlabelled:
-            detail = f"no source label; counted as '{record.source}'"
-            self._note("repaired", record.file, record.position, "no_source_label", detail)
-        self._waiting.append(self._without_lone_surrogates(record))
-        self._waiting_characters += len(record.text)
-        if self._waiting_characters >= BATCH_CHARACTERS:
-            self.flush()
-
-    def _without_lone_surrogates(self, document: Document) -> Document:
+            self._note("repaired", record.position, "no_source_label", f"no source label; counted as '{record.source}'")
         try:
-            document.text.encode("utf-8")
-            return document
+            text = record.text.encode("utf-8")
         except UnicodeEncodeError:
             # Surrogates that form a pair become their character, the others U+FFFD.
-            text = document.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            self._note("repaired", document.file, document.position, "lone_surrogate", "replaced by U+FFFD")
-            return dataclasses.replace(document, text=text)
+            text = record.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
+            self._note("repaired", record.position, "lone_surrogate", "replaced by U+FFFD")
+        self._texts.append(text)
+        self._places.append(((record.split, record.source), record.position))
+        self._waiting_bytes += len(text)
+        if self._waiting_bytes >= BATCH_BYTES:
+            self._flush()
 
-    def _note(self, action: str, file: str, position: int, reason: str, detail: str) -> None:
-        self.counts[action][reason] = self.counts[action].get(reason, 0) + 1
-        if len(self.report) < REPORT_LINES:
-            line = {"action": action, "file": file, "position": position, "reason": reason, "detail": detail}
-            self.report.append(line)
+    def end(self, root: Path | None) -> None:
+        """The input that `begin` named has been read."""
+        self._flush()
+        if root is not None:
+            self._counts["xxh3_128"] = hash_file(root / self._counts["file"], with_sha256=False).xxh3_128
+        counts = self._counts
+        assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
 
-    def flush(self) -> None:
+    def _count(self, action: str, reason: str) -> None:
+        self._counts[action][reason] = self._counts[action].get(reason, 0) + 1
+
+    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
+        self._count(action, reason)
+        if len(self._report) < REPORT_LINES:
+            place = {"file": self._counts["file"], "position": position}
+            self._report.append({"action": action, **place, "reason": reason, "detail": detail})
+
+    def _flush(self) -> None:
         """Tokenize the waiting documents, all of one input, and hand them to their shards."""
-        documents, self._waiting, self._waiting_characters = self._waiting, [], 0
-        for document, ids in zip(documents, self._tokenizer.encode_batch([d.text for d in documents]), strict=True):
-            if len(ids) >= MAX_TOKENS:
-                raise PrepareError(
-                    f"{document.file}, record {document.position}: {len(ids)} tokens, too long a document"
-                )
-            if not len(ids):
-                detail = "the tokenizer makes no token of it"
-                self._note("rejected", document.file, document.position, "empty", detail)
+        texts, places = self._texts, self._places
+        self._texts, self._places, self._waiting_bytes = [], [], 0
+        if not texts:
+            return
+        ids, offsets = self._encoder.encode(texts)
+        bounds = offsets.tolist()
+        written = 0
+        for text, (key, position), start, end in zip(texts, places, bounds, bounds[1:], strict=False):
+            if start == end:
+                self._note("rejected", position, "empty", "the tokenizer makes no token of it")
                 continue
-            self._builder(document, len(ids) + 1).add(ids, document.text.encode("utf-8"))
-            self.counts["documents"] += 1
-            self._progress.add_document(len(ids) + 1)
+            self._builder(key, end - start + 1).add(ids[start:end], text)
+            written += 1
+        self._counts["documents"] += written
+        self._meter.add_documents(written, len(ids) + written)
 
-    def _builder(self, document: Document, more_tokens: int) -> ShardBuilder:
-        key = (document.split, document.source)
+    def _builder(self, key: tuple[str, str], more_tokens: int) -> ShardBuilder:
         builder = self._builders.get(key)
-        if builder and (builder.token_bytes >= self._shard_bytes or builder.tokens + more_tokens > MAX_TOKENS):
+        if builder is not None:
+            if builder.token_bytes < self._shard_bytes and builder.tokens + more_tokens <= MAX_TOKENS:
+                return builder
             self._write(key)
-        if key not in self._builders:
-            self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
+        if more_tokens > MAX_TOKENS:
+            raise PrepareError(
+                f"{self._counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
+                "data.max_record_bytes"
+            )
+        self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
         return self._builders[key]
 
-    def close(self) -> None:
+    def close(self) -> UnitRecord:
+        """Write what is left; returns the record of the unit."""
         for key in sorted(self._builders):
             self._write(key)
-        self.shards.sort(key=lambda shard: (shard.split, shard.source, shard.file))
-        for counts in self.inputs:
-            assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
+        self._shards.sort(key=lambda shard: (shard.split, shard.source, shard.file))
+        written = sum(shard.documents for shard in self._shards)
+        assert written == sum(counts["documents"] for counts in self._inputs)
+        return UnitRecord(self._number, self._encoder.name, self._shards, self._inputs, self._report)
 
     def _write(self, key: tuple[str, str]) -> None:
         split, source = key
@@ -210,7 +232,7 @@ class _Unit:
             file, split, source, self._number, builder.documents, builder.tokens, builder.text_bytes, 0, "", "", []
         )
         hashes = builder.write(self._folder / file, shard_metadata(entry, self._fingerprint))
-        self.shards.append(dataclasses.replace(entry, **dataclasses.asdict(hashes)))
+        self._shards.append(dataclasses.replace(entry, **dataclasses.asdict(hashes)))
 
 
 def _file_name(label: str) -> str:
@@ -219,3 +241,24 @@ def _file_name(label: str) -> str:
     if plain == label and not plain.startswith("."):
         return plain
     return f"{plain.lstrip('.')}.{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
+    """reason -> records over some lines of inputs.jsonl; `key`: "rejected" or "repaired"."""
+    sums: dict[str, int] = {}
+    for entry in files:
+        for reason, count in entry[key].items():
+            sums[reason] = sums.get(reason, 0) + count
+    return dict(sorted(sums.items()))
+
+
+def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:
+    """(records read, rejected by reason, function that gives the first n places of rejections) of some units."""
+    files = [entry for record in records for entry in record.inputs]
+
+    def places(count: int) -> list[str]:
+        lines = [line for record in records for line in record.report if line["action"] == "rejected"]
+        lines.sort(key=lambda line: line["reason"] != "damaged_archive")
+        return [f"{e['file']}, record {e['position']}: {e['reason']}: {e['detail']}" for e in lines[:count]]
+
+    return sum(entry["records"] for entry in files), sum_counts(files, "rejected"), places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import Batch, WindowStream
 from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
+from train.data import open_corpus
 
 if TYPE_CHECKING:
     # The trainer's: importing DeepSpeed takes seconds, and what only opens held-out sets does without.
@@ -27,12 +29,12 @@ class EvaluationResult:
     tokens: int
 
 
-def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "hash") -> dict[str, Corpus]:
+def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "size") -> dict[str, Corpus]:
     """The corpus of every evaluation set by set name. Raises ValueError when one cannot be read by the run's model."""
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():
         own = evaluation_set.directory is None
-        corpora[name] = corpus if own else Corpus.open(evaluation_set.directory, check)
+        corpora[name] = corpus if own else open_corpus(config, evaluation_set.directory, check)
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "
@@ -43,7 +45,7 @@ def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "has
 
 @dataclass(frozen=True)
 class EvaluationWindows:
-    """The windows of one set, in order, up to its limit of tokens."""
+    """Windows of consecutive text, in order, up to the limit of tokens."""
 
     stream: WindowStream
     count: int
@@ -51,41 +53,87 @@ class EvaluationWindows:
     def batch(self, first: int, size: int) -> Batch:
         return self.stream.batch(first, min(size, self.count - first))
 
+    @property
+    def targets(self) -> int:
+        """Tokens that are scored."""
+        return self.stream.targets_before(self.count)
 
-def open_windows(corpus: Corpus, settings: EvaluationSetConfig, sequence_length: int) -> EvaluationWindows:
-    """What evaluation scores, exactly; also used to score the n-gram baselines on the same tokens."""
-    stream = WindowStream(corpus, settings.split, sequence_length, settings.source)
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the scored tokens (hex sha256): losses under equal ones can be compared."""
+        return hashlib.sha256(f"{self.stream.fingerprint} {self.count}".encode()).hexdigest()
+
+
+def open_windows(
+    corpus: Corpus, settings: EvaluationSetConfig, sequence_length: int, source: str | None = None
+) -> EvaluationWindows:
+    """The windows of a set; `source`: of this one of its sources only."""
+    stream = WindowStream(corpus, settings.split, sequence_length, source or settings.source)
     limit = stream.windows if settings.max_tokens is None else -(-settings.max_tokens // sequence_length)
     return EvaluationWindows(stream, min(limit, stream.windows))
 
 
+def parts_of_set(corpus: Corpus, settings: EvaluationSetConfig, sequence_length: int) -> dict[str, EvaluationWindows]:
+    """What evaluation scores of one set, exactly: its sources by label, or all of it under "".
+
+    Also used to score the n-gram baselines on the same tokens. A source without a token to predict is left out.
+    """
+    sources = [s for s in corpus.sources(settings.split) if corpus.tokens(settings.split, s) > 1]
+    if not settings.by_source or len(sources) < 2:
+        return {"": open_windows(corpus, settings, sequence_length)}
+    return {source: open_windows(corpus, settings, sequence_length, source) for source in sources}
+
+
+def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationWindows]:
+    """All that a run scores, by the name under which it is reported: <set>, or <set>/<source> of each source."""
+    return {
+        f"{name}/{source}" if source else name: windows
+        for name, settings in config.evaluation.sets.items()
+        for source, windows in parts_of_set(corpora[name], settings, config.training.sequence_length).items()
+    }
+
+
 def evaluate(engine: Engine, config: EvaluationConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
-    """Score every set of `config`. Collective: all ranks call it and get equal results."""
+    """Score every set of `config`, and each source of those with `by_source` as <set>/<source>.
+
+    Collective: all ranks call it and get equal results.
+    """
     engine.deepspeed.eval()
+    results = {}
     try:
         with torch.no_grad():
-            return {name: _evaluate_set(engine, config, name, corpora[name]) for name in config.sets}
+            for name, settings in config.sets.items():
+                parts = parts_of_set(corpora[name], settings, engine.config.training.sequence_length)
+                sums = {source: _sum_losses(engine, config.batch_size, windows) for source, windows in parts.items()}
+                losses, counts = zip(*sums.values(), strict=True)
+                results[name] = _result(sum(losses), sum(counts))
+                results |= {f"{name}/{source}": _result(*pair) for source, pair in sums.items() if source}
     finally:
         engine.deepspeed.train()
+    return results
 
 
-def _evaluate_set(engine: Engine, config: EvaluationConfig, name: str, corpus: Corpus) -> EvaluationResult:
-    windows = open_windows(corpus, config.sets[name], engine.config.training.sequence_length)
+def _result(loss_sum: float, tokens: int) -> EvaluationResult:
+    mean = loss_sum / tokens
+    return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
+
+
+def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
+    """(sum of the losses in nats, tokens) over all ranks."""
     world = engine.world
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
-    for turn in range(0, windows.count, config.batch_size * world.size):
-        first = turn + world.rank * config.batch_size
+    for turn in range(0, windows.count, batch_size * world.size):
+        first = turn + world.rank * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = _score(engine, windows.batch(first if has_own else turn, config.batch_size))
+        loss, count = _score(engine, windows.batch(first if has_own else turn, batch_size))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     loss_sum, tokens = total.tolist()
-    mean = loss_sum / tokens
-    return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=int(tokens))
+    return loss_sum, int(tokens)
 
 
 def _score(engine: Engine, batch: Batch) -> tuple[float, int]:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.corpus import Corpus
 from data_pipeline.stream import MASKED, Batch, WindowStream
 from train.config import RunConfig
-from train.evaluate import open_evaluation_corpora, open_windows
+from train.data import open_corpus
+from train.evaluate import open_evaluation_corpora, parts_of_set
 from train.run_directory import write_atomically
 
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
 
     A file there that belongs to the same data is returned as it is. Raises ValueError for an unknown set.
     """
-    corpus = Corpus.open(config.corpus.directory)
+    corpus = open_corpus(config, config.corpus.directory, "size")
     sets = config.evaluation.sets
     name = set_name or next(iter(sets), None)
     if name not in sets:
@@ -152,11 +152,11 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
         if {key: kept.get(key) for key in identity} == identity:
             return kept
     train = WindowStream(corpus, config.corpus.split, _TRAIN_WINDOW)
-    windows = open_windows(held_out_corpus, sets[name], config.training.sequence_length)
+    parts = parts_of_set(held_out_corpus, sets[name], config.training.sequence_length).values()
     baselines = ngram_baselines(
         (train.batch(window, 1) for window in range(train.windows) if window % HELD_BACK_EVERY),
         (train.batch(window, 1) for window in range(0, train.windows, HELD_BACK_EVERY)),
-        (windows.batch(first, _BATCH) for first in range(0, windows.count, _BATCH)),
+        (part.batch(first, _BATCH) for part in parts for first in range(0, part.count, _BATCH)),
         corpus.vocab_size,
     )
     result = identity | baselines

@@ -1,6 +1,7 @@
 """Why a run cannot start, as far as it takes files to see: its corpus, held-out sets, an earlier run of its name.
 
-Reads only, and needs no process group: each rank calls it before the ranks meet, `launch local` before they exist.
+Reads only (the plan of packing=best_fit and the cache of a remote corpus apart), and needs no process group: each rank
+calls it before the ranks meet, `launch local` before they exist.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.corpus import Corpus
+from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.stream import SampleStream
 from train.config import RunConfig
+from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
 
 # A run resumed with another value of one of these would not be the same run.
-_FIXED = ("name", "seed", "model", "corpus.directory", "corpus.split", "corpus.weights", "training.sequence_length")
+_FIXED = ("name", "seed", "model", "training.sequence_length")
+# Of these, unless corpus.allow_changed_data gives a reason.
+_FIXED_DATA = tuple(
+    f"corpus.{key}"
+    for key in ("directory", "split", "weights", "temperature", "epoch_caps", "phases", "packing", "live")
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,12 @@ class Preflight:
 
     plan: Plan
     directory: RunDirectory
-    corpus: Corpus
+    corpus: Corpus | LiveCorpus
     evaluation_corpora: dict[str, Corpus]
-    stream: SampleStream
+    stream: SampleStream | LiveStream
 
 
-def preflight(config: RunConfig, world_size: int, corpus_check: str = "hash") -> Preflight:
+def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") -> Preflight:
     """Check `config` on `world_size` processes against the files that it names.
 
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
@@ -45,7 +54,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "hash") ->
     _refuse(validate(config, world_size))
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
-    corpus = Corpus.open(config.corpus.directory, corpus_check)
+    corpus = open_run_corpus(config, corpus_check)
     try:
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     except ValueError as error:
@@ -57,8 +66,11 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "hash") ->
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
-    stream = _open_stream(config, corpus)
-    _refuse(_too_many_epochs(config, plan, stream))
+    try:
+        stream = open_stream(config, corpus, pin=torch.cuda.is_available())
+    except ValueError as error:
+        raise ConfigError([f"corpus.{error}"]) from None
+    _refuse(too_little_data(config, plan, stream))
     return Preflight(plan, directory, corpus, evaluation_corpora, stream)
 
 
@@ -72,17 +84,12 @@ def _misfits_of_corpus(config: RunConfig, corpus: Corpus) -> list[str]:
     if corpus.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size: {config.model.vocab_size} is less than the {corpus.vocab_size} token ids of the "
-            f"tokenizer in {config.corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
+            f"tokenizer in {corpus.directory}; use model.vocab_size={-(-corpus.vocab_size // 64) * 64}"
         )
     split = config.corpus.split
     if split not in corpus.splits:
         return [*problems, _no_such_split("corpus.split", split, corpus)]
-    sources = corpus.sources(split)
-    return problems + [
-        f"corpus.weights.{source}: split '{split}' has no such source; it has {', '.join(sources)}"
-        for source in config.corpus.weights or {}
-        if source not in sources
-    ]
+    return problems + misfits_of_mixture(config, corpus)
 
 
 def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
@@ -103,25 +110,6 @@ def _no_such_split(key: str, split: str, corpus: Corpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
 
 
-def _open_stream(config: RunConfig, corpus: Corpus) -> SampleStream:
-    try:
-        return SampleStream(
-            corpus, config.corpus.split, config.training.sequence_length, config.seed, config.corpus.weights
-        )
-    except ValueError as error:
-        raise ConfigError([f"corpus.{error}"]) from None
-
-
-def _too_many_epochs(config: RunConfig, plan: Plan, stream: SampleStream) -> list[str]:
-    epochs = stream.mixture.epochs(plan.total_steps * plan.global_batch_size)
-    return [
-        f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
-        "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
-        for source, count in epochs.items()
-        if count > config.corpus.max_epochs
-    ]
-
-
 def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     """Where the folder holds a run that differs in what must not change."""
     if not directory.config.exists():
@@ -129,7 +117,7 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     before = OmegaConf.to_container(OmegaConf.load(directory.config))
     now = dataclasses.asdict(config)
     problems = []
-    for key in _FIXED:
+    for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old, new = before, now
         for part in key.split("."):
             old, new = (old or {}).get(part), new[part]

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from conf import ConfigError
-from data_pipeline.corpus import Corpus
 from data_pipeline.errors import DataError
 from model.weights import WeightsError
 from train.callbacks.base import Callback
@@ -29,7 +28,9 @@ from train.callbacks.stability import Stability
 from train.callbacks.wandb_logger import WandbLogger
 from train.checkpoint import CheckpointError, RunState, load, newest_usable, remove_torn
 from train.config import RunConfig
+from train.data import changes_of_data, data_identity, describe_data, refuse_changed_data
 from train.engine import Engine, World, join_world, seed_everything
+from train.evaluate import open_sets
 from train.plan import Plan
 from train.preflight import Preflight, preflight
 from train.run_directory import (
@@ -52,7 +53,9 @@ def train(config: RunConfig) -> int:
     world = None
     try:
         # Before the ranks meet: each finds the same problems, and none waits for another that has ended.
-        checked = preflight(config, world_size)
+        # One look at every shard's file is enough; each rank checks what it reads.
+        corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
+        checked = preflight(config, world_size, corpus_check)
         world = join_world(config)
         if world.is_main:
             checked.directory.create()
@@ -70,15 +73,15 @@ def train(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, world: World, checked: Preflight) -> int:
-    plan, directory, corpus = checked.plan, checked.directory, checked.corpus
+    plan, directory = checked.plan, checked.directory
     lock = None
     if world.is_main:
         lock = RunLock(directory.lock)
-        _prepare_folder(config, plan, directory, corpus)
+        _prepare_folder(config, checked)
     dist.barrier()
     _log_to_file(directory.logs / f"rank-{world.rank:05d}.log")
     events = EventLog(directory.events, world.is_main)
-    identity = {"corpus": corpus.fingerprint, "order": checked.stream.fingerprint}
+    identity = data_identity(checked.stream)
     checkpoint = newest_usable(
         directory.checkpoints, lambda folder, problem: events.append("reject", checkpoint=folder.name, problem=problem)
     )
@@ -96,8 +99,15 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
         events.append("start", world_size=world.size, steps=config.total_steps)
     else:
         state = load(checkpoint, engine)
-        _check_data_identity(state.data_identity, identity, checkpoint)
+        changes = changes_of_data(state.data_identity, identity)
+        if changes and config.corpus.allow_changed_data is None:
+            refuse_changed_data(changes, checkpoint)
         _report_resume(config, world, events, checkpoint, state)
+        if changes:
+            state.data_identity = identity
+            events.append("data_changed", step=state.step, reason=config.corpus.allow_changed_data, changes=changes)
+    for name, windows in open_sets(config, checked.evaluation_corpora).items():
+        events.append("evaluation_set", set=name, fingerprint=windows.fingerprint, tokens=windows.targets)
 
     trainer = Trainer(
         config,
@@ -143,8 +153,9 @@ def _check_same_on_all_ranks(config: RunConfig) -> None:
         raise RunError(f"ranks {odd} were started with another configuration than rank 0; start all with one command")
 
 
-def _prepare_folder(config: RunConfig, plan: Plan, directory: RunDirectory, corpus: Corpus) -> None:
+def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
+    plan, directory = checked.plan, checked.directory
     remove_torn(directory.checkpoints)
     _check_room(plan, directory)
     write_atomically(directory.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -153,8 +164,8 @@ def _prepare_folder(config: RunConfig, plan: Plan, directory: RunDirectory, corp
     write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     if not directory.tokenizer.exists():
-        corpus.tokenizer().save_to(directory.tokenizer)
-    print(plan.describe(), file=sys.stderr, flush=True)
+        checked.corpus.tokenizer().save_to(directory.tokenizer)
+    print(plan.describe(), describe_data(plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
 
 
 def _check_room(plan: Plan, directory: RunDirectory) -> None:
@@ -168,13 +179,6 @@ def _check_room(plan: Plan, directory: RunDirectory) -> None:
 
 def _completed_steps(checkpoint: Path) -> int:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
-
-
-def _check_data_identity(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    differing = sorted(key for key in {**saved, **now} if saved.get(key) != now.get(key))
-    if differing:
-        lines = ", ".join(f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in differing)
-        raise RunError(f"{checkpoint} was trained on other data ({lines}); its position means nothing here")
 
 
 def _report_resume(config: RunConfig, world: World, events: EventLog, checkpoint: Path, state: RunState) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from data_pipeline import shards
+
 EVENTS_FORMAT_VERSION = 1
 
 
@@ -120,12 +122,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    shards.write_atomically(path, lambda put: put(text.encode()))
 
 
 def code_revision(repository: Path) -> dict[str, str | None]:

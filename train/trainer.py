@@ -107,6 +107,8 @@ class Trainer:
             replica=self.world.rank,
             replicas=self.world.size,
             first_sample=self.state.next_sample,
+            prefetch_steps=self.config.corpus.prefetch_steps,
+            workers=self.config.corpus.workers,
         )
         try:
             self.restart_clock()

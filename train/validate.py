@@ -6,6 +6,7 @@ import math
 
 from model.config import validate_model
 from train.config import RunConfig
+from train.data import validate_corpus
 from train.optimizer import validate_optimizer
 from train.schedule import validate_schedule
 
@@ -20,6 +21,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         *validate_model(config.model, "model"),
         *_validate_training(config, world_size),
         *validate_optimizer(config.optimizer, "optimizer"),
+        *validate_corpus(config.corpus),
         *_validate_parallel(config),
         *_validate_intervals(config),
     ]
@@ -27,15 +29,6 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         problems += validate_schedule(config.schedule, config.total_steps, "schedule")
     if config.logging.wandb.mode not in WANDB_MODES:
         problems.append(_choice("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES))
-    if config.corpus.max_epochs <= 0:
-        problems.append(f"corpus.max_epochs: must be positive ({config.corpus.max_epochs})")
-    for source, weight in (config.corpus.weights or {}).items():
-        if not weight >= 0:
-            problems.append(f"corpus.weights.{source}: a share cannot be negative ({weight})")
-    if config.corpus.weights is not None and not sum(config.corpus.weights.values()) > 0:
-        problems.append(
-            "corpus.weights: at least one share must be positive; set it to null to use sources as they are"
-        )
     return problems
 
 
@@ -112,12 +105,23 @@ def _validate_intervals(config: RunConfig) -> list[str]:
         "logging.interval": (config.logging.interval, 1),
         "logging.monitor_interval": (config.logging.monitor_interval, 0),
     }
+    problems = []
     if config.checkpoint.keep_every is not None:
         at_least["checkpoint.keep_every"] = (config.checkpoint.keep_every, 1)
     for name, evaluation_set in config.evaluation.sets.items():
         if evaluation_set.max_tokens is not None:
             at_least[f"evaluation.sets.{name}.max_tokens"] = (evaluation_set.max_tokens, 1)
-    problems = [f"{key}: must be at least {low} ({value})" for key, (value, low) in at_least.items() if value < low]
+        if config.corpus.live is not None and evaluation_set.directory is None:
+            problems.append(
+                f"evaluation.sets.{name}.directory: a run that tokenizes while it reads holds nothing out; name a "
+                "prepared corpus, or set evaluation=none"
+            )
+        if evaluation_set.by_source and evaluation_set.source is not None:
+            problems.append(
+                f"evaluation.sets.{name}.by_source: the set is one source already ({evaluation_set.source}); set "
+                "by_source=false or source=null"
+            )
+    problems += [f"{key}: must be at least {low} ({value})" for key, (value, low) in at_least.items() if value < low]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
     return problems

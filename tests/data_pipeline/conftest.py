@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
+import tokenizers
+from small_corpora import TOKENIZER, quietly, random_text, sample_texts, slimpajama_config, write_slimpajama
 
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig
 from data_pipeline.corpus import Corpus
+from data_pipeline.tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +34,27 @@ def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     data = DataConfig(kind="text", path=str(folder / "raw"), files=["**/*.txt"], source="text", split=split)
     quietly(PrepareConfig(data, TOKENIZER, str(folder / "prepared"), shard_bytes=3000, unit_bytes=20_000))
     return Corpus.open(folder / "prepared")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sentencepiece") / "code.model"
+    path.write_bytes(train_sentencepiece(sample_texts(), TOKENIZER))
+    return path
+
+
+@pytest.fixture(scope="session")
+def hugging_face_file(tmp_path_factory):
+    """A byte-level BPE in the manner of GPT-NeoX."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>", "<|padding|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(sample_texts(), trainer)
+    model.enable_truncation(8)
+    path = tmp_path_factory.mktemp("hugging_face") / "tokenizer.json"
+    model.save(str(path))
+    return path

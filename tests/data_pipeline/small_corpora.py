@@ -31,6 +31,11 @@ def random_text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words))
 
 
+def sample_texts() -> list[str]:
+    rng = random.Random(0)
+    return [random_text(rng, 400) for _ in range(30)]
+
+
 def write_slimpajama(root: Path, files: int = 4, documents: int = 30, seed: int = 0) -> list[str]:
     """A small data set in SlimPajama's layout, `files` files in train; returns the texts of train in order."""
     rng = random.Random(seed)

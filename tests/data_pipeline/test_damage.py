@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_corpora import TOKENIZER, random_text
 
+from data_pipeline.batch import Columns
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.inspection import verify_corpus
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
 from data_pipeline.shards import Shard, ShardBuilder, hash_file
+from data_pipeline.stream import SampleStream, sequential_batches
+from data_pipeline.token_sequence import shard_metadata
 from data_pipeline.tokenizer import train_sentencepiece
 
 
@@ -32,10 +37,18 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / entry.file for entry in Manifest.read(folder).shards]
 
 
+def read_everything(folder: Path) -> None:
+    corpus = Corpus.open(folder)
+    for split in corpus.splits:
+        for source in corpus.sources(split):
+            for _ in sequential_batches(corpus, split, 64, 16, source):
+                pass
+
+
 def refused(folder: Path, *words: str) -> None:
-    """Opening raises and verifying reports, with `words` in the message."""
+    """Opening or reading raises, with `words` in the message."""
     with pytest.raises(CorpusError) as error:
-        Corpus.open(folder)
+        read_everything(folder)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -72,6 +85,31 @@ def test_the_damaged_block_of_a_large_shard_is_named(tmp_path):
     path.write_bytes(data)
     different = [a != b for a, b in zip(hash_file(path).xxh3_64_blocks, hashes.xxh3_64_blocks, strict=True)]
     assert different == [False, False, True, False]
+
+
+def test_a_damaged_block_of_a_large_shard_is_caught_before_its_tokens_and_spoils_no_other(corpus, tmp_path):
+    builder = ShardBuilder(corpus.vocab_size, corpus.eod_id)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        builder.add(rng.integers(3, corpus.vocab_size, 1_000_000), b"text")
+    entry = ShardEntry("a.arrow", "train", "web", 0, 6, builder.tokens, 24, 0, "", "", [])
+    hashes = builder.write(tmp_path / "a.arrow", shard_metadata(entry, corpus.manifest.tokenizer.fingerprint))
+    entry = dataclasses.replace(entry, **dataclasses.asdict(hashes))
+    dataclasses.replace(corpus.manifest, shards=ShardTable.from_entries([entry])).write(tmp_path)
+    shutil.copytree(corpus.folder / "tokenizer", tmp_path / "tokenizer")
+    flip(tmp_path / "a.arrow", 0.5)
+    sequence = Corpus.open(tmp_path).sequence("train", "web")
+    served = 0
+    for begin in range(0, sequence.tokens - 1000, 10_000):
+        out = np.zeros(1000, dtype=np.uint16)
+        try:
+            sequence.read(begin, out, np.zeros(1000, dtype=bool))
+            served += 1
+        except CorpusError as error:
+            assert "a.arrow: altered: the 4 MiB block 1 (bytes 4194304 to 8388607)" in str(error)
+            assert not out.any()
+    # Two thirds of the file: blocks 0 and 2.
+    assert 0.6 < served / (sequence.tokens / 10_000) < 0.72
 
 
 def truncate(folder):
@@ -133,7 +171,7 @@ def damaged_tokenizer(folder):
 def test_damaged_files_are_named(copy, damage):
     path, words = damage(copy)
     with pytest.raises(CorpusError, match="restore|prepare") as error:
-        Corpus.open(copy)
+        read_everything(copy)
     assert str(path) in str(error.value) and words in str(error.value)
     problems = verify_corpus(copy)
     assert problems and str(path) in problems[0] and words in problems[0]
@@ -150,8 +188,12 @@ def edit_manifest(folder: Path, old: str, new: str) -> None:
     ("old", "new", "words"),
     [
         ('"eod_id": 2', '"eod_id": 3', "altered after it was written"),
-        ('"split": "train"', '"split": "test"', "altered after it was written"),
-        ('"format_version": 1', '"format_version": 99', "format_version 99, but this code reads 1"),
+        (
+            '"format_version": 2',
+            '"format_version": 1',
+            "(1 listed the shards in manifest.json itself, 2 in shards.arrow)",
+        ),
+        ('"format_version": 2', '"format_version": 99', "format_version 99, but this code reads 2"),
         ('"format": "xlstm-pretrain corpus"', '"format": "other"', "not a corpus manifest"),
         ('"fingerprint": "', '"fingerprint": "0', "altered after it was written"),
         ("{", "", "not JSON"),
@@ -169,7 +211,7 @@ def test_missing_and_unfinished_and_empty_corpora_are_refused(copy, tmp_path):
 
 
 def test_a_manifest_without_shards_is_an_empty_corpus(copy):
-    dataclasses.replace(Manifest.read(copy), shards=[], splits={}).write(copy)
+    dataclasses.replace(Manifest.read(copy), shards=ShardTable.from_entries([])).write(copy)
     refused(copy, "the corpus is empty")
 
 
@@ -201,7 +243,7 @@ def sign_as(folder: Path, entry, path: Path) -> None:
     shutil.copy(path, folder / entry.file)
     hashes = dataclasses.asdict(hash_file(path))
     shards = [dataclasses.replace(e, **hashes) if e.file == entry.file else e for e in manifest.shards]
-    dataclasses.replace(manifest, shards=shards).write(folder)
+    dataclasses.replace(manifest, shards=ShardTable.from_entries(shards)).write(folder)
 
 
 def test_a_stray_shard_is_recognised_even_with_a_matching_checksum(copy):
@@ -222,14 +264,21 @@ def test_checking_sizes_alone_leaves_flipped_bits_to_verify(copy):
     path.write_bytes(data)
     Corpus.open(copy, check="size")
     assert str(path) in verify_corpus(copy)[0]
-    with pytest.raises(ValueError, match="'hash' or 'size', got 'none'"):
-        Corpus.open(copy, check="none")
+    with pytest.raises(CorpusError, match=r"the 4 MiB block 0 \(bytes 0 to \d+\) has another content"):
+        Corpus.open(copy, check="hash")
+    path.unlink()
+    Corpus.open(copy, check="none")
+    with pytest.raises(CorpusError, match="the shard is missing"):
+        Corpus.open(copy)
+    with pytest.raises(ValueError, match="one of none, size, hash, got 'all'"):
+        Corpus.open(copy, check="all")
 
 
 def test_a_manifest_with_other_counts_than_the_shard_is_refused(copy):
     manifest = Manifest.read(copy)
     changed = dataclasses.replace(manifest.shards[0], tokens=manifest.shards[0].tokens + 1)
-    dataclasses.replace(manifest, shards=[changed, *manifest.shards[1:]]).write(copy)
+    table = ShardTable.from_entries([changed, *manifest.shards[1:]])
+    dataclasses.replace(manifest, shards=table).write(copy)
     assert "tokens, the manifest says" in verify_corpus(copy)[0]
 
 
@@ -243,8 +292,8 @@ def write_shard(path: Path, vocab_size: int, eod_id: int) -> Shard:
 def test_structural_faults_of_a_shard(tmp_path):
     shard = write_shard(tmp_path / "a.arrow", 400, 2)
     assert shard.problems(400, 2) == []
-    assert shard.problems(399, 2) == ["token id 399 is outside the vocabulary of 399"]
-    assert shard.problems(400, 3) == ["a document does not end with the end-of-document id 3"]
+    assert shard.problems(399, 2) == ["token 2: id 399 is outside the vocabulary of 399"]
+    assert shard.problems(400, 3) == ["document 0 does not end with the end-of-document id 3"]
     assert shard.problems(70_000, 2) == ["token ids are uint16, not uint32"]
     assert write_shard(tmp_path / "b.arrow", 70_000, 2).tokens.dtype == np.uint32
     assert write_shard(tmp_path / "c.arrow", 65_536, 2).tokens.tolist() == [5, 6, 65_535, 2]
@@ -265,3 +314,50 @@ def test_a_file_that_is_no_shard_is_named(tmp_path):
 
 def test_the_vocabulary_of_the_fixture_is_what_was_asked_for(corpus):
     assert corpus.vocab_size == TOKENIZER.vocab_size
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("damage", [lambda path: flip(path, 0.3), Path.unlink], ids=["flipped", "vanished"])
+def test_samples_of_a_damaged_shard_are_skipped_alike_by_all_ranks_or_stop_the_run(copy, packing, damage, caplog):
+    settings = {"packing": packing}
+    whole = SampleStream(Corpus.open(copy), "train", 50, 1, **settings)
+    count = whole.samples_per_epoch
+    expected = whole.batch(0, count)
+    entry = Corpus.open(copy).sequence("train", "RedPajamaC4").entry(2)
+    affected = [i for i in range(count) if entry.file in [file for file, _, _ in whole.origin(i).parts]]
+    damage(copy / entry.file)
+    with pytest.raises(CorpusError, match=entry.file):
+        SampleStream(Corpus.open(copy, check="none"), "train", 50, 1, **settings).batch(0, count)
+    stream = SampleStream(Corpus.open(copy, check="none"), "train", 50, 1, **settings, on_corrupt="skip")
+    batch = stream.batch(0, count)
+    masked = [i for i in range(count) if bool((batch.targets[i] == -100).all())]
+    assert masked == affected and len(affected) > 1 and stream.damage.skipped == len(affected)
+    kept = [i for i in range(count) if i not in affected]
+    for name in ("tokens", "targets", "document_start"):
+        assert torch.equal(getattr(batch, name)[kept], getattr(expected, name)[kept])
+    assert not batch.document_start[affected].any()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "samples are skipped" in line and entry.file in line
+    halves = [stream.batch(0, count, Columns.of_rank(50, rank, 2)).targets for rank in range(2)]
+    assert torch.equal(torch.cat(halves, 1), batch.targets)
+
+
+def test_a_shard_truncated_while_it_is_read_is_an_error_with_its_name(copy):
+    corpus = Corpus.open(copy)
+    stream = SampleStream(corpus, "train", 50, 1)
+    stream.batch(0, stream.samples_per_epoch)
+    path = copy / corpus.sequence("train", "RedPajamaC4").entry(0).file
+    os.truncate(path, 600)
+    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was read"):
+        stream.batch(0, stream.samples_per_epoch)
+
+
+def test_an_unknown_policy_for_damage_is_refused(copy):
+    with pytest.raises(ValueError, match=r"on_corrupt: no such choice \('ignore'\); choose one of fail, skip"):
+        SampleStream(Corpus.open(copy), "train", 50, 1, on_corrupt="ignore")

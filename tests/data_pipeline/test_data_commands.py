@@ -16,7 +16,14 @@ from small_corpora import random_text, write_slimpajama
 
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, validate_prepare
+from data_pipeline.config import (
+    DataConfig,
+    PrepareConfig,
+    SplitConfig,
+    TokenizerConfig,
+    ToleranceConfig,
+    validate_prepare,
+)
 from data_pipeline.manifest import Manifest
 from tests.documented import has_type, keys_and_types, table
 
@@ -60,7 +67,11 @@ def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):
         (["prepare"], 2, "output"),
         (["prepare", "output=x", "data=nowhere"], 2, "standard_library"),
         (["prepare", "output=x", "data.kindd=text"], 2, "data.kind"),
-        (["prepare", "output=x", "data=slimpajama", "tokenizer.vocab_size=5"], 2, "data.path: kind=jsonl needs a path"),
+        (
+            ["prepare", "output=x", "data=slimpajama", "tokenizer.vocab_size=5"],
+            2,
+            "data.path: kind=records needs a path",
+        ),
         (["prepare", "output=x", "data=text", "data.path=/nowhere/at/all"], 1, "no such file or folder; set data.path"),
         (["inspect", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
         (["verify", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
@@ -130,6 +141,42 @@ def test_presets_are_valid(data, tokenizer):
     assert validate_prepare(compose(PrepareConfig, "prepare", overrides)) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"workers": 0}, "workers: must be between 1 and 1024 (0)"),
+        ({"task_index": 1}, "task_index: task_index and task_count go together"),
+        ({"task_count": 4}, "task_count: task_index and task_count go together"),
+        ({"task_index": 4, "task_count": 4}, "task_index: must be at least 0 and below task_count (4 of 4)"),
+        ({"source": "/some/where"}, "source: data=standard_library finds its own path ('/some/where')"),
+        (
+            {"source": "/a", "data": DataConfig(kind="text", path="/b", files=["*"])},
+            "source: data.path is set too ('/a' and '/b')",
+        ),
+        (
+            {"data": DataConfig(tolerance=ToleranceConfig(rejected_fraction=2))},
+            "data.tolerance.rejected_fraction: must",
+        ),
+        ({"data": DataConfig(tolerance=ToleranceConfig(damaged_files=-1))}, "data.tolerance.damaged_files: must be at"),
+        ({"data": DataConfig(max_record_bytes=0)}, "data.max_record_bytes: must be between 1 and 1073741824 (0)"),
+        ({"tokenizer": TokenizerConfig(backend="magic")}, "tokenizer.backend: no such library ('magic')"),
+    ],
+)
+def test_impossible_ways_to_work(change, key):
+    config = replace(PrepareConfig(DataConfig(), TokenizerConfig(), "out"), **change)
+    assert [p for p in validate_prepare(config) if p.startswith(key)], validate_prepare(config)
+
+
+def test_the_source_key_names_a_path_or_a_data_set(tmp_path, capsys):
+    write_slimpajama(tmp_path / "raw")
+    for source in (str(tmp_path / "raw"), f"datasets:{tmp_path / 'raw'}"):
+        out = tmp_path / source.partition(":")[0].replace("/", "_")
+        settings = ["data=slimpajama", f"source={source}", f"output={out}", "tokenizer.vocab_size=400"]
+        assert main(["prepare", *settings]) == 0
+        assert "records read 180 = documents written 180 + rejected 0" in capsys.readouterr().out
+        assert set(Manifest.read(out).splits["train"]) == {"RedPajamaC4", "RedPajamaGithub", "RedPajamaBook"}
+
+
 def test_output_is_required():
     with pytest.raises(ConfigError, match="output"):
         compose(PrepareConfig, "prepare", [])
@@ -158,7 +205,7 @@ def test_the_manifest_reads_back_and_every_key_is_documented(corpus):
     assert written == documented.keys()
     for key, words in documented.items():
         assert has_type(value_at(document, key), words), f"{key} is not {words}"
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
 
     manifest = Manifest.read(corpus.directory)
     assert manifest.fingerprint == document["fingerprint"] == corpus.fingerprint

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import zstandard
 from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
@@ -22,8 +19,6 @@ from data_pipeline.corpus import Corpus
 from data_pipeline.errors import PrepareError
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.units import run_unit
-
-ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -54,7 +49,8 @@ def test_every_document_is_written_once_and_decodes_to_its_text(tmp_path):
     assert sum(s["text_bytes"] for s in manifest.splits["train"].values()) == sum(len(t.encode()) for t in texts)
     assert max(e.tokens for e in manifest.shards) * 2 < 4000 + 2 * max(len(t) for t in texts)
     assert "records read 180 = documents written 180 + rejected 0" in log
-    assert sorted(contents(tmp_path / "out"))[0] == ".lock" and not list((tmp_path / "out").rglob("*.partial"))
+    names = {name.split("/")[0] for name in contents(tmp_path / "out")}
+    assert names == {"inputs.jsonl", "manifest.json", "report.jsonl", "shards", "shards.arrow", "tokenizer"}
 
 
 def test_the_same_input_gives_the_same_bytes_wherever_it_lies(tmp_path):
@@ -73,38 +69,6 @@ def test_units_change_the_cut_but_not_the_documents_or_their_order(tmp_path):
     assert len(large.shards) == 9
 
 
-def run_prepare(raw: Path, out: Path) -> list[str]:
-    overrides = ["data=slimpajama", f"data.path={raw}", f"output={out}", "tokenizer.vocab_size=400"]
-    overrides += ["tokenizer.sample_bytes=200000", "unit_bytes=1", "shard_bytes=4000"]
-    return [sys.executable, "-m", "data_pipeline", "prepare", *overrides]
-
-
-def test_killed_at_random_and_restarted_it_writes_the_same_bytes(tmp_path):
-    write_slimpajama(tmp_path / "raw", files=12, documents=30)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(run_prepare(tmp_path / "raw", tmp_path / "whole"), cwd=ROOT, env=environment, check=True)
-    expected = contents(tmp_path / "whole")
-    rng = random.Random(1)
-    out = tmp_path / "killed"
-    killed = 0
-    # Bytes of the journal at which the kill comes, plus some milliseconds.
-    for goal in (0, 1, 3000, 7000):
-        process = subprocess.Popen(run_prepare(tmp_path / "raw", out), cwd=ROOT, env=environment)
-        while process.poll() is None and journal_bytes(out) < goal:
-            time.sleep(0.002)
-        time.sleep(rng.random() * (0.8 if goal == 0 else 0.03))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
-    assert killed >= 3
-    subprocess.run(run_prepare(tmp_path / "raw", out), cwd=ROOT, env=environment, check=True)
-    assert contents(out) == expected
-
-
-def journal_bytes(folder: Path) -> int:
-    path = folder / "journal.jsonl"
-    return path.stat().st_size if path.exists() else -1
-
-
 class Interrupted(Exception):
     pass
 
@@ -121,19 +85,19 @@ def interrupted(tmp_path: Path, units: int = 3) -> tuple[PrepareConfig, dict[str
         return run_unit(number, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("data_pipeline.prepare.run_unit", stopping)
+        patch.setattr("data_pipeline.workers.run_unit", stopping)
         quietly(config)
     return config, contents(tmp_path / "whole")
 
 
-def journal_lines(config: PrepareConfig) -> list[bytes]:
-    return (Path(config.output) / "journal.jsonl").read_bytes().splitlines(keepends=True)
+def record_path(config: PrepareConfig, unit: int) -> Path:
+    return Path(config.output) / "preparing" / "units" / f"{unit:06d}.json"
 
 
-def test_a_torn_journal_line_is_dropped(tmp_path):
+def test_a_torn_record_is_dropped(tmp_path):
     config, expected = interrupted(tmp_path)
-    path = Path(config.output) / "journal.jsonl"
-    path.write_bytes(b"".join(journal_lines(config)[:-1]) + journal_lines(config)[-1][:-20])
+    path = record_path(config, 3)
+    path.write_bytes(path.read_bytes()[:-20])
     _, log = quietly(config)
     assert "3 of 8 units are finished" in log
     assert contents(tmp_path / "out") == expected
@@ -141,7 +105,7 @@ def test_a_torn_journal_line_is_dropped(tmp_path):
 
 def test_a_shard_damaged_between_two_runs_is_written_again(tmp_path):
     config, expected = interrupted(tmp_path)
-    shard = json.loads(journal_lines(config)[1])["shards"][0]["file"]
+    shard = json.loads(record_path(config, 1).read_bytes())["shards"][0]["file"]
     path = Path(config.output) / shard
     data = bytearray(path.read_bytes())
     data[100] ^= 1
@@ -161,15 +125,16 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
 
 def test_a_full_disk_is_reported_and_the_state_can_be_continued(tmp_path):
     config, expected = interrupted(tmp_path)
-    # Whatever is written there fails with the kernel's own "no space left on device".
-    full = tmp_path / "out" / "shards" / "train"
-    for label in ("C4", "Github", "Book"):
-        (full / f"RedPajama{label}-000004-000000.arrow.partial").symlink_to("/dev/full")
-    with pytest.raises(PrepareError, match=r"no space left to write .*run the same command again") as error:
-        quietly(config)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses to write files beyond this size, which every shard has.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(PrepareError, match=r"no space left to write .*run the same command again") as error:
+            quietly(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(config.output) in str(error.value)
-    for path in full.glob("*.partial"):
-        path.unlink()
+    assert not list((tmp_path / "out" / "shards").rglob("*.partial"))
     _, log = quietly(config)
     assert "resuming, 4 of 8 units are finished" in log
     assert contents(tmp_path / "out") == expected
@@ -229,17 +194,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
-def test_two_preparations_at_once_are_refused(tmp_path):
-    import fcntl
-
-    write_slimpajama(tmp_path / "raw")
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(PrepareError, match="another process is preparing this corpus"):
-            quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
-
-
 def test_a_tokenizer_from_a_file_and_text_that_spells_its_special_tokens(tmp_path):
     rng = random.Random(0)
     write_slimpajama(tmp_path / "raw", files=2)
@@ -291,3 +245,17 @@ def test_no_document_at_all_is_an_error_that_names_the_reasons(tmp_path):
         quietly(PrepareConfig(data, tokenizer, str(tmp_path / "out")))
     with pytest.raises(PrepareError, match="no training document to train the tokenizer on"):
         quietly(PrepareConfig(data, TOKENIZER, str(tmp_path / "out2")))
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=1, documents=5)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w69999"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(["<|endoftext|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"))
+    manifest, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out", tokenizer=tokenizer))
+    assert manifest.token_dtype == "uint32" and manifest.tokenizer.eod_id == 70_000
+    shard = Corpus.open(tmp_path / "out").sequence("train", "RedPajamaC4").shard(0)
+    assert shard.tokens.dtype == "uint32" and set(shard.tokens.tolist()) == {69_999, 70_000}
+    assert verify_corpus(tmp_path / "out") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +13,9 @@ import pytest
 import zstandard
 from small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import PrepareError
-from data_pipeline.sources import Document, Rejection, natural_key, open_source, split_by_hash
+from data_pipeline.sources import Document, Rejection, natural_key, open_source, split_by_name, split_by_text
 
 ALL_TRAIN = SplitConfig(validation_fraction=0)
 
@@ -84,16 +85,30 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
     (root / "train" / "chunk2" / "bad.jsonl").write_bytes(b"\n".join(bad))
     whole = "\n".join(line(f"text {i} " + "word " * 50) for i in range(500))
     (root / "train" / "chunk2" / "torn.jsonl.zst").write_bytes(zstandard.compress(whole.encode())[:-20])
-    manifest, log = quietly(slimpajama_config(root, tmp_path / "out"))
+    config = slimpajama_config(root, tmp_path / "out")
+    with pytest.raises(PrepareError, match="1 damaged files, data.tolerance.damaged_files allows 0") as error:
+        quietly(config)
+    assert "torn.jsonl.zst, record " in str(error.value) and "bad.jsonl, record 2: malformed" in str(error.value)
+    tolerance = ToleranceConfig(rejected_fraction=0.01, damaged_files=1)
+    with pytest.raises(
+        PrepareError, match=r"\d+ of \d+ records \(.*%\) rejected \(\d+ x damaged_archive, 2 x empty.*1\.000%"
+    ):
+        quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
+    tolerance = ToleranceConfig(rejected_fraction=0.9, damaged_files=1)
+    manifest, log = quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
+    assert "resuming, 5 of 5 units are finished" in log
+    inputs = [json.loads(entry) for entry in (tmp_path / "out" / "inputs.jsonl").read_text().splitlines()]
+    torn = next(entry for entry in inputs if "torn" in entry["file"])
+    assert torn["documents"] == 0 and torn["rejected"] == {"damaged_archive": torn["records"]}
     assert manifest.inputs.rejected == {
-        "damaged_archive": 1,
+        "damaged_archive": torn["records"],
         "empty": 2,
         "malformed": 2,
         "no_text": 2,
         "not_utf8": 1,
     }
     assert manifest.inputs.repaired == {"lone_surrogate": 1, "no_source_label": 1}
-    assert manifest.inputs.records == manifest.inputs.documents + 8
+    assert manifest.inputs.records == manifest.inputs.documents + 7 + torn["records"]
     report = [json.loads(entry) for entry in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     places = [(e["action"], e["file"].split("/")[-1], e["position"], e["reason"]) for e in report]
     assert places[:9] == [
@@ -107,8 +122,7 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
         ("repaired", "bad.jsonl", 9, "no_source_label"),
         ("repaired", "bad.jsonl", 9, "lone_surrogate"),
     ]
-    assert places[9][1] == "torn.jsonl.zst" and "truncated; what follows is lost" in report[9]["detail"]
-    inputs = [json.loads(entry) for entry in (tmp_path / "out" / "inputs.jsonl").read_text().splitlines()]
+    assert places[9][1] == "torn.jsonl.zst" and "truncated; nothing of the file is used" in report[-1]["detail"]
     assert all(e["records"] == e["documents"] + sum(e["rejected"].values()) for e in inputs)
     assert "rejected malformed: 2 (file and line of each in" in log
 
@@ -201,13 +215,21 @@ def test_datasets_stream_local_folders_and_saved_data_sets(tmp_path):
         open_source(DataConfig(kind="datasets", path=str(tmp_path / "nothing")))
 
 
-def test_splits_by_hash_have_their_shares_and_stay(tmp_path):
+@pytest.mark.parametrize("deal", [split_by_name, split_by_text])
+def test_splits_by_hash_have_their_shares(deal):
     split = SplitConfig(validation_fraction=0.2, test_fraction=0.1)
-    dealt = [split_by_hash(f"file{i}", split) for i in range(20_000)]
+    dealt = [deal(f"file{i}", split) for i in range(20_000)]
     assert abs(dealt.count("validation") / 20_000 - 0.2) < 0.01 and abs(dealt.count("test") / 20_000 - 0.1) < 0.01
-    assert dealt == [split_by_hash(f"file{i}", split) for i in range(20_000)]
+    assert dealt == [deal(f"file{i}", split) for i in range(20_000)]
     other = SplitConfig(validation_fraction=0.2, test_fraction=0.1, seed=1)
-    assert dealt != [split_by_hash(f"file{i}", other) for i in range(20_000)]
+    both = [
+        a == b == "validation" for a, b in zip(dealt, [deal(f"file{i}", other) for i in range(20_000)], strict=True)
+    ]
+    assert abs(sum(both) / 20_000 - 0.04) < 0.01
+    assert deal("half a pair \ud83d", split) in ("train", "validation", "test")
+
+
+def test_equal_documents_go_to_the_same_split(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(line(f"text {i % 50}") for i in range(100)))
     found = records(jsonl_config(tmp_path, split=SplitConfig(unit="document", validation_fraction=0.5)))
     assert [d.split for d in found[:50]] == [d.split for d in found[50:]]

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import token_sequence
+from data_pipeline.batch import Columns
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
-from data_pipeline.stream import MASKED, SampleStream, StepLoader, WindowStream, sequential_batches
+from data_pipeline.mixture import MixtureConfig
+from data_pipeline.open_files import OpenFiles
+from data_pipeline.stream import MASKED, Lanes, SampleStream, StepLoader, WindowStream, sequential_batches
 
 
 def oracle(corpus: Corpus, split: str, source: str) -> tuple[list[int], list[bool]]:
@@ -29,8 +33,13 @@ def oracle(corpus: Corpus, split: str, source: str) -> tuple[list[int], list[boo
     return tokens, starts
 
 
+@pytest.mark.parametrize("stride", [1, 3, 256])
 @pytest.mark.parametrize("length", [1, 7, 64, 500])
-def test_samples_and_document_starts_agree_with_the_oracle(corpus, length):
+def test_samples_and_document_starts_agree_with_the_oracle(corpus, length, stride, monkeypatch):
+    if stride > 1:
+        monkeypatch.setattr(token_sequence, "INDEXED_DOCUMENTS", 0)
+        monkeypatch.setattr(token_sequence, "INDEX_STRIDE", stride)
+    corpus = Corpus.open(corpus.directory)
     stream = SampleStream(corpus, "train", length, seed=1)
     sources = {source: oracle(corpus, "train", source) for source in corpus.sources("train")}
     count = min(stream.samples_per_epoch, 400)
@@ -67,25 +76,32 @@ def test_an_epoch_covers_every_sample_and_every_token_but_one_tail_a_source(text
 
 
 def test_indices_and_ranges_and_fresh_streams_agree(corpus):
-    stream = SampleStream(corpus, "train", 32, seed=4, weights={"RedPajamaC4": 3, "RedPajamaBook": 1})
+    stream = SampleStream(corpus, "train", 32, seed=4, mixture=MixtureConfig({"RedPajamaC4": 3, "RedPajamaBook": 1}))
     whole = stream.batch(0, 3000)
     chosen = np.array([2999, 0, 1024, 1023, 5])
-    again = SampleStream(corpus, "train", 32, seed=4, weights={"RedPajamaC4": 3, "RedPajamaBook": 1}).batch(chosen)
+    again = SampleStream(
+        corpus, "train", 32, seed=4, mixture=MixtureConfig({"RedPajamaC4": 3, "RedPajamaBook": 1})
+    ).batch(chosen)
     assert torch.equal(again.tokens, whole.tokens[chosen])
     assert torch.equal(again.document_start, whole.document_start[chosen])
     assert set(whole.sources) == {"RedPajamaC4", "RedPajamaBook"}
 
 
 def test_the_orders_fingerprint_tells_what_changes_the_order(corpus):
-    def fingerprint(split="train", length=32, seed=0, weights=None):
-        return SampleStream(corpus, split, length, seed, weights).fingerprint
+    def fingerprint(split="train", length=32, seed=0, mixture=None):
+        return SampleStream(corpus, split, length, seed, mixture).fingerprint
 
-    others = [fingerprint(length=31), fingerprint(seed=1), fingerprint("test"), fingerprint(weights={"RedPajamaC4": 1})]
+    others = [
+        fingerprint(length=31),
+        fingerprint(seed=1),
+        fingerprint("test"),
+        fingerprint(mixture=MixtureConfig({"RedPajamaC4": 1})),
+    ]
     assert len({fingerprint(), *others}) == 5
     assert fingerprint() == fingerprint()
 
 
-def collect(corpus, replicas, micro, first, steps, batch=24, prefetch=2):
+def collect(corpus, replicas, micro, first, steps, batch=24, prefetch=2, workers=1):
     """Tokens of `steps` steps, [steps * batch, S], put together from all replicas."""
     loaders = [
         StepLoader(
@@ -96,6 +112,7 @@ def collect(corpus, replicas, micro, first, steps, batch=24, prefetch=2):
             replicas=replicas,
             first_sample=first,
             prefetch_steps=prefetch,
+            workers=workers,
         )
         for replica in range(replicas)
     ]
@@ -125,17 +142,80 @@ def test_restarts_at_random_points_in_other_worlds_continue_the_order(corpus):
     while step < 40:
         steps = min(rng.randrange(1, 9), 40 - step)
         replicas, micro = rng.choice([(1, 12), (2, 3), (4, 2), (8, 3)])
-        parts.append(collect(corpus, replicas, micro, step * 24, steps))
+        prefetch, workers = rng.randrange(1, 6), rng.randrange(1, 4)
+        parts.append(collect(corpus, replicas, micro, step * 24, steps, prefetch=prefetch, workers=workers))
         step += steps
     assert torch.equal(torch.cat(parts), expected)
 
 
+def test_few_open_files_and_many_threads_read_the_same(corpus):
+    expected = SampleStream(corpus, "train", 20, seed=2).batch(0, 24 * 10).tokens
+    narrow = Corpus.open(corpus.directory)
+    narrow._files = OpenFiles(narrow._files.locate, limit=2)
+    assert torch.equal(collect(narrow, 2, 4, 0, 10, prefetch=6, workers=4), expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 5])
+def test_slices_of_sequence_ranks_make_up_the_sample_and_read_only_their_tokens(corpus, ranks):
+    stream = SampleStream(corpus, "train", 20, seed=2)
+    whole = stream.batch(0, 60)
+    slices = [stream.batch(0, 60, Columns.of_rank(20, rank, ranks)) for rank in range(ranks)]
+    for name in ("tokens", "targets", "document_start"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in slices], 1), getattr(whole, name))
+    settings = {"global_batch_size": 6, "micro_batch_size": 3, "replica": 0, "replicas": 1, "first_sample": 0}
+    with StepLoader(stream, **settings, sequence_rank=1, sequence_ranks=ranks) as loader:
+        assert torch.equal(next(loader)[1].tokens, slices[1].tokens[3:6])
+    with pytest.raises(ValueError, match=r"training\.sequence_length: 20 does not divide into slices for 3"):
+        StepLoader(stream, **settings, sequence_rank=1, sequence_ranks=3)
+    windows = WindowStream(corpus, "validation", 64)
+    parts = [windows.batch(0, windows.windows, Columns.of_rank(64, rank, 4)) for rank in range(4)]
+    assert torch.equal(torch.cat([part.targets for part in parts], 1), windows.batch(0, windows.windows).targets)
+
+
+def test_lanes_go_on_where_they_ended_until_a_segment_ends(corpus):
+    lanes = Lanes(count=6, windows=4)
+    stream = SampleStream(corpus, "train", 20, seed=2, lanes=lanes)
+    steps = [stream.batch(step * 6, 6) for step in range(12)]
+    sources = {source: oracle(corpus, "train", source)[0] for source in corpus.sources("train")}
+    for step, batch in enumerate(steps):
+        assert batch.continues.tolist() == [step % 4 > 0] * 6
+        if step % 4 == 0:
+            assert batch.document_start[:, 0].all()
+            continue
+        for lane in range(6):
+            before = steps[step - 1]
+            assert batch.sources[lane] == before.sources[lane]
+            assert batch.tokens[lane, 0] == before.targets[lane, -1]
+    row = sum((step.tokens[0].tolist() for step in steps[:4]), [])
+    text = " ".join(map(str, sources[steps[0].sources[0]]))
+    assert " ".join(map(str, row)) in text
+    # An epoch visits every segment once.
+    epoch = stream.mixture.samples_per_epoch
+    origins = {(o.source, o.sample) for o in (stream.origin(i) for i in range(stream.samples_per_epoch // 24 * 24))}
+    assert len(origins) == stream.samples_per_epoch // 24 * 24 and epoch * 4 == stream.samples_per_epoch
+    assert stream.fingerprint != SampleStream(corpus, "train", 20, seed=2, lanes=Lanes(6, 5)).fingerprint
+    with pytest.raises(ValueError, match="lanes need packing=concatenate and positive numbers"):
+        SampleStream(corpus, "train", 20, seed=2, lanes=Lanes(0, 4))
+
+
+def test_samples_after_the_last_cap_are_refused(corpus):
+    mixture = MixtureConfig(epoch_caps=dict.fromkeys(corpus.sources("train"), 1))
+    stream = SampleStream(corpus, "train", 500, seed=2, mixture=mixture)
+    assert stream.limit == sum(stream.mixture.sizes.values())
+    rows = stream.batch(0, stream.limit)
+    assert len(set(map(tuple, rows.tokens.tolist()))) == stream.limit
+    with pytest.raises(
+        ValueError, match=rf"its cap after {stream.limit} samples; sample {stream.limit} does not exist"
+    ):
+        stream.batch(stream.limit, 1)
+
+
 def test_loader_raises_the_threads_error_and_goes_on_raising_it(text_corpus, tmp_path):
     class Broken(SampleStream):
-        def batch(self, first_sample, count=None):
+        def batch(self, first_sample, count=None, columns=None):
             if first_sample >= 8:
                 raise CorpusError("shard x is gone")
-            return super().batch(first_sample, count)
+            return super().batch(first_sample, count, columns)
 
     stream = Broken(text_corpus, "train", 8, seed=0)
     loader = StepLoader(stream, global_batch_size=4, micro_batch_size=4, replica=0, replicas=1, first_sample=0)
@@ -208,7 +288,7 @@ def test_what_the_corpus_lacks_is_named(corpus):
     with pytest.raises(ValueError, match="start at 0, got -1"):
         SampleStream(corpus, "train", 8, seed=0).batch([-1])
     with pytest.raises(ValueError, match=r"weights\.nobody"):
-        SampleStream(corpus, "train", 8, seed=0, weights={"nobody": 1.0})
+        SampleStream(corpus, "train", 8, seed=0, mixture=MixtureConfig({"nobody": 1.0}))
 
 
 def test_origin_names_the_tokens_of_a_sample(corpus):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
-import tokenizers
-from small_corpora import TOKENIZER, random_text
+from small_corpora import TOKENIZER, sample_texts
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
@@ -24,35 +22,6 @@ HARD_TEXTS = [
     PROBE,
 ]
 SPECIALS = "</s> <s> <|endoftext|> x</s>"
-
-
-def sample_texts() -> list[str]:
-    rng = random.Random(0)
-    return [random_text(rng, 400) for _ in range(30)]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sentencepiece") / "code.model"
-    path.write_bytes(train_sentencepiece(sample_texts(), TOKENIZER))
-    return path
-
-
-@pytest.fixture(scope="module")
-def hugging_face_file(tmp_path_factory):
-    """A byte-level BPE in the manner of GPT-NeoX."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<|endoftext|>", "<|padding|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(sample_texts(), trainer)
-    model.enable_truncation(8)
-    path = tmp_path_factory.mktemp("hugging_face") / "tokenizer.json"
-    model.save(str(path))
-    return path
 
 
 @pytest.fixture(params=["sentencepiece_file", "hugging_face_file"])

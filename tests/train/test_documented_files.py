@@ -33,7 +33,10 @@ def runs(small_corpus, tmp_path_factory):
     newest = max((root / "run" / "checkpoints").iterdir())
     (newest / "state.json").write_text("{}")
     end = int(newest.name.removeprefix("step-")) + 5
-    done = run_train([*run, f"training.total_steps={end}"])
+    changed = ["corpus.temperature=2.0", "corpus.allow_changed_data=a test"]
+    refused = run_train([*run, f"training.total_steps={end}", changed[0]])
+    assert refused.returncode == 2 and "corpus.temperature: " in refused.stderr
+    done = run_train([*run, f"training.total_steps={end}", *changed])
     assert done.returncode == 0, done.stderr
 
     hot = ["name=diverged", "optimizer.learning_rate=1e30", "schedule.warmup=0", "training.max_skipped_steps=1"]
@@ -145,7 +148,8 @@ def test_every_file_and_key_of_a_checkpoint(runs, end):
     state = json.loads((folder / "state.json").read_text())
     check_keys(state, keys_and_types(table(PAGE, "key of `state.json`")), set())
     assert state["step"] == state["applied_steps"] == end and state["skipped_steps"] == 0
-    assert state["data_identity"].keys() == {"corpus", "order"}
+    (row,) = [row for row in table(PAGE, "key of `state.json`") if quoted(row[0]) == ["data_identity"]]
+    assert state["data_identity"].keys() == set(quoted(row[2])) - {"next_sample"}
 
     marker = json.loads((folder / "complete.json").read_text())
     assert marker.keys() == {"format_version", "files"}

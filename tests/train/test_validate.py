@@ -40,6 +40,18 @@ def test_a_sound_configuration_has_no_problem():
         (["logging.wandb.mode=maybe"], "logging.wandb.mode: no such choice ('maybe')"),
         (["+corpus.weights={a: -1.0}"], "corpus.weights.a: a share cannot be negative (-1.0)"),
         (["corpus.max_epochs=0"], "corpus.max_epochs: must be positive"),
+        (["corpus.phases=[{from_step: 3, from_sample: 5}]"], "corpus.phases[0]: set exactly one of from_step (3) and"),
+        (["corpus.packing=first_fit"], "corpus.packing: no such choice ('first_fit'); choose one of concatenate"),
+        (["corpus.packing_directory=x"], "corpus.packing_directory: only packing=best_fit keeps a plan ('x')"),
+        (["corpus.on_corrupt=ignore"], "corpus.on_corrupt: no such choice ('ignore'); choose one of fail, skip"),
+        (["corpus.directory=s3://b/c"], "corpus.cache_directory: a corpus at a URL (s3://b/c) is read through a cache"),
+        (["corpus.cache_gib=0"], "corpus.cache_gib: must be positive (0.0)"),
+        (["corpus.workers=0"], "corpus.workers: must be at least 1 (0)"),
+        (["corpus.allow_changed_data=' '"], "corpus.allow_changed_data: empty; give the reason"),
+        (
+            ["evaluation.sets.validation.by_source=true", "evaluation.sets.validation.source=a"],
+            "evaluation.sets.validation.by_source: the set is one source already (a)",
+        ),
         (["evaluation.sets.validation.max_tokens=0"], "evaluation.sets.validation.max_tokens: must be at least 1 (0)"),
     ],
 )
@@ -82,7 +94,7 @@ def test_what_does_not_fit_the_corpus_exits_2(tiny_run):
     done = run_train([*tiny_run, *changes])
     assert done.returncode == 2
     assert "model.vocab_size: 64 is less than the 320 token ids" in done.stderr
-    assert "corpus.weights.books: split 'train' has no such source" in done.stderr
+    assert "corpus.weights.books: the corpus has no such source; it has" in done.stderr
     assert "evaluation.sets.validation.split: no split 'exam'" in done.stderr
 
     too_long = run_train([*tiny_run, "training.total_steps=100000", "corpus.max_epochs=2"])

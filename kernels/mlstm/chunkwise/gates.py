@@ -3,7 +3,10 @@
 The stabiliser m is a running maximum of sums of gates, so it never depends on a query or key, and the kernels that
 multiply matrices need no running maximum of their own. All logarithms are to base 2.
 
-Axes: BH batch times heads, NC chunks, L tokens of a chunk, CB chunks that one step of the loop takes.
+Every kernel has one program for each chunk of each sequence and head, which goes through the totals of the other chunks
+by itself: a pass over the gates that waits for nothing.
+
+Axes: BH batch times heads, NC chunks, L tokens of a chunk.
 Weights [BH, NC * L] of a token t in the chunk that begins at c, with F the sum of log forget gates from c (or from
 the start of t's document, if that is later) to t:
 
@@ -22,6 +25,8 @@ ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR, ROW_REST, COL_REST = range(7)
 WEIGHT_ROWS = 7
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Totals of other chunks that a program takes at a time.
+TOTALS = tl.constexpr(64)
 
 
 @triton.jit
@@ -50,97 +55,149 @@ def _then(left_starts, left_decay, left_max, right_starts, right_decay, right_ma
     return left_starts + right_starts, decay, largest
 
 
-@triton.jit(do_not_specialize=["S", "NH", "NC", "row_stride"])
+@triton.jit
+def _scan_chunk(
+    igate,
+    fgate,
+    document_start,
+    first,
+    S,
+    NH,
+    HAS_STARTS: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    L: tl.constexpr,
+):
+    """For each token of a chunk: log input gate, and the stretch up to it as in _then, in float64 logarithms."""
+    token = first + tl.arange(0, L)
+    valid = token < S
+    offset = token.to(tl.int64) * NH
+    log_input = tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32)
+    log_input = log_input * LOG2_E if EXPONENTIAL else _log_sigmoid(log_input)
+    # Tokens behind the last one change nothing: their input gates are shut and their forget gates open.
+    log_input = tl.where(valid, log_input, float("-inf")).to(tl.float64)
+    log_forget = _log_sigmoid(tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32))
+    log_forget = tl.where(valid, log_forget, 0.0).to(tl.float64)
+    starts = tl.zeros([L], dtype=tl.float32)
+    if HAS_STARTS:
+        starts = tl.load(document_start + token, mask=valid, other=0).to(tl.float32)
+    # A document starts with m = 0 and nothing in the memory.
+    first_max = tl.where(starts > 0, tl.maximum(log_forget, log_input), log_input)
+    starts, decay, largest = tl.associative_scan((starts, log_forget, first_max), 0, _then)
+    return log_input, starts, decay, largest
+
+
+@triton.jit
+def _at(values, index, SIZE: tl.constexpr):
+    """One element of a block [SIZE]."""
+    return tl.max(tl.where(tl.arange(0, SIZE) == index, values, float("-inf")), axis=0)
+
+
+@triton.jit(do_not_specialize=["S", "NH", "NC", "total_stride"])
+def chunk_totals_kernel(
+    igate,
+    fgate,
+    document_start,
+    totals,
+    S,
+    NH,
+    NC,
+    total_stride,
+    HAS_STARTS: tl.constexpr,
+    EXPONENTIAL: tl.constexpr,
+    L: tl.constexpr,
+):
+    """totals [3, BH, NC] float64: document starts, log decay and largest weighted input gate of each chunk."""
+    pid = tl.program_id(0)
+    sequence = pid // NC
+    chunk = pid % NC
+    batch = (sequence // NH).to(tl.int64)
+    gate_offset = batch * S * NH + sequence % NH
+    if HAS_STARTS:
+        document_start += batch * S
+    _, starts, decay, largest = _scan_chunk(
+        igate + gate_offset, fgate + gate_offset, document_start, chunk * L, S, NH, HAS_STARTS, EXPONENTIAL, L
+    )
+    tl.store(totals + pid, _at(starts, L - 1, L).to(tl.float64))
+    tl.store(totals + total_stride + pid, _at(decay, L - 1, L))
+    tl.store(totals + 2 * total_stride + pid, _at(largest, L - 1, L))
+
+
+@triton.jit(do_not_specialize=["S", "NH", "NC", "total_stride", "row_stride"])
 def weights_kernel(
     igate,
     fgate,
     document_start,
     m_initial,
+    totals,
     weights,
     chunk_decay,
     m_final,
     S,
     NH,
     NC,
+    total_stride,
     row_stride,
     HAS_STARTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
     L: tl.constexpr,
-    CB: tl.constexpr,
 ):
-    """One program for each sequence and head."""
+    """The weights of every token, the decay of every chunk [BH, NC], and the last stabiliser [BH]."""
     pid = tl.program_id(0)
-    batch = (pid // NH).to(tl.int64)
-    head = pid % NH
-    igate += batch * S * NH + head
-    fgate += batch * S * NH + head
+    sequence = pid // NC
+    chunk = pid % NC
+    batch = (sequence // NH).to(tl.int64)
+    gate_offset = batch * S * NH + sequence % NH
     row_stride = row_stride.to(tl.int64)
-    weights += pid.to(tl.int64) * NC * L
-    chunk_decay += pid.to(tl.int64) * NC
-    chunks = tl.arange(0, CB)
-    places = tl.arange(0, L)
-    m_before_block = tl.zeros([], dtype=tl.float64)
+    if HAS_STARTS:
+        document_start += batch * S
+    log_input, starts, decay, largest = _scan_chunk(
+        igate + gate_offset, fgate + gate_offset, document_start, chunk * L, S, NH, HAS_STARTS, EXPONENTIAL, L
+    )
+    m_before = tl.zeros([], dtype=tl.float64)
     if HAS_INITIAL:
-        m_before_block = tl.load(m_initial + pid).to(tl.float64) * LOG2_E
-    for first_chunk in range(0, NC, CB):
-        token = ((first_chunk + chunks) * L)[:, None] + places[None, :]
-        valid = token < S
-        offset = token.to(tl.int64) * NH
-        log_input = tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32)
-        log_input = log_input * LOG2_E if EXPONENTIAL else _log_sigmoid(log_input)
-        log_input = tl.where(valid, log_input, float("-inf")).to(tl.float64)
-        log_forget = _log_sigmoid(tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32))
-        log_forget = tl.where(valid, log_forget, 0.0).to(tl.float64)
-        starts = tl.zeros([CB, L], dtype=tl.float32)
-        if HAS_STARTS:
-            starts = tl.load(document_start + batch * S + token, mask=valid, other=0).to(tl.float32)
-        # A document starts with m = 0 and nothing in the memory.
-        first_max = tl.where(starts > 0, tl.maximum(log_forget, log_input), log_input)
-        starts, decay, largest = tl.associative_scan((starts, log_forget, first_max), 1, _then)
-
-        at_end = (places == L - 1)[None, :]
-        starts_end = tl.sum(tl.where(at_end, starts, 0.0), axis=1)
-        decay_end = tl.sum(tl.where(at_end, decay, 0.0), axis=1)
-        largest_end = tl.max(tl.where(at_end, largest, float("-inf")), axis=1)
-        starts_all, decay_all, largest_all = tl.associative_scan((starts_end, decay_end, largest_end), 0, _then)
-        m_after = tl.where(starts_all == 0, tl.maximum(m_before_block + decay_all, largest_all), largest_all)
-        # The stabiliser before each chunk is that after the one before it.
-        is_before = chunks[None, :] == (chunks - 1)[:, None]
-        m_before = tl.sum(tl.where(is_before, m_after[None, :], 0.0), axis=1)
-        m_before = tl.where(chunks == 0, m_before_block, m_before)
-        if not EXPONENTIAL:
-            m_before = tl.zeros([CB], dtype=tl.float64)
-            m_after = tl.zeros([CB], dtype=tl.float64)
-
-        m = tl.where(starts == 0, tl.maximum(m_before[:, None] + decay, largest), largest)
-        if not EXPONENTIAL:
-            m = tl.zeros([CB, L], dtype=tl.float64)
-        carry = tl.where(starts == 0, tl.exp2((decay + m_before[:, None] - m).to(tl.float32)), 0.0)
-        stays = starts == starts_end[:, None]
-        added = tl.where(
-            stays, tl.exp2((decay_end[:, None] - decay + log_input - m_after[:, None]).to(tl.float32)), 0.0
+        m_before = tl.load(m_initial + sequence).to(tl.float64) * LOG2_E
+    totals += sequence.to(tl.int64) * NC
+    places = tl.arange(0, TOTALS)
+    for first in range(0, chunk, TOTALS):
+        earlier = first + places < chunk
+        chunk_starts = tl.load(totals + first + places, mask=earlier, other=0.0).to(tl.float32)
+        chunk_sums = tl.load(totals + total_stride + first + places, mask=earlier, other=0.0)
+        chunk_largest = tl.load(totals + 2 * total_stride + first + places, mask=earlier, other=float("-inf"))
+        chunk_starts, chunk_sums, chunk_largest = tl.associative_scan(
+            (chunk_starts, chunk_sums, chunk_largest), 0, _then
         )
-        here = weights + token
-        inside = (first_chunk + chunks < NC)[:, None] & (places >= 0)[None, :]
-        row_log = decay - m
-        col_log = log_input - decay
-        row_high = row_log.to(tl.float32)
-        col_high = col_log.to(tl.float32)
-        # The rest of a shut gate, infinity less infinity, is nothing.
-        col_rest = tl.where(col_log > float("-inf"), (col_log - col_high).to(tl.float32), 0.0)
-        tl.store(here, row_high, mask=inside)
-        tl.store(here + row_stride, col_high, mask=inside)
-        tl.store(here + 5 * row_stride, (row_log - row_high).to(tl.float32), mask=inside)
-        tl.store(here + 6 * row_stride, col_rest, mask=inside)
-        tl.store(here + 2 * row_stride, carry, mask=inside)
-        tl.store(here + 3 * row_stride, added, mask=inside)
-        tl.store(here + 4 * row_stride, tl.exp2((-m).to(tl.float32)), mask=inside)
-        kept = tl.where(starts_end == 0, tl.exp2((decay_end + m_before - m_after).to(tl.float32)), 0.0)
-        tl.store(chunk_decay + first_chunk + chunks, kept, mask=first_chunk + chunks < NC)
-        m_before_block = tl.sum(tl.where(chunks == CB - 1, m_after, 0.0))
-    # Tokens behind the last one change nothing: their input gates are shut and their forget gates open.
-    tl.store(m_final + pid, (m_before_block / LOG2_E).to(tl.float32))
+        last_largest = _at(chunk_largest, TOTALS - 1, TOTALS)
+        carried = tl.maximum(m_before + _at(chunk_sums, TOTALS - 1, TOTALS), last_largest)
+        m_before = tl.where(_at(chunk_starts, TOTALS - 1, TOTALS) == 0, carried, last_largest)
+
+    m = tl.where(starts == 0, tl.maximum(m_before + decay, largest), largest)
+    if not EXPONENTIAL:
+        m_before = tl.zeros([], dtype=tl.float64)
+        m = tl.zeros([L], dtype=tl.float64)
+    starts_end = _at(starts, L - 1, L)
+    decay_end = _at(decay, L - 1, L)
+    m_after = _at(m, L - 1, L)
+    carry = tl.where(starts == 0, tl.exp2((decay + m_before - m).to(tl.float32)), 0.0)
+    added = tl.exp2((decay_end - decay + log_input - m_after).to(tl.float32))
+    added = tl.where(starts == starts_end, added, 0.0)
+    row_log = decay - m
+    col_log = log_input - decay
+    row_high = row_log.to(tl.float32)
+    col_high = col_log.to(tl.float32)
+    # The rest of a shut gate, infinity less infinity, is nothing.
+    col_rest = tl.where(col_log > float("-inf"), (col_log - col_high).to(tl.float32), 0.0)
+    here = weights + pid.to(tl.int64) * L + tl.arange(0, L)
+    tl.store(here, row_high)
+    tl.store(here + row_stride, col_high)
+    tl.store(here + 2 * row_stride, carry)
+    tl.store(here + 3 * row_stride, added)
+    tl.store(here + 4 * row_stride, tl.exp2((-m).to(tl.float32)))
+    tl.store(here + 5 * row_stride, (row_log - row_high).to(tl.float32))
+    tl.store(here + 6 * row_stride, col_rest)
+    kept = tl.exp2((decay_end + m_before - m_after).to(tl.float32))
+    tl.store(chunk_decay + pid, tl.where(starts_end == 0, kept, 0.0))
+    tl.store(m_final + sequence, (m_after / LOG2_E).to(tl.float32), mask=chunk == NC - 1)
 
 
 @triton.jit
@@ -149,11 +206,45 @@ def _sum_until_start(left_ends, left_sum, right_ends, right_sum):
     return left_ends + right_ends, tl.where(right_ends == 0, left_sum + right_sum, right_sum)
 
 
-@triton.jit(do_not_specialize=["S", "NH", "padded_length", "part_stride"])
+@triton.jit
+def _sum_parts(parts, part_stride, places, valid, PARTS: tl.constexpr, L: tl.constexpr):
+    """The sum of PARTS rows at `places`, [L]."""
+    total = tl.zeros([L], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * part_stride + places, mask=valid, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["S", "NC", "part_stride", "total_stride"])
+def chunk_products_kernel(
+    query_products,
+    key_products,
+    products,
+    S,
+    NC,
+    part_stride,
+    total_stride,
+    QUERY_PARTS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    L: tl.constexpr,
+):
+    """products [2, BH, NC]: what the tokens of each chunk read from the memory (row 0), and add to it (row 1)."""
+    pid = tl.program_id(0)
+    valid = pid % NC * L + tl.arange(0, L) < S
+    places = pid.to(tl.int64) * L + tl.arange(0, L)
+    part_stride = part_stride.to(tl.int64)
+    tl.store(products + pid, tl.sum(_sum_parts(query_products, part_stride, places, valid, QUERY_PARTS, L), axis=0))
+    added = tl.sum(_sum_parts(key_products, part_stride, places, valid, KEY_PARTS, L), axis=0)
+    tl.store(products + total_stride + pid, added)
+
+
+@triton.jit(do_not_specialize=["S", "NH", "NC", "part_stride", "total_stride"])
 def gate_gradients_kernel(
     weight_sums,
     query_products,
     key_products,
+    products,
+    chunk_decay,
     final_products,
     igate,
     fgate,
@@ -162,8 +253,10 @@ def gate_gradients_kernel(
     grad_fgate,
     S,
     NH,
-    padded_length,
+    NC,
     part_stride,
+    total_stride,
+    negligible_decay,
     SUM_PARTS: tl.constexpr,
     QUERY_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
@@ -171,63 +264,75 @@ def gate_gradients_kernel(
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    L: tl.constexpr,
 ):
-    """Gradients of the gates, one program for each sequence and head.
+    """Gradients of the gates.
 
     The log weight of token s at token t gets the gradient G[t, s]. The log input gate of token s gets the sum of G
     over t, and the log forget gate of token j the sum of G over t >= j > s: that is the sum over the tokens t >= j of
     the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t), plus the product of the state
     behind the last token with its gradient, if the document lasts that long. Inside a chunk the sums come from
     weight_sums (scores.py), across chunks from query_products and key_products (backward.py).
+
+    What spans a whole chunk is the difference of sums that do not, so it is known to their rounding only. Where the
+    chunk's decay is below negligible_decay it is taken as nothing, and the rounding of later chunks ends there.
     """
     pid = tl.program_id(0)
-    batch = (pid // NH).to(tl.int64)
-    head = pid % NH
-    gate_offset = batch * S * NH + head
-    igate += gate_offset
-    fgate += gate_offset
-    grad_igate += gate_offset
-    grad_fgate += gate_offset
-    weight_sums += pid.to(tl.int64) * padded_length
-    query_products += pid.to(tl.int64) * padded_length
-    key_products += pid.to(tl.int64) * padded_length
-    places = tl.arange(0, BLOCK)
+    sequence = pid // NC
+    chunk = pid % NC
+    batch = (sequence // NH).to(tl.int64)
+    gate_offset = batch * S * NH + sequence % NH
     part_stride = part_stride.to(tl.int64)
-    later = 0.0
+    chunk_decay += sequence.to(tl.int64) * NC
+    products += sequence.to(tl.int64) * NC
+
+    # The sum of G over all readers behind this chunk and all sources up to its end.
+    behind = 0.0
     if HAS_FINAL:
-        later = tl.load(final_products + pid)
-    n_blocks = tl.cdiv(S, BLOCK)
-    for step in range(n_blocks):
-        token = (n_blocks - 1 - step) * BLOCK + places
-        valid = token < S
-        offset = token.to(tl.int64) * NH
-        as_reader = tl.load(weight_sums + part_stride + token, mask=valid, other=0.0)
-        for part in tl.static_range(QUERY_PARTS):
-            as_reader += tl.load(query_products + part * part_stride + token, mask=valid, other=0.0)
-        as_source = tl.zeros([BLOCK], dtype=tl.float32)
-        for part in tl.static_range(SUM_PARTS):
-            as_source += tl.load(weight_sums + (2 + part) * part_stride + token, mask=valid, other=0.0)
-        for part in tl.static_range(KEY_PARTS):
-            as_source += tl.load(key_products + part * part_stride + token, mask=valid, other=0.0)
-        grad_log_input = as_source + tl.load(weight_sums + token, mask=valid, other=0.0)
-        ends = tl.zeros([BLOCK], dtype=tl.float32)
-        if HAS_STARTS:
-            starts_next = tl.load(document_start + batch * S + token + 1, mask=token + 1 < S, other=0)
-            ends = starts_next.to(tl.float32)
-        ends, grad_log_forget = tl.associative_scan((ends, as_reader - as_source), 0, _sum_until_start, reverse=True)
-        grad_log_forget = tl.where(ends == 0, grad_log_forget + later, grad_log_forget)
-        later = tl.sum(tl.where(places == 0, grad_log_forget, 0.0))
-        # The forget gate of a document's first token multiplies an empty memory.
-        idle = valid & (token == 0) if not HAS_INITIAL else valid & (token < 0)
-        if HAS_STARTS:
-            starts = tl.load(document_start + batch * S + token, mask=valid, other=0)
-            idle = idle | (starts != 0)
-        f = tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32)
-        grad_f = tl.where(idle, 0.0, grad_log_forget * _sigmoid(-f))
-        if EXPONENTIAL:
-            grad_i = grad_log_input
-        else:
-            grad_i = grad_log_input * _sigmoid(-tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32))
-        tl.store(grad_igate + offset, grad_i, mask=valid)
-        tl.store(grad_fgate + offset, grad_f, mask=valid)
+        behind = tl.load(final_products + sequence)
+    indices = tl.arange(0, TOTALS)
+    blocks = tl.cdiv(NC, TOTALS)
+    for step in range(blocks - chunk // TOTALS):
+        other = (blocks - 1 - step) * TOTALS + indices
+        later = (other < NC) & (other > chunk)
+        alone = tl.load(chunk_decay + other, mask=later, other=1.0) < negligible_decay
+        read = tl.load(products + other, mask=later, other=0.0)
+        added = tl.load(products + total_stride + other, mask=later, other=0.0)
+        ends, sums = tl.associative_scan(
+            (tl.where(alone, 1.0, 0.0), tl.where(alone, read, read - added)), 0, _sum_until_start, reverse=True
+        )
+        first_sum = _at(sums, 0, TOTALS)
+        behind = tl.where(_at(ends, 0, TOTALS) == 0, first_sum + behind, first_sum)
+    is_alone = tl.load(chunk_decay + chunk) < negligible_decay
+    if not HAS_INITIAL:
+        is_alone = is_alone | (chunk == 0)
+    behind = tl.where(is_alone, tl.load(products + total_stride + chunk), behind)
+
+    places = tl.arange(0, L)
+    token = chunk * L + places
+    valid = token < S
+    row = pid.to(tl.int64) * L + places
+    by_memory = _sum_parts(query_products, part_stride, row, valid, QUERY_PARTS, L)
+    to_memory = _sum_parts(key_products, part_stride, row, valid, KEY_PARTS, L)
+    as_source = to_memory + _sum_parts(weight_sums + 2 * part_stride, part_stride, row, valid, SUM_PARTS, L)
+    as_reader = by_memory + tl.load(weight_sums + part_stride + row, mask=valid, other=0.0)
+    grad_log_input = as_source + tl.load(weight_sums + row, mask=valid, other=0.0)
+    # The forget gate of a document's first token multiplies an empty memory.
+    idle = valid & (token == 0) if not HAS_INITIAL else valid & (token < 0)
+    ends = tl.zeros([L], dtype=tl.float32)
+    if HAS_STARTS:
+        document_start += batch * S
+        idle = idle | (tl.load(document_start + token, mask=valid, other=0) != 0)
+        starts_next = tl.load(document_start + token + 1, mask=token + 1 < S, other=0)
+        # A chunk ends no document: what its memory gives to the next one is part of to_memory.
+        ends = tl.where(places < L - 1, starts_next.to(tl.float32), 0.0)
+    ends, inside = tl.associative_scan((ends, as_reader - as_source), 0, _sum_until_start, reverse=True)
+    grad_log_forget = tl.where(ends == 0, inside + behind, inside)
+    offset = gate_offset + token.to(tl.int64) * NH
+    f = tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32)
+    grad_f = tl.where(idle, 0.0, grad_log_forget * _sigmoid(-f))
+    grad_i = grad_log_input
+    if not EXPONENTIAL:
+        grad_i *= _sigmoid(-tl.load(igate + offset, mask=valid, other=0.0).to(tl.float32))
+    tl.store(grad_igate + offset, grad_i, mask=valid)
+    tl.store(grad_fgate + offset, grad_f, mask=valid)

@@ -12,15 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.mlstm.chunkwise import launch
+from kernels.mlstm.chunkwise import launch, launch_backward
 from kernels.mlstm.chunkwise.gates import ADDED, WEIGHT_ROWS
-from kernels.mlstm.chunkwise.launch import Documents, Problem, States
+from kernels.mlstm.chunkwise.launch import States
+from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 
 
 def _flat(state: Tensor | None) -> Tensor | None:
     """A part of a state as the kernels read it: float32, contiguous."""
     return None if state is None else state.float().contiguous()
+
+
+def _negligible(k: Tensor) -> float:
+    """A decay that leaves less of a state than the rounding of what is added to it."""
+    return torch.finfo(k.dtype).eps / 16
 
 
 def _no_state(like: Tensor, count: int) -> list[Tensor]:
@@ -136,7 +142,7 @@ def mlstm_chunkwise_backward(
         entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
     else:
         entering = States(matrices, vectors, None, None)
-    rows = launch.row_weights(problem, h, grad_h, packed, query_normaliser)
+    rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
     leaving = launch.states(
         problem,
         q,
@@ -148,13 +154,23 @@ def mlstm_chunkwise_backward(
         backwards=True,
         store_after=has_initial,
     )
-    scores, grad_scores, sums = launch.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-    grad_q, query_products = launch.query_gradient(problem, q, k, grad_h, rows, entering, grad_scores)
+    scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
+    grad_q, query_products = launch_backward.query_gradient(problem, q, k, grad_h, rows, entering, grad_scores)
     del entering
-    grad_k, key_products = launch.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
-    grad_v = launch.value_gradient(problem, k, grad_h, packed, leaving, scores)
-    grad_gates = launch.gate_gradients(
-        problem, sums, query_products, key_products, final_products, igate_preact, fgate_preact, documents, has_initial
+    grad_k, key_products = launch_backward.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
+    grad_v = launch_backward.value_gradient(problem, k, grad_h, packed, leaving, scores)
+    grad_gates = launch_backward.gate_gradients(
+        problem,
+        sums,
+        query_products,
+        key_products,
+        chunk_decay,
+        final_products,
+        igate_preact,
+        fgate_preact,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
     return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
@@ -309,10 +325,19 @@ def mlstm_chunkwise_state_backward(
     no_scores = k.new_zeros(problem.sequences, problem.padded, problem.tiles.chunk)
     no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
     gates = (igate_preact, fgate_preact)
-    grad_k, key_products = launch.key_gradient(problem, k, k, v, packed, leaving, no_scores)
-    grad_v = launch.value_gradient(problem, k, v, packed, leaving, no_scores)
-    grad_gates = launch.gate_gradients(
-        problem, no_sums, nothing[None], key_products, final_products, *gates, documents, has_initial
+    grad_k, key_products = launch_backward.key_gradient(problem, k, k, v, packed, leaving, no_scores)
+    grad_v = launch_backward.value_gradient(problem, k, v, packed, leaving, no_scores)
+    grad_gates = launch_backward.gate_gradients(
+        problem,
+        no_sums,
+        nothing[None],
+        key_products,
+        chunk_decay,
+        final_products,
+        *gates,
+        documents,
+        has_initial,
+        _negligible(k),
     )
     return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
 

@@ -64,7 +64,7 @@ def scores_kernel(
             total += tl.sum(query * tl.load(normaliser + d, mask=d < DK, other=0.0)[None, :], axis=1)
         total *= tl.load(weights + 2 * row_stride + rows) * SCALE
     place = scores + tl.arange(0, BM)[:, None] * L + tl.arange(0, BN)[None, :]
-    live = first_row - chunk_start + BM
+    live = tl.cdiv(first_row - chunk_start + BM, BN) * BN
     for first in range(0, live, BN):
         columns = chunk_start + first + tl.arange(0, BN)
         product = tl.zeros([BM, BN], dtype=tl.float32)
@@ -146,7 +146,7 @@ def score_gradients_kernel(
     inverse_denominator = tl.load(row_weights + rows)
     grad_normaliser = tl.load(row_weights + row_stride + rows)
     place = block + tl.arange(0, BM)[:, None] * L + tl.arange(0, BN)[None, :]
-    live = first_row - chunk_start + BM
+    live = tl.cdiv(first_row - chunk_start + BM, BN) * BN
     for first in range(0, live, BN):
         columns = chunk_start + first + tl.arange(0, BN)
         product = tl.zeros([BM, BN], dtype=tl.float32)

@@ -1,11 +1,12 @@
 """The recurrence between chunks: the memory that enters each chunk, or backwards, its gradient as it leaves each.
 
 Both are one computation: a matrix that is scaled by the chunk's decay and gets a weighted sum of outer products of the
-chunk's tokens, k v^T in time's direction and q dh^T against it. The sum is kept in float32; what is written for each
-chunk has the inputs' precision, in which the matrix products take it anyway.
+chunk's tokens, k v^T in time's direction and q dh^T against it. The first factor is weighted beforehand, by a kernel
+that all multiprocessors share, so that the recurrence, which they cannot share, has matrix products alone. The sum is
+kept in float32; what is written for each chunk has the inputs' precision, in which the products take it anyway.
 
-Axes: S sequence, DX and DY dimensions of the two factors, L tokens of a chunk, NC chunks, BX x BY the tile of a
-program.
+Axes: S sequence, DX and DY dimensions of the two factors, L tokens of a chunk, NC chunks, SP = NC * L, BX x BY the tile
+of a program, BT tokens that one step takes.
 """
 
 import triton
@@ -15,11 +16,60 @@ from kernels.triton_support import dot
 
 
 @triton.jit(do_not_specialize=["S", "NH", "NC"])
-def states_kernel(
+def weigh_kernel(
     x,
-    y,
     matrix_weight,
     vector_weight,
+    weighed,
+    sums,
+    S,
+    NH,
+    NC,
+    x_stride_b,
+    x_stride_s,
+    x_stride_h,
+    DX: tl.constexpr,
+    L: tl.constexpr,
+    BX: tl.constexpr,
+    BT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """weighed [BH, SP, DX] = matrix_weight x, and sums [BH, NC, DX] float32: of vector_weight x over each chunk.
+
+    One program for each chunk of a sequence and head and each BX dimensions.
+    """
+    tiles_x: tl.constexpr = (DX + BX - 1) // BX
+    pid = tl.program_id(0)
+    dx = pid % tiles_x * BX + tl.arange(0, BX)
+    chunk = pid // tiles_x % NC
+    sequence = pid // tiles_x // NC
+    batch = (sequence // NH).to(tl.int64)
+    bh = sequence.to(tl.int64)
+    x += batch * x_stride_b + sequence % NH * x_stride_h
+    total = tl.zeros([BX], dtype=tl.float32)
+    for part in tl.static_range(L // BT):
+        token = chunk * L + part * BT + tl.arange(0, BT)
+        inside = (token < S)[:, None] & (dx < DX)[None, :]
+        place = bh * NC * L + token
+        wide = tl.load(x + token.to(tl.int64)[:, None] * x_stride_s + dx[None, :], mask=inside, other=0.0)
+        wide = wide.to(tl.float32)
+        result = wide * tl.load(matrix_weight + place)[:, None]
+        tl.store(
+            weighed + place[:, None] * DX + dx[None, :],
+            result.to(weighed.dtype.element_ty),
+            mask=(token >= 0)[:, None] & (dx < DX)[None, :],
+        )
+        if VECTOR:
+            total += tl.sum(wide * tl.load(vector_weight + place)[:, None], axis=0)
+    if VECTOR:
+        tl.store(sums + (bh * NC + chunk) * DX + dx, total, mask=dx < DX)
+
+
+@triton.jit(do_not_specialize=["S", "NH", "NC"])
+def states_kernel(
+    weighed,
+    sums,
+    y,
     chunk_decay,
     matrix_before,
     vector_before,
@@ -30,9 +80,6 @@ def states_kernel(
     S,
     NH,
     NC,
-    x_stride_b,
-    x_stride_s,
-    x_stride_h,
     y_stride_b,
     y_stride_s,
     y_stride_h,
@@ -50,8 +97,7 @@ def states_kernel(
 ):
     """matrices [BH, NC, DX, DY] and vectors [BH, NC, DX]: what the recurrence holds before each chunk in its direction.
 
-    matrix_weight and vector_weight [BH, NC * L] multiply x for the matrix and for the vector (whose y is 1). BT tokens
-    are taken at a time. One program for each sequence, head and tile.
+    `weighed` and `sums` are those of weigh_kernel. One program for each sequence, head and tile.
     """
     tiles_x: tl.constexpr = (DX + BX - 1) // BX
     tiles_y: tl.constexpr = (DY + BY - 1) // BY
@@ -59,13 +105,10 @@ def states_kernel(
     first_y = (pid % tiles_y) * BY
     first_x = (pid // tiles_y % tiles_x) * BX
     sequence = pid // (tiles_y * tiles_x)
-    batch = (sequence // NH).to(tl.int64)
-    head = sequence % NH
-    x += batch * x_stride_b + head * x_stride_h
-    y += batch * y_stride_b + head * y_stride_h
     bh = sequence.to(tl.int64)
-    matrix_weight += bh * NC * L
-    vector_weight += bh * NC * L
+    weighed += bh * NC * L * DX
+    sums += bh * NC * DX
+    y += (sequence // NH).to(tl.int64) * y_stride_b + sequence % NH * y_stride_h
     chunk_decay += bh * NC
     dx = first_x + tl.arange(0, BX)
     dy = first_y + tl.arange(0, BY)
@@ -78,29 +121,34 @@ def states_kernel(
         matrix = tl.load(matrix_before + bh * DX * DY + matrix_place, mask=in_matrix, other=0.0)
         if VECTOR:
             vector = tl.load(vector_before + bh * DX + dx, mask=dx < DX, other=0.0)
-    writes_vector = VECTOR and first_y == 0
-    for step in range(NC):
-        chunk = NC - 1 - step if BACKWARDS else step
+    in_vector = (dx < DX) & (first_y == 0)
+    parts: tl.constexpr = L // BT
+    for step in range(NC * parts):
+        chunk = step // parts
+        if BACKWARDS:
+            chunk = NC - 1 - chunk
+        is_first = step % parts == 0
+        decay = tl.load(chunk_decay + chunk)
         if STORE_CHUNKS:
             place = matrices + (bh * NC + chunk) * DX * DY + matrix_place
-            tl.store(place, matrix.to(matrices.dtype.element_ty), mask=in_matrix)
-            if VECTOR:
-                tl.store(vectors + (bh * NC + chunk) * DX + dx, vector, mask=(dx < DX) & writes_vector)
-        decay = tl.load(chunk_decay + chunk)
-        matrix *= decay
-        vector *= decay
-        for part in tl.static_range(L // BT):
-            token = chunk * L + part * BT + tokens
-            weight = tl.load(matrix_weight + token)
-            x_place = token.to(tl.int64)[None, :] * x_stride_s + dx[:, None]
-            x_here = tl.load(x + x_place, mask=(token < S)[None, :] & (dx < DX)[:, None], other=0.0)
-            y_place = token.to(tl.int64)[:, None] * y_stride_s + dy[None, :]
-            y_here = tl.load(y + y_place, mask=(token < S)[:, None] & (dy < DY)[None, :], other=0.0)
-            wide = x_here.to(tl.float32)
-            matrix = dot((wide * weight[None, :]).to(x_here.dtype), y_here, matrix)
-            if VECTOR:
-                vector += tl.sum(wide * tl.load(vector_weight + token)[None, :], axis=1)
+            tl.store(place, matrix.to(matrices.dtype.element_ty), mask=in_matrix & is_first)
+        if VECTOR:
+            if STORE_CHUNKS:
+                tl.store(vectors + (bh * NC + chunk) * DX + dx, vector, mask=in_vector & is_first)
+            added = tl.load(sums + chunk * DX + dx, mask=in_vector & is_first, other=0.0)
+            vector = tl.where(is_first, vector * decay + added, vector)
+        if parts > 1:
+            decay = tl.where(is_first, decay, 1.0)
+        token = chunk * L + step % parts * BT + tokens
+        x_place = weighed + token.to(tl.int64)[None, :] * DX + dx[:, None]
+        if DX % BX == 0:
+            x_here = tl.load(x_place)
+        else:
+            x_here = tl.load(x_place, mask=(token >= 0)[None, :] & (dx < DX)[:, None], other=0.0)
+        y_place = y + token.to(tl.int64)[:, None] * y_stride_s + dy[None, :]
+        y_here = tl.load(y_place, mask=(token < S)[:, None] & (dy < DY)[None, :], other=0.0)
+        matrix = dot(x_here, y_here, matrix * decay)
     if STORE_AFTER:
         tl.store(matrix_after + bh * DX * DY + matrix_place, matrix, mask=in_matrix)
         if VECTOR:
-            tl.store(vector_after + bh * DX + dx, vector, mask=(dx < DX) & writes_vector)
+            tl.store(vector_after + bh * DX + dx, vector, mask=in_vector)

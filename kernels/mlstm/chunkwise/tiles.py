@@ -6,11 +6,19 @@ Axes: rows and columns of the tile that a program owns; head dimensions (`inner`
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from kernels.triton_support import INTERPRETED, next_power_of_two
+
+# One file for each GPU that was tuned.
+TABLES = Path(__file__).parent / "tuned"
+# Up to so many, a recurrence needs small tiles to reach all multiprocessors.
+FEW_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,13 @@ def _block(size: int) -> int:
 
 SIXTEEN_BIT = Tiles(
     chunk=128,
-    states=Tile(rows=128, columns=128, inner=16, tokens=128, warps=8, stages=3),
-    scores=Tile(rows=128, columns=128, inner=64, tokens=16, warps=8, stages=3),
-    read_out=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
-    score_gradients=Tile(rows=128, columns=128, inner=64, tokens=16, warps=8, stages=3),
-    query_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
-    key_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
-    value_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=8, stages=3),
+    states=Tile(rows=64, columns=128, inner=16, tokens=128, warps=4, stages=3),
+    scores=Tile(rows=64, columns=64, inner=64, tokens=16, warps=4, stages=3),
+    read_out=Tile(rows=64, columns=128, inner=64, tokens=64, warps=4, stages=3),
+    score_gradients=Tile(rows=64, columns=64, inner=64, tokens=16, warps=4, stages=3),
+    query_gradient=Tile(rows=64, columns=128, inner=64, tokens=64, warps=8, stages=4),
+    key_gradient=Tile(rows=64, columns=128, inner=64, tokens=64, warps=8, stages=4),
+    value_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=4, stages=3),
 )
 # Exact float32 products run outside the tensor cores and need room in registers.
 THIRTY_TWO_BIT = Tiles(
@@ -78,12 +86,35 @@ THIRTY_TWO_BIT = Tiles(
 )
 
 
-def choose_tiles(dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiles:
-    """The cut for inputs of this precision and these head dimensions."""
-    base = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
-    if INTERPRETED and dtype != torch.float32:
-        base = dataclasses.replace(THIRTY_TWO_BIT)
-    return fit(base, key_dim, value_dim)
+def choose_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, sequences: int, device: torch.device) -> Tiles:
+    """The cut for inputs of this precision, these head dimensions and so many sequences times heads.
+
+    The number of sequences may change the rows and columns of a tile, never the order in which anything is summed.
+    """
+    return _choose(dtype, key_dim, value_dim, sequences <= FEW_SEQUENCES, device)
+
+
+@lru_cache(maxsize=256)
+def _choose(dtype: torch.dtype, key_dim: int, value_dim: int, few_sequences: bool, device: torch.device) -> Tiles:
+    if dtype == torch.float32 or INTERPRETED:
+        return fit(THIRTY_TWO_BIT, key_dim, value_dim)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return fit(_tuned(name).get((key_dim, value_dim, few_sequences), SIXTEEN_BIT), key_dim, value_dim)
+
+
+@lru_cache(maxsize=8)
+def _tuned(device_name: str) -> dict[tuple[int, int, bool], Tiles]:
+    """What benchmarks/tune_mlstm.py found for a GPU: (DK, DV, are the sequences few) -> tiles; empty if untuned."""
+    path = TABLES / f"{device_name.replace(' ', '_')}.json"
+    if not path.is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    return {(e["key_dim"], e["value_dim"], e["few_sequences"]): parse_tiles(e["tiles"]) for e in entries}
+
+
+def parse_tiles(values: dict) -> Tiles:
+    """Tiles from the form that dataclasses.asdict gives."""
+    return Tiles(**{key: Tile(**value) if isinstance(value, dict) else value for key, value in values.items()})
 
 
 def fit(tiles: Tiles, key_dim: int, value_dim: int) -> Tiles:

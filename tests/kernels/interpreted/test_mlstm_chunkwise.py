@@ -9,13 +9,17 @@ import torch
 from kernels.mlstm import MLSTMState, mlstm, mlstm_state
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
-from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, strided
+from tests.kernels.mlstm_rounded import mlstm_rounded
+from tests.kernels.triton_cases import COMPILED, assert_close, compiled_only, padded, relative_error, strided
 
-# Relative to the norm of each tensor (docs/kernels.md).
-EXACT = {"d igate_preact": 1e-5, "d fgate_preact": 1e-4}
+# Relative to the norm of each tensor (docs/kernels.md). Where a PyTorch computation with the roundings of tensor cores
+# (mlstm_rounded.py) is further off than a 16-bit limit, the kernels may be NEAR_ROUNDED times as far off as it is.
+NEAR_ROUNDED = 1.2
+EXACT = {"d fgate_preact": 1e-4}
 SIXTEEN_BIT = {"h": 4e-3, "C": 4e-3, "n": 1e-4, "d fgate_preact": 1e-2}
-# Sums of many large logarithms lose digits even in float32.
-EXTREME = {"saturated": 1e-3, "strong forgetting": 1e-3, "huge input gate": 1e-3}
+# Where hardly anything is remembered, the forget gates' gradient is a small difference of sums as large as the input
+# gates' gradients, and its error is measured against those.
+FORGETFUL = ("saturated", "strong forgetting")
 
 # (B, S, NH, DK, DV): on a CPU as small as shows every edge of a chunk of 64 tokens and of tiles of 32 and 16.
 SHAPES = [(2, 150, 2, 32, 48), (1, 1, 1, 16, 32), (1, 64, 1, 48, 96), (1, 65, 3, 16, 16)]
@@ -29,18 +33,23 @@ SHAPES_COMPILED = [
 ]
 
 
-def tolerances(names, dtype, regime="random"):
-    if dtype == torch.float32:
-        limits = {name: EXACT.get(name, 1e-5) for name in names}
-    else:
-        limits = {name: SIXTEEN_BIT.get(name, 6e-3) for name in names}
-    return {name: max(limit, EXTREME.get(regime, 0)) for name, limit in limits.items()}
+def tolerances(expected, dtype, regime="random", rounded=None):
+    special, other = (EXACT, 1e-5) if dtype == torch.float32 else (SIXTEEN_BIT, 6e-3)
+    limits = {name: special.get(name, other) for name in expected}
+    if regime in FORGETFUL:
+        ratio = expected["d igate_preact"].norm() / expected["d fgate_preact"].norm()
+        limits["d fgate_preact"] *= max(1, ratio.item())
+    if rounded is not None:
+        near = {name: NEAR_ROUNDED * relative_error(rounded[name], expected[name]) for name in expected}
+        limits = {name: max(limits[name], near[name]) for name in expected}
+    return limits
 
 
 def make_inputs(shape, dtype, device, regime="random", seed=0):
     batch, length, heads, key_dim, value_dim = shape
     torch.manual_seed(seed)
-    q, k = (torch.randn(batch, length, heads, key_dim) for _ in range(2))
+    # Queries and keys with a common part: n^T q is then seldom near zero, where no finite precision could divide by it.
+    q, k = (0.25 + torch.randn(batch, length, heads, key_dim) for _ in range(2))
     v = torch.randn(batch, length, heads, value_dim)
     inputs = [x.to(dtype) for x in (q, k, v)] + list(gates(regime, batch, length, heads))
     return [x.to(device).requires_grad_() for x in inputs]
@@ -97,7 +106,8 @@ def compare(inputs, state, regime="random", **settings):
     settings.pop("keep_chunk_states", None)
     doubles = None if state is None else MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
     expected = run(mlstm_chunkwise, [double(x) for x in inputs], doubles, dtype, **settings)
-    assert_close(actual, expected, tolerances(expected, dtype, regime))
+    rounded = None if dtype == torch.float32 else run(mlstm_rounded, inputs, state, dtype, **settings)
+    assert_close(actual, expected, tolerances(expected, dtype, regime, rounded))
 
 
 @pytest.mark.parametrize("shape", SHAPES_COMPILED if COMPILED else SHAPES, ids=str)
@@ -128,8 +138,9 @@ def test_gate_regimes(regime, dtype, device):
 
 
 def test_documents_at_every_token(device, dtype):
-    shape = (1, 70, 1, 16, 16)
-    compare(make_inputs(shape, dtype, device), None, document_start=torch.ones(1, 70, dtype=torch.bool, device=device))
+    inputs = make_inputs((1, 70, 1, 16, 16), dtype, device)
+    inputs[3].data -= 3
+    compare(inputs, None, document_start=torch.ones(1, 70, dtype=torch.bool, device=device))
 
 
 def test_an_earlier_document_changes_no_bit_of_a_later_one(device, dtype):
@@ -253,9 +264,9 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 
 @compiled_only
 def test_other_lengths_and_batches_compile_nothing_anew(device):
-    from kernels.mlstm.chunkwise import launch
+    from kernels.mlstm.chunkwise import launch, launch_backward
 
-    kernels = [getattr(launch, name) for name in dir(launch) if name.endswith("_kernel")]
+    kernels = [x for m in (launch, launch_backward) for name, x in vars(m).items() if name.endswith("_kernel")]
 
     def variants():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

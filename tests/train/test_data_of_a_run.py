@@ -1,0 +1,115 @@
+"""What a run reads: mixtures with phases, packing, held-out loss by source, and text that is tokenized on the way."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
+from tests.runs import TINY_RUN, run_train
+
+
+@pytest.fixture(scope="module")
+def slimpajama(tmp_path_factory):
+    """Three sources in SlimPajama's layout, raw and prepared."""
+    folder = tmp_path_factory.mktemp("slimpajama")
+    write_slimpajama(folder / "raw")
+    quietly(slimpajama_config(folder / "raw", folder / "corpus"))
+    return folder
+
+
+def lines_of(path, kind):
+    return [
+        line for line in map(json.loads, path.read_text().splitlines()) if kind in (line.get("kind"), line.get("event"))
+    ]
+
+
+def run(root, name, *overrides):
+    return run_train([f"name={name}", f"run_root={root}", *TINY_RUN, "model.vocab_size=448", *overrides])
+
+
+@pytest.mark.slow
+def test_mixed_sources_are_held_out_one_by_one(slimpajama, tmp_path):
+    overrides = [
+        f"corpus.directory={slimpajama / 'corpus'}",
+        f"corpus.packing_directory={tmp_path / 'plans'}",
+        "corpus.packing=best_fit",
+        "+corpus.weights={RedPajamaC4: 3, RedPajamaBook: 1}",
+        "corpus.workers=2",
+        "evaluation=by_source",
+        "evaluation.batch_size=4",
+        "training.total_steps=6",
+    ]
+    phases = "corpus.phases=[{from_step: 3, temperature: 2.0}]"
+    done = run(tmp_path, "mixed", *overrides, phases, "+corpus.epoch_caps={RedPajamaBook: 20}")
+    assert done.returncode == 0, done.stderr
+    assert "best fit:" in done.stderr and "RedPajamaGithub: " in done.stderr and " epochs" in done.stderr
+    evaluations = {line["set"]: line for line in lines_of(tmp_path / "mixed" / "metrics.jsonl", "evaluation")}
+    parts = [evaluations[f"validation/{label}"] for label in LABELS]
+    assert evaluations.keys() == {"validation", *(f"validation/{label}" for label in LABELS)}
+    assert evaluations["validation"]["tokens"] == sum(part["tokens"] for part in parts)
+    mean = sum(part["loss"] * part["tokens"] for part in parts) / evaluations["validation"]["tokens"]
+    assert evaluations["validation"]["loss"] == pytest.approx(mean)
+    assert all(part["perplexity"] == pytest.approx(math.exp(part["loss"])) for part in parts)
+    events = lines_of(tmp_path / "mixed" / "events.jsonl", "evaluation_set")
+    assert {event["set"]: event["tokens"] for event in events} == {
+        name: line["tokens"] for name, line in evaluations.items() if name != "validation"
+    }
+    assert len({event["fingerprint"] for event in events}) == 3
+
+    caps = "+corpus.epoch_caps={RedPajamaBook: 1, RedPajamaC4: 0.1}"
+    too_long = run(tmp_path, "capped", *overrides, caps, "training.total_steps=500")
+    assert too_long.returncode == 2 and "corpus.epoch_caps: every source has reached its cap after" in too_long.stderr
+
+
+@pytest.mark.slow
+def test_another_corpus_under_the_same_folder_is_refused_with_the_difference(slimpajama, tmp_path):
+    shutil.copytree(slimpajama / "corpus", tmp_path / "corpus")
+    overrides = [f"corpus.directory={tmp_path / 'corpus'}", "checkpoint.interval=2"]
+    assert run(tmp_path, "a", *overrides, "training.total_steps=4").returncode == 0
+    shutil.rmtree(tmp_path / "corpus")
+    write_slimpajama(tmp_path / "other", seed=8)
+    quietly(slimpajama_config(tmp_path / "other", tmp_path / "corpus"))
+    refused = run(tmp_path, "a", *overrides, "training.total_steps=6")
+    assert refused.returncode == 1
+    assert "was trained on other data (corpus: " in refused.stderr and "tokenizer: " in refused.stderr
+    assert "corpus.allow_changed_data=" in refused.stderr
+    reason = "corpus.allow_changed_data=the corpus was prepared again"
+    allowed = run(tmp_path, "a", *overrides, "training.total_steps=6", reason)
+    assert allowed.returncode == 0, allowed.stderr
+    (event,) = lines_of(tmp_path / "a" / "events.jsonl", "data_changed")
+    assert event["reason"] == "the corpus was prepared again"
+    assert {"corpus", "tokenizer", "order"} <= event["changes"].keys()
+
+
+@pytest.mark.slow
+def test_text_that_is_tokenized_on_the_way_resumes_exactly(slimpajama, tmp_path):
+    overrides = [
+        "corpus.directory=null",
+        "+data@corpus.live.data=slimpajama",
+        "+tokenizer@corpus.live.tokenizer=file",
+        f"corpus.live.data.path={slimpajama / 'raw'}",
+        f"corpus.live.tokenizer.path={slimpajama / 'corpus' / 'tokenizer'}",
+        f"evaluation.sets.validation.directory={slimpajama / 'corpus'}",
+        "training.total_steps=8",
+        "checkpoint.interval=4",
+    ]
+    whole = run(tmp_path, "whole", *overrides)
+    assert whole.returncode == 0, whole.stderr
+    assert "tokenized while they are read" in whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    config = tmp_path / "half" / "config.yaml"
+    config.write_text(config.read_text().replace("name: whole", "name: half"))
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000008")
+    again = run(tmp_path, "half", *overrides)
+    assert again.returncode == 0, again.stderr
+
+    def losses(name):
+        lines = lines_of(tmp_path / name / "metrics.jsonl", "train")
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+    assert losses("half") == losses("whole") and len(losses("whole")) == 8
+    refused = run(tmp_path, "other", *overrides, "corpus.temperature=2", "evaluation=validation")
+    assert refused.returncode == 2
+    assert "corpus.temperature: text that is tokenized while it is read is taken as it comes (2.0)" in refused.stderr

@@ -1,0 +1,214 @@
+"""The data of a run: its corpus, its order of samples, and what the position in a checkpoint is a position of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import validate_data, validate_tokenizer
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import CorpusError
+from data_pipeline.mixture import MixtureConfig, Phase, check_mixture
+from data_pipeline.on_the_fly import LiveCorpus, LiveStream
+from data_pipeline.remote import CacheSettings, is_remote
+from data_pipeline.stream import SampleStream
+from train.config import CorpusConfig, RunConfig
+from train.plan import Plan
+
+
+def mixture_of(config: RunConfig) -> MixtureConfig:
+    """The mixture in samples: phases of the configuration may begin at a step."""
+    corpus = config.corpus
+    phases = tuple(
+        Phase(
+            phase.from_sample if phase.from_step is None else phase.from_step * config.training.global_batch_size,
+            phase.weights,
+            phase.temperature,
+        )
+        for phase in corpus.phases
+    )
+    return MixtureConfig(corpus.weights, corpus.temperature, corpus.epoch_caps, phases)
+
+
+def validate_corpus(config: CorpusConfig) -> list[str]:
+    """Every problem of the keys under `corpus` that shows without the corpus, one line each."""
+    problems = []
+    problems += _validate_live(config)
+    if config.directory is not None and is_remote(config.directory) and config.cache_directory is None:
+        problems.append(
+            f"corpus.cache_directory: a corpus at a URL ({config.directory}) is read through a cache; set it to a "
+            "folder on a local disk"
+        )
+    if not config.cache_gib > 0:
+        problems.append(f"corpus.cache_gib: must be positive ({config.cache_gib})")
+    if config.max_epochs <= 0:
+        problems.append(f"corpus.max_epochs: must be positive ({config.max_epochs})")
+    for source, weight in (config.weights or {}).items():
+        if not weight >= 0:
+            problems.append(f"corpus.weights.{source}: a share cannot be negative ({weight})")
+    if config.weights is not None and not sum(config.weights.values()) > 0:
+        problems.append(
+            "corpus.weights: at least one share must be positive; set it to null to use sources as they are"
+        )
+    for number, phase in enumerate(config.phases):
+        if (phase.from_step is None) == (phase.from_sample is None):
+            problems.append(
+                f"corpus.phases[{number}]: set exactly one of from_step ({phase.from_step}) and from_sample "
+                f"({phase.from_sample}), the other to null"
+            )
+    for key, choices in (("packing", ("concatenate", "best_fit")), ("on_corrupt", ("fail", "skip"))):
+        if getattr(config, key) not in choices:
+            problems.append(
+                f"corpus.{key}: no such choice ({getattr(config, key)!r}); choose one of {', '.join(choices)}"
+            )
+    if config.packing != "best_fit" and config.packing_directory is not None:
+        problems.append(
+            f"corpus.packing_directory: only packing=best_fit keeps a plan ({config.packing_directory!r}); set it to "
+            "null"
+        )
+    for key in ("prefetch_steps", "workers"):
+        if getattr(config, key) < 1:
+            problems.append(f"corpus.{key}: must be at least 1 ({getattr(config, key)})")
+    if config.allow_changed_data is not None and not config.allow_changed_data.strip():
+        problems.append("corpus.allow_changed_data: empty; give the reason, or null to refuse changed data")
+    return problems
+
+
+def _validate_live(config: CorpusConfig) -> list[str]:
+    if (config.live is None) == (config.directory is None):
+        return [
+            f"corpus.directory: set exactly one of corpus.directory ({config.directory}) and corpus.live, the other to "
+            "null"
+        ]
+    if config.live is None:
+        return []
+    problems = validate_data(config.live.data, "corpus.live.data")
+    problems += validate_tokenizer(config.live.tokenizer, "corpus.live.tokenizer")
+    if config.live.tokenizer.kind != "file":
+        problems.append(
+            f"corpus.live.tokenizer.kind: a run does not train its tokenizer ({config.live.tokenizer.kind}); set it to "
+            "file"
+        )
+    asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
+    asked |= {"on_corrupt": "fail", "cache_directory": None, "workers": 1}
+    return problems + [
+        f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
+        f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"
+        for key, usual in asked.items()
+        if getattr(config, key) != usual
+    ]
+
+
+def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
+    """What the run is trained on. Raises DataError."""
+    live = config.corpus.live
+    if live is not None:
+        return LiveCorpus(live.data, live.tokenizer, config.corpus.split)
+    return open_corpus(config, config.corpus.directory, check)
+
+
+def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
+    """Open the prepared corpus in a folder or at a URL, through the run's cache. Raises CorpusError."""
+    if directory is None:
+        raise CorpusError("corpus.directory: this needs a prepared corpus; the run tokenizes while it reads")
+    cache = None
+    if config.corpus.cache_directory is not None:
+        cache = CacheSettings(Path(config.corpus.cache_directory), int(config.corpus.cache_gib * 2**30))
+    return Corpus.open(directory, check, cache)
+
+
+def misfits_of_mixture(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[str]:
+    """What the mixture asks of the corpus that it lacks, one line each."""
+    if isinstance(corpus, LiveCorpus):
+        return []
+    sources = dict.fromkeys(corpus.sources(config.corpus.split), 1)
+    return [f"corpus.{problem}" for problem in check_mixture(mixture_of(config), sources)]
+
+
+def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = False) -> SampleStream | LiveStream:
+    """The run's order of samples. Raises ValueError for settings that the corpus cannot serve, CorpusError."""
+    training = config.training
+    if isinstance(corpus, LiveCorpus):
+        lanes = training.global_batch_size
+        return LiveStream(corpus, training.sequence_length, config.seed, lanes, config.corpus.max_epochs)
+    packing_directory = config.corpus.packing_directory
+    return SampleStream(
+        corpus,
+        config.corpus.split,
+        training.sequence_length,
+        config.seed,
+        mixture_of(config),
+        packing=config.corpus.packing,
+        packing_directory=None if packing_directory is None else Path(packing_directory),
+        on_corrupt=config.corpus.on_corrupt,
+        pin=pin,
+    )
+
+
+def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> list[str]:
+    """Where the run is longer than its data allow, one line each; of text tokenized on the way it shows later."""
+    if isinstance(stream, LiveStream):
+        return []
+    samples = plan.total_steps * plan.global_batch_size
+    if stream.limit is not None and samples > stream.limit:
+        return [
+            f"corpus.epoch_caps: every source has reached its cap after {stream.limit:,} samples, the run takes "
+            f"{samples:,}; raise the caps or shorten training.total_tokens"
+        ]
+    return [
+        f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
+        "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
+        for source, count in stream.mixture.epochs(samples).items()
+        if count > config.corpus.max_epochs
+    ]
+
+
+def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
+    """What the run reads, as the lines that it prints at its start."""
+    samples = plan.total_steps * plan.global_batch_size
+    if isinstance(stream, LiveStream):
+        lines = [f"data       {samples:,} samples, tokenized while they are read, order {stream.fingerprint[:16]}"]
+        lines += [f"           {note}" for note in stream.corpus.notes]
+        if stream.corpus.why_not_again:
+            lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
+        return "\n".join(lines)
+    epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
+    lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
+    lines += [
+        f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
+        for source, passes in epochs.items()
+    ]
+    if stream.plan is not None:
+        padding = sum(s.padding for s in stream.plan.statistics.values())
+        tokens = sum(s.tokens for s in stream.plan.statistics.values())
+        cut = sum(s.cut for s in stream.plan.statistics.values())
+        documents = sum(s.documents for s in stream.plan.statistics.values())
+        lines.append(
+            f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
+            "longer than a sample"
+        )
+    return "\n".join(lines)
+
+
+def data_identity(stream: SampleStream | LiveStream) -> dict[str, Any]:
+    """What `next_sample` of a checkpoint counts: equal identities mean that every sample is the same."""
+    return {**stream.identity, "order": stream.fingerprint}
+
+
+def changes_of_data(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """key -> [then, now] of what differs."""
+    return {key: [saved.get(key), now.get(key)] for key in sorted({**saved, **now}) if saved.get(key) != now.get(key)}
+
+
+def refuse_changed_data(changes: dict[str, list[Any]], checkpoint: Path) -> None:
+    """Raises CorpusError that shows `changes`."""
+    shown = [f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in changes.items()]
+    raise CorpusError(
+        f"{checkpoint} was trained on other data ({'; '.join(shown)}), so its position means nothing here. Go back to "
+        "the data it was trained on, or give the reason for the change in corpus.allow_changed_data='...'"
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 64 else f"{text[:61]}..."
