@@ -11,11 +11,16 @@ exceeds 2^65, or is no number, arrives as 2^65, and what is below 2^-62 as littl
 float32, whose lowest bit is the turn's.
 
 All programs must be resident together (cooperative launch). A wait is bounded: results become NaN if it fails.
+
+Under Triton's interpreter programs run one after the other, so that no wait is of use: a number is there or is NaN.
 """
 
 import triton
 import triton.language as tl
 
+from kernels.triton_support import INTERPRETED
+
+ONE_BY_ONE = tl.constexpr(INTERPRETED)
 # Clock cycles after which a program no longer waits, from when it began with its sequences; about 10 seconds.
 PATIENCE = tl.constexpr(1 << 34)
 _SCALE = tl.constexpr(2.0**-64)
@@ -74,8 +79,12 @@ def _words_dtype(words):
 @triton.jit
 def patience():
     """The clock's value after which await_words gives up."""
-    now = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
-    return now + PATIENCE
+    if ONE_BY_ONE:
+        deadline = 0
+    else:
+        now = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+        deadline = now + PATIENCE
+    return deadline
 
 
 @triton.jit
@@ -93,6 +102,13 @@ def as_loaded(pointers, base, unaligned):
 
 
 @triton.jit
+def _there_or_nan(pointers, turn, tag, TAG: tl.constexpr):
+    """What await_words makes of int32 words at the end of its patience."""
+    words = tl.load(pointers)
+    return (words & (-1 - TAG)) | tl.where((words ^ turn) & tag != 0, 0x7FFF7FFF, 0)
+
+
+@triton.jit
 def await_words(pointers, phase, waits, deadline, dtype: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
     """WORDS (1, 2 or 4) int32 words from each of the int32 `pointers` [M, N], as [M, N * WORDS].
 
@@ -105,15 +121,19 @@ def await_words(pointers, phase, waits, deadline, dtype: tl.constexpr, WORDS: tl
     N: tl.constexpr = pointers.shape[1]
     EACH: tl.constexpr = M * N // (32 * WARPS)
     PACK: tl.constexpr = EACH if EACH > 0 else 1
-    arguments = [pointers, phase * TAG, tl.where(waits, TAG, 0), deadline]
-    words = tl.inline_asm_elementwise(
-        _await_asm(WORDS, PACK, KEEP),
-        _await_constraints(WORDS, PACK),
-        arguments,
-        dtype=_words_dtype(WORDS),
-        is_pure=False,
-        pack=PACK,
-    )
+    if ONE_BY_ONE:
+        words = ()
+        for word in tl.static_range(WORDS):
+            words += (_there_or_nan(pointers + word, phase * TAG, tl.where(waits, TAG, 0), TAG),)
+    else:
+        words = tl.inline_asm_elementwise(
+            _await_asm(WORDS, PACK, KEEP),
+            _await_constraints(WORDS, PACK),
+            [pointers, phase * TAG, tl.where(waits, TAG, 0), deadline],
+            dtype=_words_dtype(WORDS),
+            is_pure=False,
+            pack=PACK,
+        )
     if WORDS == 4:
         result = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3])).reshape(M, N * 4)
     elif WORDS == 2:

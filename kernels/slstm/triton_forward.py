@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.slstm.triton_exchange import (
+    ONE_BY_ONE,
     as_loaded,
     await_words,
     patience,
@@ -153,7 +154,15 @@ def slstm_forward_kernel(
             next_start = tl.load(starts_here, rows < batch, other=0) != 0
         if TEAM > 1:
             deadline = patience()
-            tl.store(sent + (turn & 1) * teams * (ROWS * WIDTH), to_send(output, (turn >> 1) & 1 ^ 1, dtype))
+            to_slot = (turn & 1) * teams * (ROWS * WIDTH)
+            if ONE_BY_ONE:
+                # The first program needs what others would have sent; with one token nothing else is exchanged.
+                known = (inner < HEAD_DIM)[:, None] & (rows < batch)[None, :]
+                whole = tl.load(initial_h + rows[None, :] * D + head * HEAD_DIM + inner[:, None], known, other=0.0)
+                everyone = slots + columns[None, :] * WIDTH + inner[:, None]
+                tl.store(everyone + to_slot, to_send(whole.to(tl.float32), (turn >> 1) & 1 ^ 1, dtype))
+            else:
+                tl.store(sent + to_slot, to_send(output, (turn >> 1) & 1 ^ 1, dtype))
             turn += 1
         for t in range(length):
             x_i, x_f, x_z, x_o, start = next_i, next_f, next_z, next_o, next_start
