@@ -20,7 +20,7 @@ CASES = [(head_dim, {}) for head_dim in (48, 64, 96, 128, 192, 256, 384, 512)]
 CASES += [(head_dim, MOST) for head_dim in (64, 192, 256, 384, 512)]
 CASES += [(head_dim, {"weights": "float32", "gates": "float32"}) for head_dim in (64, 128, 256)]
 
-# Bytes of a thread's local memory that the forward and the backward kernel may use where these are not 0, by the width in
+# Bytes of local memory of a thread of the forward and of the backward kernel where these are not 0, by the width in
 # units and the dtype of the weights. The weights fill most of the registers there; what only the start and the end of a
 # sequence need makes room for them.
 SPILLS = {(512, "bfloat16"): (72, 0), (256, "float32"): (72, 24)}
