@@ -37,7 +37,7 @@ class CompiledKernel:
         name: of the kernel function.
         registers: of a thread.
         stack_bytes: of a thread, in local memory: spilled registers. 0 is the aim.
-        spills_in_loop: of local memory, loads and stores in the innermost loops with tensor-core products; None without.
+        spills_in_loop: accesses to local memory in the innermost loops with tensor-core products; None without any.
         shared_bytes: of a block.
         wgmma: instructions in the PTX for the tensor cores of Hopper, counted where they are issued.
         mma: instructions for tensor cores in the manner of Ampere, half as fast or less.
