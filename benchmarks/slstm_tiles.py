@@ -19,31 +19,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 WIDTH = 1024
 BATCH, LENGTH = 64, 2048
-# (units, rows, warps, resident): the divisions tried for a head dimension.
+# (units, rows, warps, resident, narrow): the divisions tried for a head dimension.
 CANDIDATES = {
-    48: [(64, 16, 4, 1), (64, 16, 8, 1), (32, 16, 4, 1)],
-    64: [(64, 16, 4, 1), (64, 16, 8, 1), (32, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 2)],
-    128: [(32, 16, 4, 1), (64, 16, 4, 1), (64, 16, 8, 1), (32, 32, 8, 1), (16, 16, 4, 2), (128, 16, 8, 1)],
-    192: [(32, 16, 4, 1), (64, 16, 8, 1), (32, 32, 8, 1)],
-    256: [
-        (32, 16, 4, 1),
-        (32, 16, 8, 1),
-        (64, 16, 8, 1),
-        (64, 16, 4, 1),
-        (16, 16, 4, 2),
-        (32, 32, 8, 1),
-        (16, 32, 4, 1),
-    ],
-    384: [(32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)],
-    512: [(32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1), (16, 64, 8, 1)],
+    48: [(64, 16, 4, 1, True), (64, 16, 8, 1, True), (32, 16, 4, 1, True)],
+    64: [(64, 16, 4, 1, True), (64, 16, 8, 1, True), (32, 16, 4, 1, True), (32, 32, 4, 1, True)],
+    128: [(32, 16, 4, 1, True), (64, 16, 4, 1, True), (32, 32, 8, 1, True), (128, 16, 8, 1, True)],
+    192: [(32, 16, 4, 1, True), (64, 16, 8, 1, True), (32, 32, 8, 1, True)],
+    256: [(32, 16, 4, 1, True), (32, 16, 4, 1, False), (32, 16, 8, 1, True), (64, 16, 8, 1, True)],
+    384: [(32, 32, 8, 1, True), (32, 16, 8, 1, True), (16, 32, 8, 1, True)],
+    512: [(32, 32, 8, 1, True), (32, 32, 8, 1, False), (16, 64, 8, 1, True)],
 }
 TOLERANCES = {"h": 4e-3, "c": 4e-3, "n": 4e-3, "last h": 4e-3}
 GRADIENT_TOLERANCE = 1e-2
 
 
 def heads_of(head_dim: int) -> int:
-    """Heads that make WIDTH units, or the nearest."""
-    return max(1, WIDTH // head_dim)
+    """Heads that make WIDTH units, and at least four."""
+    return max(4, WIDTH // head_dim)
 
 
 def relative(actual, expected) -> float:
@@ -65,7 +57,7 @@ def make_case(head_dim: int, batch: int, length: int, dtype, seed: int):
     return gates_x.to(dtype), kernel.to(dtype), starts, state
 
 
-def with_tiles(tiles: tuple[int, int, int, int]):
+def with_tiles(tiles: tuple[int, int, int, int, bool]):
     """The operators use these tiles from here on."""
     from kernels.slstm import triton_op
     from kernels.slstm.triton_tiles import Tiles
@@ -121,7 +113,7 @@ def milliseconds(call, repeats: int = 5) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def one(head_dim: int, tiles: tuple[int, int, int, int], compile_only: bool) -> dict:
+def one(head_dim: int, tiles: tuple[int, int, int, int, bool], compile_only: bool) -> dict:
     """Checks, then times, one division of the work; the result can be printed as JSON."""
     import torch
 
@@ -165,7 +157,16 @@ def one(head_dim: int, tiles: tuple[int, int, int, int], compile_only: bool) -> 
     finite = backward()[0].isfinite().all().item() and forward()[0].isfinite().all().item()
     if not (same and finite):
         return result | {"failed": f"deterministic {same}, finite {finite}"}
-    times = {"forward": milliseconds(forward), "backward": milliseconds(backward)}
+    alone = [x[: tiles.rows, ..., :1, :].contiguous() for x in (gates_x, *state)]
+
+    def without_derivatives():
+        return triton_op.launch_forward(tiles, gates_x, kernel, None, *state, None, False)
+
+    def one_team():
+        return triton_op.launch_forward(tiles, alone[0], kernel[:1], None, *alone[1:], None, False)
+
+    calls = {"forward": forward, "backward": backward, "forward only": without_derivatives, "one team": one_team}
+    times = {name: milliseconds(call) for name, call in calls.items()}
     for name, gates_dtype in (("both and weights", dtype), ("the same, fp32 gates", torch.float32)):
         leaves = [gates_x.to(gates_dtype).requires_grad_(), kernel.requires_grad_()]
 
@@ -174,26 +175,35 @@ def one(head_dim: int, tiles: tuple[int, int, int, int], compile_only: bool) -> 
             return torch.autograd.grad(h, leaves, grad_h.to(h.dtype))
 
         times[name] = milliseconds(both)
-    steps = {f"us a step {name}": 1000 * times[name] / length for name in ("forward", "backward")}
+    steps = {f"us a step {name}": 1000 * times[name] / length for name in calls}
     return result | {name: round(value, 2) for name, value in (times | steps).items()}
 
 
 def peers() -> None:
-    """torch.nn.LSTM of the same width, in the same run."""
+    """torch.nn.LSTM of the widths of four heads of 256 and of 512, in the same run."""
     import torch
 
-    lstm = torch.nn.LSTM(WIDTH, WIDTH, batch_first=True, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(BATCH, LENGTH, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn_like(x)
-    with torch.no_grad():
-        forward = milliseconds(lambda: lstm(x)[0])
-    both = milliseconds(lambda: torch.autograd.grad(lstm(x)[0], [x, *lstm.parameters()], grad))
-    print(f"torch.nn.LSTM, hidden {WIDTH}: forward {forward:.2f} ms, forward + backward {both:.2f} ms", flush=True)
+    for width in (WIDTH, 2 * WIDTH):
+        lstm = torch.nn.LSTM(width, width, batch_first=True, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(BATCH, LENGTH, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn_like(x)
+
+        def forward(lstm=lstm, x=x):
+            with torch.no_grad():
+                return lstm(x)[0]
+
+        def both(lstm=lstm, x=x, grad=grad):
+            return torch.autograd.grad(lstm(x)[0], [x, *lstm.parameters()], grad)
+
+        times = f"forward {milliseconds(forward):.2f} ms, forward + backward {milliseconds(both):.2f} ms"
+        print(f"torch.nn.LSTM, hidden {width}: {times}", flush=True)
 
 
 def name_of(head_dim: int, tiles) -> str:
-    units, rows, warps, resident = tiles
-    return f"{heads_of(head_dim):2} x {head_dim:3}: units {units:3} rows {rows} warps {warps} resident {resident}"
+    units, rows, warps, resident, narrow = tiles
+    messages = "bf16" if narrow else "fp32"
+    division = f"units {units:3} rows {rows} warps {warps} resident {resident} messages {messages}"
+    return f"{heads_of(head_dim):2} x {head_dim:3}: {division}"
 
 
 def child(head_dim: int, divisions: list, timeout: float, compile_only: bool = False) -> None:

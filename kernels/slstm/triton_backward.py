@@ -10,7 +10,16 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, r
 import triton
 import triton.language as tl
 
-from kernels.slstm.triton_exchange import await_phase, product, with_phase
+from kernels.slstm.triton_exchange import (
+    as_loaded,
+    await_words,
+    halves,
+    patience,
+    product,
+    sent_dtype,
+    to_send,
+    unscale,
+)
 from kernels.slstm.triton_forward import AVERAGE, CELL, FORGET, INPUT_SLOPE, KEPT, OUTPUT, OUTPUT_GATE, SHARE
 
 
@@ -21,7 +30,7 @@ def join_gates(i, f, z, o, UNITS: tl.constexpr, ROWS: tl.constexpr):
     return x.reshape(UNITS, ROWS, 4).permute(2, 0, 1).reshape(4 * UNITS, ROWS)
 
 
-@triton.jit(do_not_specialize=["batch", "length", "teams", "max_polls"])
+@triton.jit(do_not_specialize=["batch", "length", "teams"])
 def slstm_backward_kernel(
     grad_h,
     recurrent_kernel,
@@ -37,7 +46,6 @@ def slstm_backward_kernel(
     batch,
     length,
     teams,
-    max_polls,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TEAM: tl.constexpr,
@@ -47,14 +55,16 @@ def slstm_backward_kernel(
     WIDTH: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    NARROW: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """`teams` teams take the pairs of a head and ROWS sequences in turn. Grid: (teams * TEAM,).
 
     grad_h [B, S, NH, DH]; recurrent_kernel, document_start, derivatives as in the forward kernel; last_grad_h,
     last_grad_average (of y = c / n) and last_grad_log_n (of l = m + log n) [B, NH, DH] float32: through the state after
-    the last token; initial_grad_*: of the state before the first. messages [2, teams, TEAM, WIDTH * ROWS] int32, zeros:
-    slot, team, sender, then the tile of each receiver; TEAM_BLOCK is TEAM rounded up to a power of two.
-    grad_gates [B, S, 4, NH, DH].
+    the last token; initial_grad_*: of the state before the first. messages [2, teams, TEAM, WIDTH * ROWS], zeros:
+    slot, team, sender, then the tile of each receiver; in bfloat16 if NARROW, else in float32. TEAM_BLOCK is TEAM
+    rounded up to a power of two. grad_gates [B, S, 4, NH, DH].
     """
     team = tl.program_id(0) // TEAM
     member = tl.program_id(0) % TEAM
@@ -70,20 +80,24 @@ def slstm_backward_kernel(
     MESSAGE: tl.constexpr = WIDTH * ROWS
     dtype: tl.constexpr = recurrent_kernel.dtype.element_ty
 
-    # A message to a member is contiguous: [rows, units].
+    sent_as: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
+    on_way: tl.constexpr = sent_dtype(sent_as)
+    # A message to a member is contiguous: [rows, units]. A thread reads the same part of it from every sender.
+    WORDS_OF_MESSAGE: tl.constexpr = ROWS * UNITS * on_way.primitive_bitwidth // 32
+    EACH: tl.constexpr = WORDS_OF_MESSAGE // (32 * WARPS)
+    WORDS: tl.constexpr = 4 if EACH >= 4 else 2 if EACH >= 2 else 1
+    SLOT_WORDS: tl.constexpr = TEAM * MESSAGE * on_way.primitive_bitwidth // 32
+    slots = messages.to(tl.pointer_type(on_way))
     sent = (
-        messages
+        slots
         + (team * TEAM + member) * MESSAGE
         + (inner // UNITS * (ROWS * UNITS) + inner % UNITS)[:, None]
         + columns[None, :] * UNITS
     )
-    received = (
-        messages
-        + (team * TEAM + members[:, None]) * MESSAGE
-        + member * (ROWS * UNITS)
-        + tl.arange(0, ROWS * UNITS)[None, :]
+    slot_words = (slots + (team * TEAM + tl.where(members < TEAM, members, 0)[:, None]) * MESSAGE).to(
+        tl.pointer_type(tl.int32)
     )
-    received_mask = (members < TEAM)[:, None] & (tl.arange(0, ROWS * UNITS) >= 0)[None, :]
+    slot_words += member * WORDS_OF_MESSAGE + tl.arange(0, WORDS_OF_MESSAGE // WORDS)[None, :] * WORDS
     # The number of exchanges so far.
     turn = 0
     for item in range(team, tl.cdiv(batch, ROWS) * HEADS, teams):
@@ -102,6 +116,8 @@ def slstm_backward_kernel(
         grad_average = tl.load(last_grad_average + state_offsets, mask, other=0.0)
         grad_log_n = tl.load(last_grad_log_n + state_offsets, mask, other=0.0)
 
+        if TEAM > 1:
+            received = as_loaded(slot_words, messages.to(tl.pointer_type(tl.int32)), batch)
         first = rows[None, :] * length + (length - 1)
         here = derivatives + first * (KINDS * D) + head * HEAD_DIM + units[:, None]
         grad_h_here = grad_h + first * D + head * HEAD_DIM + units[:, None]
@@ -123,40 +139,33 @@ def slstm_backward_kernel(
         if HAS_STARTS:
             next_start = tl.load(starts_here, rows < batch, other=0) != 0
         later_start = rows < 0
+        if TEAM > 1:
+            deadline = patience()
         for step in range(length):
             grad, to_output, to_cell, to_output_gate = next_grad, next_output, next_cell, next_output_gate
             to_average, share, kept, to_forget = next_average, next_share, next_kept, next_forget
             slope, start = next_slope, next_start
-            # The inputs of the token before are on their way while this one waits for the others.
-            here -= KINDS * D
-            grad_h_here -= D
-            starts_here -= 1
-            next_mask = mask & (step + 1 < length)
-            next_grad = tl.load(grad_h_here, next_mask, other=0.0)
-            next_output = tl.load(here + OUTPUT * D, next_mask, other=0.0)
-            next_cell = tl.load(here + CELL * D, next_mask, other=0.0)
-            next_output_gate = tl.load(here + OUTPUT_GATE * D, next_mask, other=0.0)
-            next_average = tl.load(here + AVERAGE * D, next_mask, other=0.0)
-            next_share = tl.load(here + SHARE * D, next_mask, other=0.0)
-            next_kept = tl.load(here + KEPT * D, next_mask, other=0.0)
-            next_forget = tl.load(here + FORGET * D, next_mask, other=0.0)
-            if HAS_CAP:
-                next_slope = tl.load(here + INPUT_SLOPE * D, next_mask, other=0.0)
-            if HAS_STARTS:
-                next_start = tl.load(starts_here, (rows < batch) & (step + 1 < length), other=0) != 0
-
             if TEAM > 1:
                 # Without an exchange yet nothing is read.
                 last = turn - 1
-                values, max_polls = await_phase(
-                    received + (last & 1) * teams * (TEAM * MESSAGE),
-                    received_mask & (step > 0),
-                    ((last >> 1) & 1) ^ 1,
-                    max_polls,
+                words = await_words(
+                    received + (last & 1) * teams * SLOT_WORDS,
+                    (last >> 1) & 1 ^ 1,
+                    step > 0,
+                    deadline,
+                    sent_as,
+                    WORDS,
+                    WARPS,
                 )
-                exchanged = tl.sum(values, 0).reshape(ROWS, UNITS).trans()
+                if TEAM < TEAM_BLOCK:
+                    words = tl.where((members < TEAM)[:, None], words, 0)
+                if NARROW:
+                    lower, upper = halves(words)
+                    exchanged = tl.join(tl.sum(lower, 0), tl.sum(upper, 0))
+                else:
+                    exchanged = tl.sum(words.to(tl.float32, bitcast=True), 0)
+                exchanged = exchanged.reshape(ROWS, UNITS).trans() * unscale(sent_as)
                 from_later = tl.where(step > 0, exchanged, from_later)
-                from_later = tl.where(max_polls > 0, from_later, float("nan"))
             if HAS_STARTS:
                 from_later = tl.where(later_start[None, :], 0.0, from_later)
                 later_start = start
@@ -179,9 +188,27 @@ def slstm_backward_kernel(
                     from_later = to_earlier
                 else:
                     tl.store(
-                        sent + (turn & 1) * teams * (TEAM * MESSAGE), with_phase(to_earlier, ((turn >> 1) & 1) ^ 1)
+                        sent + (turn & 1) * teams * (TEAM * MESSAGE), to_send(to_earlier, (turn >> 1) & 1 ^ 1, sent_as)
                     )
                     turn += 1
+            # The inputs of the token before are on their way while this one's results are written and while it waits.
+            here -= KINDS * D
+            grad_h_here -= D
+            starts_here -= 1
+            next_mask = mask & (step + 1 < length)
+            next_grad = tl.load(grad_h_here, next_mask, other=0.0)
+            next_output = tl.load(here + OUTPUT * D, next_mask, other=0.0)
+            next_cell = tl.load(here + CELL * D, next_mask, other=0.0)
+            next_output_gate = tl.load(here + OUTPUT_GATE * D, next_mask, other=0.0)
+            next_average = tl.load(here + AVERAGE * D, next_mask, other=0.0)
+            next_share = tl.load(here + SHARE * D, next_mask, other=0.0)
+            next_kept = tl.load(here + KEPT * D, next_mask, other=0.0)
+            next_forget = tl.load(here + FORGET * D, next_mask, other=0.0)
+            if HAS_CAP:
+                next_slope = tl.load(here + INPUT_SLOPE * D, next_mask, other=0.0)
+            if HAS_STARTS:
+                next_start = tl.load(starts_here, (rows < batch) & (step + 1 < length), other=0) != 0
+
             tl.store(grad_gates_here, grad_i, mask)
             tl.store(grad_gates_here + D, grad_f, mask)
             tl.store(grad_gates_here + 2 * D, grad_z, mask)

@@ -10,7 +10,16 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head; tiles are [units, r
 import triton
 import triton.language as tl
 
-from kernels.slstm.triton_exchange import await_written, product
+from kernels.slstm.triton_exchange import (
+    ONE_BY_ONE,
+    as_loaded,
+    await_words,
+    patience,
+    product,
+    sent_dtype,
+    to_send,
+    unscale,
+)
 
 # What the backward pass needs of each token, in this order; all lie in [-2, 2]. The memory is an average of tanh(z):
 # with y = c / n, l = m + log n, SHARE = exp(i - l) and KEPT = 1 - SHARE, y <- KEPT y + SHARE tanh(z), h = sigmoid(o) y.
@@ -43,7 +52,7 @@ def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
     return i, f, z, o
 
 
-@triton.jit(do_not_specialize=["batch", "length", "teams", "max_polls"])
+@triton.jit(do_not_specialize=["batch", "length", "teams"])
 def slstm_forward_kernel(
     gates_x,
     recurrent_kernel,
@@ -53,6 +62,7 @@ def slstm_forward_kernel(
     initial_n,
     initial_m,
     mixed_h,
+    messages,
     h,
     derivatives,
     last_h,
@@ -63,7 +73,6 @@ def slstm_forward_kernel(
     batch,
     length,
     teams,
-    max_polls,
     gates_stride_b,
     gates_stride_s,
     gates_stride_gate,
@@ -78,12 +87,14 @@ def slstm_forward_kernel(
     HAS_CAP: tl.constexpr,
     WITH_DERIVATIVES: tl.constexpr,
     WITH_H: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """`teams` teams take the pairs of a head and ROWS sequences in turn. Grid: (teams * TEAM,).
 
     gates_x [B, S, 4, NH, DH] (last stride 1); recurrent_kernel [NH, DH, 4, DH], contiguous, in the dtype of the matrix
     products; document_start [B, S] int8; initial_h [B, NH, DH] in that dtype, initial_c, n, m [B, NH, DH] float32.
-    mixed_h [B, S, NH, DH] is the h that the next token sees, in that dtype, filled with NOT_WRITTEN; h is the same in
+    mixed_h [B, S, NH, DH] is the h that the next token sees, in that dtype; messages [2, teams, ROWS * WIDTH], zeros,
+    the same as numbers on their way: slot, team, row, unit; h is the same in
     the dtype of the result (WITH_H); derivatives [B, S, K, NH, DH], K = 8 with a cap and 7 without, in that dtype too;
     last_* [B, NH, DH] float32.
     """
@@ -95,15 +106,25 @@ def slstm_forward_kernel(
     of_unit = tl.program_id(0) % TEAM * UNITS + gate_units % UNITS
     D: tl.constexpr = HEADS * HEAD_DIM
     KINDS: tl.constexpr = 8 if HAS_CAP else 7
-    bits_dtype: tl.constexpr = tl.int32 if mixed_h.dtype.element_ty == tl.float32 else tl.int16
     dtype: tl.constexpr = mixed_h.dtype.element_ty
-    ANOTHER_NAN: tl.constexpr = 0x7FFFFFFF if mixed_h.dtype.element_ty == tl.float32 else 0x7FFF
+    on_way: tl.constexpr = sent_dtype(dtype)
+    SCALE: tl.constexpr = unscale(dtype) if TEAM > 1 else 1.0
+    # Vectors of 16 bytes; those of units that nobody owns are read from where some are.
+    VECTOR: tl.constexpr = 128 // on_way.primitive_bitwidth
+    vectors = tl.arange(0, WIDTH // VECTOR) * VECTOR
+    vectors = tl.where(vectors < TEAM * UNITS, vectors, 0)
+    columns = tl.arange(0, ROWS)
+    slots = messages.to(tl.pointer_type(on_way)) + team * (ROWS * WIDTH)
+    sent = slots + columns[None, :] * WIDTH + units[:, None]
+    slot_words = (slots + columns[:, None] * WIDTH + vectors[None, :]).to(tl.pointer_type(tl.int32))
+    SLOT_WORDS: tl.constexpr = ROWS * WIDTH * on_way.primitive_bitwidth // 32
+    # The number of exchanges so far.
+    turn = 0
 
     for item in range(team, tl.cdiv(batch, ROWS) * HEADS, teams):
         head = item % HEADS
-        rows = (item // HEADS * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        rows = (item // HEADS * ROWS + columns).to(tl.int64)
         mask = (units < HEAD_DIM)[:, None] & (rows < batch)[None, :]
-        inner_mask = (inner < HEAD_DIM)[:, None] & (rows < batch)[None, :]
         weights = tl.load(
             recurrent_kernel
             + (head * HEAD_DIM + inner[None, :]) * 4 * HEAD_DIM
@@ -118,15 +139,12 @@ def slstm_forward_kernel(
         average = tl.where(n > 0, c / n, 0.0)
         output = tl.load(initial_h + state_offsets, mask, other=0.0).to(tl.float32)
 
+        if TEAM > 1:
+            received = as_loaded(slot_words, messages.to(tl.pointer_type(tl.int32)), batch)
         gates_here = gates_x + rows[None, :] * gates_stride_b + head * gates_stride_head + units[:, None]
         starts_here = document_start + rows * length
         h_offsets = rows[None, :] * length * D + head * HEAD_DIM + units[:, None]
         derivatives_here = derivatives + rows[None, :] * length * (KINDS * D) + head * HEAD_DIM + units[:, None]
-        seen = (initial_h + rows[None, :] * D + head * HEAD_DIM + inner[:, None]).to(tl.pointer_type(bits_dtype))
-        seen_next = (mixed_h + rows[None, :] * length * D + head * HEAD_DIM + inner[:, None]).to(
-            tl.pointer_type(bits_dtype)
-        )
-
         next_i = tl.load(gates_here, mask, other=0.0)
         next_f = tl.load(gates_here + gates_stride_gate, mask, other=0.0)
         next_z = tl.load(gates_here + 2 * gates_stride_gate, mask, other=0.0)
@@ -134,27 +152,33 @@ def slstm_forward_kernel(
         next_start = rows < 0
         if HAS_STARTS:
             next_start = tl.load(starts_here, rows < batch, other=0) != 0
+        if TEAM > 1:
+            deadline = patience()
+            to_slot = (turn & 1) * teams * (ROWS * WIDTH)
+            if ONE_BY_ONE:
+                # The first program needs what others would have sent; with one token nothing else is exchanged.
+                known = (inner < HEAD_DIM)[:, None] & (rows < batch)[None, :]
+                whole = tl.load(initial_h + rows[None, :] * D + head * HEAD_DIM + inner[:, None], known, other=0.0)
+                everyone = slots + columns[None, :] * WIDTH + inner[:, None]
+                tl.store(everyone + to_slot, to_send(whole.to(tl.float32), (turn >> 1) & 1 ^ 1, dtype))
+            else:
+                tl.store(sent + to_slot, to_send(output, (turn >> 1) & 1 ^ 1, dtype))
+            turn += 1
         for t in range(length):
             x_i, x_f, x_z, x_o, start = next_i, next_f, next_z, next_o, next_start
-            # The next token's inputs are on their way while this one waits for the others.
-            gates_here += gates_stride_s
-            starts_here += 1
-            next_mask = mask & (t + 1 < length)
-            next_i = tl.load(gates_here, next_mask, other=0.0)
-            next_f = tl.load(gates_here + gates_stride_gate, next_mask, other=0.0)
-            next_z = tl.load(gates_here + 2 * gates_stride_gate, next_mask, other=0.0)
-            next_o = tl.load(gates_here + 3 * gates_stride_gate, next_mask, other=0.0)
-            if HAS_STARTS:
-                next_start = tl.load(starts_here, (rows < batch) & (t + 1 < length), other=0) != 0
-
             if TEAM == 1:
                 before = output.to(dtype)
             else:
-                bits, allowed = await_written(seen, inner_mask, tl.where(t == 0, 0, max_polls))
-                max_polls = tl.where(t == 0, max_polls, allowed)
-                before = bits.to(dtype, bitcast=True)
-                seen = seen_next
-                seen_next += D
+                last = turn - 1
+                words = await_words(
+                    received + (last & 1) * teams * SLOT_WORDS, (last >> 1) & 1 ^ 1, True, deadline, dtype, 4, WARPS
+                )
+                if dtype == tl.bfloat16:
+                    pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+                    # Triton 3.6 aborts where a matrix product takes what reshape returns.
+                    before = pairs.reshape(ROWS, WIDTH).to(dtype, bitcast=True).trans()
+                else:
+                    before = words.to(tl.float32, bitcast=True).to(dtype).trans()
             if HAS_STARTS:
                 before = tl.where(start[None, :], 0.0, before).to(dtype)
                 c = tl.where(start[None, :], 0.0, c)
@@ -163,10 +187,10 @@ def slstm_forward_kernel(
                 m = tl.where(start[None, :], float("-inf"), m)
             recurrent = product(weights, before)
             i, f, z, o = split_gates(recurrent, UNITS, ROWS)
-            i += x_i
-            f += x_f
-            z = tanh(z + x_z)
-            o = tl.sigmoid(o + x_o)
+            i = i * SCALE + x_i
+            f = f * SCALE + x_f
+            z = tanh(z * SCALE + x_z)
+            o = tl.sigmoid(o * SCALE + x_o)
             if HAS_CAP:
                 i = cap * tanh(i / cap)
                 f = cap * tanh(f / cap)
@@ -181,13 +205,24 @@ def slstm_forward_kernel(
             average = c / n
             output = o * average
 
-            mixed = output.to(dtype)
             if TEAM > 1:
-                mixed_bits = mixed.to(bits_dtype, bitcast=True)
-                # A NaN among the inputs must not look like a number on its way.
-                mixed_bits = tl.where(mixed_bits == -1, ANOTHER_NAN, mixed_bits).to(bits_dtype)
-                mixed = mixed_bits.to(dtype, bitcast=True)
-            tl.store(mixed_h + h_offsets, mixed, mask)
+                if t + 1 < length:
+                    tl.store(sent + (turn & 1) * teams * (ROWS * WIDTH), to_send(output, (turn >> 1) & 1 ^ 1, dtype))
+                    turn += 1
+                # The others wait for this; nothing that follows may come before it.
+                tl.debug_barrier()
+            # The next token's inputs are on their way while the rest is written, and while it waits for the others.
+            gates_here += gates_stride_s
+            starts_here += 1
+            next_mask = mask & (t + 1 < length)
+            next_i = tl.load(gates_here, next_mask, other=0.0)
+            next_f = tl.load(gates_here + gates_stride_gate, next_mask, other=0.0)
+            next_z = tl.load(gates_here + 2 * gates_stride_gate, next_mask, other=0.0)
+            next_o = tl.load(gates_here + 3 * gates_stride_gate, next_mask, other=0.0)
+            if HAS_STARTS:
+                next_start = tl.load(starts_here, (rows < batch) & (t + 1 < length), other=0) != 0
+
+            tl.store(mixed_h + h_offsets, output.to(dtype), mask)
             if WITH_H:
                 tl.store(h + h_offsets, output, mask)
             h_offsets += D

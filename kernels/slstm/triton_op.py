@@ -12,7 +12,6 @@ from kernels.precision import autocast_disabled
 from kernels.slstm.inputs import check
 from kernels.slstm.state import SLSTMState
 from kernels.slstm.triton_backward import slstm_backward_kernel
-from kernels.slstm.triton_exchange import MAX_POLLS, NOT_WRITTEN
 from kernels.slstm.triton_forward import slstm_forward_kernel
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles
 from kernels.triton_support import multiprocessors, next_power_of_two
@@ -74,6 +73,10 @@ def slstm_triton(
     return h, SLSTMState(*last) if return_state else None
 
 
+def _sent_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype == torch.bfloat16 else torch.int32
+
+
 def launch_forward(
     tiles: Tiles,
     gates_x: Tensor,
@@ -103,12 +106,12 @@ def launch_forward(
     # A cell that has seen nothing must not hold its first input against an old maximum.
     m = m.masked_fill(n == 0, -torch.inf)
     mixed = torch.empty(batch, length, heads, head_dim, device=device, dtype=dtype)
-    mixed.view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(NOT_WRITTEN)
     outputs = mixed if gates_x.dtype == dtype else torch.empty_like(mixed, dtype=gates_x.dtype)
     kinds = (7 if cap is None else 8) if with_derivatives else 0
     derivatives = torch.empty(batch, length, kinds, heads, head_dim, device=device, dtype=dtype)
     last = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(4)]
-    team, teams = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device)
+    team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
+    messages = torch.zeros(2, teams, tiles.rows * width, device=device, dtype=_sent_dtype(dtype))
     slstm_forward_kernel[(teams * team,)](
         gates_x,
         recurrent_kernel.contiguous(),
@@ -118,6 +121,7 @@ def launch_forward(
         n.contiguous(),
         m.contiguous(),
         mixed,
+        messages,
         outputs,
         derivatives,
         *last,
@@ -125,18 +129,18 @@ def launch_forward(
         batch,
         length,
         teams,
-        MAX_POLLS,
         *gates_x.stride()[:4],
         HEADS=heads,
         HEAD_DIM=head_dim,
         TEAM=team,
         UNITS=tiles.units,
         ROWS=tiles.rows,
-        WIDTH=tiles.width(head_dim),
+        WIDTH=width,
         HAS_STARTS=document_start is not None,
         HAS_CAP=cap is not None,
         WITH_DERIVATIVES=with_derivatives,
         WITH_H=outputs is not mixed,
+        WARPS=tiles.warps,
         num_warps=tiles.warps,
         num_stages=1,
         launch_cooperative_grid=team > 1,
@@ -173,7 +177,10 @@ def launch_backward(
     grad_gates = torch.empty(batch, length, 4, heads, head_dim, device=device, dtype=gates_dtype)
     first = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(2)]
     team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
-    messages = torch.zeros(2, teams, team, width * tiles.rows, device=device, dtype=torch.int32)
+    # Sums of products of bfloat16 numbers may travel as such; float16 ones may be too large or small for theirs.
+    narrow = tiles.narrow and recurrent_kernel.dtype == torch.bfloat16
+    dtype = _sent_dtype(torch.bfloat16 if narrow else torch.float32)
+    messages = torch.zeros(2, teams, team, width * tiles.rows, device=device, dtype=dtype)
     slstm_backward_kernel[(teams * team,)](
         grad_h.contiguous(),
         recurrent_kernel.contiguous(),
@@ -188,7 +195,6 @@ def launch_backward(
         batch,
         length,
         teams,
-        MAX_POLLS,
         HEADS=heads,
         HEAD_DIM=head_dim,
         TEAM=team,
@@ -198,6 +204,8 @@ def launch_backward(
         WIDTH=width,
         HAS_STARTS=document_start is not None,
         HAS_CAP=with_cap,
+        NARROW=narrow,
+        WARPS=tiles.warps,
         num_warps=tiles.warps,
         num_stages=1,
         launch_cooperative_grid=team > 1,

@@ -28,12 +28,14 @@ class Tiles:
         rows: sequences of the batch that a team processes together, a power of two from 16.
         warps: of a program.
         resident: programs that share a multiprocessor.
+        narrow: whether programs exchange gradients in bfloat16 where the weights are, or in float32.
     """
 
     units: int
     rows: int
     warps: int = 4
     resident: int = 1
+    narrow: bool = True
 
     def team(self, head_dim: int) -> int:
         """Programs that share one head."""
@@ -58,6 +60,7 @@ def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(units=next_power_of_two(max(head_dim, _SMALLEST)), rows=_SMALLEST)
     if dtype == torch.float32:
         return Tiles(units=16, rows=16, warps=4 if head_dim <= 128 else 8)
+    # Measured at 256 and 512 on an H200: benchmarks/results/2026-11-24-slstm.md.
     if head_dim <= 256:
-        return Tiles(units=32, rows=16)
+        return Tiles(units=32, rows=16, warps=4 if head_dim <= 128 else 8)
     return Tiles(units=32, rows=32, warps=8)

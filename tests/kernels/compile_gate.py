@@ -37,6 +37,7 @@ class CompiledKernel:
         name: of the kernel function.
         registers: of a thread.
         stack_bytes: of a thread, in local memory: spilled registers. 0 is the aim.
+        spills_in_loop: accesses to local memory in the innermost loops with tensor-core products; None without any.
         shared_bytes: of a block.
         wgmma: instructions in the PTX for the tensor cores of Hopper, counted where they are issued.
         mma: instructions for tensor cores in the manner of Ampere, half as fast or less.
@@ -47,6 +48,7 @@ class CompiledKernel:
     name: str
     registers: int
     stack_bytes: int
+    spills_in_loop: int | None
     shared_bytes: int
     wgmma: int
     mma: int
@@ -132,6 +134,20 @@ def hopper_without_gpu() -> list:
     return compiled
 
 
+def _spills_in_loop(sass: str) -> int | None:
+    """As CompiledKernel.spills_in_loop, from cuobjdump's listing: a loop is what a jump back encloses."""
+    instructions = {int(a, 16): text for a, text in re.findall(r"/\*([0-9a-f]{4,8})\*/\s+([^;]*);", sass)}
+    jumps = [(re.search(r"\bBRA\b.*0x([0-9a-f]+)", text), source) for source, text in instructions.items()]
+    # The kernel ends with a jump to itself.
+    loops = [(int(m[1], 16), source) for m, source in jumps if m and int(m[1], 16) < source]
+    bodies = {loop: [t for a, t in instructions.items() if loop[0] <= a <= loop[1]] for loop in loops}
+    loops = [loop for loop in loops if any("MMA" in text for text in bodies[loop])]
+    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    if not inner:
+        return None
+    return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for loop in inner for text in bodies[loop])
+
+
 def _describe(name: str, kernel) -> CompiledKernel:
     import triton
 
@@ -139,13 +155,14 @@ def _describe(name: str, kernel) -> CompiledKernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [cuobjdump, "-res-usage", file.name]
+        command = [cuobjdump, "-sass", "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ptx = kernel.asm["ptx"]
     return CompiledKernel(
         name=name,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills_in_loop=_spills_in_loop(usage),
         shared_bytes=kernel.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma=len(re.findall(r"(?<!w)(?<!wg)mma\.sync", ptx)),

@@ -17,6 +17,21 @@ def _product(a, b, out, SIZE: tl.constexpr):
     tl.store(out + offsets, tl.dot(tl.load(a + offsets), tl.load(b + offsets)))
 
 
+@triton.jit
+def _product_of_many(a, b, out, count, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    total = tl.load(a + offsets)
+    for _ in range(count):
+        total = tl.dot(total, tl.load(b + offsets)).to(total.dtype)
+        b += SIZE * SIZE
+    tl.store(out + offsets, total)
+
+
+def launch_many(size, warps):
+    a, b = (torch.empty(size, size, dtype=torch.bfloat16) for _ in range(2))
+    _product_of_many[(1,)](a, b, torch.empty(size, size), 7, SIZE=size, num_warps=warps)
+
+
 def launch(size, warps):
     a, b = (torch.empty(size, size, dtype=torch.bfloat16) for _ in range(2))
     _product[(1,)](a, b, torch.empty(size, size), SIZE=size, num_warps=warps)
@@ -35,6 +50,12 @@ def test_reports_tensor_cores_and_spills():
     assert crowded.stack_bytes > 0
     with pytest.raises(AssertionError, match="stack_bytes"):
         assert_lean(crowded)
+
+
+def test_tells_spills_in_a_loop_from_others():
+    cases = [(launch, 64), (launch_many, 64), (launch_many, 256)]
+    (single,), (lean,), (crowded,) = compile_launches([(f, {"size": size, "warps": 4}) for f, size in cases])
+    assert single.spills_in_loop is None and lean.spills_in_loop == 0 and crowded.spills_in_loop > 0
 
 
 def test_names_the_call_that_does_not_compile():

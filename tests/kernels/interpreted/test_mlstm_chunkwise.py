@@ -54,8 +54,8 @@ def tolerances(expected, dtype, regime="random", rounded=None):
 def make_inputs(shape, dtype, device, regime="random", seed=0):
     batch, length, heads, key_dim, value_dim = shape
     torch.manual_seed(seed)
-    # A common part of queries and keys keeps n^T q away from zero, where no finite precision could divide by it. It also
-    # cancels in their gradients, at a cost in digits: with few of them, a smaller one does unless the gates are extreme.
+    # A common part of queries and keys keeps n^T q away from zero, where no finite precision could divide by it. It
+    # cancels in their gradients, at a cost in digits: with few of them, a smaller one does, but for extreme gates.
     common = 1 if dtype == torch.float32 or regime != "random" else 0.25
     q, k = (common + torch.randn(batch, length, heads, key_dim) for _ in range(2))
     v = torch.randn(batch, length, heads, value_dim)

