@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backends import HAS_TRITON
+from kernels.backend_choice import HAS_TRITON
 from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
 from kernels.head_norm import gated_head_norm, head_norm
 from kernels.mlstm import mlstm
@@ -55,7 +55,7 @@ class Finding:
 class Case(ABC):
     """One operation, in the shapes and settings of a model; as a string, what a message calls it."""
 
-    # One of kernels.backends.BACKENDS: what the run passes to the operation.
+    # One of kernels.backend_choice.BACKENDS: what the run passes to the operation.
     backend: str
 
     @abstractmethod

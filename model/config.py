@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from kernels.backends import BACKENDS
+from kernels.backend_choice import BACKENDS
 
 FAMILIES = ("xlstm_7b", "neurips")
 BLOCK_KINDS = ("mlstm", "slstm", "attention")

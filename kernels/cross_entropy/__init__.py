@@ -6,7 +6,7 @@ Axes: B batch, S sequence, D model dimension, V vocabulary, N tokens (B * S).
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backend_choice
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.reference import MASKED
 
@@ -37,7 +37,7 @@ def linear_cross_entropy(
         z_loss_weight: adds z_loss_weight * logsumexp(logits)^2 to every token's loss, with the logits behind the soft
             cap: keeps the softmax's normaliser near 1 (PaLM, arXiv 2204.02311, section 5, has 1e-4). 0: nothing.
         chunk_tokens: how many tokens' logits to hold at a time; None: what suits the backend.
-        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+        backend: one of kernels.backend_choice.BACKENDS; "auto" chooses.
 
     Returns:
         [B, S] float32 (float64 for float64 inputs), 0 where the target is -100.
@@ -94,7 +94,7 @@ def linear_cross_entropy_sum(
 def _chosen(backend: str, hidden: Tensor, weight: Tensor) -> str:
     is_double = hidden.dtype == torch.float64 or weight.dtype == torch.float64
     reason = "the kernels compute in float32 and a tensor is float64" if is_double else None
-    return backends.choose("cross-entropy", backend, hidden, lambda: reason)
+    return backend_choice.choose("cross-entropy", backend, hidden, lambda: reason)
 
 
 def _check(hidden, weight, targets, soft_cap, z_loss_weight, chunk_tokens) -> None:

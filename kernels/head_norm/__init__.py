@@ -5,7 +5,7 @@ Axes: B batch, S sequence, NH heads, DV value dimension of a head.
 
 from torch import Tensor
 
-from kernels import backends
+from kernels import backend_choice
 from kernels.head_norm import reference
 
 # The widest head whose row one Triton program holds in registers.
@@ -21,7 +21,7 @@ def head_norm(h: Tensor, weight: Tensor, *, eps: float, backend: str = "auto") -
         h: [B, S, NH, DV], any floating dtype.
         weight: [NH * DV], the scale.
         eps: added to the variance.
-        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+        backend: one of kernels.backend_choice.BACKENDS; "auto" chooses.
 
     Returns:
         [B, S, NH * DV] in h's dtype; mean, variance and scaling are computed in float32 (float64 for float64 inputs).
@@ -33,7 +33,7 @@ def head_norm(h: Tensor, weight: Tensor, *, eps: float, backend: str = "auto") -
         raise ValueError(
             f"head_norm needs h [B, S, NH, DV] and weight [NH * DV], got {tuple(h.shape)} and {tuple(weight.shape)}"
         )
-    if backends.choose("head norm", backend, h, lambda: _unsupported(h, weight)) == "reference":
+    if backend_choice.choose("head norm", backend, h, lambda: _unsupported(h, weight)) == "reference":
         return reference.head_norm(h, weight, eps)
     from kernels.head_norm import fused
 
@@ -50,7 +50,7 @@ def gated_head_norm(h: Tensor, gate_preact: Tensor, weight: Tensor, *, eps: floa
         gate_preact: [B, S, NH * DV] pre-activation of the output gate.
         weight: [NH * DV], the scale of the norm.
         eps: added to the variance.
-        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+        backend: one of kernels.backend_choice.BACKENDS; "auto" chooses.
 
     Returns:
         [B, S, NH * DV] in h's dtype, rounded to it once: all is computed in float32 (float64 for float64 inputs).
@@ -64,7 +64,7 @@ def gated_head_norm(h: Tensor, gate_preact: Tensor, weight: Tensor, *, eps: floa
             "gated_head_norm needs h [B, S, NH, DV], gate_preact [B, S, NH * DV] and weight [NH * DV], got "
             f"{tuple(h.shape)}, {tuple(gate_preact.shape)} and {tuple(weight.shape)}"
         )
-    if backends.choose("head norm", backend, h, lambda: _unsupported(h, gate_preact, weight)) == "reference":
+    if backend_choice.choose("head norm", backend, h, lambda: _unsupported(h, gate_preact, weight)) == "reference":
         return reference.gated_head_norm(h, gate_preact, weight, eps)
     from kernels.head_norm import fused
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backend_choice
 from kernels.mlstm.inputs import check
 from kernels.mlstm.reference import mlstm_chunkwise, mlstm_recurrent, read_statistics
 from kernels.mlstm.state import MLSTMState
@@ -67,7 +67,7 @@ def mlstm(
         keep_chunk_states: of the Triton kernels: keep the memory that enters each chunk for the backward pass (DK * DV
             numbers a chunk and head) rather than compute it again there. None: inside `keeping_chunk_states()` only.
             The reference keeps everything.
-        backend: one of kernels.backends.BACKENDS; "auto" is Triton on a CUDA device and the reference elsewhere.
+        backend: one of kernels.backend_choice.BACKENDS; "auto" is Triton on a CUDA device and the reference elsewhere.
 
     Returns:
         h: [B, S, NH, DV] in v's dtype. The reference computes in float32 (float64 if any input is), without autocast;
@@ -87,7 +87,7 @@ def mlstm(
         "eps": eps,
     }
     inputs = (q, k, v, igate_preact, fgate_preact)
-    if backends.choose("mLSTM", backend, q, lambda: _unsupported(*inputs, initial_state)) == "triton":
+    if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(*inputs, initial_state)) == "triton":
         from kernels.mlstm.chunkwise import mlstm_triton
 
         keep = _keeping_chunk_states if keep_chunk_states is None else keep_chunk_states
@@ -132,7 +132,7 @@ def mlstm_state(
     check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
     settings = {"document_start": document_start, "initial_state": initial_state, "gate": gate}
     inputs = (k, v, igate_preact, fgate_preact)
-    if backends.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":
+    if backend_choice.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":
         from kernels.mlstm.chunkwise import mlstm_state_triton
 
         return mlstm_state_triton(*inputs, normaliser=normaliser, **settings)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import backends
+from kernels import backend_choice
 from kernels.mlstm.inputs import check
 from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.state import MLSTMState
@@ -77,7 +77,7 @@ def mlstm_step(
         igate_preact, fgate_preact: [B, NH] pre-activations, after bias and soft cap.
         state: the state before the token; it holds the one behind the token when the call returns.
         gate, normaliser, eps: as for mlstm.
-        backend: one of kernels.backends.BACKENDS; "auto" chooses.
+        backend: one of kernels.backend_choice.BACKENDS; "auto" chooses.
 
     Returns:
         h: [B, NH, DV] in v's dtype. All is computed in float32 (float64 if any input is), without autocast.
@@ -89,7 +89,7 @@ def mlstm_step(
         raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
     check(*_as_sequence(q, k, v, igate_preact, fgate_preact), None, state.as_mlstm_state(), gate, normaliser)
     tensors = (q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
-    if backends.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
+    if backend_choice.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
         return mlstm_step_reference(q, k, v, igate_preact, fgate_preact, state, gate, normaliser, eps)
     from kernels.mlstm import step_fused
 

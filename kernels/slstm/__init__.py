@@ -5,7 +5,7 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head.
 
 from torch import Tensor
 
-from kernels import backends
+from kernels import backend_choice
 from kernels.slstm.loop import slstm_loop
 from kernels.slstm.reference import slstm_recurrent
 from kernels.slstm.state import SLSTMState
@@ -44,7 +44,7 @@ def slstm(
         initial_state: the state before the first token; None: empty.
         return_state: whether to return the state after the last token.
         gate_soft_cap: cap * tanh(x / cap) on the complete pre-activations of i and f; None: no cap.
-        backend: one of kernels.backends.BACKENDS. "reference" is the specification, differentiated by autograd;
+        backend: one of kernels.backend_choice.BACKENDS. "reference" is the specification, differentiated by autograd;
             "triton" keeps the recurrent weights on chip for the whole sequence; "auto" is "triton" where it can run,
             and elsewhere a loop with a hand-written backward pass, equal to the reference and several times faster.
 
@@ -57,7 +57,7 @@ def slstm(
         ValueError: shapes or settings that do not fit together, or a backend that cannot do this.
     """
     form = slstm_recurrent if backend == "reference" else slstm_loop
-    if backends.choose("sLSTM", backend, gates_x, lambda: _unsupported(gates_x, recurrent_kernel)) == "triton":
+    if backend_choice.choose("sLSTM", backend, gates_x, lambda: _unsupported(gates_x, recurrent_kernel)) == "triton":
         from kernels.slstm.triton_op import slstm_triton as form
     return form(
         gates_x,

@@ -126,3 +126,12 @@ def test_one_directory_for_both_is_explained(viable, tmp_path):
     message = run(code, [REPOSITORY, site], tmp_path)
     assert f"'Device' was asked of the Hugging Face package 'kernels' {KERNELS_MIN_VERSION}" in message
     assert "pip install -e" in message
+
+
+def test_no_module_of_ours_has_the_name_of_one_of_theirs(pinned):
+    def names(folder):
+        return {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+
+    theirs = names(pinned / "kernels") - {"__init__"}
+    assert "layer" in theirs
+    assert not theirs & names(REPOSITORY / "kernels")
