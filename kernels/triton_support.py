@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import backend_choice
+
 # Under Triton's interpreter kernels run as numpy programs, on a CPU; there a dot of bfloat16 is silently wrong.
 INTERPRETED = backend_choice.INTERPRETED
 # What the kernels were tested with.
