@@ -36,7 +36,7 @@ def launch_both_passes(key_dim, value_dim, tuned, starts):
         q, q, v, gate, gate, start, None, None, None, False, "exp", True, 1e-6, False
     )
     op.mlstm_chunkwise_backward._init_fn(
-        v, None, None, q, q, v, gate, gate, start, None, None, h, None, packed, decay, normaliser, None, None,
+        v, None, None, q, q, v, gate, gate, start, None, None, h, packed, decay, normaliser, None, None,
         "exp", True, 1e-6,
     )  # fmt: skip
 

@@ -215,37 +215,12 @@ def _sum_parts(parts, part_stride, places, valid, PARTS: tl.constexpr, L: tl.con
     return total
 
 
-@triton.jit(do_not_specialize=["S", "NC", "part_stride", "total_stride"])
-def chunk_products_kernel(
-    query_products,
-    key_products,
-    products,
-    S,
-    NC,
-    part_stride,
-    total_stride,
-    QUERY_PARTS: tl.constexpr,
-    KEY_PARTS: tl.constexpr,
-    L: tl.constexpr,
-):
-    """products [2, BH, NC]: what the tokens of each chunk read from the memory (row 0), and add to it (row 1)."""
-    pid = tl.program_id(0)
-    valid = pid % NC * L + tl.arange(0, L) < S
-    places = pid.to(tl.int64) * L + tl.arange(0, L)
-    part_stride = part_stride.to(tl.int64)
-    tl.store(products + pid, tl.sum(_sum_parts(query_products, part_stride, places, valid, QUERY_PARTS, L), axis=0))
-    added = tl.sum(_sum_parts(key_products, part_stride, places, valid, KEY_PARTS, L), axis=0)
-    tl.store(products + total_stride + pid, added)
-
-
-@triton.jit(do_not_specialize=["S", "NH", "NC", "part_stride", "total_stride"])
+@triton.jit(do_not_specialize=["S", "NH", "NC", "part_stride"])
 def gate_gradients_kernel(
     weight_sums,
     query_products,
     key_products,
-    products,
-    chunk_decay,
-    final_products,
+    state_products,
     igate,
     fgate,
     document_start,
@@ -255,14 +230,11 @@ def gate_gradients_kernel(
     NH,
     NC,
     part_stride,
-    total_stride,
-    negligible_decay,
     SUM_PARTS: tl.constexpr,
     QUERY_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
     L: tl.constexpr,
 ):
@@ -270,12 +242,10 @@ def gate_gradients_kernel(
 
     The log weight of token s at token t gets the gradient G[t, s]. The log input gate of token s gets the sum of G
     over t, and the log forget gate of token j the sum of G over t >= j > s: that is the sum over the tokens t >= j of
-    the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t), plus the product of the state
-    behind the last token with its gradient, if the document lasts that long. Inside a chunk the sums come from
-    weight_sums (scores.py), across chunks from query_products and key_products (backward.py).
-
-    What spans a whole chunk is the difference of sums that do not, so it is known to their rounding only. Where the
-    chunk's decay is below negligible_decay it is taken as nothing, and the rounding of later chunks ends there.
+    the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t). Inside a chunk the sums come
+    from weight_sums (scores.py), between a chunk's tokens and its edges from query_products and key_products
+    (backward.py), and across the whole chunk from state_products (states.py): as a difference of the others, carried
+    from chunk to chunk, it would be known to the sum of their roundings only.
     """
     pid = tl.program_id(0)
     sequence = pid // NC
@@ -283,37 +253,14 @@ def gate_gradients_kernel(
     batch = (sequence // NH).to(tl.int64)
     gate_offset = batch * S * NH + sequence % NH
     part_stride = part_stride.to(tl.int64)
-    chunk_decay += sequence.to(tl.int64) * NC
-    products += sequence.to(tl.int64) * NC
-
-    # The sum of G over all readers behind this chunk and all sources up to its end.
-    behind = 0.0
-    if HAS_FINAL:
-        behind = tl.load(final_products + sequence)
-    indices = tl.arange(0, TOTALS)
-    blocks = tl.cdiv(NC, TOTALS)
-    for step in range(blocks - chunk // TOTALS):
-        other = (blocks - 1 - step) * TOTALS + indices
-        later = (other < NC) & (other > chunk)
-        alone = tl.load(chunk_decay + other, mask=later, other=1.0) < negligible_decay
-        read = tl.load(products + other, mask=later, other=0.0)
-        added = tl.load(products + total_stride + other, mask=later, other=0.0)
-        ends, sums = tl.associative_scan(
-            (tl.where(alone, 1.0, 0.0), tl.where(alone, read, read - added)), 0, _sum_until_start, reverse=True
-        )
-        first_sum = _at(sums, 0, TOTALS)
-        behind = tl.where(_at(ends, 0, TOTALS) == 0, first_sum + behind, first_sum)
-    is_alone = tl.load(chunk_decay + chunk) < negligible_decay
-    if not HAS_INITIAL:
-        is_alone = is_alone | (chunk == 0)
-    behind = tl.where(is_alone, tl.load(products + total_stride + chunk), behind)
-
     places = tl.arange(0, L)
     token = chunk * L + places
     valid = token < S
     row = pid.to(tl.int64) * L + places
     by_memory = _sum_parts(query_products, part_stride, row, valid, QUERY_PARTS, L)
     to_memory = _sum_parts(key_products, part_stride, row, valid, KEY_PARTS, L)
+    # The sum of G over all readers behind this chunk and all sources up to its end.
+    behind = tl.load(state_products + pid) + tl.sum(to_memory, axis=0)
     as_source = to_memory + _sum_parts(weight_sums + 2 * part_stride, part_stride, row, valid, SUM_PARTS, L)
     as_reader = by_memory + tl.load(weight_sums + part_stride + row, mask=valid, other=0.0)
     grad_log_input = as_source + tl.load(weight_sums + row, mask=valid, other=0.0)

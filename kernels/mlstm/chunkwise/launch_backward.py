@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.mlstm.chunkwise.backward import key_gradient_kernel, query_gradient_kernel, value_gradient_kernel
-from kernels.mlstm.chunkwise.gates import chunk_products_kernel, gate_gradients_kernel
+from kernels.mlstm.chunkwise.gates import gate_gradients_kernel
 from kernels.mlstm.chunkwise.launch import States
 from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import ROW_WEIGHT_ROWS, row_weights_kernel
 from kernels.mlstm.chunkwise.scores import score_gradients_kernel
+from kernels.mlstm.chunkwise.states import state_products_kernel
 from kernels.mlstm.chunkwise.tiles import Tile
 from kernels.triton_support import ceil_div, next_power_of_two
 
@@ -181,49 +182,47 @@ def value_gradient(
     return grad_v
 
 
+def state_products(problem: Problem, entering: States, leaving: States, chunk_decay: Tensor) -> Tensor:
+    """For each chunk the product of what it leaves of the entering memory with the gradient of that: [BH, NC] float32.
+
+    entering: the memory before each chunk; leaving: the gradient of the memory behind each.
+    """
+    products = torch.empty_like(chunk_decay)
+    state_products_kernel[(products.numel(),)](
+        entering.matrices,
+        entering.vectors,
+        leaving.matrices,
+        leaving.vectors,
+        chunk_decay,
+        products,
+        DK=problem.key_dim,
+        DV=problem.value_dim,
+        BLOCK=min(4096, next_power_of_two(problem.key_dim * problem.value_dim)),
+        BLOCK_DK=next_power_of_two(problem.key_dim),
+        NORMALISER=problem.normaliser,
+        num_warps=8,
+    )
+    return products
+
+
 def gate_gradients(
     problem: Problem,
     weight_sums: Tensor,
     query_products: Tensor,
     key_products: Tensor,
-    chunk_decay: Tensor,
-    final_products: Tensor | None,
+    state_products: Tensor,
     igate_preact: Tensor,
     fgate_preact: Tensor,
     documents: Documents,
     has_initial: bool,
-    negligible_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of igate_preact and fgate_preact [B, S, NH], float32.
-
-    negligible_decay: below it, nothing is said to pass a whole chunk; that of the precision of the states.
-    """
+    """Gradients of igate_preact and fgate_preact [B, S, NH], float32."""
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
-    grid = (problem.sequences * problem.chunks,)
-    products = chunk_decay.new_empty(2, *chunk_decay.shape)
-    constants = {
-        "QUERY_PARTS": len(query_products),
-        "KEY_PARTS": len(key_products),
-        "L": problem.tiles.chunk,
-        "num_warps": 2,
-    }
-    chunk_products_kernel[grid](
-        query_products,
-        key_products,
-        products,
-        problem.length,
-        problem.chunks,
-        problem.row_stride,
-        chunk_decay.numel(),
-        **constants,
-    )
-    gate_gradients_kernel[grid](
+    gate_gradients_kernel[(problem.sequences * problem.chunks,)](
         weight_sums,
         query_products,
         key_products,
-        products,
-        chunk_decay,
-        final_products,
+        state_products,
         igate_preact,
         fgate_preact,
         documents.start,
@@ -232,14 +231,14 @@ def gate_gradients(
         problem.heads,
         problem.chunks,
         problem.row_stride,
-        chunk_decay.numel(),
-        negligible_decay,
         SUM_PARTS=len(weight_sums) - 2,
+        QUERY_PARTS=len(query_products),
+        KEY_PARTS=len(key_products),
         HAS_STARTS=documents.start is not None,
         HAS_INITIAL=has_initial,
-        HAS_FINAL=final_products is not None,
         EXPONENTIAL=problem.exponential,
-        **constants,
+        L=problem.tiles.chunk,
+        num_warps=2,
     )
     return grads[0], grads[1]
 

@@ -24,11 +24,6 @@ def _flat(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
-def _negligible(k: Tensor) -> float:
-    """A decay that leaves less of a state than the rounding of what is added to it."""
-    return torch.finfo(k.dtype).eps / 16
-
-
 def _no_state(like: Tensor, count: int) -> list[Tensor]:
     # Operators return tensors, never None, and no two of them may share memory.
     return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
@@ -120,7 +115,6 @@ def mlstm_chunkwise_backward(
     C_initial: Tensor | None,
     n_initial: Tensor | None,
     h: Tensor,
-    final_products: Tensor | None,
     packed: Tensor,
     chunk_decay: Tensor,
     query_normaliser: Tensor,
@@ -130,10 +124,7 @@ def mlstm_chunkwise_backward(
     normaliser: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them).
-
-    final_products [BH]: the sum over the final state of its entries times their gradients.
-    """
+    """Gradients of q, k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
     problem = Problem.of(k, v, gate, normaliser, eps)
     documents = Documents.of(document_start)
     has_initial = C_initial is not None
@@ -156,6 +147,7 @@ def mlstm_chunkwise_backward(
     )
     scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
     grad_q, query_products = launch_backward.query_gradient(problem, q, k, grad_h, rows, entering, grad_scores)
+    state_products = launch_backward.state_products(problem, entering, leaving, chunk_decay)
     del entering
     grad_k, key_products = launch_backward.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
     grad_v = launch_backward.value_gradient(problem, k, grad_h, packed, leaving, scores)
@@ -164,13 +156,11 @@ def mlstm_chunkwise_backward(
         sums,
         query_products,
         key_products,
-        chunk_decay,
-        final_products,
+        state_products,
         igate_preact,
         fgate_preact,
         documents,
         has_initial,
-        _negligible(k),
     )
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
     return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
@@ -179,7 +169,7 @@ def mlstm_chunkwise_backward(
 @mlstm_chunkwise_backward.register_fake
 def _(
     grad_h, grad_C, grad_n, q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
-    final_products, packed, chunk_decay, query_normaliser, matrices, vectors, gate, normaliser, eps,
+    packed, chunk_decay, query_normaliser, matrices, vectors, gate, normaliser, eps,
 ):  # fmt: skip
     problem = Problem.of(k, v, gate, normaliser, eps)
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
@@ -192,10 +182,10 @@ def _setup_context(ctx, inputs, output):
         q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, _,
         return_state, gate, normaliser, eps, keep_chunk_states,
     ) = inputs  # fmt: skip
-    h, C, n, m, packed, chunk_decay, query_normaliser, matrices, vectors = output
+    h, _, _, _, packed, chunk_decay, query_normaliser, matrices, vectors = output
     ctx.settings = (return_state, gate, normaliser, eps, keep_chunk_states)
     ctx.save_for_backward(
-        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h, C, n,
+        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
         packed, chunk_decay, query_normaliser, matrices, vectors,
     )  # fmt: skip
     ctx.set_materialize_grads(False)
@@ -203,14 +193,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_h, grad_C, grad_n, *_):
     (
-        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h, C, n,
+        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
         packed, chunk_decay, query_normaliser, matrices, vectors,
     ) = ctx.saved_tensors  # fmt: skip
     return_state, gate, normaliser, eps, keep_chunk_states = ctx.settings
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    final_products = None
     if return_state and (grad_C is not None or grad_n is not None):
-        grad_C, grad_n, final_products = _final_gradients(C, n, grad_C, grad_n)
+        grad_C, grad_n = _without_gaps(grad_C, grad_n, k, v)
     grads = mlstm_chunkwise_backward(
         readable(grad_h.to(h.dtype)),
         grad_C,
@@ -224,7 +213,6 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):
         C_initial,
         n_initial,
         h,
-        final_products,
         packed,
         chunk_decay,
         query_normaliser,
@@ -237,13 +225,14 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):
     return *_as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial), None, None, None, None, None, None
 
 
-def _final_gradients(
-    C: Tensor, n: Tensor, grad_C: Tensor | None, grad_n: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the final state without gaps, and the product of the two, [BH]."""
-    grad_C = torch.zeros_like(C) if grad_C is None else grad_C
-    grad_n = torch.zeros_like(n) if grad_n is None else grad_n
-    return grad_C, grad_n, ((C * grad_C).sum((-2, -1)) + (n * grad_n).sum(-1)).flatten()
+def _without_gaps(grad_C: Tensor | None, grad_n: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the final state; zero where there is none."""
+    batch, _, heads, key_dim = k.shape
+    if grad_C is None:
+        grad_C = k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=torch.float32)
+    if grad_n is None:
+        grad_n = k.new_zeros(batch, heads, key_dim, dtype=torch.float32)
+    return grad_C, grad_n
 
 
 def _as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial) -> list[Tensor | None]:
@@ -306,22 +295,27 @@ def mlstm_chunkwise_state_backward(
     igate_preact: Tensor,
     fgate_preact: Tensor,
     document_start: Tensor | None,
-    final_products: Tensor,
+    C_initial: Tensor | None,
+    n_initial: Tensor | None,
     packed: Tensor,
     chunk_decay: Tensor,
-    has_initial: bool,
     gate: str,
     normaliser: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
     problem = Problem.of(k, v, gate, normaliser, 0.0)
     documents = Documents.of(document_start)
+    has_initial = C_initial is not None
     nothing = torch.zeros_like(packed[ADDED])
-    before = (_flat(grad_C), _flat(grad_n))
+    before = (_flat(C_initial), _flat(n_initial))
+    entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
     # Without a read-out, the gradient of the memory only decays from chunk to chunk.
+    behind = (_flat(grad_C), _flat(grad_n))
     leaving = launch.states(
-        problem, k, v, nothing, nothing, chunk_decay, before, backwards=True, store_after=has_initial
+        problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
     )
+    state_products = launch_backward.state_products(problem, entering, leaving, chunk_decay)
+    del entering
     no_scores = k.new_zeros(problem.sequences, problem.padded, problem.tiles.chunk)
     no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
     gates = (igate_preact, fgate_preact)
@@ -332,44 +326,39 @@ def mlstm_chunkwise_state_backward(
         no_sums,
         nothing[None],
         key_products,
-        chunk_decay,
-        final_products,
+        state_products,
         *gates,
         documents,
         has_initial,
-        _negligible(k),
     )
     return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
 
 
 @mlstm_chunkwise_state_backward.register_fake
 def _(
-    grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, final_products, packed, chunk_decay,
-    has_initial, gate, normaliser,
+    grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay,
+    gate, normaliser,
 ):  # fmt: skip
     grads = [x.new_empty(x.shape) for x in (k, v)] + [packed.new_empty(x.shape) for x in (igate_preact, fgate_preact)]
-    initial = [torch.empty_like(x) for x in (grad_C, grad_n)] if has_initial else _no_state(packed, 2)
+    initial = _no_state(packed, 2) if C_initial is None else [torch.empty_like(x) for x in (grad_C, grad_n)]
     return *grads, *initial
 
 
 def _setup_state_context(ctx, inputs, output):
     k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, _, gate, normaliser = inputs
-    C, n, m, packed, chunk_decay = output
+    *_, packed, chunk_decay = output
     ctx.settings = (gate, normaliser)
     ctx.save_for_backward(
-        k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, C, n, packed, chunk_decay
+        k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay
     )  # fmt: skip
     ctx.set_materialize_grads(False)
 
 
 def _state_backward(ctx, grad_C, grad_n, *_):
-    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, C, n, packed, chunk_decay = (
-        ctx.saved_tensors
-    )
-    grad_C, grad_n, final_products = _final_gradients(C, n, grad_C, grad_n)
+    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay = ctx.saved_tensors
     gates = (igate_preact, fgate_preact)
     grads = mlstm_chunkwise_state_backward(
-        grad_C, grad_n, k, v, *gates, document_start, final_products, packed, chunk_decay, C_initial is not None,
+        *_without_gaps(grad_C, grad_n, k, v), k, v, *gates, document_start, C_initial, n_initial, packed, chunk_decay,
         *ctx.settings,
     )  # fmt: skip
     return *_as_inputs((None, *grads), *gates, C_initial, n_initial)[1:], None, None

@@ -152,3 +152,40 @@ def states_kernel(
         tl.store(matrix_after + bh * DX * DY + matrix_place, matrix, mask=in_matrix)
         if VECTOR:
             tl.store(vector_after + bh * DX + dx, vector, mask=in_vector)
+
+
+@triton.jit
+def state_products_kernel(
+    matrices,
+    vectors,
+    grad_matrices,
+    grad_vectors,
+    chunk_decay,
+    products,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    NORMALISER: tl.constexpr,
+):
+    """products [BH, NC] float32: of what a chunk leaves of the memory that enters it with the gradient of that.
+
+    matrices and vectors enter the chunk, grad_matrices and grad_vectors belong to what leaves it. One program for each
+    chunk of a sequence and head, and so one order of summation for any number of them.
+    """
+    pid = tl.program_id(0)
+    matrices += pid.to(tl.int64) * DK * DV
+    grad_matrices += pid.to(tl.int64) * DK * DV
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, DK * DV, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        inside = place < DK * DV
+        matrix = tl.load(matrices + place, mask=inside, other=0.0).to(tl.float32)
+        total += matrix * tl.load(grad_matrices + place, mask=inside, other=0.0).to(tl.float32)
+    product = tl.sum(total, axis=0)
+    if NORMALISER:
+        dk = tl.arange(0, BLOCK_DK)
+        place = pid.to(tl.int64) * DK + dk
+        vector = tl.load(vectors + place, mask=dk < DK, other=0.0)
+        product += tl.sum(vector * tl.load(grad_vectors + place, mask=dk < DK, other=0.0), axis=0)
+    tl.store(products + pid, tl.load(chunk_decay + pid) * product)
