@@ -30,7 +30,7 @@ from kernels.mlstm.chunkwise.tiles import Tile, Tiles
 
 FORWARD = ("states", "scores", "read_out")
 # The recurrence runs again for the states, and once against time for their gradients.
-BACKWARD = ("states", "states", "score_gradients", "query_gradient", "key_gradient", "value_gradient")
+BACKWARD = ("states", "states", "score_gradients", "gradients")
 STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
 CHUNKS = (64, 128, 256)
 # ms of trial runs and of timed runs.
@@ -112,16 +112,11 @@ class Stages:
             p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents
         )
 
-    def query_gradient(self, p):
-        return launch_backward.query_gradient(
-            p, self.q, self.k, self.grad_h, self.rows, self.entering, self.grad_scores
-        )
-
-    def key_gradient(self, p):
-        return launch_backward.key_gradient(p, self.q, self.k, self.v, self.packed, self.leaving, self.grad_scores)
-
-    def value_gradient(self, p):
-        return launch_backward.value_gradient(p, self.k, self.grad_h, self.packed, self.leaving, self.scaled)
+    def gradients(self, p):
+        return launch_backward.token_gradients(
+            p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.decay, self.entering, self.leaving,
+            self.scaled, self.grad_scores,
+        )  # fmt: skip
 
     def run(self, stage: str, tile: Tile):
         """Call one kernel with a tile."""

@@ -14,9 +14,7 @@ PRODUCTS = {
     "scores_kernel",
     "read_out_kernel",
     "score_gradients_kernel",
-    "query_gradient_kernel",
-    "key_gradient_kernel",
-    "value_gradient_kernel",
+    "token_gradients_kernel",
 }
 # Bytes of a thread. Two tiles of 128 x 128 float32 and the decays between them fill the registers of 8 warps.
 SPILLS = {"score_gradients_kernel": 128}

@@ -1,7 +1,10 @@
-"""Gradients of queries, keys and values: each is one product with a chunk's state and one inside the chunk.
+"""Gradients of queries, keys and values, and the products of states that the gates' gradients need: in one launch.
+
+Programs that work on the same chunk are neighbours, so that the states, activations and scores that they share come
+from memory once and from the L2 cache then.
 
 Axes: S sequence, DK query/key and DV value dimension, L tokens of a chunk, NC chunks, BM x BN the tile of a program,
-BK head dimensions and BT tokens that one step takes.
+BK head dimensions and BT tokens that one step takes, BS entries of a state.
 """
 
 import triton
@@ -10,89 +13,119 @@ import triton.language as tl
 from kernels.mlstm.chunkwise.products import add_product, locate_tile
 
 
-@triton.jit(do_not_specialize=["S", "NH", "NC", "row_stride"])
-def query_gradient_kernel(
-    q,
-    k,
-    grad_h,
-    row_weights,
-    matrices,
-    vectors,
-    grad_scores,
-    grad_q,
+@triton.jit
+def _token_gradient(
+    upstream,
+    upstream_stride,
+    matrix,
+    matrix_inner_stride,
+    matrix_column_stride,
+    matrix_weight,
+    vector,
+    vector_weight,
+    own,
+    own_stride,
     products,
-    S,
-    NH,
-    NC,
-    row_stride,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
-    g_stride_b,
-    g_stride_s,
-    g_stride_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    L: tl.constexpr,
+    block,
+    block_row_stride,
+    block_inner_stride,
+    others,
+    others_stride,
+    others_end,
+    result,
+    result_stride,
+    row_end,
+    first_column,
+    WIDTH: tl.constexpr,
+    INNER: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
-    NORMALISER: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
-    """grad_q = matrix_weight * grad_h C^T + vector_weight * n + grad_scores k; products = q . (its first two terms).
+    """result = matrix_weight * upstream @ matrix + vector_weight * vector + block @ others, BN columns of WIDTH.
 
-    `matrices` and `vectors` are the memory that enters each chunk; products [tiles of DK, BH, NC * L] float32.
+    products: of `own` with the first two terms, by row. Pointers are at the first of BM rows, and of all columns.
     """
-    tiles_n: tl.constexpr = (DK + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
-    first_column = column_tile * BN
-    row_stride = row_stride.to(tl.int64)
-    k += batch * k_stride_b + head * k_stride_h + chunk_start.to(tl.int64) * k_stride_s + first_column
-    grad_h += batch * g_stride_b + head * g_stride_h + first_row.to(tl.int64) * g_stride_s
-    matrices += (bh * NC + chunk) * DK * DV + first_column * DV
-    grad_scores += (bh * NC * L + first_row) * L
-    rows = first_row + tl.arange(0, BM)
+    rows = tl.arange(0, BM)
     columns = first_column + tl.arange(0, BN)
-    here = bh * NC * L + rows
+    column_end = WIDTH - first_column
     grad = tl.zeros([BM, BN], dtype=tl.float32)
     grad = add_product(
-        grad, grad_h, g_stride_s, 1, S - first_row, matrices, 1, DV, DK - first_column,
-        DV, BM, BN, BK, DV % BK != 0, DK % BN != 0,
+        grad, upstream, upstream_stride, 1, row_end,
+        matrix + first_column * matrix_column_stride, matrix_inner_stride, matrix_column_stride, column_end,
+        INNER, BM, BN, BK, INNER % BK != 0, WIDTH % BN != 0,
     )  # fmt: skip
-    grad *= tl.load(row_weights + 2 * row_stride + here)[:, None]
-    if NORMALISER:
-        vector = tl.load(vectors + (bh * NC + chunk) * DK + columns, mask=columns < DK, other=0.0)
-        grad += tl.load(row_weights + 3 * row_stride + here)[:, None] * vector[None, :]
-    inside = (rows < S)[:, None] & (columns < DK)[None, :]
-    token = rows.to(tl.int64)[:, None]
-    query = tl.load(
-        q + batch * q_stride_b + head * q_stride_h + token * q_stride_s + columns[None, :], mask=inside, other=0.0
-    )
-    products += column_tile.to(tl.int64) * row_stride
-    tl.store(products + here, tl.sum(query.to(tl.float32) * grad, axis=1))
+    grad *= tl.load(matrix_weight + rows)[:, None]
+    if VECTOR:
+        part = tl.load(vector + columns, mask=columns < WIDTH, other=0.0)
+        grad += tl.load(vector_weight + rows)[:, None] * part[None, :]
+    inside = (rows < row_end)[:, None] & (columns < WIDTH)[None, :]
+    row = rows.to(tl.int64)[:, None]
+    if PRODUCTS:
+        own_here = tl.load(own + row * own_stride + columns[None, :], mask=inside, other=0.0)
+        tl.store(products + rows, tl.sum(own_here.to(tl.float32) * grad, axis=1))
     grad = add_product(
-        grad, grad_scores, L, 1, BM, k, k_stride_s, 1, DK - first_column,
-        tl.minimum(first_row + BM, S) - chunk_start, BM, BN, BT, True, DK % BN != 0,
+        grad, block, block_row_stride, block_inner_stride, BM, others + first_column, others_stride, 1, column_end,
+        others_end, BM, BN, BT, True, WIDTH % BN != 0,
     )  # fmt: skip
-    place = grad_q + ((batch * S + token) * NH + head) * DK + columns[None, :]
-    tl.store(place, grad.to(grad_q.dtype.element_ty), mask=inside)
+    tl.store(result + row * result_stride + columns[None, :], grad.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _state_product(
+    matrix,
+    vector,
+    grad_matrix,
+    grad_vector,
+    part,
+    PARTS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BS: tl.constexpr,
+    NORMALISER: tl.constexpr,
+):
+    """One of PARTS summands of the product of a state with a gradient."""
+    size: tl.constexpr = (DK * DV + PARTS - 1) // PARTS
+    end = tl.minimum((part + 1) * size, DK * DV)
+    total = tl.zeros([BS], dtype=tl.float32)
+    for first in range(0, size, BS):
+        place = part * size + first + tl.arange(0, BS)
+        here = tl.load(matrix + place, mask=place < end, other=0.0).to(tl.float32)
+        total += here * tl.load(grad_matrix + place, mask=place < end, other=0.0).to(tl.float32)
+    product = tl.sum(total, axis=0)
+    if NORMALISER:
+        width: tl.constexpr = triton.next_power_of_2(DK)
+        dk = tl.arange(0, width)
+        inside = (dk < DK) & (part == 0)
+        here = tl.load(vector + dk, mask=inside, other=0.0)
+        product += tl.sum(here * tl.load(grad_vector + dk, mask=inside, other=0.0), axis=0)
+    return product
 
 
 @triton.jit(do_not_specialize=["S", "NH", "NC", "row_stride"])
-def key_gradient_kernel(
+def token_gradients_kernel(
     q,
     k,
     v,
+    grad_h,
     weights,
+    row_weights,
+    chunk_decay,
+    matrices,
+    vectors,
     grad_matrices,
     grad_vectors,
+    scores,
     grad_scores,
+    grad_q,
     grad_k,
-    products,
+    grad_v,
+    query_products,
+    key_products,
+    state_products,
     S,
     NH,
     NC,
@@ -106,68 +139,6 @@ def key_gradient_kernel(
     v_stride_b,
     v_stride_s,
     v_stride_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    L: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BT: tl.constexpr,
-    NORMALISER: tl.constexpr,
-):
-    """grad_k = added * (v dC^T + dn) + grad_scores^T q; products = k . (its first term).
-
-    grad_matrices and grad_vectors belong to the memory that leaves each chunk.
-    """
-    tiles_n: tl.constexpr = (DK + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
-    first_column = column_tile * BN
-    row_stride = row_stride.to(tl.int64)
-    q += batch * q_stride_b + head * q_stride_h + first_row.to(tl.int64) * q_stride_s + first_column
-    v += batch * v_stride_b + head * v_stride_h + first_row.to(tl.int64) * v_stride_s
-    grad_matrices += (bh * NC + chunk) * DK * DV + first_column * DV
-    grad_scores += (bh * NC * L + first_row) * L + (first_row - chunk_start)
-    rows = first_row + tl.arange(0, BM)
-    columns = first_column + tl.arange(0, BN)
-    here = bh * NC * L + rows
-    grad = tl.zeros([BM, BN], dtype=tl.float32)
-    grad = add_product(
-        grad, v, v_stride_s, 1, S - first_row, grad_matrices, 1, DV, DK - first_column,
-        DV, BM, BN, BK, DV % BK != 0, DK % BN != 0,
-    )  # fmt: skip
-    if NORMALISER:
-        grad += tl.load(grad_vectors + (bh * NC + chunk) * DK + columns, mask=columns < DK, other=0.0)[None, :]
-    grad *= tl.load(weights + 3 * row_stride + here)[:, None]
-    inside = (rows < S)[:, None] & (columns < DK)[None, :]
-    token = rows.to(tl.int64)[:, None]
-    key = tl.load(
-        k + batch * k_stride_b + head * k_stride_h + token * k_stride_s + columns[None, :], mask=inside, other=0.0
-    )
-    products += column_tile.to(tl.int64) * row_stride
-    tl.store(products + here, tl.sum(key.to(tl.float32) * grad, axis=1))
-    grad = add_product(
-        grad, grad_scores, 1, L, BM, q, q_stride_s, 1, DK - first_column,
-        tl.minimum(chunk_start + L, S) - first_row, BM, BN, BT, True, DK % BN != 0,
-    )  # fmt: skip
-    place = grad_k + ((batch * S + token) * NH + head) * DK + columns[None, :]
-    tl.store(place, grad.to(grad_k.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["S", "NH", "NC", "row_stride"])
-def value_gradient_kernel(
-    k,
-    grad_h,
-    weights,
-    grad_matrices,
-    scores,
-    grad_v,
-    S,
-    NH,
-    NC,
-    row_stride,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
     g_stride_b,
     g_stride_s,
     g_stride_h,
@@ -178,27 +149,73 @@ def value_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    BS: tl.constexpr,
+    NORMALISER: tl.constexpr,
 ):
-    """grad_v = added * k dC + scores^T grad_h, the scores divided by the denominator."""
-    tiles_n: tl.constexpr = (DV + BN - 1) // BN
-    column_tile, first_row, chunk, chunk_start, batch, head, bh = locate_tile(tl.program_id(0), NH, NC, tiles_n, L, BM)
-    first_column = column_tile * BN
+    """grad_q = matrix_weight * grad_h C^T + vector_weight * n + grad_scores k
+    grad_k = added * (v dC^T + dn) + grad_scores^T q
+    grad_v = added * k dC + scores^T grad_h, the scores divided by the denominator
+
+    C and n (`matrices`, `vectors`) enter a chunk; dC and dn belong to what leaves it. query_products and key_products
+    [tiles of DK, BH, NC * L] float32 are the products of q and k with all but the last term of their gradients,
+    state_products [L / BM, BH, NC] summands of what the chunk leaves of C and n, times dC and dn.
+    """
+    tiles_k: tl.constexpr = (DK + BN - 1) // BN
+    tiles_v: tl.constexpr = (DV + BN - 1) // BN
+    pid = tl.program_id(0)
+    # The product of the states comes first: it takes longest, and brings them into the cache.
+    job, first_row, chunk, chunk_start, batch, head, bh = locate_tile(pid, NH, NC, 1 + 2 * tiles_k + tiles_v, L, BM)
     row_stride = row_stride.to(tl.int64)
-    k += batch * k_stride_b + head * k_stride_h + first_row.to(tl.int64) * k_stride_s
-    grad_h += batch * g_stride_b + head * g_stride_h + first_row.to(tl.int64) * g_stride_s + first_column
-    grad_matrices += (bh * NC + chunk) * DK * DV + first_column
-    scores += (bh * NC * L + first_row) * L + (first_row - chunk_start)
-    rows = first_row + tl.arange(0, BM)
-    columns = first_column + tl.arange(0, BN)
-    grad = tl.zeros([BM, BN], dtype=tl.float32)
-    grad = add_product(
-        grad, k, k_stride_s, 1, S - first_row, grad_matrices, DV, 1, DV - first_column,
-        DK, BM, BN, BK, DK % BK != 0, DV % BN != 0,
-    )  # fmt: skip
-    grad *= tl.load(weights + 3 * row_stride + bh * NC * L + rows)[:, None]
-    grad = add_product(
-        grad, scores, 1, L, BM, grad_h, g_stride_s, 1, DV - first_column,
-        tl.minimum(chunk_start + L, S) - first_row, BM, BN, BT, True, DV % BN != 0,
-    )  # fmt: skip
-    place = grad_v + ((batch * S + rows.to(tl.int64)[:, None]) * NH + head) * DV + columns[None, :]
-    tl.store(place, grad.to(grad_v.dtype.element_ty), mask=(rows < S)[:, None] & (columns < DV)[None, :])
+    state = bh * NC + chunk
+    matrices += state * DK * DV
+    grad_matrices += state * DK * DV
+    vectors += state * DK
+    grad_vectors += state * DK
+    here = bh * NC * L + first_row
+    token = batch * S + first_row
+    row = first_row.to(tl.int64)
+    row_end = S - first_row
+    q += batch * q_stride_b + head * q_stride_h + row * q_stride_s
+    k += batch * k_stride_b + head * k_stride_h + row * k_stride_s
+    v += batch * v_stride_b + head * v_stride_h + row * v_stride_s
+    grad_h += batch * g_stride_b + head * g_stride_h + row * g_stride_s
+    # Of the tile's rows as they read, and of its columns as they are read, by themselves and later rows.
+    read_by_rows = here * L
+    read_at_columns = here * L + first_row - chunk_start
+    later = tl.minimum(chunk_start + L, S) - first_row
+    added = weights + 3 * row_stride + here
+    if job == 0:
+        part = (first_row - chunk_start) // BM
+        product = _state_product(
+            matrices, vectors, grad_matrices, grad_vectors, part, L // BM, DK, DV, BS, NORMALISER
+        )  # fmt: skip
+        place = part.to(tl.int64) * (row_stride // L) + state
+        tl.store(state_products + place, tl.load(chunk_decay + state) * product)
+    elif job <= tiles_k:
+        tile = job - 1
+        _token_gradient(
+            grad_h, g_stride_s, matrices, 1, DV, row_weights + 2 * row_stride + here,
+            vectors, row_weights + 3 * row_stride + here,
+            q, q_stride_s, query_products + tile * row_stride + here,
+            grad_scores + read_by_rows, L, 1, k - (first_row - chunk_start).to(tl.int64) * k_stride_s, k_stride_s,
+            tl.minimum(first_row + BM, S) - chunk_start,
+            grad_q + (token * NH + head) * DK, NH * DK, row_end, tile * BN,
+            DK, DV, BM, BN, BK, BT, NORMALISER, True,
+        )  # fmt: skip
+    elif job <= 2 * tiles_k:
+        tile = job - 1 - tiles_k
+        _token_gradient(
+            v, v_stride_s, grad_matrices, 1, DV, added, grad_vectors, added,
+            k, k_stride_s, key_products + tile * row_stride + here,
+            grad_scores + read_at_columns, 1, L, q, q_stride_s, later,
+            grad_k + (token * NH + head) * DK, NH * DK, row_end, tile * BN,
+            DK, DV, BM, BN, BK, BT, NORMALISER, True,
+        )  # fmt: skip
+    else:
+        tile = job - 1 - 2 * tiles_k
+        _token_gradient(
+            k, k_stride_s, grad_matrices, DV, 1, added, grad_vectors, added, v, v_stride_s, key_products,
+            scores + read_at_columns, 1, L, grad_h, g_stride_s, later,
+            grad_v + (token * NH + head) * DV, NH * DV, row_end, tile * BN,
+            DV, DK, BM, BN, BK, BT, False, False,
+        )  # fmt: skip

@@ -233,6 +233,7 @@ def gate_gradients_kernel(
     SUM_PARTS: tl.constexpr,
     QUERY_PARTS: tl.constexpr,
     KEY_PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
@@ -244,8 +245,8 @@ def gate_gradients_kernel(
     over t, and the log forget gate of token j the sum of G over t >= j > s: that is the sum over the tokens t >= j of
     the document of (the sum of G[t, s] over s < t) - (the sum of G[u, t] over u > t). Inside a chunk the sums come
     from weight_sums (scores.py), between a chunk's tokens and its edges from query_products and key_products
-    (backward.py), and across the whole chunk from state_products (states.py): as a difference of the others, carried
-    from chunk to chunk, it would be known to the sum of their roundings only.
+    and, across the whole chunk, from state_products (backward.py): as a difference of the others, carried from chunk
+    to chunk, it would be known to the sum of their roundings only.
     """
     pid = tl.program_id(0)
     sequence = pid // NC
@@ -260,7 +261,9 @@ def gate_gradients_kernel(
     by_memory = _sum_parts(query_products, part_stride, row, valid, QUERY_PARTS, L)
     to_memory = _sum_parts(key_products, part_stride, row, valid, KEY_PARTS, L)
     # The sum of G over all readers behind this chunk and all sources up to its end.
-    behind = tl.load(state_products + pid) + tl.sum(to_memory, axis=0)
+    behind = tl.sum(to_memory, axis=0)
+    for part in tl.static_range(STATE_PARTS):
+        behind += tl.load(state_products + part * (part_stride // L) + pid)
     as_source = to_memory + _sum_parts(weight_sums + 2 * part_stride, part_stride, row, valid, SUM_PARTS, L)
     as_reader = by_memory + tl.load(weight_sums + part_stride + row, mask=valid, other=0.0)
     grad_log_input = as_source + tl.load(weight_sums + row, mask=valid, other=0.0)

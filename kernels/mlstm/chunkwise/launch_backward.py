@@ -6,17 +6,17 @@ a chunk; SP = NC * L, the sequence padded to whole chunks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kernels.mlstm.chunkwise.backward import key_gradient_kernel, query_gradient_kernel, value_gradient_kernel
+from kernels.mlstm.chunkwise.backward import token_gradients_kernel
 from kernels.mlstm.chunkwise.gates import gate_gradients_kernel
 from kernels.mlstm.chunkwise.launch import States
 from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import ROW_WEIGHT_ROWS, row_weights_kernel
 from kernels.mlstm.chunkwise.scores import score_gradients_kernel
-from kernels.mlstm.chunkwise.states import state_products_kernel
-from kernels.mlstm.chunkwise.tiles import Tile
 from kernels.triton_support import ceil_div, next_power_of_two
 
 
@@ -98,53 +98,64 @@ def score_gradients(
     return scores, grad_scores, weight_sums
 
 
-def query_gradient(
-    problem: Problem, q: Tensor, k: Tensor, grad_h: Tensor, rows: Tensor, before: States, grad_scores: Tensor
-) -> tuple[Tensor, Tensor]:
-    """grad_q [B, S, NH, DK], and by tile of columns q . (the memory's part of grad_q) [tiles, BH, SP] float32."""
-    tile = problem.tiles.query_gradient
-    grad_q = q.new_empty(q.shape)
-    products = rows.new_empty(ceil_div(problem.key_dim, tile.columns), problem.sequences, problem.padded)
-    query_gradient_kernel[problem.grid(tile, problem.key_dim)](
-        q,
-        k,
-        grad_h,
-        rows,
-        before.matrices,
-        before.vectors,
-        grad_scores,
-        grad_q,
-        products,
-        problem.length,
-        problem.heads,
-        problem.chunks,
-        problem.row_stride,
-        *strides(q),
-        *strides(k),
-        *strides(grad_h),
-        NORMALISER=problem.normaliser,
-        **_block_sizes(problem, tile),
+@dataclass
+class TokenGradients:
+    """q, k [B, S, NH, DK] and v [B, S, NH, DV]: gradients. What the gates' gradients are made of, float32: by tile of
+    columns q . (the memory's part of its gradient) and k likewise [tiles, BH, SP], and, in summands, the product of
+    what each chunk leaves of its entering memory with the gradient of that [summands, BH, NC].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_products: Tensor
+    key_products: Tensor
+    state_products: Tensor
+
+
+def token_gradients(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_h: Tensor,
+    packed: Tensor,
+    rows: Tensor,
+    chunk_decay: Tensor,
+    entering: States,
+    leaving: States,
+    scores: Tensor,
+    grad_scores: Tensor,
+) -> TokenGradients:
+    """entering: the memory before each chunk; leaving: the gradient of the memory behind each."""
+    tiles, tile = problem.tiles, problem.tiles.gradients
+    key_dim, value_dim = problem.key_dim, problem.value_dim
+    key_tiles, value_tiles = ceil_div(key_dim, tile.columns), ceil_div(value_dim, tile.columns)
+    row_tiles = tiles.chunk // tile.rows
+    products = packed.new_empty(2, key_tiles, problem.sequences, problem.padded)
+    result = TokenGradients(
+        *(x.new_empty(x.shape) for x in (q, k, v)), *products, packed.new_empty(row_tiles, *chunk_decay.shape)
     )
-    return grad_q, products
-
-
-def key_gradient(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, packed: Tensor, behind: States, grad_scores: Tensor
-) -> tuple[Tensor, Tensor]:
-    """grad_k [B, S, NH, DK], and by tile of columns k . (the memory's part of grad_k) [tiles, BH, SP] float32."""
-    tile = problem.tiles.key_gradient
-    grad_k = k.new_empty(k.shape)
-    products = packed.new_empty(ceil_div(problem.key_dim, tile.columns), problem.sequences, problem.padded)
-    key_gradient_kernel[problem.grid(tile, problem.key_dim)](
+    token_gradients_kernel[((1 + 2 * key_tiles + value_tiles) * row_tiles * problem.chunks * problem.sequences,)](
         q,
         k,
         v,
+        grad_h,
         packed,
-        behind.matrices,
-        behind.vectors,
+        rows,
+        chunk_decay,
+        entering.matrices,
+        entering.vectors,
+        leaving.matrices,
+        leaving.vectors,
+        scores,
         grad_scores,
-        grad_k,
-        products,
+        result.q,
+        result.k,
+        result.v,
+        result.query_products,
+        result.key_products,
+        result.state_products,
         problem.length,
         problem.heads,
         problem.chunks,
@@ -152,65 +163,26 @@ def key_gradient(
         *strides(q),
         *strides(k),
         *strides(v),
-        NORMALISER=problem.normaliser,
-        **_block_sizes(problem, tile),
-    )
-    return grad_k, products
-
-
-def value_gradient(
-    problem: Problem, k: Tensor, grad_h: Tensor, packed: Tensor, behind: States, scores: Tensor
-) -> Tensor:
-    """grad_v [B, S, NH, DV]."""
-    tile = problem.tiles.value_gradient
-    grad_v = k.new_empty(problem.batch, problem.length, problem.heads, problem.value_dim)
-    value_gradient_kernel[problem.grid(tile, problem.value_dim)](
-        k,
-        grad_h,
-        packed,
-        behind.matrices,
-        scores,
-        grad_v,
-        problem.length,
-        problem.heads,
-        problem.chunks,
-        problem.row_stride,
-        *strides(k),
         *strides(grad_h),
-        **_block_sizes(problem, tile),
-    )
-    return grad_v
-
-
-def state_products(problem: Problem, entering: States, leaving: States, chunk_decay: Tensor) -> Tensor:
-    """For each chunk the product of what it leaves of the entering memory with the gradient of that: [BH, NC] float32.
-
-    entering: the memory before each chunk; leaving: the gradient of the memory behind each.
-    """
-    products = torch.empty_like(chunk_decay)
-    state_products_kernel[(products.numel(),)](
-        entering.matrices,
-        entering.vectors,
-        leaving.matrices,
-        leaving.vectors,
-        chunk_decay,
-        products,
-        DK=problem.key_dim,
-        DV=problem.value_dim,
-        BLOCK=min(4096, next_power_of_two(problem.key_dim * problem.value_dim)),
-        BLOCK_DK=next_power_of_two(problem.key_dim),
+        DK=key_dim,
+        DV=value_dim,
+        L=tiles.chunk,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.inner,
+        BT=tile.tokens,
+        BS=min(512 * tile.warps, next_power_of_two(key_dim * value_dim)),
         NORMALISER=problem.normaliser,
-        num_warps=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    return products
+    return result
 
 
 def gate_gradients(
     problem: Problem,
     weight_sums: Tensor,
-    query_products: Tensor,
-    key_products: Tensor,
-    state_products: Tensor,
+    tokens: TokenGradients,
     igate_preact: Tensor,
     fgate_preact: Tensor,
     documents: Documents,
@@ -220,9 +192,9 @@ def gate_gradients(
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
     gate_gradients_kernel[(problem.sequences * problem.chunks,)](
         weight_sums,
-        query_products,
-        key_products,
-        state_products,
+        tokens.query_products,
+        tokens.key_products,
+        tokens.state_products,
         igate_preact,
         fgate_preact,
         documents.start,
@@ -232,8 +204,9 @@ def gate_gradients(
         problem.chunks,
         problem.row_stride,
         SUM_PARTS=len(weight_sums) - 2,
-        QUERY_PARTS=len(query_products),
-        KEY_PARTS=len(key_products),
+        QUERY_PARTS=len(tokens.query_products),
+        KEY_PARTS=len(tokens.key_products),
+        STATE_PARTS=len(tokens.state_products),
         HAS_STARTS=documents.start is not None,
         HAS_INITIAL=has_initial,
         EXPONENTIAL=problem.exponential,
@@ -241,18 +214,3 @@ def gate_gradients(
         num_warps=2,
     )
     return grads[0], grads[1]
-
-
-def _block_sizes(problem: Problem, tile: Tile) -> dict[str, int]:
-    """The constants of the three gradient kernels."""
-    return {
-        "DK": problem.key_dim,
-        "DV": problem.value_dim,
-        "L": problem.tiles.chunk,
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "BK": tile.inner,
-        "BT": tile.tokens,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }

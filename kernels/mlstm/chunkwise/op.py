@@ -16,7 +16,7 @@ from kernels.mlstm.chunkwise import launch, launch_backward
 from kernels.mlstm.chunkwise.gates import ADDED, WEIGHT_ROWS
 from kernels.mlstm.chunkwise.launch import States
 from kernels.mlstm.chunkwise.problem import Documents, Problem
-from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
+from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, ROW_WEIGHT_ROWS, VECTOR_WEIGHT
 
 
 def _flat(state: Tensor | None) -> Tensor | None:
@@ -146,24 +146,14 @@ def mlstm_chunkwise_backward(
         store_after=has_initial,
     )
     scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-    grad_q, query_products = launch_backward.query_gradient(problem, q, k, grad_h, rows, entering, grad_scores)
-    state_products = launch_backward.state_products(problem, entering, leaving, chunk_decay)
-    del entering
-    grad_k, key_products = launch_backward.key_gradient(problem, q, k, v, packed, leaving, grad_scores)
-    grad_v = launch_backward.value_gradient(problem, k, grad_h, packed, leaving, scores)
-    grad_gates = launch_backward.gate_gradients(
-        problem,
-        sums,
-        query_products,
-        key_products,
-        state_products,
-        igate_preact,
-        fgate_preact,
-        documents,
-        has_initial,
+    tokens = launch_backward.token_gradients(
+        problem, q, k, v, grad_h, packed, rows, chunk_decay, entering, leaving, scores, grad_scores
     )
+    del entering
+    gates = (igate_preact, fgate_preact)
+    grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
     grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
-    return grad_q, grad_k, grad_v, *grad_gates, *grad_initial
+    return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
 
 
 @mlstm_chunkwise_backward.register_fake
@@ -314,24 +304,15 @@ def mlstm_chunkwise_state_backward(
     leaving = launch.states(
         problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
     )
-    state_products = launch_backward.state_products(problem, entering, leaving, chunk_decay)
-    del entering
+    no_rows = packed.new_zeros(ROW_WEIGHT_ROWS, problem.sequences, problem.padded)
     no_scores = k.new_zeros(problem.sequences, problem.padded, problem.tiles.chunk)
     no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
-    gates = (igate_preact, fgate_preact)
-    grad_k, key_products = launch_backward.key_gradient(problem, k, k, v, packed, leaving, no_scores)
-    grad_v = launch_backward.value_gradient(problem, k, v, packed, leaving, no_scores)
-    grad_gates = launch_backward.gate_gradients(
-        problem,
-        no_sums,
-        nothing[None],
-        key_products,
-        state_products,
-        *gates,
-        documents,
-        has_initial,
+    tokens = launch_backward.token_gradients(
+        problem, k, k, v, v, packed, no_rows, chunk_decay, entering, leaving, no_scores, no_scores
     )
-    return grad_k, grad_v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
+    gates = (igate_preact, fgate_preact)
+    grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
+    return tokens.k, tokens.v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
 
 
 @mlstm_chunkwise_state_backward.register_fake

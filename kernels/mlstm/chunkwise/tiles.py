@@ -54,9 +54,7 @@ class Tiles:
     scores: Tile
     read_out: Tile
     score_gradients: Tile
-    query_gradient: Tile
-    key_gradient: Tile
-    value_gradient: Tile
+    gradients: Tile
 
 
 def _block(size: int) -> int:
@@ -69,9 +67,7 @@ SIXTEEN_BIT = Tiles(
     scores=Tile(rows=64, columns=64, inner=64, tokens=16, warps=4, stages=3),
     read_out=Tile(rows=64, columns=128, inner=64, tokens=64, warps=4, stages=3),
     score_gradients=Tile(rows=64, columns=64, inner=64, tokens=16, warps=4, stages=3),
-    query_gradient=Tile(rows=64, columns=128, inner=64, tokens=64, warps=8, stages=4),
-    key_gradient=Tile(rows=64, columns=128, inner=64, tokens=64, warps=8, stages=4),
-    value_gradient=Tile(rows=128, columns=128, inner=64, tokens=64, warps=4, stages=3),
+    gradients=Tile(rows=64, columns=128, inner=64, tokens=64, warps=8, stages=4),
 )
 # Exact float32 products run outside the tensor cores and need room in registers.
 THIRTY_TWO_BIT = Tiles(
@@ -80,9 +76,7 @@ THIRTY_TWO_BIT = Tiles(
     scores=Tile(rows=32, columns=32, inner=32, tokens=16, warps=4, stages=2),
     read_out=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
     score_gradients=Tile(rows=32, columns=32, inner=32, tokens=16, warps=4, stages=2),
-    query_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
-    key_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
-    value_gradient=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
+    gradients=Tile(rows=32, columns=32, inner=32, tokens=32, warps=4, stages=2),
 )
 
 
@@ -126,7 +120,5 @@ def fit(tiles: Tiles, key_dim: int, value_dim: int) -> Tiles:
         scores=tiles.scores.within(tiles.chunk, tiles.chunk, key_dim),
         read_out=tiles.read_out.within(tiles.chunk, value_dim, key_dim),
         score_gradients=tiles.score_gradients.within(tiles.chunk, tiles.chunk, min(key_dim, value_dim)),
-        query_gradient=tiles.query_gradient.within(tiles.chunk, key_dim, value_dim),
-        key_gradient=tiles.key_gradient.within(tiles.chunk, key_dim, value_dim),
-        value_gradient=tiles.value_gradient.within(tiles.chunk, value_dim, key_dim),
+        gradients=tiles.gradients.within(tiles.chunk, value_dim, min(key_dim, value_dim)),
     )
