@@ -91,7 +91,8 @@ def _state_product(
     size: tl.constexpr = (DK * DV + PARTS - 1) // PARTS
     end = tl.minimum((part + 1) * size, DK * DV)
     total = tl.zeros([BS], dtype=tl.float32)
-    for first in range(0, size, BS):
+    # Nothing but loads: without stages of its own, each step would wait for its loads before the next asks for any.
+    for first in tl.range(0, size, BS, num_stages=4):
         place = part * size + first + tl.arange(0, BS)
         here = tl.load(matrix + place, mask=place < end, other=0.0).to(tl.float32)
         total += here * tl.load(grad_matrix + place, mask=place < end, other=0.0).to(tl.float32)
