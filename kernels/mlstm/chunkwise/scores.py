@@ -57,7 +57,7 @@ def scores_kernel(
     if NORMALISER:
         local = tl.arange(0, BM)
         normaliser = normalisers + (bh * NC + chunk) * DK
-        for first in range(0, DK, BD):
+        for first in tl.range(0, DK, BD, num_stages=3):
             d = first + tl.arange(0, BD)
             inside = (rows < S)[:, None] & (d < DK)[None, :]
             query = tl.load(q + local[:, None] * q_stride_s + d[None, :], mask=inside, other=0.0).to(tl.float32)
