@@ -224,6 +224,7 @@ def ours(backend: str, settings: dict) -> list[Contender]:
     unnormalised = partial(cell, gate="sigmoid", normaliser=False)
     return [
         Contender("ours", "mlstm", cell, "exp", "ours"),
+        Contender("ours_kept", "mlstm", partial(cell, keep_chunk_states=True), "exp", "ours", note="chunk states kept"),
         Contender("ours_slstm", "slstm", recurrent, "slstm", "ours_slstm"),
         Contender("ours_sigmoid", "mlstm", partial(cell, gate="sigmoid"), "sigmoid", "ours"),
         Contender("ours_sigmoid_raw", "mlstm", unnormalised, "sigmoid_raw", "ours", note="no normaliser"),

@@ -79,6 +79,13 @@ def assert_same(actual, expected):
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+def assert_same_program(actual, expected):
+    """Bit for bit where programs are interpreted; two compilations may contract multiply-adds differently."""
+    if not COMPILED:
+        assert_same(actual, expected)
+    assert_close(actual, expected, {name: 1e-6 for name in actual})
+
+
 @pytest.mark.parametrize("with_state", [False, True], ids=["empty", "state"])
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -282,7 +289,8 @@ def test_checkpointing_and_no_grad_change_nothing():
 
     assert_same(outputs_and_gradients(inputs, state, function=checkpointed), expected)
     with torch.no_grad():
-        assert torch.equal(slstm(*inputs, initial_state=state, backend="triton")[0], expected["h"])
+        h, _ = slstm(*inputs, initial_state=state, backend="triton")
+    assert_same_program({"h": h}, {"h": expected["h"]})
 
 
 def test_a_frozen_kernel_gets_no_gradient():
@@ -297,7 +305,7 @@ def test_compiles_into_one_graph():
     inputs, state, starts = make_inputs(length=3), make_state(), starts_at([1], length=3)
     expected = outputs_and_gradients(inputs, state, document_start=starts)
     compiled = torch.compile(slstm, fullgraph=True, backend="inductor" if COMPILED else "aot_eager")
-    assert_same(outputs_and_gradients(inputs, state, function=compiled, document_start=starts), expected)
+    assert_same_program(outputs_and_gradients(inputs, state, function=compiled, document_start=starts), expected)
 
 
 @pytest.mark.parametrize("with_cap", [False, True])
