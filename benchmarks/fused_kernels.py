@@ -255,17 +255,17 @@ def tiles(bandwidth: float) -> None:
             print(f"  loss {tokens} x {width}, chunks of {chunk}: forward with gradients {time:.3f} ms")
     h = torch.randn(1, 8192, 8, 512, device=DEVICE, dtype=torch.bfloat16)
     arguments = (h, torch.randn_like(h).flatten(2), torch.rand_like(h[0, 0]).flatten())
-    used = norm_fused._FORWARD_TILE, norm_fused._BACKWARD_TILE
-    for elements in (512, 1024, 2048, 4096):
-        norm_fused._FORWARD_TILE = norm_fused._BACKWARD_TILE = elements
-        forward = milliseconds([lambda: norm_fused.launch_gated_forward(*arguments, 1e-6)])
-        backward = milliseconds([lambda: norm_fused.launch_gated_backward(arguments[1], *arguments, 1e-6)])
-        shares = [n * h.nbytes / (1e-3 * time) / bandwidth for n, time in ((3, forward), (5, backward))]
-        print(
-            f"  head norm {elements} elements: forward {forward:.3f} ms {shares[0]:.0%}, "
-            f"backward {backward:.3f} ms {shares[1]:.0%}"
-        )
-    norm_fused._FORWARD_TILE, norm_fused._BACKWARD_TILE = used
+    used = norm_fused._FORWARD_WARPS, norm_fused._BACKWARD_WARPS, norm_fused.TOKENS_PER_PARTIAL, norm_fused._STAGES
+    for warps in (1, 2, 4, 8):
+        norm_fused._FORWARD_WARPS = warps
+        time = milliseconds([lambda: norm_fused.launch_forward(*arguments, 1e-6)])
+        print(f"  head norm forward, {warps} warps: {time:.3f} ms, {3 * h.nbytes / (1e-3 * time) / bandwidth:.0%}")
+    for warps, tokens, stages in [(1, 32, 3), (1, 32, 1), (1, 32, 2), (1, 16, 3), (1, 64, 3), (2, 32, 3), (4, 64, 3)]:
+        norm_fused._BACKWARD_WARPS, norm_fused.TOKENS_PER_PARTIAL, norm_fused._STAGES = warps, tokens, stages
+        time = milliseconds([lambda: norm_fused.launch_backward(arguments[1], *arguments, 1e-6)])
+        share = 5 * h.nbytes / (1e-3 * time) / bandwidth
+        print(f"  head norm backward, {warps} warps, {tokens} tokens, {stages} stages: {time:.3f} ms, {share:.0%}")
+    norm_fused._FORWARD_WARPS, norm_fused._BACKWARD_WARPS, norm_fused.TOKENS_PER_PARTIAL, norm_fused._STAGES = used
     used = step_fused.NUM_WARPS
     for batch in (1, 64):
         for columns, warps in [(32, 8), (32, 4), (32, 16), (16, 4), (16, 8), (64, 8), (64, 16)]:
