@@ -12,21 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import next_power_of_two
+from kernels.triton_support import ceil_div, next_power_of_two
 
-TOKENS_PER_PARTIAL = 64
-# Elements of one tensor that a program works on at a time; the backward pass has three tensors and a sum to hold.
-_FORWARD_TILE, _BACKWARD_TILE = 2048, 1024
+TOKENS_PER_PARTIAL = 32
+# 16 elements of each tensor in a thread. A warp that has a whole row sums it without a barrier; the backward pass has
+# four such sums, each of which needs the one before.
+_WARP_ELEMENTS = 512
+_FORWARD_WARPS, _BACKWARD_WARPS = 4, 1
+# Iterations of the backward pass that are loaded ahead, plus one.
+_STAGES = 3
 
 
 @triton.jit
-def _normalise(h, inside, eps, DV: tl.constexpr):
-    """Rows of h -> the same with mean 0 and variance 1 (0 outside), and 1 / their standard deviation [rows, 1]."""
-    mean = tl.sum(h, 1)[:, None] / DV
-    centred = tl.where(inside, h - mean, 0.0)
+def _normalise(h, row_inside, column_inside, eps, DV: tl.constexpr):
+    """Rows of h -> the same with mean 0 and variance 1 (0 outside), and 1 / their standard deviation [rows, 1].
+
+    h is 0 outside.
+    """
+    centred = h - tl.sum(h, 1)[:, None] / DV
+    if h.shape[1] > DV:
+        centred = tl.where(column_inside, centred, 0.0)
     variance = tl.sum(centred * centred, 1)[:, None] / DV
-    scale = tl.rsqrt(variance + eps)
-    return tl.where(inside, centred * scale, 0.0), scale
+    scale = tl.where(row_inside, tl.rsqrt(variance + eps), 0.0)
+    return centred * scale, scale
 
 
 @triton.jit
@@ -38,11 +46,9 @@ def _norm_gradient(grad, normalised, scale, DV: tl.constexpr):
 
 
 @triton.jit
-def _tile(first_token, tokens, DV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Token numbers [ROWS, 1] (64 bits, for offsets), columns [1, WIDTH] and which elements of the tile exist."""
-    token = first_token.to(tl.int64) + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    return token, column, (token < tokens) & (column < DV)
+def _tile(first_token, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Token numbers [ROWS, 1] (64 bits, for offsets) and columns [1, WIDTH]."""
+    return first_token.to(tl.int64) + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -51,28 +57,7 @@ def _load(x, offsets, inside):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _norm_forward(
-    h,
-    weight,
-    y,
-    tokens,
-    h_token,
-    h_head,
-    eps,
-    NH: tl.constexpr,
-    DV: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    head = tl.program_id(0) % NH
-    token, column, inside = _tile(tl.program_id(0) // NH * ROWS, tokens, DV, ROWS, WIDTH)
-    channel = head * DV + column
-    normalised, _ = _normalise(_load(h, token * h_token + head * h_head + column, inside), inside, eps, DV)
-    tl.store(y + token * (NH * DV) + channel, normalised * _load(weight, channel, column < DV), inside)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _gated_forward(
+def _forward(
     h,
     gate_preact,
     weight,
@@ -88,48 +73,19 @@ def _gated_forward(
     WIDTH: tl.constexpr,
 ):
     head = tl.program_id(0) % NH
-    token, column, inside = _tile(tl.program_id(0) // NH * ROWS, tokens, DV, ROWS, WIDTH)
+    token, column = _tile(tl.program_id(0) // NH * ROWS, ROWS, WIDTH)
+    row_inside, column_inside = token < tokens, column < DV
+    inside = row_inside & column_inside
     channel = head * DV + column
-    gate = tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))
-    normalised, _ = _normalise(_load(h, token * h_token + head * h_head + column, inside), inside, eps, DV)
-    tl.store(y + token * (NH * DV) + channel, gate * normalised * _load(weight, channel, column < DV), inside)
+    h_tile = _load(h, token * h_token + head * h_head + column, inside)
+    y_tile, _ = _normalise(h_tile, row_inside, column_inside, eps, DV)
+    if gate_preact is not None:
+        y_tile *= tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))
+    tl.store(y + token * (NH * DV) + channel, y_tile * _load(weight, channel, column_inside), inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _norm_backward(
-    grad,
-    h,
-    weight,
-    grad_h,
-    partials,
-    tokens,
-    grad_token,
-    h_token,
-    h_head,
-    eps,
-    NH: tl.constexpr,
-    DV: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    part = tl.program_id(0) // NH
-    head = tl.program_id(0) % NH
-    grad_weight = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(0, TOKENS, ROWS):
-        token, column, inside = _tile(part * TOKENS + first, tokens, DV, ROWS, WIDTH)
-        channel = head * DV + column
-        grad_y = _load(grad, token * grad_token + channel, inside)
-        normalised, scale = _normalise(_load(h, token * h_token + head * h_head + column, inside), inside, eps, DV)
-        grad_weight += grad_y * normalised
-        grad_y *= _load(weight, channel, column < DV)
-        tl.store(grad_h + token * (NH * DV) + channel, _norm_gradient(grad_y, normalised, scale, DV), inside)
-    channel = tl.arange(0, WIDTH)
-    tl.store(partials + (part * NH + head).to(tl.int64) * DV + channel, tl.sum(grad_weight, 0), channel < DV)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _gated_backward(
+def _backward(
     grad,
     h,
     gate_preact,
@@ -148,30 +104,40 @@ def _gated_backward(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     part = tl.program_id(0) // NH
     head = tl.program_id(0) % NH
+    channels = head * DV + tl.arange(0, WIDTH)
+    exists = tl.arange(0, WIDTH) < DV
+    scaling = _load(weight, channels, exists)[None, :]
     grad_weight = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(0, TOKENS, ROWS):
-        token, column, inside = _tile(part * TOKENS + first, tokens, DV, ROWS, WIDTH)
+    for first in tl.range(0, TOKENS, ROWS, num_stages=STAGES):
+        token, column = _tile(part * TOKENS + first, ROWS, WIDTH)
+        row_inside, column_inside = token < tokens, column < DV
+        inside = row_inside & column_inside
         channel = head * DV + column
-        grad_y = _load(grad, token * grad_token + channel, inside)
-        gate = tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))
-        normalised, scale = _normalise(_load(h, token * h_token + head * h_head + column, inside), inside, eps, DV)
-        w = _load(weight, channel, column < DV)
-        gated_grad = grad_y * gate
-        grad_weight += gated_grad * normalised
-        gated_grad *= w
-        tl.store(grad_gate_preact + token * (NH * DV) + channel, gated_grad * normalised * (1.0 - gate), inside)
-        tl.store(grad_h + token * (NH * DV) + channel, _norm_gradient(gated_grad, normalised, scale, DV), inside)
-    channel = tl.arange(0, WIDTH)
-    tl.store(partials + (part * NH + head).to(tl.int64) * DV + channel, tl.sum(grad_weight, 0), channel < DV)
+        grad_tile = _load(grad, token * grad_token + channel, inside)
+        h_tile = _load(h, token * h_token + head * h_head + column, inside)
+        normalised, scale = _normalise(h_tile, row_inside, column_inside, eps, DV)
+        if gate_preact is not None:
+            gate = tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))
+            grad_tile *= gate
+        grad_weight += grad_tile * normalised
+        grad_tile *= scaling
+        if gate_preact is not None:
+            grad_gate = grad_tile * normalised * (1.0 - gate)
+            tl.store(grad_gate_preact + token * (NH * DV) + channel, grad_gate, inside)
+        grad_input = _norm_gradient(grad_tile, normalised, scale, DV)
+        tl.store(grad_h + token * (NH * DV) + channel, grad_input, inside)
+    tl.store(partials + part.to(tl.int64) * (NH * DV) + channels, tl.sum(grad_weight, 0), exists)
 
 
-def _tile_settings(head_dim: int, elements: int) -> dict[str, int]:
+def _tile_settings(head_dim: int, warps: int) -> dict[str, int]:
     width = max(16, next_power_of_two(head_dim))
-    rows = min(TOKENS_PER_PARTIAL, max(1, elements // width))
-    return {"DV": head_dim, "ROWS": rows, "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
+    warps = max(warps, width // _WARP_ELEMENTS)
+    rows = min(TOKENS_PER_PARTIAL, warps * _WARP_ELEMENTS // width)
+    return {"DV": head_dim, "ROWS": rows, "WIDTH": width, "num_warps": warps}
 
 
 def _by_head(h: Tensor) -> Tensor:
@@ -186,27 +152,15 @@ def _by_token(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def launch_norm_forward(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """h [B, S, NH, DV], weight [NH * DV] -> y [B, S, NH * DV] in h's dtype."""
+def launch_forward(h: Tensor, gate_preact: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """h [B, S, NH, DV], gate_preact [B, S, NH * DV] or None, weight [NH * DV] -> y [B, S, NH * DV] in h's dtype."""
     h_rows, weight = _by_head(h), weight.contiguous()
+    gate_rows = None if gate_preact is None else _by_token(gate_preact)
     tokens, heads, head_dim = h_rows.shape
     y = h.new_empty(*h.shape[:2], heads * head_dim)
-    settings = _tile_settings(head_dim, _FORWARD_TILE)
-    grid = (triton.cdiv(tokens, settings["ROWS"]) * heads,)
+    settings = _tile_settings(head_dim, _FORWARD_WARPS)
     with torch.cuda.device_of(h):
-        _norm_forward[grid](h_rows, weight, y, tokens, h_rows.stride(0), h_rows.stride(1), eps, NH=heads, **settings)
-    return y
-
-
-def launch_gated_forward(h: Tensor, gate_preact: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """h [B, S, NH, DV], gate_preact [B, S, NH * DV], weight [NH * DV] -> y [B, S, NH * DV] in h's dtype."""
-    h_rows, gate_rows, weight = _by_head(h), _by_token(gate_preact), weight.contiguous()
-    tokens, heads, head_dim = h_rows.shape
-    y = h.new_empty(gate_preact.shape)
-    settings = _tile_settings(head_dim, _FORWARD_TILE)
-    grid = (triton.cdiv(tokens, settings["ROWS"]) * heads,)
-    with torch.cuda.device_of(h):
-        _gated_forward[grid](
+        _forward[(ceil_div(tokens, settings["ROWS"]) * heads,)](
             h_rows,
             gate_rows,
             weight,
@@ -214,7 +168,7 @@ def launch_gated_forward(h: Tensor, gate_preact: Tensor, weight: Tensor, eps: fl
             tokens,
             h_rows.stride(0),
             h_rows.stride(1),
-            gate_rows.stride(0),
+            0 if gate_rows is None else gate_rows.stride(0),
             eps,
             NH=heads,
             **settings,
@@ -222,44 +176,21 @@ def launch_gated_forward(h: Tensor, gate_preact: Tensor, weight: Tensor, eps: fl
     return y
 
 
-def launch_norm_backward(grad: Tensor, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of h and weight, in their shapes and dtypes, from that of y."""
+def launch_backward(
+    grad: Tensor, h: Tensor, gate_preact: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of h, gate_preact and weight, in their shapes and dtypes, from that of y."""
     grad_rows, h_rows, weight = _by_token(grad), _by_head(h), weight.contiguous()
     tokens, heads, head_dim = h_rows.shape
     grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    parts = triton.cdiv(tokens, TOKENS_PER_PARTIAL)
+    gate_rows = grad_gate_preact = None
+    if gate_preact is not None:
+        gate_rows = _by_token(gate_preact)
+        grad_gate_preact = torch.empty(gate_preact.shape, dtype=gate_preact.dtype, device=h.device)
+    parts = ceil_div(tokens, TOKENS_PER_PARTIAL)
     partials = torch.empty(parts, heads * head_dim, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
-        _norm_backward[(parts * heads,)](
-            grad_rows,
-            h_rows,
-            weight,
-            grad_h,
-            partials,
-            tokens,
-            grad_rows.stride(0),
-            h_rows.stride(0),
-            h_rows.stride(1),
-            eps,
-            NH=heads,
-            TOKENS=TOKENS_PER_PARTIAL,
-            **_tile_settings(head_dim, _BACKWARD_TILE),
-        )
-    return grad_h, partials.sum(0).to(weight.dtype)
-
-
-def launch_gated_backward(
-    grad: Tensor, h: Tensor, gate_preact: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of h, gate_preact and weight, in their shapes and dtypes, from that of y."""
-    grad_rows, h_rows, gate_rows, weight = _by_token(grad), _by_head(h), _by_token(gate_preact), weight.contiguous()
-    tokens, heads, head_dim = h_rows.shape
-    grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    grad_gate_preact = torch.empty(gate_preact.shape, dtype=gate_preact.dtype, device=h.device)
-    parts = triton.cdiv(tokens, TOKENS_PER_PARTIAL)
-    partials = torch.empty(parts, heads * head_dim, dtype=torch.float32, device=h.device)
-    with torch.cuda.device_of(h):
-        _gated_backward[(parts * heads,)](
+        _backward[(parts * heads,)](
             grad_rows,
             h_rows,
             gate_rows,
@@ -271,11 +202,12 @@ def launch_gated_backward(
             grad_rows.stride(0),
             h_rows.stride(0),
             h_rows.stride(1),
-            gate_rows.stride(0),
+            0 if gate_rows is None else gate_rows.stride(0),
             eps,
             NH=heads,
             TOKENS=TOKENS_PER_PARTIAL,
-            **_tile_settings(head_dim, _BACKWARD_TILE),
+            STAGES=_STAGES,
+            **_tile_settings(head_dim, _BACKWARD_WARPS),
         )
     return grad_h, grad_gate_preact, partials.sum(0).to(weight.dtype)
 
@@ -283,7 +215,7 @@ def launch_gated_backward(
 @torch.library.custom_op("xlstm_pretrain::head_norm", mutates_args=())
 def head_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As kernels.head_norm.head_norm."""
-    return launch_norm_forward(h, weight, eps)
+    return launch_forward(h, None, weight, eps)
 
 
 @head_norm.register_fake
@@ -293,7 +225,8 @@ def _(h, weight, eps):
 
 @torch.library.custom_op("xlstm_pretrain::head_norm_backward", mutates_args=())
 def _head_norm_backward(grad: Tensor, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return launch_norm_backward(grad, h, weight, eps)
+    grad_h, _, grad_weight = launch_backward(grad, h, None, weight, eps)
+    return grad_h, grad_weight
 
 
 @_head_norm_backward.register_fake
@@ -316,7 +249,7 @@ head_norm.register_autograd(_differentiate_norm, setup_context=_keep_for_norm)
 @torch.library.custom_op("xlstm_pretrain::gated_head_norm", mutates_args=())
 def gated_head_norm(h: Tensor, gate_preact: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As kernels.head_norm.gated_head_norm."""
-    return launch_gated_forward(h, gate_preact, weight, eps)
+    return launch_forward(h, gate_preact, weight, eps)
 
 
 @gated_head_norm.register_fake
@@ -328,7 +261,7 @@ def _(h, gate_preact, weight, eps):
 def _gated_head_norm_backward(
     grad: Tensor, h: Tensor, gate_preact: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_gated_backward(grad, h, gate_preact, weight, eps)
+    return launch_backward(grad, h, gate_preact, weight, eps)
 
 
 @_gated_head_norm_backward.register_fake
