@@ -162,7 +162,7 @@ class SampleStream:
             indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
         numbers, samples = self._locate(indices)
         columns = columns or Columns(0, self.sequence_length)
-        assembly = Assembly(len(indices), columns, self.corpus.eod_id, self.damage, self._pin)
+        assembly = Assembly(indices, columns, self.corpus.eod_id, self.damage, self._pin)
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             sequence = self._sequences[number]
@@ -270,7 +270,7 @@ class WindowStream:
         wanted = np.arange(first_window, min(first_window + count, self.windows))
         numbers = np.searchsorted(self._bounds, wanted, side="right") - 1
         columns = columns or Columns(0, length)
-        assembly = Assembly(len(wanted), columns, self.corpus.eod_id, DamagedSamples("fail"))
+        assembly = Assembly(wanted, columns, self.corpus.eod_id, DamagedSamples("fail"))
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             begins = (wanted[rows] - self._bounds[number]) * length

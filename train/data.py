@@ -104,7 +104,8 @@ def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
     live = config.corpus.live
     if live is not None:
         return LiveCorpus(live.data, live.tokenizer, config.corpus.split)
-    return open_corpus(config, config.corpus.directory, check)
+    # What is missing is then skipped when its turn comes, at the start as later.
+    return open_corpus(config, config.corpus.directory, "none" if config.corpus.on_corrupt == "skip" else check)
 
 
 def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:

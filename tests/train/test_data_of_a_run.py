@@ -113,3 +113,16 @@ def test_text_that_is_tokenized_on_the_way_resumes_exactly(slimpajama, tmp_path)
     refused = run(tmp_path, "other", *overrides, "corpus.temperature=2", "evaluation=validation")
     assert refused.returncode == 2
     assert "corpus.temperature: text that is tokenized while it is read is taken as it comes (2.0)" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_step_that_damage_leaves_without_targets_ends_the_run(slimpajama, tmp_path):
+    shutil.copytree(slimpajama / "corpus", tmp_path / "corpus")
+    shutil.rmtree(tmp_path / "corpus" / "shards" / "train")
+    done = run(
+        tmp_path, "lost", f"corpus.directory={tmp_path / 'corpus'}", "corpus.on_corrupt=skip", "training.total_steps=4"
+    )
+    assert done.returncode == 1
+    assert "step 0 has no target: damaged shards hold all of its samples, number 0 and the 7 that follow" in done.stderr
+    events = lines_of(tmp_path / "lost" / "events.jsonl", "damage")
+    assert events and all("the shard is missing" in event["problem"] and event["step"] == 0 for event in events)
