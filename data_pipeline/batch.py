@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.packing import PackingPlan
 from data_pipeline.token_sequence import TokenSequence
 
@@ -111,6 +111,8 @@ class DamagedSamples:
             return None
 
         def on_error(number: int, error: CorpusError) -> None:
+            if isinstance(error, ReadingError):
+                raise error
             row, problem = int(rows[number]), str(error)
             damaged.add(row)
             with self._lock:

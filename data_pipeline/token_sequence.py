@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
 from data_pipeline.manifest import Manifest
 from data_pipeline.open_files import RESTORE, Descriptor, OpenFiles, check_block, read_exactly
 from data_pipeline.shard_table import ShardEntry
@@ -373,6 +373,8 @@ class TokenSequence:
     def _unreadable(self, number: int, error: OSError) -> CorpusError:
         path = self.path(number)
         self._files.forget(int(self._rows[number]))
+        if error.errno in OUT_OF_RESOURCES:
+            return ReadingError(f"{path}: cannot be read now ({error.strerror}); raise the limits of the machine")
         return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {RESTORE}")
 
     def document_offsets(self, number: int) -> np.ndarray:

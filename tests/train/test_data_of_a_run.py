@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import socket
+import subprocess
 
 import pytest
 
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
-from tests.runs import TINY_RUN, run_train
+from tests.runs import TINY_RUN, environment, run_train, train_command
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,28 @@ def test_a_step_that_damage_leaves_without_targets_ends_the_run(slimpajama, tmp_
     assert "step 0 has no target: damaged shards hold all of its samples, number 0 and the 7 that follow" in done.stderr
     events = lines_of(tmp_path / "lost" / "events.jsonl", "damage")
     assert events and all("the shard is missing" in event["problem"] and event["step"] == 0 for event in events)
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_corpora_under_one_name_are_refused(slimpajama, tmp_path):
+    write_slimpajama(tmp_path / "other", seed=8)
+    quietly(slimpajama_config(tmp_path / "other", tmp_path / "1" / "corpus"))
+    shutil.copytree(slimpajama / "corpus", tmp_path / "0" / "corpus")
+    overrides = ["name=apart", f"run_root={tmp_path}", *TINY_RUN, "model.vocab_size=448", "training.total_steps=2"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            train_command([*overrides, "corpus.directory=corpus"]),
+            env={**environment(), **world, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=tmp_path / rank,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    messages = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "ranks [1] read other data than rank 0 at corpus (they differ in corpus, " in messages[0]
