@@ -67,6 +67,13 @@ class TokenSequence:
     def shards(self) -> int:
         return len(self._rows)
 
+    def first_samples(self, span: int, samples: int) -> np.ndarray:
+        """Numbers of the samples that begin in each shard, as int64 [shards + 1]: shard s begins [s], ..., [s + 1] - 1.
+
+        Sample k begins at token k * span; there are `samples` of them.
+        """
+        return np.minimum(-(-self._bounds // span), samples)
+
     @cached_property
     def entries(self) -> list[ShardEntry]:
         """The manifest's entries of all shards: for looking into a corpus, not for reading it."""

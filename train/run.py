@@ -174,7 +174,7 @@ def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     if not directory.tokenizer.exists():
         checked.corpus.tokenizer().save_to(directory.tokenizer)
-    print(plan.describe(), describe_data(plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
+    print(plan.describe(), describe_data(config, plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
 
 
 def _check_room(plan: Plan, directory: RunDirectory) -> None:

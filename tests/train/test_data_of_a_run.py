@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -153,3 +154,31 @@ def test_ranks_that_read_different_corpora_under_one_name_are_refused(slimpajama
     messages = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "ranks [1] read other data than rank 0 at corpus (they differ in corpus, " in messages[0]
+
+
+@pytest.mark.slow
+def test_a_remote_corpus_larger_than_its_cache_is_read_in_windows_and_resumes(slimpajama, tmp_path):
+    quietly(slimpajama_config(slimpajama / "raw", tmp_path / "store", shard_bytes=1000))
+    overrides = [
+        f"corpus.directory=file://{tmp_path / 'store'}",
+        f"corpus.cache_directory={tmp_path / 'cache'}",
+        f"corpus.cache_gib={40_000 / 2**30}",
+        "checkpoint.interval=3",
+    ]
+    full = run(tmp_path, "full", *overrides, "training.total_steps=1")
+    assert full.returncode == 0, full.stderr
+    warning = (
+        r"cache      WARNING: .*: in a full permutation \d+% of the samples each fetch a block,\n.* GiB a step; set "
+    )
+    assert re.search(warning + r"corpus\.window_shards", full.stderr)
+    windows = [*overrides, "training.total_steps=6", "corpus.window_shards=2"]
+    whole = run(tmp_path, "whole", *windows)
+    assert whole.returncode == 0, whole.stderr
+    assert "Windows of 2 shards hold up to" in whole.stderr and "WARNING" not in whole.stderr
+    losses = [line["loss"] for line in lines_of(tmp_path / "whole" / "metrics.jsonl", "train")]
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000006")
+    changed = run(tmp_path, "whole", *windows, "corpus.window_shards=3")
+    assert changed.returncode == 2 and "corpus.window_shards: " in changed.stderr
+    again = run(tmp_path, "whole", *windows)
+    assert again.returncode == 0 and "Resuming 'whole' from step-00000003" in again.stderr
+    assert [line["loss"] for line in lines_of(tmp_path / "whole" / "metrics.jsonl", "train")] == losses
