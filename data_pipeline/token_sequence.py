@@ -322,9 +322,10 @@ class TokenSequence:
         descriptor = self._descriptor(number)
         while todo := [block for block in blocks if block not in descriptor.checked]:
             if not is_right(descriptor, todo[0]):
+                # What the cache has dropped takes room for as long as it is open.
+                self._files.forget_unlinked()
                 if os.fstat(descriptor.number).st_nlink == 0:
-                    # The cache has dropped the file; what is fetched from now on goes to another of its name.
-                    self._files.forget_unlinked()
+                    # What is fetched from now on goes to another file of its name.
                     descriptor = self._descriptor(number)
                     continue
                 remote.fill(row, todo[0], descriptor.number, lambda d=descriptor, b=todo[0]: is_right(d, b))

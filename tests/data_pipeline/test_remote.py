@@ -302,3 +302,13 @@ def test_a_rank_that_is_killed_while_it_fills_the_cache_leaves_nothing_that_is_r
         assert _read_large(url, cache, 2) == expected
         for path in cached_files(cache)[::2]:
             path.unlink()
+
+
+def test_what_the_cache_has_dropped_does_not_stay_open(large_store, tmp_path):
+    url, _ = large_store
+    corpus = Corpus.open(url, cache=CacheSettings(tmp_path / "small cache", 9 * MIB))
+    sequence = corpus.sequence("train", "web")
+    for begin in np.random.default_rng(0).permutation(np.arange(0, sequence.tokens - 1000, 50_000)).tolist():
+        sequence.read(begin, np.empty(1000, dtype=np.uint16), np.zeros(1000, dtype=bool))
+    held = {os.fstat(found.number).st_ino: os.fstat(found.number) for found in corpus._files._open.values()}
+    assert len(held) > 4 and sum(status.st_blocks * 512 for status in held.values()) < 10 * MIB
