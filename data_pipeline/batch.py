@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.packing import PackingPlan
 from data_pipeline.token_sequence import TokenSequence
 
@@ -60,10 +61,19 @@ class Columns:
         return Columns(rank * width, (rank + 1) * width)
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a shard, and the number of the first sample that was seen to touch it."""
+
+    problem: str
+    sample: int
+
+
 class DamagedSamples:
     """What becomes of samples that touch a damaged shard: the run fails, or they are masked, counted and logged.
 
     A masked sample has no target; no other sample moves, so that the order is the same for all ranks and on resume.
+    Safe to use from threads.
     """
 
     def __init__(self, on_corrupt: str):
@@ -71,35 +81,69 @@ class DamagedSamples:
             raise ValueError(f"on_corrupt: no such choice ({on_corrupt!r}); choose one of {', '.join(ON_CORRUPT)}")
         self.skip = on_corrupt == "skip"
         self.skipped = 0
-        self.problems: list[str] = []
+        self._found: dict[str, Damage] = {}
+        self._reported: set[str] = set()
+        self._lock = threading.Lock()
 
-    def handler(self, damaged: set[int], rows: np.ndarray) -> Callable[[int, CorpusError], None] | None:
-        """For `TokenSequence.fetch`: adds rows[range] to `damaged`. None: errors are raised."""
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the shards concerned, one line for each that this process has met."""
+        return list(self._found)
+
+    def unreported(self) -> list[Damage]:
+        """Damage that this process has met and `mark_reported` does not know."""
+        with self._lock:
+            return [damage for problem, damage in self._found.items() if problem not in self._reported]
+
+    def mark_reported(self, problems: Iterable[str]) -> None:
+        """Leave these out of `unreported`, also where this process meets them later."""
+        with self._lock:
+            self._reported.update(problems)
+
+    def handler(
+        self, damaged: set[int], rows: np.ndarray, samples: np.ndarray
+    ) -> Callable[[int, CorpusError], None] | None:
+        """For `TokenSequence.fetch`: adds rows[range] to `damaged`; `samples`: number of each row's sample.
+
+        None: errors are raised.
+        """
         if not self.skip:
             return None
 
         def on_error(number: int, error: CorpusError) -> None:
-            damaged.add(int(rows[number]))
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
+            if isinstance(error, ReadingError):
+                raise error
+            row, problem = int(rows[number]), str(error)
+            damaged.add(row)
+            with self._lock:
+                known = problem in self._found
+                self._found.setdefault(problem, Damage(problem, int(samples[row])))
+            if not known:
                 _LOG.error("samples are skipped: %s", error)
 
         return on_error
+
+    def count(self, samples: int) -> None:
+        """Add to `skipped`."""
+        with self._lock:
+            self.skipped += samples
 
 
 class Assembly:
     """Empty arrays for one batch; filled source by source, then made into a `Batch`.
 
-    `pin`: page-locked memory, for transfers that run beside the computation.
+    `samples`: number of each row's sample, int64 [B]. `pin`: page-locked memory, for transfers that run beside the
+    computation.
     """
 
-    def __init__(self, rows: int, columns: Columns, eod_id: int, damage: DamagedSamples, pin: bool = False):
+    def __init__(self, samples: np.ndarray, columns: Columns, eod_id: int, damage: DamagedSamples, pin: bool = False):
+        self._samples = samples
         self._columns = columns
         self._width = columns.end - columns.begin
         self._eod_id = eod_id
         self._damage = damage
         self._damaged: set[int] = set()
-        shape = (rows, self._width)
+        shape = (len(samples), self._width)
         # Filled through NumPy: torch's own fill and copy wake its thread pool, which the training step uses.
         kinds = (torch.int64, torch.int64, torch.bool)
         self.tokens, self.targets, self.starts = (torch.empty(shape, dtype=kind, pin_memory=pin) for kind in kinds)
@@ -114,7 +158,7 @@ class Assembly:
         starts = np.zeros((len(rows), width + 1), dtype=bool)
         counts = np.minimum(np.maximum(valid - begin, -1), width) + 1
         wanted = np.flatnonzero(counts > 1)
-        on_error = self._damage.handler(self._damaged, rows[wanted])
+        on_error = self._damage.handler(self._damaged, rows[wanted], self._samples)
         if on_error and width < int(valid.max()):
             # All ranks that hold a part of a damaged sample skip it.
             sequence.check(begins[wanted], valid[wanted] + 1, on_error)
@@ -151,7 +195,7 @@ class Assembly:
         """Rows of whole documents and of parts of long ones, as `plan` packs them; int64 [n]."""
         row, place, begin, count, opens = plan.pieces(source, samples)
         lengths = np.bincount(row, count, len(rows)).astype(np.int64) - self._columns.begin
-        on_error = self._damage.handler(self._damaged, rows[row])
+        on_error = self._damage.handler(self._damaged, rows[row], self._samples)
         if on_error:
             sequence.check(begin, count, on_error)
         low, high = np.maximum(place, self._columns.begin), np.minimum(place + count, self._columns.end)
@@ -167,7 +211,7 @@ class Assembly:
         places = np.concatenate((at, size + np.arange(len(before))))
         begins = np.concatenate((begin, begin[before] - 1))
         counts = np.concatenate((high - low, np.ones(len(before), np.int64)))
-        on_error = self._damage.handler(self._damaged, rows[np.concatenate((row, row[before]))])
+        on_error = self._damage.handler(self._damaged, rows[np.concatenate((row, row[before]))], self._samples)
         sequence.fetch(places, begins, counts, fetched, None, on_error)
         filled = np.zeros(size, dtype=bool)
         filled[_ranges(at, high - low)] = True
@@ -190,7 +234,7 @@ class Assembly:
         """The batch; damaged samples become padding."""
         for row in self._damaged:
             self._pad(row, 0)
-        self._damage.skipped += len(self._damaged)
+        self._damage.count(len(self._damaged))
         tensor = None if continues is None else torch.from_numpy(continues)
         return Batch(self.tokens, self.targets, self.starts, sources, tensor)
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from data_pipeline.errors import CorpusError, TokenizerError
-from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from data_pipeline.open_files import RESTORE, OpenFiles
 from data_pipeline.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
 from data_pipeline.shards import BLOCK_BYTES, hash_file
@@ -26,9 +26,9 @@ class Corpus:
         self.folder = Path(directory) if remote is None else remote.folder
         self.manifest = manifest
         if remote is None:
-            self._files = OpenFiles(self._shard_path)
+            self._files = OpenFiles(self._shard_path, len(manifest.shards))
         else:
-            self._files = OpenFiles(remote.name, OPEN_CACHED_FILES, remote)
+            self._files = OpenFiles(remote.name, len(manifest.shards), OPEN_CACHED_FILES, remote)
         self._sequences: dict[tuple[str, str], TokenSequence] = {}
         self._tokenizer: Tokenizer | None = None
 
@@ -113,6 +113,12 @@ class Corpus:
                     f"{path}: {entry.library} {tokenizer.library_version} encodes text differently from "
                     f"{entry.library} {entry.library_version}, which wrote this corpus; install that version"
                 )
+            for key in ("eod_id", "vocab_size"):
+                if getattr(tokenizer, key) != getattr(entry, key):
+                    raise CorpusError(
+                        f"{self.folder / MANIFEST_FILE}: its tokenizer.{key} is {getattr(entry, key)}, that of {path} "
+                        f"{getattr(tokenizer, key)}; {RESTORE}"
+                    )
             self._tokenizer = tokenizer
         return self._tokenizer
 

@@ -140,6 +140,11 @@ class Manifest:
             manifest = _from_document(document, folder)
         except (TypeError, KeyError) as error:
             raise CorpusError(f"{path}: keys missing or unknown ({error}); {_ADVICE}") from None
+        if manifest.token_dtype not in ("uint16", "uint32") or manifest.block_bytes < 1:
+            raise CorpusError(
+                f"{path}: token_dtype '{manifest.token_dtype}' or block_bytes {manifest.block_bytes} cannot be; "
+                f"{_ADVICE}"
+            )
         if manifest.fingerprint != recorded:
             raise CorpusError(f"{path}: its sums are not those of {manifest.shards.entry.file}; {_ADVICE}")
         return manifest

@@ -14,11 +14,12 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from data_pipeline.order import derive_key, permute
+from data_pipeline.windows import WindowedOrder
 
 # Part of the identity of a run with a mixture: another version is another order.
 MIXTURE_VERSION = 2
@@ -169,10 +170,18 @@ class Mixture:
     """The order of all samples of all sources.
 
     `sizes`: samples of each source. Raises ValueError with every problem of `config`. `limit`: samples that the run can
-    have before every source has reached its cap; None: endless.
+    have before every source has reached its cap; None: endless. `shards`: of each source the bounds of its shards, as
+    `WindowedOrder` takes them; a pass then keeps to `window_shards` of them at a time. None: permuted as a whole.
     """
 
-    def __init__(self, sizes: Mapping[str, int], config: MixtureConfig, seed: int):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        config: MixtureConfig,
+        seed: int,
+        shards: Mapping[str, np.ndarray] | None = None,
+        window_shards: int = 1,
+    ):
         self.sources = sorted(sizes)
         self.sizes = {label: int(sizes[label]) for label in self.sources}
         self.seed = seed
@@ -190,7 +199,13 @@ class Mixture:
             if self._segments[-1].end is not None:
                 self.limit = self._segments[-1].end
         self._starts = [segment.start for segment in self._segments]
+        self._windowed = None if shards is None else self._windowed_orders(shards, window_shards)
         self._block = lru_cache(maxsize=3)(self._compute_block)
+
+    @property
+    def orders(self) -> int:
+        """How many permutations the run goes through side by side: that of the pool, or one of each source."""
+        return 1 if self._pooled else sum(size > 0 for size in self.sizes.values())
 
     @property
     def identity(self) -> list:
@@ -282,8 +297,7 @@ class Mixture:
     def _locate_pooled(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         total = int(self._bounds[-1])
         epochs, rest = np.divmod(positions, total)
-        keys = _keys(epochs, self.seed, "pool")
-        places = permute(rest, total, keys)
+        places = self._permute(rest, total, epochs, "pool")
         numbers = np.searchsorted(self._bounds, places, side="right") - 1
         return numbers, epochs, places - self._bounds[numbers]
 
@@ -302,9 +316,30 @@ class Mixture:
             label = self.sources[number]
             mine = np.flatnonzero(numbers == number)
             epochs[mine], within = np.divmod(ordinals[mine], self.sizes[label])
-            keys = _keys(epochs[mine], self.seed, "source", label)
-            samples[mine] = permute(within, self.sizes[label], keys)
+            samples[mine] = self._permute(within, self.sizes[label], epochs[mine], "source", label)
         return numbers, epochs, samples
+
+    def _windowed_orders(self, shards: Mapping[str, np.ndarray], window_shards: int) -> dict[tuple, WindowedOrder]:
+        """The windowed order of what is permuted as one: the pool, or each source."""
+        if self._pooled:
+            pool = zip(self._bounds[:-1].tolist(), self.sources, strict=True)
+            bounds = {("pool",): np.concatenate([[0], *(begin + shards[label][1:] for begin, label in pool)])}
+        else:
+            bounds = {("source", label): shards[label] for label in self.sources if self.sizes[label]}
+        return {
+            purpose: WindowedOrder(places, window_shards, partial(derive_key, self.seed, *purpose))
+            for purpose, places in bounds.items()
+        }
+
+    def _permute(self, indices: np.ndarray, n: int, epochs: np.ndarray, *purpose: str) -> np.ndarray:
+        """The sample at each of `indices` in range(n), each in the order of its epoch; int64."""
+        if self._windowed is None:
+            return permute(indices, n, _keys(epochs, self.seed, *purpose))
+        samples = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
+            samples[mine] = self._windowed[purpose].permute(indices[mine], epoch)
+        return samples
 
     def _compute_block(self, segment: _Segment | int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(source number, how many of that source the run takes before it) of each place of a block."""

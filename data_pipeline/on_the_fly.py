@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batch import Batch, Columns
+from data_pipeline.batch import Batch, Columns, DamagedSamples
 from data_pipeline.config import DataConfig, TokenizerConfig
 from data_pipeline.encoders import choose_encoder
 from data_pipeline.errors import CorpusError
@@ -81,6 +81,7 @@ class LiveStream:
         self.split = corpus.splits[0]
         self.sequence_length = sequence_length
         self.seed = seed
+        self.damage = DamagedSamples("fail")
         self._lanes = lanes
         self._max_epochs = max_epochs
         self._dtype = token_dtype(corpus.vocab_size)

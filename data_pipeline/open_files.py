@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
 from data_pipeline.errors import CorpusError
@@ -24,25 +25,35 @@ MAX_OPEN_FILES = 16384
 class OpenFiles:
     """Read-only descriptors of the files of a corpus' shards, the oldest closed when there are too many.
 
-    `locate` gives the path of the file of a row of the table of shards. `remote`: where they come from, if they are
-    read through a cache. Safe to use from threads.
+    `locate` gives the path of the file of a row of the table of shards, which has `rows`. `remote`: where they
+    come from, if they are read through a cache. Safe to use from threads.
     """
 
     def __init__(
-        self, locate: Callable[[int], str | Path], limit: int | None = None, remote: RemoteCorpus | None = None
+        self,
+        locate: Callable[[int], str | Path],
+        rows: int,
+        limit: int | None = None,
+        remote: RemoteCorpus | None = None,
     ):
         self.locate = locate
         self.remote = remote
         self._limit = _raise_limit() if limit is None else limit
         self._open: dict[int, Descriptor] = {}
+        # Which file a row had when it was first opened, in 8 bytes: rows may be a million.
+        self._first = np.zeros(rows, dtype=np.int64)
         self._lock = threading.Lock()
 
     def get(self, row: int) -> Descriptor:
-        """The descriptor of the file of `row`; it stays open for as long as the caller holds it. Raises OSError."""
+        """The descriptor of the file of `row`; it stays open for as long as the caller holds it.
+
+        Raises OSError, CorpusError where another file has taken the place of one that was open before.
+        """
         found = self._open.get(row)
         if found is None:
             if self.remote is None:
                 found = Descriptor(os.open(self.locate(row), os.O_RDONLY | os.O_CLOEXEC))
+                self._refuse_another(row, found)
             else:
                 found = Descriptor(self.remote.open(row))
             with self._lock:
@@ -51,6 +62,17 @@ class OpenFiles:
                 while len(self._open) > self._limit:
                     del self._open[next(iter(self._open))]
         return found
+
+    def _refuse_another(self, row: int, found: Descriptor) -> None:
+        status = os.fstat(found.number)
+        this = hash((status.st_ino, status.st_size, status.st_mtime_ns)) or 1
+        if self._first[row] not in (0, this):
+            # Blocks that were compared were those of the file before.
+            raise CorpusError(
+                f"{self.locate(row)}: altered: another file since this process first read from it; bring back the file "
+                "of this corpus, or start the process again"
+            )
+        self._first[row] = this
 
     def forget_unlinked(self) -> None:
         """Let go of files that a cache has dropped, so that their space is free."""
@@ -112,7 +134,12 @@ def check_block(
     data = memoryview(bytearray(end - begin))
     read_exactly(path, descriptor, data, begin)
     if xxhash.xxh3_64_digest(data) != digests[8 * block : 8 * block + 8]:
-        raise CorpusError(
-            f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {end - 1}) has another "
-            f"content than when it was written (xxh3 differs); {advice}"
-        )
+        raise CorpusError(altered_block(path, block, block_bytes, begin, end, advice))
+
+
+def altered_block(path: str | Path, block: int, block_bytes: int, begin: int, end: int, advice: str) -> str:
+    """The message for a block, bytes [begin, end) of a file, that is not what was written."""
+    return (
+        f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {end - 1}) has another "
+        f"content than when it was written (xxh3 differs); {advice}"
+    )

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+import xxhash
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.manifest import MANIFEST_FILE, Manifest
+from data_pipeline.open_files import RESTORE, altered_block
 from data_pipeline.shard_table import SHARD_TABLE_FILE
 from data_pipeline.shards import write_atomically
 
@@ -96,14 +98,19 @@ class RemoteCorpus:
 
     def open(self, row: int) -> int:
         """A descriptor of the sparse file of a shard in the cache; made when there is none. Raises CorpusError."""
-        name = hashlib.sha256(self._manifest.shards.file(row).encode()).hexdigest()[:32]
-        path = self._shards / f"{name}.arrow"
+        # By its content: a run that still reads what lay at the URL before never meets another's blocks.
+        path = self._shards / f"{self._manifest.shards.sha256(row).hex()[:32]}.arrow"
         size = int(self._manifest.shards.bytes[row])
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         with _explained(self.folder, self._limit):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-            if os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
+            descriptor = os.open(path, flags)
+            if os.fstat(descriptor).st_size not in (0, size):
+                # Another process may have it open and compared: it keeps that file, this one begins anew.
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                descriptor = os.open(path, flags)
+            # Makes a new file longer, and leaves alone what another process has filled meanwhile.
+            os.ftruncate(descriptor, size)
             os.utime(descriptor)
         return descriptor
 
@@ -120,6 +127,7 @@ class RemoteCorpus:
         begin = block * size
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
+        expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
         with _explained(self.folder, self._limit):
             fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
             try:
@@ -128,6 +136,9 @@ class RemoteCorpus:
                 data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
                 if len(data) != end - begin:
                     raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
+                if xxhash.xxh3_64_digest(data) != expected:
+                    # Never put into the cache: another thread may have fetched it whole and be reading it.
+                    raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
                 self._make_room(end - begin, descriptor)
                 try:
                     _write(descriptor, data, begin)
@@ -177,7 +188,7 @@ class RemoteCorpus:
             except Exception as error:
                 # Each file system has its own errors for a network that fails for a moment.
                 if attempt == ATTEMPTS - 1:
-                    raise CorpusError(
+                    raise ReadingError(
                         f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts "
                         f"({type(error).__name__}: {error})"
                     ) from error
@@ -206,8 +217,8 @@ def _explained(folder: Path, limit: int) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         if error.errno in _FULL:
-            raise CorpusError(
+            raise ReadingError(
                 f"{folder}: the disk of the cache is full ({reason}); free some space, lower corpus.cache_gib (now "
                 f"{limit / 2**30:g}), or set corpus.cache_directory to another disk"
             ) from None
-        raise CorpusError(f"{folder}: the cache cannot be used ({reason}); set corpus.cache_directory") from None
+        raise ReadingError(f"{folder}: the cache cannot be used ({reason}); set corpus.cache_directory") from None

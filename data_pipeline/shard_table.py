@@ -156,6 +156,10 @@ class ShardTable(Sequence[ShardEntry]):
         """Name of the file of one shard, in the corpus folder."""
         return self._batch.column("file")[int(row)].as_py()
 
+    def sha256(self, row: int) -> bytes:
+        """sha256 of one shard's file, 32 bytes."""
+        return self._batch.column("sha256")[int(row)].as_py()
+
     def block_hashes(self, row: int) -> bytes:
         """xxh3-64 digests of the blocks of one shard's file, 8 bytes each."""
         return self._batch.column("xxh3_64_blocks")[int(row)].as_py()

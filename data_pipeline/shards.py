@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
 
 SHARD_FORMAT_VERSION = 1
 # A damaged byte is found to within one block, and a reader of a range can check what it fetched.
@@ -229,7 +229,10 @@ class Shard:
             self.text_bytes = batch.column("text_bytes").to_numpy(zero_copy_only=True)
         except FileNotFoundError:
             raise CorpusError(f"{path}: the shard is missing; restore it or prepare the corpus again") from None
-        except (pa.ArrowException, OSError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            kind = ReadingError if error.errno in OUT_OF_RESOURCES else CorpusError
+            raise kind(f"{path}: not a readable shard ({error}); prepare the corpus again") from None
+        except (pa.ArrowException, KeyError, AttributeError, UnicodeDecodeError) as error:
             raise CorpusError(f"{path}: not a readable shard ({error}); prepare the corpus again") from None
 
     @property

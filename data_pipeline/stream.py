@@ -25,6 +25,7 @@ from data_pipeline.manifest import FORMAT_VERSION, canonical_json
 from data_pipeline.mixture import Mixture, MixtureConfig
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.packing import PACKINGS, open_plan
+from data_pipeline.windows import WINDOWS_VERSION
 
 __all__ = ["MASKED", "Batch", "Lanes", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
 
@@ -65,7 +66,8 @@ class SampleStream:
     """The endless, seeded order of the samples of one split.
 
     `packing`: "concatenate" or "best_fit" (its plan is kept in `packing_directory`). `on_corrupt`: "fail", or "skip" to
-    mask samples that touch a damaged shard. `pin`: batches in page-locked memory. Raises CorpusError when the split is
+    mask samples that touch a damaged shard. `window_shards`: read so many shards at a time (`windows.py`); None: all.
+    `pin`: batches in page-locked memory. Raises CorpusError when the split is
     missing or shorter than one sample, ValueError for settings that cannot be used.
     """
 
@@ -80,6 +82,7 @@ class SampleStream:
         packing: str = "concatenate",
         packing_directory: Path | None = None,
         lanes: Lanes | None = None,
+        window_shards: int | None = None,
         on_corrupt: str = "fail",
         pin: bool = False,
     ):
@@ -88,10 +91,16 @@ class SampleStream:
             raise ValueError(f"packing: no such choice ({packing!r}); choose one of {', '.join(PACKINGS)}")
         if lanes and (packing != "concatenate" or lanes.count < 1 or lanes.windows < 1):
             raise ValueError(f"lanes need packing=concatenate and positive numbers, got {packing} and {lanes}")
+        if window_shards is not None and (window_shards < 1 or packing != "concatenate"):
+            raise ValueError(
+                f"window_shards: needs at least 1 shard and packing=concatenate, whose samples lie in the order of the "
+                f"shards, got {window_shards} and {packing}"
+            )
         self.corpus = corpus
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed
+        self.window_shards = window_shards
         self.damage = DamagedSamples(on_corrupt)
         self.plan = None
         self._lanes = lanes
@@ -109,7 +118,10 @@ class SampleStream:
                 f"{corpus.directory}: split '{split}' has {corpus.tokens(split)} tokens, less than one sample of "
                 f"{sequence_length} + 1; use a shorter sequence length or more text"
             )
-        self.mixture = Mixture(sizes, mixture or MixtureConfig(), seed)
+        shards = None
+        if window_shards is not None:
+            shards = {s: corpus.sequence(split, s).first_samples(span, sizes[s]) for s in sources}
+        self.mixture = Mixture(sizes, mixture or MixtureConfig(), seed, shards, window_shards or 1)
         self._sequences = [corpus.sequence(split, source) for source in self.mixture.sources]
         self._locate_run = lru_cache(maxsize=8)(self._compute_run)
 
@@ -139,12 +151,15 @@ class SampleStream:
             "mixture": self.mixture.identity,
             "packing": self.plan.fingerprint if self.plan else "concatenate",
             "lanes": [self._lanes.count, self._lanes.windows] if self._lanes else None,
+            "window_shards": None if self.window_shards is None else [WINDOWS_VERSION, self.window_shards],
         }
 
     @property
     def fingerprint(self) -> str:
         """Identity of the order (hex sha256)."""
-        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+        # Without windows as it was before there were any: those checkpoints count the same samples.
+        identity = {key: value for key, value in self.identity.items() if (key, value) != ("window_shards", None)}
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
     def batch(
         self,
@@ -162,7 +177,7 @@ class SampleStream:
             indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
         numbers, samples = self._locate(indices)
         columns = columns or Columns(0, self.sequence_length)
-        assembly = Assembly(len(indices), columns, self.corpus.eod_id, self.damage, self._pin)
+        assembly = Assembly(indices, columns, self.corpus.eod_id, self.damage, self._pin)
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             sequence = self._sequences[number]
@@ -270,7 +285,7 @@ class WindowStream:
         wanted = np.arange(first_window, min(first_window + count, self.windows))
         numbers = np.searchsorted(self._bounds, wanted, side="right") - 1
         columns = columns or Columns(0, length)
-        assembly = Assembly(len(wanted), columns, self.corpus.eod_id, DamagedSamples("fail"))
+        assembly = Assembly(wanted, columns, self.corpus.eod_id, DamagedSamples("fail"))
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             begins = (wanted[rows] - self._bounds[number]) * length

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
 from data_pipeline.manifest import Manifest
 from data_pipeline.open_files import RESTORE, Descriptor, OpenFiles, check_block, read_exactly
 from data_pipeline.shard_table import ShardEntry
@@ -66,6 +66,13 @@ class TokenSequence:
     @property
     def shards(self) -> int:
         return len(self._rows)
+
+    def first_samples(self, span: int, samples: int) -> np.ndarray:
+        """Numbers of the samples that begin in each shard, as int64 [shards + 1]: shard s begins [s], ..., [s + 1] - 1.
+
+        Sample k begins at token k * span; there are `samples` of them.
+        """
+        return np.minimum(-(-self._bounds // span), samples)
 
     @cached_property
     def entries(self) -> list[ShardEntry]:
@@ -315,9 +322,10 @@ class TokenSequence:
         descriptor = self._descriptor(number)
         while todo := [block for block in blocks if block not in descriptor.checked]:
             if not is_right(descriptor, todo[0]):
+                # What the cache has dropped takes room for as long as it is open.
+                self._files.forget_unlinked()
                 if os.fstat(descriptor.number).st_nlink == 0:
-                    # The cache has dropped the file; what is fetched from now on goes to another of its name.
-                    self._files.forget_unlinked()
+                    # What is fetched from now on goes to another file of its name.
                     descriptor = self._descriptor(number)
                     continue
                 remote.fill(row, todo[0], descriptor.number, lambda d=descriptor, b=todo[0]: is_right(d, b))
@@ -373,6 +381,8 @@ class TokenSequence:
     def _unreadable(self, number: int, error: OSError) -> CorpusError:
         path = self.path(number)
         self._files.forget(int(self._rows[number]))
+        if error.errno in OUT_OF_RESOURCES:
+            return ReadingError(f"{path}: cannot be read now ({error.strerror}); raise the limits of the machine")
         return CorpusError(f"{path}: cannot be read ({error.strerror or error}); {RESTORE}")
 
     def document_offsets(self, number: int) -> np.ndarray:

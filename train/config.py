@@ -80,6 +80,9 @@ class CorpusConfig:
     packing: str = "concatenate"
     # Where the plan of packing=best_fit is kept; null: packing/ in the corpus folder.
     packing_directory: str | None = None
+    # Shards that are read at a time: those of a pass are permuted and taken in windows of so many, samples permuted
+    # inside a window. For a remote corpus larger than its cache; null: all samples permuted as a whole.
+    window_shards: int | None = None
     # A damaged or missing shard ends the run (fail), or its samples have no targets and are logged (skip).
     on_corrupt: str = "fail"
     # Optimizer steps that each rank reads ahead, and the threads that do it.

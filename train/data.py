@@ -66,8 +66,13 @@ def validate_corpus(config: CorpusConfig) -> list[str]:
             f"corpus.packing_directory: only packing=best_fit keeps a plan ({config.packing_directory!r}); set it to "
             "null"
         )
-    for key in ("prefetch_steps", "workers"):
-        if getattr(config, key) < 1:
+    if config.window_shards is not None and config.packing != "concatenate":
+        problems.append(
+            f"corpus.window_shards: packing={config.packing} takes its samples from blocks of documents, not from "
+            f"shards ({config.window_shards}); set it to null, or corpus.packing to concatenate"
+        )
+    for key in ("prefetch_steps", "workers", "window_shards"):
+        if getattr(config, key) is not None and getattr(config, key) < 1:
             problems.append(f"corpus.{key}: must be at least 1 ({getattr(config, key)})")
     if config.allow_changed_data is not None and not config.allow_changed_data.strip():
         problems.append("corpus.allow_changed_data: empty; give the reason, or null to refuse changed data")
@@ -90,7 +95,7 @@ def _validate_live(config: CorpusConfig) -> list[str]:
             "file"
         )
     asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
-    asked |= {"on_corrupt": "fail", "cache_directory": None, "workers": 1}
+    asked |= {"window_shards": None, "on_corrupt": "fail", "cache_directory": None, "workers": 1}
     return problems + [
         f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
         f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"
@@ -104,7 +109,8 @@ def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
     live = config.corpus.live
     if live is not None:
         return LiveCorpus(live.data, live.tokenizer, config.corpus.split)
-    return open_corpus(config, config.corpus.directory, check)
+    # What is missing is then skipped when its turn comes, at the start as later.
+    return open_corpus(config, config.corpus.directory, "none" if config.corpus.on_corrupt == "skip" else check)
 
 
 def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
@@ -140,6 +146,7 @@ def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = Fals
         mixture_of(config),
         packing=config.corpus.packing,
         packing_directory=None if packing_directory is None else Path(packing_directory),
+        window_shards=config.corpus.window_shards,
         on_corrupt=config.corpus.on_corrupt,
         pin=pin,
     )
@@ -163,7 +170,7 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     ]
 
 
-def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
+def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> str:
     """What the run reads, as the lines that it prints at its start."""
     samples = plan.total_steps * plan.global_batch_size
     if isinstance(stream, LiveStream):
@@ -187,7 +194,29 @@ def describe_data(plan: Plan, stream: SampleStream | LiveStream) -> str:
             f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
             "longer than a sample"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + _describe_cache(config, stream))
+
+
+def _describe_cache(config: RunConfig, stream: SampleStream) -> list[str]:
+    """What a remote corpus that is larger than its cache costs in fetches."""
+    limit, table = config.corpus.cache_gib * 2**30, stream.corpus.manifest.shards
+    shards = [table.bytes[table.rows(stream.split, source)] for source in stream.mixture.sources]
+    total, largest = sum(int(sizes.sum()) for sizes in shards), max(int(sizes.max()) for sizes in shards)
+    if not is_remote(stream.corpus.directory) or total <= limit:
+        return []
+    sizes = f"{total / 2**30:.3g} GiB of shards, {config.corpus.cache_gib:.3g} GiB of cache a node"
+    window = config.corpus.window_shards
+    if window is None:
+        missing, block = 1 - limit / total, min(stream.corpus.manifest.block_bytes, largest)
+        fetched = config.training.global_batch_size * missing * block / 2**30
+        return [
+            f"cache      WARNING: {sizes}: in a full permutation {missing:.0%} of the samples each fetch a block,",
+            f"           about {fetched:.3g} GiB a step; set corpus.window_shards, or copy the corpus to the nodes",
+        ]
+    # One window ends while the next begins; in a mixture each source has its own.
+    held = stream.mixture.orders * 2 * window * largest
+    warning = "" if held <= limit else "WARNING, more than the cache: lower corpus.window_shards. "
+    return [f"cache      {sizes}: {warning}Windows of {window} shards hold up to {held / 2**30:.3g} GiB"]
 
 
 def data_identity(stream: SampleStream | LiveStream) -> dict[str, Any]:

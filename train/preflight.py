@@ -31,7 +31,17 @@ _FIXED = ("name", "seed", "model", "training.sequence_length")
 # Of these, unless corpus.allow_changed_data gives a reason.
 _FIXED_DATA = tuple(
     f"corpus.{key}"
-    for key in ("directory", "split", "weights", "temperature", "epoch_caps", "phases", "packing", "live")
+    for key in (
+        "directory",
+        "split",
+        "weights",
+        "temperature",
+        "epoch_caps",
+        "phases",
+        "packing",
+        "window_shards",
+        "live",
+    )
 )
 
 

@@ -60,7 +60,7 @@ def train(config: RunConfig) -> int:
         world = join_world(config)
         if world.is_main:
             checked.directory.create()
-        _check_same_on_all_ranks(config)
+        _check_same_on_all_ranks(config, data_identity(checked.stream))
         return _train(config, world, checked)
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -146,13 +146,20 @@ def _say(world: World, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _check_same_on_all_ranks(config: RunConfig) -> None:
+def _check_same_on_all_ranks(config: RunConfig, identity: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) > 1:
-        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (digest, identity))
+    odd = [rank for rank, (other, _) in enumerate(found) if other != found[0][0]]
+    if odd:
         raise RunError(f"ranks {odd} were started with another configuration than rank 0; start all with one command")
+    odd = [rank for rank, (_, other) in enumerate(found) if other != found[0][1]]
+    if odd:
+        keys = ", ".join(changes_of_data(found[0][1], found[odd[0]][1]))
+        raise RunError(
+            f"ranks {odd} read other data than rank 0 at {config.corpus.directory} (they differ in {keys}); bring the "
+            "same corpus to all nodes"
+        )
 
 
 def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
@@ -167,7 +174,7 @@ def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     if not directory.tokenizer.exists():
         checked.corpus.tokenizer().save_to(directory.tokenizer)
-    print(plan.describe(), describe_data(plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
+    print(plan.describe(), describe_data(config, plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
 
 
 def _check_room(plan: Plan, directory: RunDirectory) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from train.schedule import learning_rate
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    """Sums over ranks of one step; whether any rank was asked to stop, and whether any met a damaged shard."""
+
+    loss: float
+    gradient_norm: float
+    valid_tokens: float
+    stop: bool
+    damage: bool
 
 
 class Trainer:
@@ -127,17 +139,26 @@ class Trainer:
         self.dispatch("on_step_start")
         micro_batches = self._next_micro_batches(loader)
         valid_tokens = self._count_valid_tokens(micro_batches)
-        loss = self._accumulate_gradients(micro_batches, valid_tokens)
+        loss = self._accumulate_gradients(micro_batches, valid_tokens.clamp_min(1.0))
         gradient_norm = self.engine.gradient_norm()
         self.dispatch("on_gradients_ready")
 
-        self.last_loss, self.last_gradient_norm, stop = self._agree(loss, gradient_norm)
+        agreed = self._agree(loss, gradient_norm, valid_tokens)
+        self.last_loss, self.last_gradient_norm = agreed.loss, agreed.gradient_norm
+        if agreed.damage:
+            self._report_damage()
+        if not agreed.valid_tokens:
+            raise RunError(
+                f"step {self.step} has no target: damaged shards hold all of its samples, number "
+                f"{self.state.next_sample} and the {self.plan.global_batch_size - 1} that follow. The events 'damage' "
+                "say what is wrong with them; restore the corpus and start the run again"
+            )
         self.last_learning_rate = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, self.state.applied_steps, self.total_steps
         )
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
         self._advance(applied)
-        self._stop_agreed = stop
+        self._stop_agreed = agreed.stop
 
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
@@ -154,7 +175,7 @@ class Trainer:
         count = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         total = torch.tensor(float(count), device=self.device)
         dist.all_reduce(total)
-        return total.clamp_min_(1.0)
+        return total
 
     def _accumulate_gradients(self, micro_batches: list[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
         """Gradients of the mean loss over all valid tokens of the global batch; returns this rank's part of the mean.
@@ -173,13 +194,28 @@ class Trainer:
                 self.engine.end_micro_batch()
         return loss
 
-    def _agree(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> tuple[float, float, bool]:
-        """The global loss and gradient norm, and whether any rank was asked to stop: the step's one device wait."""
-        asked = torch.tensor(float(self._stop_reason is not None), device=self.device)
-        combined = torch.stack([loss, asked])
+    def _agree(self, loss: torch.Tensor, gradient_norm: torch.Tensor, valid_tokens: torch.Tensor) -> _Agreement:
+        """What all ranks know of the step: its one device wait."""
+        flags = [self._stop_reason is not None, bool(self.stream.damage.unreported())]
+        combined = torch.cat([loss.view(1), torch.tensor(flags, dtype=loss.dtype, device=self.device)])
         dist.all_reduce(combined)
-        total_loss, stop, norm = torch.cat([combined, gradient_norm.view(1)]).tolist()
-        return total_loss, norm, stop > 0
+        total_loss, stop, damage, norm, valid = torch.cat(
+            [combined, gradient_norm.view(1), valid_tokens.view(1)]
+        ).tolist()
+        return _Agreement(total_loss, norm, valid, stop > 0, damage > 0)
+
+    def _report_damage(self) -> None:
+        """Make events of the damage to shards that any rank has met. Collective, on steps where there is some."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, self.stream.damage.unreported())
+        first: dict[str, tuple[int, int]] = {}
+        for rank, damages in enumerate(found):
+            for damage in damages:
+                first.setdefault(damage.problem, (rank, damage.sample))
+        for problem, (rank, sample) in first.items():
+            self.events.append("damage", step=self.step, rank=rank, first_sample=sample, problem=problem)
+        # On all ranks: no other makes it an event again.
+        self.stream.damage.mark_reported(first)
 
     def _advance(self, applied: bool) -> None:
         state = self.state

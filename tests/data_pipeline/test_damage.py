@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
+from data_pipeline.open_files import OpenFiles
 from data_pipeline.shards import Shard, ShardBuilder, hash_file
 from data_pipeline.stream import SampleStream, sequential_batches
 from data_pipeline.token_sequence import shard_metadata
@@ -361,3 +363,44 @@ def test_a_shard_truncated_while_it_is_read_is_an_error_with_its_name(copy):
 def test_an_unknown_policy_for_damage_is_refused(copy):
     with pytest.raises(ValueError, match=r"on_corrupt: no such choice \('ignore'\); choose one of fail, skip"):
         SampleStream(Corpus.open(copy), "train", 50, 1, on_corrupt="ignore")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: {"tokenizer": dataclasses.replace(m.tokenizer, eod_id=3)}, "its tokenizer.eod_id is 3"),
+        (lambda m: {"tokenizer": dataclasses.replace(m.tokenizer, vocab_size=500)}, "its tokenizer.vocab_size is 500"),
+        (lambda m: {"token_dtype": "float16"}, "token_dtype 'float16' or block_bytes 4194304 cannot be"),
+        (lambda m: {"block_bytes": 0}, "token_dtype 'uint16' or block_bytes 0 cannot be"),
+    ],
+)
+def test_a_manifest_that_was_altered_and_signed_again_is_refused(copy, change, words):
+    manifest = Manifest.read(copy)
+    dataclasses.replace(manifest, **change(manifest)).write(copy)
+    refused(copy, str(copy / "manifest.json"), words)
+
+
+def test_another_file_in_the_place_of_a_shard_is_not_read_as_the_one_that_was_compared(copy):
+    corpus = Corpus.open(copy)
+    corpus._files = OpenFiles(corpus._files.locate, len(corpus.manifest.shards), limit=1)
+    stream = SampleStream(corpus, "train", 50, 1)
+    stream.batch(0, stream.samples_per_epoch)
+    path = copy / corpus.sequence("train", "RedPajamaC4").entry(0).file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").rename(path)
+    with pytest.raises(CorpusError, match=rf"{path.name}: altered: another file since this process first read from it"):
+        stream.batch(0, stream.samples_per_epoch)
+
+
+def test_a_machine_without_room_for_open_files_is_no_damage(copy):
+    stream = SampleStream(Corpus.open(copy), "train", 50, 1, on_corrupt="skip")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    try:
+        with pytest.raises(CorpusError, match="Too many open files"):
+            stream.batch(0, stream.samples_per_epoch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert stream.damage.problems == []

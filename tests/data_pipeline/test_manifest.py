@@ -116,7 +116,7 @@ before = psutil.Process().memory_info().rss
 started = time.perf_counter()
 manifest = Manifest.read(Path(sys.argv[1]))
 rows = manifest.shards.rows("train", "web")
-files = OpenFiles(lambda row: Path(manifest.shards.file(row)), limit=10)
+files = OpenFiles(lambda row: Path(manifest.shards.file(row)), len(manifest.shards), limit=10)
 sequence = TokenSequence(manifest, rows, files)
 parts = list(sequence.parts(sequence.tokens - 5, sequence.tokens))
 print(json.dumps({"seconds": time.perf_counter() - started, "bytes": psutil.Process().memory_info().rss - before,

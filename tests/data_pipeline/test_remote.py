@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -17,7 +22,10 @@ from data_pipeline import remote
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.remote import CacheSettings, is_remote
+from data_pipeline.shard_table import ShardTable
+from data_pipeline.shards import hash_file
 from data_pipeline.stream import SampleStream
+from tests.runs import ROOT
 
 MIB = 2**20
 
@@ -90,8 +98,6 @@ def _read_large(url: str, cache: CacheSettings, seed: int) -> int:
 @pytest.fixture
 def large_store(corpus, tmp_path) -> tuple[str, int]:
     """A corpus of 20 shards of 1 MiB, and the sum of its tokens."""
-    import dataclasses
-
     from data_pipeline.manifest import ShardEntry, ShardTable
     from data_pipeline.shards import ShardBuilder
     from data_pipeline.token_sequence import shard_metadata
@@ -196,3 +202,113 @@ def test_what_a_cache_cannot_be_is_refused(url, tmp_path):
         Corpus.open("nonsense://x", cache=CacheSettings(tmp_path / "cache", 64 * MIB))
     with pytest.raises(CorpusError, match=r"manifest\.json: missing"):
         Corpus.open(f"file://{tmp_path}/nowhere", cache=CacheSettings(tmp_path / "cache", 64 * MIB))
+
+
+def test_another_corpus_at_the_same_url_leaves_what_a_running_process_has_compared(corpus, url, cache, tmp_path):
+    stream = SampleStream(Corpus.open(url, cache=cache), "train", 20, 1)
+    expected = stream.batch(0, stream.samples_per_epoch)
+    store = tmp_path / "store"
+    # The same names and sizes, another content.
+    entries = list(corpus.manifest.shards)
+    for number, entry in enumerate(entries):
+        data = bytearray((store / entry.file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (store / entry.file).write_bytes(data)
+        entries[number] = dataclasses.replace(entry, **dataclasses.asdict(hash_file(store / entry.file)))
+    dataclasses.replace(corpus.manifest, shards=ShardTable.from_entries(entries)).write(store)
+    assert not torch.equal(samples(url, cache), expected.tokens)
+    assert torch.equal(stream.batch(0, stream.samples_per_epoch).tokens, expected.tokens)
+
+
+def test_a_process_that_opens_a_new_cached_file_late_does_not_empty_it(corpus, url, cache, monkeypatch):
+    expected = samples(corpus.directory)
+    first, second = (Corpus.open(url, cache=cache) for _ in range(2))
+    stream = SampleStream(first, "train", 20, 1)
+    real = os.ftruncate
+
+    def held_up(descriptor, size):
+        # Between this process' look at the new file and what it does about it, the other fills and compares it.
+        monkeypatch.setattr(remote.os, "ftruncate", real)
+        assert torch.equal(stream.batch(0, stream.samples_per_epoch).tokens, expected)
+        real(descriptor, size)
+        assert torch.equal(stream.batch(0, stream.samples_per_epoch).tokens, expected)
+
+    monkeypatch.setattr(remote.os, "ftruncate", held_up)
+    second.sequence("train", "RedPajamaC4").shard(0)
+    assert remote.os.ftruncate is real
+
+
+def test_bytes_that_arrive_damaged_never_reach_the_cache(corpus, url, cache):
+    opened = Corpus.open(url, cache=cache)
+    sequence = opened.sequence("train", "RedPajamaC4")
+    remote_corpus, row = opened._files.remote, int(sequence._rows[0])
+    descriptor = remote_corpus.open(row)
+    remote_corpus.fill(row, 0, descriptor, lambda: False)
+    held = os.pread(descriptor, 2**22, 0)
+    remote_corpus._system = Damaging(remote_corpus._system)
+    with pytest.raises(CorpusError, match=r"altered: the 4 MiB block 0"):
+        remote_corpus.fill(row, 0, descriptor, lambda: False)
+    assert os.pread(descriptor, 2**22, 0) == held
+    os.close(descriptor)
+
+
+class Damaging(Flaky):
+    """A file system that delivers one bit wrong."""
+
+    def __init__(self, system):
+        super().__init__(system, 0)
+
+    def cat_file(self, *arguments):
+        data = bytearray(self.system.cat_file(*arguments))
+        data[len(data) // 2] ^= 1
+        return bytes(data)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import CorpusError
+from data_pipeline.remote import CacheSettings
+from data_pipeline.stream import SampleStream
+corpus = Corpus.open(sys.argv[1], cache=CacheSettings(Path(sys.argv[2]), 2**26))
+stream = SampleStream(corpus, "train", 20, 1, on_corrupt="skip")
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    stream.batch(0, stream.samples_per_epoch)
+except CorpusError as error:
+    print(error, stream.damage.problems)
+"""
+
+
+def test_a_cache_that_cannot_be_written_stops_a_run_that_skips_damage(url, cache):
+    command = [sys.executable, "-c", FULL, url, str(cache.directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.endswith("the cache cannot be used (File too large); set corpus.cache_directory []\n"), done
+
+
+def test_a_rank_that_is_killed_while_it_fills_the_cache_leaves_nothing_that_is_read(large_store, tmp_path):
+    url, expected = large_store
+    cache = CacheSettings(tmp_path / "killed", 64 * MIB)
+    for seconds in (0.05, 0.1, 0.2):
+        filling = multiprocessing.get_context("spawn").Process(target=_read_large, args=(url, cache, 1))
+        filling.start()
+        while not cached_files(cache):
+            assert filling.is_alive()
+            time.sleep(0.001)
+        time.sleep(seconds)
+        filling.kill()
+        filling.join()
+        assert _read_large(url, cache, 2) == expected
+        for path in cached_files(cache)[::2]:
+            path.unlink()
+
+
+def test_what_the_cache_has_dropped_does_not_stay_open(large_store, tmp_path):
+    url, _ = large_store
+    corpus = Corpus.open(url, cache=CacheSettings(tmp_path / "small cache", 9 * MIB))
+    sequence = corpus.sequence("train", "web")
+    for begin in np.random.default_rng(0).permutation(np.arange(0, sequence.tokens - 1000, 50_000)).tolist():
+        sequence.read(begin, np.empty(1000, dtype=np.uint16), np.zeros(1000, dtype=bool))
+    held = {os.fstat(found.number).st_ino: os.fstat(found.number) for found in corpus._files._open.values()}
+    assert len(held) > 4 and sum(status.st_blocks * 512 for status in held.values()) < 10 * MIB

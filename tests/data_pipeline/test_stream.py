@@ -151,7 +151,7 @@ def test_restarts_at_random_points_in_other_worlds_continue_the_order(corpus):
 def test_few_open_files_and_many_threads_read_the_same(corpus):
     expected = SampleStream(corpus, "train", 20, seed=2).batch(0, 24 * 10).tokens
     narrow = Corpus.open(corpus.directory)
-    narrow._files = OpenFiles(narrow._files.locate, limit=2)
+    narrow._files = OpenFiles(narrow._files.locate, len(narrow.manifest.shards), limit=2)
     assert torch.equal(collect(narrow, 2, 4, 0, 10, prefetch=6, workers=4), expected)
 
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 import shutil
+import socket
+import subprocess
 
 import pytest
 
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
-from tests.runs import TINY_RUN, run_train
+from tests.runs import TINY_RUN, environment, run_train, train_command
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,69 @@ def test_text_that_is_tokenized_on_the_way_resumes_exactly(slimpajama, tmp_path)
     refused = run(tmp_path, "other", *overrides, "corpus.temperature=2", "evaluation=validation")
     assert refused.returncode == 2
     assert "corpus.temperature: text that is tokenized while it is read is taken as it comes (2.0)" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_step_that_damage_leaves_without_targets_ends_the_run(slimpajama, tmp_path):
+    shutil.copytree(slimpajama / "corpus", tmp_path / "corpus")
+    shutil.rmtree(tmp_path / "corpus" / "shards" / "train")
+    done = run(
+        tmp_path, "lost", f"corpus.directory={tmp_path / 'corpus'}", "corpus.on_corrupt=skip", "training.total_steps=4"
+    )
+    assert done.returncode == 1
+    assert "step 0 has no target: damaged shards hold all of its samples, number 0 and the 7 that follow" in done.stderr
+    events = lines_of(tmp_path / "lost" / "events.jsonl", "damage")
+    assert events and all("the shard is missing" in event["problem"] and event["step"] == 0 for event in events)
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_corpora_under_one_name_are_refused(slimpajama, tmp_path):
+    write_slimpajama(tmp_path / "other", seed=8)
+    quietly(slimpajama_config(tmp_path / "other", tmp_path / "1" / "corpus"))
+    shutil.copytree(slimpajama / "corpus", tmp_path / "0" / "corpus")
+    overrides = ["name=apart", f"run_root={tmp_path}", *TINY_RUN, "model.vocab_size=448", "training.total_steps=2"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            train_command([*overrides, "corpus.directory=corpus"]),
+            env={**environment(), **world, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=tmp_path / rank,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    messages = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "ranks [1] read other data than rank 0 at corpus (they differ in corpus, " in messages[0]
+
+
+@pytest.mark.slow
+def test_a_remote_corpus_larger_than_its_cache_is_read_in_windows_and_resumes(slimpajama, tmp_path):
+    quietly(slimpajama_config(slimpajama / "raw", tmp_path / "store", shard_bytes=1000))
+    overrides = [
+        f"corpus.directory=file://{tmp_path / 'store'}",
+        f"corpus.cache_directory={tmp_path / 'cache'}",
+        f"corpus.cache_gib={40_000 / 2**30}",
+        "checkpoint.interval=3",
+    ]
+    full = run(tmp_path, "full", *overrides, "training.total_steps=1")
+    assert full.returncode == 0, full.stderr
+    warning = (
+        r"cache      WARNING: .*: in a full permutation \d+% of the samples each fetch a block,\n.* GiB a step; set "
+    )
+    assert re.search(warning + r"corpus\.window_shards", full.stderr)
+    windows = [*overrides, "training.total_steps=6", "corpus.window_shards=2"]
+    whole = run(tmp_path, "whole", *windows)
+    assert whole.returncode == 0, whole.stderr
+    assert "Windows of 2 shards hold up to" in whole.stderr and "WARNING" not in whole.stderr
+    losses = [line["loss"] for line in lines_of(tmp_path / "whole" / "metrics.jsonl", "train")]
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000006")
+    changed = run(tmp_path, "whole", *windows, "corpus.window_shards=3")
+    assert changed.returncode == 2 and "corpus.window_shards: " in changed.stderr
+    again = run(tmp_path, "whole", *windows)
+    assert again.returncode == 0 and "Resuming 'whole' from step-00000003" in again.stderr
+    assert [line["loss"] for line in lines_of(tmp_path / "whole" / "metrics.jsonl", "train")] == losses

@@ -10,6 +10,9 @@ import time
 import pytest
 from safetensors import safe_open
 
+from data_pipeline.corpus import Corpus
+from data_pipeline.stream import SampleStream
+from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 from tests.documented import has_type, keys_and_types, quoted, table
 from tests.runs import ROOT, TINY_RUN, environment, run_train, train_command
 from train.callbacks.metrics_file import read_metrics
@@ -23,7 +26,7 @@ CHECKPOINT_EVERY = 20
 @pytest.fixture(scope="module")
 def runs(small_corpus, tmp_path_factory):
     """A folder of runs that went through everything that becomes an event: "run" was stopped by a signal, lost its
-    newest checkpoint and was completed; "diverged" failed."""
+    newest checkpoint and was completed; "diverged" failed; "damaged" lacks a shard."""
     root = tmp_path_factory.mktemp("runs")
     base = [f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN]
     # A spike is whatever lies above the running median: no need to provoke one.
@@ -42,7 +45,32 @@ def runs(small_corpus, tmp_path_factory):
     hot = ["name=diverged", "optimizer.learning_rate=1e30", "schedule.warmup=0", "training.max_skipped_steps=1"]
     failed = run_train([*base, *hot, "training.total_steps=10"])
     assert failed.returncode == 1, failed.stderr
+    _lose_a_shard(root, base)
     return root
+
+
+def _lose_a_shard(root, base):
+    """A run of two processes on a corpus without the shard that rank 1 alone reads, and with another one altered."""
+    write_slimpajama(root / "raw")
+    quietly(slimpajama_config(root / "raw", root / "corpus", shard_bytes=1000))
+    touched = {}
+    for index, files in enumerate(_files_of_samples(root / "corpus", 10 * SAMPLES)):
+        for file in files:
+            touched.setdefault(file, []).append(index)
+    of_rank_1 = [file for file, indices in touched.items() if all(index % SAMPLES >= SAMPLES // 2 for index in indices)]
+    (root / "corpus" / min(of_rank_1, key=touched.get)).unlink()
+    altered = root / "corpus" / max(touched, key=lambda file: len(touched[file]))
+    data = bytearray(altered.read_bytes())
+    data[len(data) // 2] ^= 1
+    altered.write_bytes(data)
+    overrides = [f"corpus.directory={root / 'corpus'}", "corpus.on_corrupt=skip", "model.vocab_size=448"]
+    done = run_train([*base, *overrides, "name=damaged", "training.total_steps=6"], processes=2)
+    assert done.returncode == 0, done.stderr
+
+
+def _files_of_samples(corpus, count):
+    stream = SampleStream(Corpus.open(corpus, check="none"), "train", LENGTH, 0)
+    return [[file for file, _, _ in stream.origin(index).parts] for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +140,7 @@ def test_every_key_of_events(runs):
         (event,) = quoted(row[0])
         documented.setdefault(event, {}).update(keys_and_types([row]))
     seen = set()
-    for name in ("run", "diverged"):
+    for name in ("run", "diverged", "damaged"):
         lines = read_lines(runs / name / "events.jsonl")
         assert [line["event"] for line in lines].index("header") == 0
         assert [line["event"] for line in lines].count("header") == 1
@@ -137,6 +165,23 @@ def test_values_of_events(runs):
     # What JSON cannot say stands as null in the metrics.
     (line,) = [line for line in read_metrics(runs / "diverged") if line["step"] == skipped[0]["step"] + 1]
     assert line["grad_norm"] is None
+
+
+@pytest.mark.slow
+def test_damage_is_an_event_once_from_the_rank_that_met_it(runs):
+    events = [line for line in read_events(runs / "damaged") if line["event"] == "damage"]
+    files = _files_of_samples(runs / "corpus", 10 * SAMPLES)
+    (missing,) = [line for line in events if "the shard is missing" in line["problem"]]
+    (altered,) = [line for line in events if "altered: the 4 MiB block 0" in line["problem"]]
+    assert events in ([missing, altered], [altered, missing]) and missing["rank"] == 1
+    for line in events:
+        mine = [
+            index
+            for index, names in enumerate(files)
+            if any(str(runs / "corpus" / name) in line["problem"] for name in names)
+            and index % SAMPLES // (SAMPLES // 2) == line["rank"]
+        ]
+        assert line["first_sample"] == mine[0] and line["step"] <= mine[0] // SAMPLES
 
 
 @pytest.mark.slow

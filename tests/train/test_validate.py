@@ -46,6 +46,11 @@ def test_a_sound_configuration_has_no_problem():
         (["corpus.on_corrupt=ignore"], "corpus.on_corrupt: no such choice ('ignore'); choose one of fail, skip"),
         (["corpus.directory=s3://b/c"], "corpus.cache_directory: a corpus at a URL (s3://b/c) is read through a cache"),
         (["corpus.cache_gib=0"], "corpus.cache_gib: must be positive (0.0)"),
+        (["corpus.window_shards=0"], "corpus.window_shards: must be at least 1 (0)"),
+        (
+            ["corpus.window_shards=4", "corpus.packing=best_fit"],
+            "corpus.window_shards: packing=best_fit takes its samples from blocks of documents, not from shards (4)",
+        ),
         (["corpus.workers=0"], "corpus.workers: must be at least 1 (0)"),
         (["corpus.allow_changed_data=' '"], "corpus.allow_changed_data: empty; give the reason"),
         (
