@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from conf import ConfigError, compose, to_dataclass
+from conf.command_line import exit_code
 from model.config import ModelConfig, ModelOnlyConfig, validate_model
 
 Settings = TypeVar("Settings")
@@ -97,17 +98,7 @@ class ImportSettings:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+    return exit_code(lambda: options.run(options), (ValueError, OSError), "interrupted")
 
 
 def _parser() -> argparse.ArgumentParser:
