@@ -32,7 +32,7 @@ from train.data import changes_of_data, data_identity, describe_data, refuse_cha
 from train.engine import Engine, World, join_world, seed_everything
 from train.evaluate import open_sets
 from train.kernel_preflight import check_kernels
-from train.plan import Plan
+from train.plan import Plan, gib
 from train.preflight import Preflight, preflight
 from train.run_directory import (
     EventLog,
@@ -181,8 +181,8 @@ def _check_room(plan: Plan, directory: RunDirectory) -> None:
     free = shutil.disk_usage(directory.path).free
     if free < plan.checkpoint_bytes:
         raise RunError(
-            f"{directory.path} has {free / 2**30:.2f} GiB free, one checkpoint needs "
-            f"{plan.checkpoint_bytes / 2**30:.2f} GiB; make room or set run_root to another disk"
+            f"{directory.path} has {gib(free)} free, one checkpoint needs "
+            f"{gib(plan.checkpoint_bytes)}; make room or set run_root to another disk"
         )
 
 
