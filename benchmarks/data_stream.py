@@ -126,8 +126,8 @@ def make_corpus(work: Path, tokens: int) -> None:
 
 
 def manifest(table):
+    from data_pipeline.files import BLOCK_BYTES
     from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, TokenizerEntry
-    from data_pipeline.shards import BLOCK_BYTES
 
     tokenizer = TokenizerEntry("t", "sentencepiece", "", "benchmark", "", "", VOCAB_SIZE, 0, "", "")
     inputs, lines = InputsEntry("inputs.jsonl", "", 1, 1, 1, {}, {}), ReportEntry("report.jsonl", "", 0)

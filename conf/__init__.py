@@ -95,7 +95,7 @@ def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
         try:
             hydra_compose(config_name, overrides=[*groups, override])
         except (HydraException, OmegaConfBaseException) as error:
-            reason = _first_line(error) if key in known else f"no such key{_suggestion(key, known)}"
+            reason = _first_line(error) if key in known else f"no such key{suggestion(key, known)}"
             problems.append(f"{key}: {reason}")
     return problems
 
@@ -111,7 +111,8 @@ def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _suggestion(key: str, known: Sequence[str]) -> str:
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """What to append to a message about `key`: the name of `known` that it nearly is; empty when it resembles none."""
     nearest = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""
 
@@ -150,7 +151,7 @@ def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]
     known = list(_field_types(schema))
     for key in tree:
         if key not in known:
-            problems.append(f"{prefix}{key}: no such key{_suggestion(str(key), known)}")
+            problems.append(f"{prefix}{key}: no such key{suggestion(str(key), known)}")
     for _, _, nested, node, path in _children(schema, tree, prefix):
         if isinstance(node, DictConfig):
             _check_keys(nested, node, path, problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -41,23 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
     # Imported where it is needed: the workers of a preparation import this module, and Hydra costs half a second.
-    from conf import ConfigError
+    from conf.command_line import exit_code
 
-    try:
-        return options.run(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # The reader of the output (head, less) has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 1
+    return exit_code(lambda: options.run(options), (DataError,), "interrupted; run the same command again to go on")
 
 
 def _parser() -> argparse.ArgumentParser:

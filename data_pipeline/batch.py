@@ -35,6 +35,10 @@ class Batch:
     sources: list[str]
     continues: torch.Tensor | None = None
 
+    def scored_targets(self) -> int:
+        """How many targets are not MASKED."""
+        return int((self.targets != MASKED).sum())
+
     def rows(self, begin: int, end: int) -> Batch:
         """Samples begin ... end - 1, without a copy."""
         continues = None if self.continues is None else self.continues[begin:end]

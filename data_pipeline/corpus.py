@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from data_pipeline.errors import CorpusError, TokenizerError
+from data_pipeline.files import BLOCK_BYTES, hash_file
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from data_pipeline.open_files import RESTORE, OpenFiles
 from data_pipeline.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.shards import BLOCK_BYTES, hash_file
 from data_pipeline.token_sequence import TokenSequence, shard_metadata
 from data_pipeline.tokenizer import Tokenizer
 

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import CorpusError
+from data_pipeline.files import write_atomically
 from data_pipeline.shard_table import ShardEntry, ShardTable, ShardTableEntry
-from data_pipeline.shards import write_atomically
 
-__all__ = ["InputsEntry", "Manifest", "ReportEntry", "ShardEntry", "ShardTable", "TokenizerEntry", "canonical_json"]
+__all__ = [
+    "InputsEntry",
+    "Manifest",
+    "ReportEntry",
+    "ShardEntry",
+    "ShardTable",
+    "TokenizerEntry",
+    "canonical_json",
+    "fingerprint_of",
+]
 
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2
@@ -98,7 +107,7 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON of everything above, the checksum of the table of shards included."""
-        return hashlib.sha256(canonical_json(self._document()).encode()).hexdigest()
+        return fingerprint_of(self._document())
 
     def write(self, folder: Path) -> None:
         """Write `shards.arrow`, then `manifest.json`, into `folder`, each atomically."""
@@ -134,7 +143,7 @@ class Manifest:
                 "release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
-        if hashlib.sha256(canonical_json(document).encode()).hexdigest() != recorded:
+        if fingerprint_of(document) != recorded:
             raise CorpusError(f"{path}: altered after it was written (its fingerprint does not match); {_ADVICE}")
         try:
             manifest = _from_document(document, folder)
@@ -164,3 +173,8 @@ def _from_document(document: dict[str, Any], folder: Path) -> Manifest:
 def canonical_json(value: Any) -> str:
     """The one spelling of `value` that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint_of(value: Any) -> str:
+    """Identity of `value`: the hex sha256 of its canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

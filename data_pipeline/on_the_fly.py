@@ -12,7 +12,6 @@ There is no shuffle beyond the order of the input files, new in each pass: SlimP
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 import re
@@ -28,7 +27,7 @@ from data_pipeline.batch import Batch, Columns, DamagedSamples
 from data_pipeline.config import DataConfig, TokenizerConfig
 from data_pipeline.encoders import choose_encoder
 from data_pipeline.errors import CorpusError
-from data_pipeline.manifest import canonical_json
+from data_pipeline.manifest import fingerprint_of
 from data_pipeline.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Document, Source, open_source
@@ -65,7 +64,7 @@ class LiveCorpus:
     @property
     def fingerprint(self) -> str:
         """Identity of the text (hex sha256), as far as names, sizes or a revision tell it."""
-        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+        return fingerprint_of(self.identity)
 
 
 class LiveStream:
@@ -108,7 +107,7 @@ class LiveStream:
     @property
     def fingerprint(self) -> str:
         """Identity of the order (hex sha256)."""
-        return hashlib.sha256(canonical_json(self.identity).encode()).hexdigest()
+        return fingerprint_of(self.identity)
 
     def batch(self, first_sample: int | np.ndarray, count: int | None = None, columns: Columns | None = None) -> Batch:
         """As `SampleStream.batch`; fast where the samples of each lane are asked for one after another.

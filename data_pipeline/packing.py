@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -29,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import CorpusError
-from data_pipeline.manifest import canonical_json
+from data_pipeline.files import BLOCK_BYTES, hash_file, write_atomically
+from data_pipeline.manifest import canonical_json, fingerprint_of
 from data_pipeline.open_files import check_block, read_exactly
-from data_pipeline.shards import BLOCK_BYTES, hash_file, write_atomically
 from data_pipeline.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
         raise ValueError(f"sequence_length must be between 1 and {MAX_SEQUENCE_LENGTH}, got {sequence_length}")
     identity = {"version": PACKING_VERSION, "corpus": corpus.fingerprint, "split": split}
     identity |= {"sequence_length": sequence_length, "block_tokens": BLOCK_TOKENS}
-    name = f"{split}-{sequence_length}-{hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]}"
+    name = f"{split}-{sequence_length}-{fingerprint_of(identity)[:16]}"
     root = Path(folder) if folder else corpus.folder / "packing"
     target = root / name
     try:
@@ -156,7 +155,7 @@ def _read_plan(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         signed = {key: value for key, value in document.items() if key != "fingerprint"}
-        intact = document["fingerprint"] == hashlib.sha256(canonical_json(signed).encode()).hexdigest()
+        intact = document["fingerprint"] == fingerprint_of(signed)
     except (ValueError, KeyError, AttributeError):
         intact = False
     if not intact or document["identity"] != identity:
@@ -178,7 +177,7 @@ def _write_plan(corpus: Corpus, split: str, length: int, identity: dict[str, Any
             entry = {"file": path.name, "bytes": found.bytes, "xxh3_64_blocks": found.xxh3_64_blocks}
             sources[source][kind] = entry
     document: dict[str, Any] = {"identity": identity, "block_bytes": BLOCK_BYTES, "sources": sources}
-    document["fingerprint"] = hashlib.sha256(canonical_json(document).encode()).hexdigest()
+    document["fingerprint"] = fingerprint_of(document)
     write_atomically(partial / _PLAN_FILE, lambda put: put(canonical_json(document).encode()))
     partial.rename(target)
 

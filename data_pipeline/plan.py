@@ -11,8 +11,8 @@ from typing import Any
 from data_pipeline.claims import Claims
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import PrepareError
+from data_pipeline.files import write_atomically
 from data_pipeline.manifest import Manifest, canonical_json
-from data_pipeline.shards import write_atomically
 from data_pipeline.sources import InputFile, open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.workers import WorkFolder

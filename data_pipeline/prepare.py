@@ -20,6 +20,7 @@ from data_pipeline.config import PrepareConfig, resolve_source
 from data_pipeline.corpus import check_shard_file
 from data_pipeline.encoders import Encoder, ReferenceEncoder, choose_encoder
 from data_pipeline.errors import PrepareError
+from data_pipeline.files import BLOCK_BYTES, sync, write_atomically
 from data_pipeline.manifest import (
     MANIFEST_FILE,
     InputsEntry,
@@ -31,7 +32,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.order import derive_key, permute
 from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, content_settings, refuse_strangers
-from data_pipeline.shards import BLOCK_BYTES, sync_folder, token_dtype, write_atomically
+from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
 from data_pipeline.units import UnitRecord, cut_units, losses, sum_counts
@@ -166,7 +167,7 @@ def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs:
         trained.write_bytes(model)
         Tokenizer.load(trained).save_to(partial)
     partial.rename(folder / TOKENIZER_FOLDER)
-    sync_folder(folder)
+    sync(folder)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

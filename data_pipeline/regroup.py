@@ -13,8 +13,8 @@ from typing import Any
 
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
+from data_pipeline.files import hash_file, write_atomically
 from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry, ShardTable
-from data_pipeline.shards import hash_file, write_atomically
 from data_pipeline.units import sum_counts
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.

@@ -28,10 +28,10 @@ import fsspec
 import xxhash
 
 from data_pipeline.errors import CorpusError, ReadingError
+from data_pipeline.files import write_atomically
 from data_pipeline.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.open_files import RESTORE, altered_block
 from data_pipeline.shard_table import SHARD_TABLE_FILE
-from data_pipeline.shards import write_atomically
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 0.5

@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from data_pipeline.errors import CorpusError
-from data_pipeline.shards import hash_file, write_atomically
+from data_pipeline.files import hash_file, write_atomically
 
 SHARD_TABLE_FILE = "shards.arrow"
 _ADVICE = "restore the file or prepare the corpus again"

@@ -8,7 +8,6 @@ workers and restarts do not change the order.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ from data_pipeline.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.loader import StepLoader
-from data_pipeline.manifest import FORMAT_VERSION, canonical_json
+from data_pipeline.manifest import FORMAT_VERSION, fingerprint_of
 from data_pipeline.mixture import Mixture, MixtureConfig
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.packing import PACKINGS, open_plan
@@ -159,7 +158,7 @@ class SampleStream:
         """Identity of the order (hex sha256)."""
         # Without windows as it was before there were any: those checkpoints count the same samples.
         identity = {key: value for key, value in self.identity.items() if (key, value) != ("window_shards", None)}
-        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+        return fingerprint_of(identity)
 
     def batch(
         self,
@@ -269,7 +268,7 @@ class WindowStream:
     def fingerprint(self) -> str:
         """Identity of the windows (hex sha256): equal fingerprints mean equal tokens in equal order."""
         identity = [self.corpus.fingerprint, self.split, self._labels, self.sequence_length]
-        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+        return fingerprint_of(identity)
 
     def targets_before(self, window: int) -> int:
         """Tokens that the first `window` windows predict."""

@@ -15,9 +15,10 @@ from data_pipeline.config import PrepareConfig
 from data_pipeline.corpus import shard_metadata
 from data_pipeline.encoders import Encoder
 from data_pipeline.errors import PrepareError
+from data_pipeline.files import hash_file, write_atomically
 from data_pipeline.manifest import ShardEntry, canonical_json
 from data_pipeline.progress import Meter
-from data_pipeline.shards import MAX_TOKENS, ShardBuilder, hash_file, write_atomically
+from data_pipeline.shards import MAX_TOKENS, ShardBuilder
 from data_pipeline.sources import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizer import Tokenizer
 

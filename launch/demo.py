@@ -6,7 +6,6 @@ interrupted one stopped, and a finished demo only says so.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from conf import compose
 from launch.local import default_processes, train_locally
+from train.callbacks.metrics_file import read_metrics
 from train.config import RunConfig
 from train.ngram_baselines import write_baselines
 from train.report import draw_report
@@ -45,7 +45,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     _say("2/4  Training")
     if code := train_locally(overrides, default_processes()):
         return code
-    held_out = _final_held_out_loss(directory.metrics, config.total_steps)
+    held_out = _final_held_out_loss(directory.path, config.total_steps)
     if held_out is None:
         _say("The run was stopped before its end; `make demo` continues it.")
         return 1
@@ -64,10 +64,11 @@ def _say(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def _final_held_out_loss(metrics: Path, total_steps: int) -> float | None:
+def _final_held_out_loss(run_directory: Path, total_steps: int) -> float | None:
     """The last held-out loss, in nats per token; None when the run has not ended."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    final = [line for line in lines if line["kind"] == "evaluation" and line["step"] == total_steps]
+    final = [
+        line for line in read_metrics(run_directory) if line["kind"] == "evaluation" and line["step"] == total_steps
+    ]
     return final[-1]["loss"] if final else None
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from conf import ConfigError, compose, to_dataclass
+from conf import ConfigError, compose, suggestion, to_dataclass
+from conf.command_line import exit_code
 from model.config import ModelConfig, ModelOnlyConfig, validate_model
 
 Settings = TypeVar("Settings")
@@ -97,17 +97,7 @@ class ImportSettings:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 1
+    return exit_code(lambda: options.run(options), (ValueError, OSError), "interrupted")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -283,9 +273,8 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     for argument in arguments:
         key, separator, value = argument.partition("=")
         if not separator or key not in known:
-            nearest = difflib.get_close_matches(key, [*known, *also], n=1)
-            hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
-            problems.append(f"{argument}: no such setting{hint}; settings are {', '.join([*known, *also])}")
+            choices = [*known, *also]
+            problems.append(f"{argument}: no such setting{suggestion(key, choices)}; settings are {', '.join(choices)}")
         values[key] = None if value == "null" else value
     if problems:
         raise ConfigError(problems)

@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, field
 
 from kernels.backend_choice import BACKENDS
+from kernels.mlstm.gates import GATES
 
 FAMILIES = ("xlstm_7b", "neurips")
 BLOCK_KINDS = ("mlstm", "slstm", "attention")
-GATES = ("exp", "sigmoid")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import copy
 import json
-import os
 import random
 import shutil
 import threading
@@ -30,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
 
+from data_pipeline.files import hash_file, sync
 from model.config import ModelConfig
 from model.weights import WeightsReader, save_fragments, write_model_json
 from train.config import CheckpointConfig
@@ -210,7 +209,7 @@ class _Snapshot:
             state.write_text(json.dumps(asdict(self.state), indent=1), encoding="utf-8")
             files.append(state)
         for path in files:
-            _sync(path)
+            sync(path)
         return files
 
 
@@ -222,25 +221,13 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    found = hash_file(path, with_sha256=False)
+    return {"bytes": found.bytes, "xxh3_128": found.xxh3_128}
 
 
 def _sync_folders(folder: Path) -> None:
     for path in (folder / "weights", *(folder / key for key in MOMENTS), folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def newest_usable(root: Path, on_rejected: Callable[[Path, str], None]) -> Path | None:

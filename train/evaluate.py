@@ -140,4 +140,4 @@ def _score(engine: Engine, batch: Batch) -> tuple[float, int]:
     device = engine.world.device
     with engine.compute_context():
         loss = engine.deepspeed(batch.tokens.to(device), batch.targets.to(device), batch.document_start.to(device))
-    return float(loss), int((batch.targets != -100).sum())
+    return float(loss), batch.scored_targets()

@@ -84,10 +84,10 @@ class Plan:
             f"length     {self.total_steps:,} steps, {self.total_tokens:,} tokens "
             f"({self.tokens_per_parameter:.1f} a parameter)",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
-            f"memory     {_gib(memory)} a rank: weights {_gib(self.weight_bytes)}, "
-            f"gradients {_gib(self.gradient_bytes)}, optimizer {_gib(self.optimizer_bytes)}, "
-            f"activations {_gib(self.activation_bytes)}",
-            f"checkpoint {_gib(self.checkpoint_bytes)}",
+            f"memory     {gib(memory)} a rank: weights {gib(self.weight_bytes)}, "
+            f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
+            f"activations {gib(self.activation_bytes)}",
+            f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None:
             lines.append(
@@ -147,5 +147,6 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """A number of bytes for a reader."""
     return f"{count / 2**30:.2f} GiB"

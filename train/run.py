@@ -26,13 +26,13 @@ from train.callbacks.preemption import Preemption
 from train.callbacks.progress import Progress
 from train.callbacks.stability import Stability
 from train.callbacks.wandb_logger import WandbLogger
-from train.checkpoint import CheckpointError, RunState, load, newest_usable, remove_torn
+from train.checkpoint import CheckpointError, RunState, load, newest_usable, read_state, remove_torn
 from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data, refuse_changed_data
 from train.engine import Engine, World, join_world, seed_everything
 from train.evaluate import open_sets
 from train.kernel_preflight import check_kernels
-from train.plan import Plan
+from train.plan import Plan, gib
 from train.preflight import Preflight, preflight
 from train.run_directory import (
     EventLog,
@@ -86,7 +86,7 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
     checkpoint = newest_usable(
         directory.checkpoints, lambda folder, problem: events.append("reject", checkpoint=folder.name, problem=problem)
     )
-    if checkpoint is not None and _completed_steps(checkpoint) >= config.total_steps:
+    if checkpoint is not None and read_state(checkpoint).step >= config.total_steps:
         _say(world, f"The run '{config.name}' is complete: {config.total_steps} steps in {directory.path}.")
         return 0
 
@@ -181,13 +181,9 @@ def _check_room(plan: Plan, directory: RunDirectory) -> None:
     free = shutil.disk_usage(directory.path).free
     if free < plan.checkpoint_bytes:
         raise RunError(
-            f"{directory.path} has {free / 2**30:.2f} GiB free, one checkpoint needs "
-            f"{plan.checkpoint_bytes / 2**30:.2f} GiB; make room or set run_root to another disk"
+            f"{directory.path} has {gib(free)} free, one checkpoint needs "
+            f"{gib(plan.checkpoint_bytes)}; make room or set run_root to another disk"
         )
-
-
-def _completed_steps(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
 
 
 def _report_resume(config: RunConfig, world: World, events: EventLog, checkpoint: Path, state: RunState) -> None:

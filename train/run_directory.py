@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline import shards
+from data_pipeline import files
 
 EVENTS_FORMAT_VERSION = 1
 
@@ -122,7 +122,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
-    shards.write_atomically(path, lambda put: put(text.encode()))
+    files.write_atomically(path, lambda put: put(text.encode()))
 
 
 def code_revision(repository: Path) -> dict[str, str | None]:

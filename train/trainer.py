@@ -172,7 +172,7 @@ class Trainer:
 
     def _count_valid_tokens(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Targets of the global batch that are scored, fp32 scalar on the device."""
-        count = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
+        count = sum(batch.scored_targets() for batch in micro_batches)
         total = torch.tensor(float(count), device=self.device)
         dist.all_reduce(total)
         return total

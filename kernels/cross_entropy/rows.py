@@ -76,6 +76,13 @@ def _store_zeros(row, V, LINES: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _own_token(logits, targets, row_stride):
+    """The token of this program, its logits and its target."""
+    token = tl.program_id(0)
+    return token, logits + token.to(tl.int64) * row_stride, tl.load(targets + token)
+
+
+@triton.jit
 def _losses(
     logits,
     targets,
@@ -89,9 +96,7 @@ def _losses(
     LINES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    token = tl.program_id(0)
-    target = tl.load(targets + token)
-    row = logits + token.to(tl.int64) * row_stride
+    token, row, target = _own_token(logits, targets, row_stride)
     if target == _MASKED:
         tl.store(losses + token, 0.0)
         tl.store(log_sums + token, 0.0)
@@ -115,9 +120,7 @@ def _gradients(
     LINES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    token = tl.program_id(0)
-    target = tl.load(targets + token)
-    row = logits + token.to(tl.int64) * row_stride
+    token, row, target = _own_token(logits, targets, row_stride)
     if target == _MASKED:
         _store_zeros(row, V, LINES, LANES)
     else:
@@ -138,9 +141,7 @@ def _losses_and_gradients(
     LINES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    token = tl.program_id(0)
-    target = tl.load(targets + token)
-    row = logits + token.to(tl.int64) * row_stride
+    token, row, target = _own_token(logits, targets, row_stride)
     if target == _MASKED:
         tl.store(losses + token, 0.0)
         _store_zeros(row, V, LINES, LANES)
@@ -152,8 +153,20 @@ def _losses_and_gradients(
         _store_gradient(row, target, log_sum, 1.0, V, cap, z_loss_weight, HAS_CAP, LINES, LANES)
 
 
-def _settings(cap: float | None) -> dict:
-    return {"cap": 1.0 if cap is None else cap, "HAS_CAP": cap is not None, **TILE}
+def _launch(kernel, logits: Tensor, *of_tokens: Tensor, cap: float | None, z_loss_weight: float) -> None:
+    """One program for each row of `logits`; `of_tokens`: the kernel's other tensors, in its order."""
+    tokens, vocabulary = logits.shape
+    with torch.cuda.device_of(logits):
+        kernel[(tokens,)](
+            logits,
+            *of_tokens,
+            vocabulary,
+            logits.stride(0),
+            1.0 if cap is None else cap,
+            z_loss_weight,
+            HAS_CAP=cap is not None,
+            **TILE,
+        )
 
 
 def store_losses(
@@ -167,44 +180,18 @@ def store_losses(
         losses, log_sums: [N] float32, written.
         cap, z_loss_weight: as for linear_cross_entropy.
     """
-    tokens, vocabulary = logits.shape
-    with torch.cuda.device_of(logits):
-        _losses[(tokens,)](
-            logits,
-            targets,
-            losses,
-            log_sums,
-            vocabulary,
-            logits.stride(0),
-            z_loss_weight=z_loss_weight,
-            **_settings(cap),
-        )
+    _launch(_losses, logits, targets, losses, log_sums, cap=cap, z_loss_weight=z_loss_weight)
 
 
 def store_gradients(
     logits: Tensor, targets: Tensor, log_sums: Tensor, scales: Tensor, cap: float | None, z_loss_weight: float
 ) -> None:
     """Overwrite logits (as above) with scales [N] float32 times the gradient of each token's loss; 0 where masked."""
-    tokens, vocabulary = logits.shape
-    with torch.cuda.device_of(logits):
-        _gradients[(tokens,)](
-            logits,
-            targets,
-            log_sums,
-            scales,
-            vocabulary,
-            logits.stride(0),
-            z_loss_weight=z_loss_weight,
-            **_settings(cap),
-        )
+    _launch(_gradients, logits, targets, log_sums, scales, cap=cap, z_loss_weight=z_loss_weight)
 
 
 def store_losses_and_gradients(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None, z_loss_weight: float
 ) -> None:
     """Both in one launch: write losses [N] float32 and overwrite logits (as above) with their gradient."""
-    tokens, vocabulary = logits.shape
-    with torch.cuda.device_of(logits):
-        _losses_and_gradients[(tokens,)](
-            logits, targets, losses, vocabulary, logits.stride(0), z_loss_weight=z_loss_weight, **_settings(cap)
-        )
+    _launch(_losses_and_gradients, logits, targets, losses, cap=cap, z_loss_weight=z_loss_weight)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.argument_shapes import check_bool, check_shapes
 from kernels.mlstm.gates import GATES, log_gates
 from kernels.mlstm.state import MLSTMState
 from kernels.precision import compute_dtype
@@ -97,14 +98,11 @@ def check(
         "igate_preact": (igate_preact, (batch, length, heads)),
         "fgate_preact": (fgate_preact, (batch, length, heads)),
     }
+    check_bool(document_start)
     if document_start is not None:
         expected["document_start"] = (document_start, (batch, length))
-        if document_start.dtype != torch.bool:
-            raise ValueError(f"document_start must be bool, got {document_start.dtype}")
     if initial_state is not None:
         expected["initial_state.C"] = (initial_state.C, (batch, heads, key_dim, v.shape[-1]))
         expected["initial_state.n"] = (initial_state.n, (batch, heads, key_dim))
         expected["initial_state.m"] = (initial_state.m, (batch, heads))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} to go with q {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    check_shapes("q", q, expected)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.argument_shapes import check_bool, check_shapes
 from kernels.precision import compute_dtype
 from kernels.slstm.state import SLSTMState
 
@@ -62,9 +63,13 @@ def prepare(
         h=h,
         c=c,
         n=n,
-        # A cell that has seen nothing must not hold its first input against an old maximum.
-        m=m.masked_fill(n == 0, -torch.inf),
+        m=stabiliser(n, m),
     )
+
+
+def stabiliser(n: Tensor, m: Tensor) -> Tensor:
+    """m to start from: a cell that has seen nothing must not hold its first input against an old maximum."""
+    return m.masked_fill(n == 0, -torch.inf)
 
 
 def final_state(h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> SLSTMState:
@@ -85,15 +90,10 @@ def check(
         raise ValueError(f"gate_soft_cap must be positive, not {gate_soft_cap}; use null for no cap")
     batch, length, _, heads, head_dim = gates_x.shape
     expected = {"recurrent_kernel": (recurrent_kernel, (heads, head_dim, 4, head_dim))}
+    check_bool(document_start)
     if document_start is not None:
         expected["document_start"] = (document_start, (batch, length))
-        if document_start.dtype != torch.bool:
-            raise ValueError(f"document_start must be bool, got {document_start.dtype}")
     if initial_state is not None:
         for name in ("h", "c", "n", "m"):
             expected[f"initial_state.{name}"] = (getattr(initial_state, name), (batch, heads, head_dim))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} to go with gates_x {tuple(gates_x.shape)}, got {tuple(tensor.shape)}"
-            )
+    check_shapes("gates_x", gates_x, expected)

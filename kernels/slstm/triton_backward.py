@@ -30,6 +30,22 @@ def join_gates(i, f, z, o, UNITS: tl.constexpr, ROWS: tl.constexpr):
     return x.reshape(UNITS, ROWS, 4).permute(2, 0, 1).reshape(4 * UNITS, ROWS)
 
 
+@triton.jit
+def load_derivatives(here, D: tl.constexpr, mask, HAS_CAP: tl.constexpr):
+    """What the forward pass kept of a token: all kinds in its order; the last stands for nothing without HAS_CAP."""
+    output = tl.load(here + OUTPUT * D, mask, other=0.0)
+    cell = tl.load(here + CELL * D, mask, other=0.0)
+    output_gate = tl.load(here + OUTPUT_GATE * D, mask, other=0.0)
+    average = tl.load(here + AVERAGE * D, mask, other=0.0)
+    share = tl.load(here + SHARE * D, mask, other=0.0)
+    kept = tl.load(here + KEPT * D, mask, other=0.0)
+    forget = tl.load(here + FORGET * D, mask, other=0.0)
+    slope = share
+    if HAS_CAP:
+        slope = tl.load(here + INPUT_SLOPE * D, mask, other=0.0)
+    return output, cell, output_gate, average, share, kept, forget, slope
+
+
 @triton.jit(do_not_specialize=["batch", "length", "teams"])
 def slstm_backward_kernel(
     grad_h,
@@ -125,16 +141,9 @@ def slstm_backward_kernel(
         starts_here = document_start + rows * length + (length - 1)
 
         next_grad = tl.load(grad_h_here, mask, other=0.0)
-        next_output = tl.load(here + OUTPUT * D, mask, other=0.0)
-        next_cell = tl.load(here + CELL * D, mask, other=0.0)
-        next_output_gate = tl.load(here + OUTPUT_GATE * D, mask, other=0.0)
-        next_average = tl.load(here + AVERAGE * D, mask, other=0.0)
-        next_share = tl.load(here + SHARE * D, mask, other=0.0)
-        next_kept = tl.load(here + KEPT * D, mask, other=0.0)
-        next_forget = tl.load(here + FORGET * D, mask, other=0.0)
-        next_slope = next_share
-        if HAS_CAP:
-            next_slope = tl.load(here + INPUT_SLOPE * D, mask, other=0.0)
+        next_output, next_cell, next_output_gate, next_average, next_share, next_kept, next_forget, next_slope = (
+            load_derivatives(here, D, mask, HAS_CAP)
+        )
         next_start = rows < 0
         if HAS_STARTS:
             next_start = tl.load(starts_here, rows < batch, other=0) != 0
@@ -197,15 +206,9 @@ def slstm_backward_kernel(
             starts_here -= 1
             next_mask = mask & (step + 1 < length)
             next_grad = tl.load(grad_h_here, next_mask, other=0.0)
-            next_output = tl.load(here + OUTPUT * D, next_mask, other=0.0)
-            next_cell = tl.load(here + CELL * D, next_mask, other=0.0)
-            next_output_gate = tl.load(here + OUTPUT_GATE * D, next_mask, other=0.0)
-            next_average = tl.load(here + AVERAGE * D, next_mask, other=0.0)
-            next_share = tl.load(here + SHARE * D, next_mask, other=0.0)
-            next_kept = tl.load(here + KEPT * D, next_mask, other=0.0)
-            next_forget = tl.load(here + FORGET * D, next_mask, other=0.0)
-            if HAS_CAP:
-                next_slope = tl.load(here + INPUT_SLOPE * D, next_mask, other=0.0)
+            next_output, next_cell, next_output_gate, next_average, next_share, next_kept, next_forget, next_slope = (
+                load_derivatives(here, D, next_mask, HAS_CAP)
+            )
             if HAS_STARTS:
                 next_start = tl.load(starts_here, (rows < batch) & (step + 1 < length), other=0) != 0
 

@@ -43,6 +43,16 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def load_gates(here, gate_stride, mask):
+    """The pre-activations i, f, z, o of a token."""
+    i = tl.load(here, mask, other=0.0)
+    f = tl.load(here + gate_stride, mask, other=0.0)
+    z = tl.load(here + 2 * gate_stride, mask, other=0.0)
+    o = tl.load(here + 3 * gate_stride, mask, other=0.0)
+    return i, f, z, o
+
+
+@triton.jit
 def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """[4 * UNITS, ROWS] with the gate slower -> i, f, z, o [UNITS, ROWS]."""
     x = x.reshape(4, UNITS, ROWS).permute(1, 2, 0).reshape(UNITS, ROWS, 2, 2)
@@ -145,10 +155,7 @@ def slstm_forward_kernel(
         starts_here = document_start + rows * length
         h_offsets = rows[None, :] * length * D + head * HEAD_DIM + units[:, None]
         derivatives_here = derivatives + rows[None, :] * length * (KINDS * D) + head * HEAD_DIM + units[:, None]
-        next_i = tl.load(gates_here, mask, other=0.0)
-        next_f = tl.load(gates_here + gates_stride_gate, mask, other=0.0)
-        next_z = tl.load(gates_here + 2 * gates_stride_gate, mask, other=0.0)
-        next_o = tl.load(gates_here + 3 * gates_stride_gate, mask, other=0.0)
+        next_i, next_f, next_z, next_o = load_gates(gates_here, gates_stride_gate, mask)
         next_start = rows < 0
         if HAS_STARTS:
             next_start = tl.load(starts_here, rows < batch, other=0) != 0
@@ -215,10 +222,7 @@ def slstm_forward_kernel(
             gates_here += gates_stride_s
             starts_here += 1
             next_mask = mask & (t + 1 < length)
-            next_i = tl.load(gates_here, next_mask, other=0.0)
-            next_f = tl.load(gates_here + gates_stride_gate, next_mask, other=0.0)
-            next_z = tl.load(gates_here + 2 * gates_stride_gate, next_mask, other=0.0)
-            next_o = tl.load(gates_here + 3 * gates_stride_gate, next_mask, other=0.0)
+            next_i, next_f, next_z, next_o = load_gates(gates_here, gates_stride_gate, next_mask)
             if HAS_STARTS:
                 next_start = tl.load(starts_here, (rows < batch) & (t + 1 < length), other=0) != 0
 

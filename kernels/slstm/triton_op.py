@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.precision import autocast_disabled
-from kernels.slstm.inputs import check
+from kernels.slstm.inputs import check, stabiliser
 from kernels.slstm.state import SLSTMState
 from kernels.slstm.triton_backward import slstm_backward_kernel
 from kernels.slstm.triton_forward import slstm_forward_kernel
@@ -77,6 +77,13 @@ def _sent_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype == torch.bfloat16 else torch.int32
 
 
+def _kinds_of_derivatives(cap: float | None, with_derivatives: bool) -> int:
+    """How many the kernels of triton_forward.py and triton_backward.py keep of each unit and token."""
+    if not with_derivatives:
+        return 0
+    return 7 if cap is None else 8
+
+
 def launch_forward(
     tiles: Tiles,
     gates_x: Tensor,
@@ -103,11 +110,9 @@ def launch_forward(
     if gates_x.stride(-1) != 1:
         gates_x = gates_x.contiguous()
     starts = gates_x if document_start is None else document_start.contiguous().view(torch.int8)
-    # A cell that has seen nothing must not hold its first input against an old maximum.
-    m = m.masked_fill(n == 0, -torch.inf)
     mixed = torch.empty(batch, length, heads, head_dim, device=device, dtype=dtype)
     outputs = mixed if gates_x.dtype == dtype else torch.empty_like(mixed, dtype=gates_x.dtype)
-    kinds = (7 if cap is None else 8) if with_derivatives else 0
+    kinds = _kinds_of_derivatives(cap, with_derivatives)
     derivatives = torch.empty(batch, length, kinds, heads, head_dim, device=device, dtype=dtype)
     last = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(4)]
     team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
@@ -119,7 +124,7 @@ def launch_forward(
         h.to(dtype).contiguous(),
         c.contiguous(),
         n.contiguous(),
-        m.contiguous(),
+        stabiliser(n, m).contiguous(),
         mixed,
         messages,
         outputs,
@@ -239,7 +244,7 @@ def _(gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivativ
     outputs = gates_x.new_empty(batch, length, heads, head_dim)
     is_same = gates_x.dtype == recurrent_kernel.dtype
     mixed = outputs.new_empty(0) if is_same else torch.empty_like(outputs, dtype=recurrent_kernel.dtype)
-    kinds = (7 if cap is None else 8) if with_derivatives else 0
+    kinds = _kinds_of_derivatives(cap, with_derivatives)
     derivatives = recurrent_kernel.new_empty(batch, length, kinds, heads, head_dim)
     return outputs, mixed, derivatives, *(h.new_empty(h.shape) for _ in range(4))
 

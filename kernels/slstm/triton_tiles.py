@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.triton_support import INTERPRETED, multiprocessors, next_power_of_two
+from kernels.triton_support import INTERPRETED, ceil_div, multiprocessors, next_power_of_two
 
 # The weights of larger heads do not fit on chip.
 MAX_HEAD_DIM = {torch.float32: 256, torch.float16: 512, torch.bfloat16: 512}
@@ -39,7 +39,7 @@ class Tiles:
 
     def team(self, head_dim: int) -> int:
         """Programs that share one head."""
-        return -(-head_dim // self.units)
+        return ceil_div(head_dim, self.units)
 
     def width(self, head_dim: int) -> int:
         """The head dimension as the kernels see it: a power of two, and whole programs."""
@@ -50,7 +50,7 @@ class Tiles:
         most = _INTERPRETED_TEAMS
         if device.type == "cuda":
             most = multiprocessors(device) * self.resident // self.team(head_dim)
-        return min(-(-batch // self.rows) * heads, most)
+        return min(ceil_div(batch, self.rows) * heads, most)
 
 
 def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:

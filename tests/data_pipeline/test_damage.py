@@ -19,10 +19,11 @@ from data_pipeline.batch import Columns
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
+from data_pipeline.files import hash_file
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
 from data_pipeline.open_files import OpenFiles
-from data_pipeline.shards import Shard, ShardBuilder, hash_file
+from data_pipeline.shards import Shard, ShardBuilder
 from data_pipeline.stream import SampleStream, sequential_batches
 from data_pipeline.token_sequence import shard_metadata
 from data_pipeline.tokenizer import train_sentencepiece
@@ -218,14 +219,12 @@ def test_a_manifest_without_shards_is_an_empty_corpus(copy):
 
 
 def test_a_signed_manifest_with_unknown_keys_is_refused(copy):
-    from hashlib import sha256
-
-    from data_pipeline.manifest import canonical_json
+    from data_pipeline.manifest import fingerprint_of
 
     document = json.loads((copy / "manifest.json").read_text())
     del document["fingerprint"]
     document["surprise"] = 1
-    document["fingerprint"] = sha256(canonical_json(document).encode()).hexdigest()
+    document["fingerprint"] = fingerprint_of(document)
     (copy / "manifest.json").write_text(json.dumps(document))
     refused(copy, "manifest.json", "keys missing or unknown", "surprise")
 

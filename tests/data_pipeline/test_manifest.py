@@ -91,16 +91,14 @@ def test_a_table_of_another_corpus_is_refused(corpus, text_corpus, tmp_path):
 
 
 def test_signed_sums_that_the_table_does_not_have_are_refused(corpus, tmp_path):
-    from hashlib import sha256
-
-    from data_pipeline.manifest import canonical_json
+    from data_pipeline.manifest import fingerprint_of
 
     shutil.copytree(corpus.directory, tmp_path / "copy")
     path = tmp_path / "copy" / "manifest.json"
     document = json.loads(path.read_text())
     del document["fingerprint"]
     document["splits"]["train"]["RedPajamaC4"]["tokens"] += 1
-    document["fingerprint"] = sha256(canonical_json(document).encode()).hexdigest()
+    document["fingerprint"] = fingerprint_of(document)
     path.write_text(json.dumps(document))
     with pytest.raises(CorpusError, match=r"its sums are not those of shards\.arrow"):
         Manifest.read(tmp_path / "copy")

@@ -151,14 +151,19 @@ def test_a_finished_corpus_is_left_alone(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def begun(tmp_path, finished):
+    """The configuration of a preparation that has ended, or was interrupted."""
+    if not finished:
+        return interrupted(tmp_path)[0]
+    write_slimpajama(tmp_path / "raw")
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+    quietly(config)
+    return config
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused_with_the_difference(tmp_path, finished):
-    if finished:
-        write_slimpajama(tmp_path / "raw")
-        config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
-        quietly(config)
-    else:
-        config, _ = interrupted(tmp_path)
+    config = begun(tmp_path, finished)
     other = replace(config, shard_bytes=77, tokenizer=replace(TOKENIZER, vocab_size=390))
     with pytest.raises(PrepareError) as error:
         quietly(other)
@@ -169,12 +174,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, finished):
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_input_files_are_refused_by_name(tmp_path, finished):
-    if finished:
-        write_slimpajama(tmp_path / "raw")
-        config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
-        quietly(config)
-    else:
-        config, _ = interrupted(tmp_path)
+    config = begun(tmp_path, finished)
     folder = tmp_path / "raw" / "train" / "chunk1"
     (folder / "example_train_0.jsonl.zst").unlink()
     (folder / "new.jsonl.zst").write_bytes(zstandard.compress(b"{}"))

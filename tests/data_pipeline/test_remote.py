@@ -21,9 +21,9 @@ import torch
 from data_pipeline import remote
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
+from data_pipeline.files import hash_file
 from data_pipeline.remote import CacheSettings, is_remote
 from data_pipeline.shard_table import ShardTable
-from data_pipeline.shards import hash_file
 from data_pipeline.stream import SampleStream
 from tests.runs import ROOT
 

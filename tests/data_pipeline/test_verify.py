@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.files import hash_file
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.manifest import Manifest, ShardTable
-from data_pipeline.shards import ShardBuilder, hash_file
+from data_pipeline.shards import ShardBuilder
 from data_pipeline.token_sequence import shard_metadata
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.mlstm import MLSTMState
 from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
+from tests.kernels import cases
 
 B, S, NH, DK, DV = 2, 37, 3, 6, 5
 INPUT_NAMES = ("q", "k", "v", "igate_preact", "fgate_preact")
@@ -71,13 +72,8 @@ def make_state(gate: str = "exp", dtype: torch.dtype = torch.float64, *, seed: i
 
 
 def starts_at(positions: list[int] | None, length: int = S) -> Tensor | None:
-    """[B, S] bool, True at the positions; in the second row one token later, so that rows differ."""
-    if positions is None:
-        return None
-    starts = torch.zeros(B, length, dtype=torch.bool)
-    starts[0, positions] = True
-    starts[1, [p + 1 for p in positions if p + 1 < length]] = True
-    return starts
+    """[B, S] bool, as tests.kernels.cases.starts_at."""
+    return cases.starts_at(positions, B, length)
 
 
 def weights_of_loss(*tensors: Tensor) -> list[Tensor]:
@@ -101,11 +97,3 @@ def outputs_and_gradients(form, inputs, state=None, **kwargs) -> dict[str, Tenso
         materialize_grads=True,
     )
     return results | {"m": final.m} | {f"d {name}": x for name, x in zip(wanted, gradients, strict=True)}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor within tolerance of the expected one, relative to its norm."""
-    assert actual.keys() == expected.keys()
-    for name, reference in expected.items():
-        error = (actual[name] - reference).norm() / reference.norm().clamp_min(1e-30)
-        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"

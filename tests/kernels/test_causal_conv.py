@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.causal_conv import causal_conv
+from tests.kernels.cases import starts_at
 
 B, S, C = 2, 19, 5
 
@@ -13,15 +14,6 @@ def make_inputs(kernel_size=4, dtype=torch.float64, length=S):
     torch.manual_seed(0)
     shapes = [(B, length, C), (C, 1, kernel_size), (C,), (B, kernel_size - 1, C)]
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-
-
-def starts_at(positions, length=S):
-    if positions is None:
-        return None
-    starts = torch.zeros(B, length, dtype=torch.bool)
-    starts[0, positions] = True
-    starts[1, [p + 1 for p in positions if p + 1 < length]] = True
-    return starts
 
 
 def definition(x, weight, bias, starts, tail):
@@ -57,7 +49,7 @@ def with_gradients(y, new_tail, wanted):
 def test_equals_the_definition(positions, kernel_size):
     inputs = make_inputs(kernel_size)
     x, weight, bias, tail = inputs
-    starts = starts_at(positions)
+    starts = starts_at(positions, B, S)
     expected = with_gradients(*definition(x, weight, bias, starts, tail), inputs)
     actual = with_gradients(*causal_conv(x, weight, bias, document_start=starts, tail=tail), inputs)
     for a, b in zip(actual, expected, strict=True):
@@ -68,7 +60,7 @@ def test_equals_the_definition(positions, kernel_size):
 @pytest.mark.parametrize("positions", [None, [3]], ids=str)
 def test_a_kernel_of_one_token_has_no_tail(positions):
     x, weight, bias, _ = make_inputs(1)
-    y, tail = causal_conv(x, weight, bias, document_start=starts_at(positions))
+    y, tail = causal_conv(x, weight, bias, document_start=starts_at(positions, B, S))
     assert torch.allclose(y, bias + x * weight[:, 0, 0], rtol=0, atol=1e-12)
     assert tail.shape == (B, 0, C)
 
@@ -84,7 +76,7 @@ def test_without_a_tail_the_past_is_zero():
 def test_two_parts_with_a_passed_tail_equal_one_pass(positions, split):
     inputs = make_inputs()
     x, weight, bias, tail = inputs
-    starts = starts_at(positions)
+    starts = starts_at(positions, B, S)
     expected = with_gradients(*causal_conv(x, weight, bias, document_start=starts, tail=tail), inputs)
     outputs = []
     for part in (slice(0, split), slice(split, S)):
@@ -98,7 +90,7 @@ def test_two_parts_with_a_passed_tail_equal_one_pass(positions, split):
 
 def test_token_by_token_equals_one_pass():
     x, weight, bias, tail = make_inputs()
-    starts = starts_at([2, 9])
+    starts = starts_at([2, 9], B, S)
     expected, last = causal_conv(x, weight, bias, document_start=starts, tail=tail)
     for t in range(S):
         step = slice(t, t + 1)
@@ -145,7 +137,7 @@ def test_the_tail_does_not_keep_the_sequence_alive():
 @pytest.mark.parametrize("positions", [None, [5]], ids=str)
 def test_bfloat16_is_summed_in_float32_even_under_autocast(positions):
     x, weight, bias, tail = (part.detach() for part in make_inputs(dtype=torch.bfloat16))
-    starts = starts_at(positions)
+    starts = starts_at(positions, B, S)
     single = [part.float() for part in (x, weight, bias)]
     expected, _ = causal_conv(*single, document_start=starts, tail=tail.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):

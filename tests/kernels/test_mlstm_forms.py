@@ -10,7 +10,6 @@ from mlstm_cases import (
     REGIMES,
     B,
     S,
-    assert_close,
     make_inputs,
     make_state,
     outputs_and_gradients,
@@ -19,6 +18,7 @@ from mlstm_cases import (
 
 from kernels.mlstm import MLSTMState, mlstm
 from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
+from tests.kernels.cases import assert_close
 
 OTHER_FORMS = [name for name in FORMS if name != "recurrent"]
 

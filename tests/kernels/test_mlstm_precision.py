@@ -8,7 +8,6 @@ from mlstm_cases import (
     REGIMES,
     B,
     S,
-    assert_close,
     make_inputs,
     make_state,
     outputs_and_gradients,
@@ -17,6 +16,7 @@ from mlstm_cases import (
 
 from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
 from kernels.mlstm.reference import mlstm_quadratic
+from tests.kernels.cases import assert_close
 
 
 @pytest.mark.parametrize("regime", REGIMES)

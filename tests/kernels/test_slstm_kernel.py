@@ -9,6 +9,8 @@ import torch
 from kernels.slstm import SLSTMState, slstm
 from kernels.slstm.loop import STEPS_AT_ONCE, slstm_loop
 from kernels.slstm.reference import slstm_recurrent
+from tests.kernels.cases import assert_close, starts_at
+from tests.kernels.slstm_cases import assert_documents_are_apart, outputs_and_gradients
 
 B, S, NH, DH = 2, 37, 3, 4
 FORMS = {"reference": slstm_recurrent, "loop": slstm_loop}
@@ -26,34 +28,6 @@ def make_state(dtype=torch.float64, seed=1):
     torch.manual_seed(seed)
     h, c, n, m = (torch.randn(B, NH, DH) for _ in range(4))
     return SLSTMState(*(x.to(dtype).requires_grad_() for x in (h, c, 1 + n.abs())), m.to(dtype))
-
-
-def starts_at(positions, length=S):
-    if positions is None:
-        return None
-    starts = torch.zeros(B, length, dtype=torch.bool)
-    starts[0, positions] = True
-    starts[1, [p + 1 for p in positions if p + 1 < length]] = True
-    return starts
-
-
-def outputs_and_gradients(form, inputs, state=None, **kwargs):
-    h, final = form(*inputs, initial_state=state, return_state=True, **kwargs)
-    results = {"h": h, "final h": final.h, "c": final.c, "n": final.n}
-    wanted = dict(zip(["gates_x", "recurrent_kernel"], inputs, strict=True))
-    if state is not None:
-        wanted |= {"initial h": state.h, "initial c": state.c, "initial n": state.n}
-    generator = torch.Generator().manual_seed(7)
-    cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results.values()]
-    gradients = torch.autograd.grad(list(results.values()), list(wanted.values()), cotangents, materialize_grads=True)
-    return results | {"m": final.m} | {f"d {name}": x for name, x in zip(wanted, gradients, strict=True)}
-
-
-def assert_close(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name, reference in expected.items():
-        error = (actual[name] - reference).norm() / reference.norm().clamp_min(1e-30)
-        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
 
 def definition(gates_x, kernel, *, state, starts, cap):
@@ -87,7 +61,7 @@ def definition(gates_x, kernel, *, state, starts, cap):
 @pytest.mark.parametrize("positions", [None, [0, 5, 6]], ids=["one document", "documents"])
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_unstabilised_definition(form, positions, cap):
-    inputs, state, starts = make_inputs(length=9), make_state(), starts_at(positions, 9)
+    inputs, state, starts = make_inputs(length=9), make_state(), starts_at(positions, B, 9)
 
     def stabilised(*args, initial_state, return_state):
         h, final = FORMS[form](
@@ -120,7 +94,7 @@ def test_the_first_token_of_an_empty_state_is_its_own_average(form):
 @pytest.mark.parametrize("positions", [None, [0], [1], [36], [5, 6, 20], list(range(37))], ids=str)
 def test_loop_equals_reference(positions, with_state, cap):
     inputs, state = make_inputs(), make_state() if with_state else None
-    kind = {"document_start": starts_at(positions), "gate_soft_cap": cap}
+    kind = {"document_start": starts_at(positions, B, S), "gate_soft_cap": cap}
     expected = outputs_and_gradients(slstm_recurrent, inputs, state, **kind)
     assert_close(outputs_and_gradients(slstm_loop, inputs, state, **kind), expected, 1e-9)
 
@@ -162,7 +136,7 @@ def test_gradients_equal_finite_differences(form, cap):
 @pytest.mark.parametrize("positions", [None, [0, 18, 19], [20]], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_two_parts_with_a_passed_state_equal_one_pass(form, positions, split):
-    inputs, state, starts = make_inputs(), make_state(), starts_at(positions)
+    inputs, state, starts = make_inputs(), make_state(), starts_at(positions, B, S)
 
     def in_two(gates_x, kernel, *, initial_state, return_state):
         parts = [slice(0, split), slice(split, S)]
@@ -183,7 +157,7 @@ def test_two_parts_with_a_passed_state_equal_one_pass(form, positions, split):
 
 
 def test_prefill_then_single_steps_equal_one_pass():
-    (gates_x, kernel), starts = make_inputs(), starts_at([3, 25])
+    (gates_x, kernel), starts = make_inputs(), starts_at([3, 25], B, S)
     with torch.no_grad():
         expected, last = slstm(gates_x, kernel, document_start=starts, return_state=True)
         h, state = slstm(gates_x[:, :20], kernel, document_start=starts[:, :20], return_state=True)
@@ -203,28 +177,12 @@ def test_prefill_then_single_steps_equal_one_pass():
 @pytest.mark.parametrize("start", [1, 12, 32, 36])
 @pytest.mark.parametrize("form", FORMS)
 def test_documents_do_not_see_each_other(form, start, dtype):
-    starts = torch.zeros(B, S, dtype=torch.bool)
-    starts[:, start] = True
     gates_x, kernel = make_inputs(dtype)
-    cotangent = torch.randn(B, S, NH, DH, dtype=dtype)
 
-    def run(gates_x, cotangent, state):
-        h, _ = FORMS[form](gates_x, kernel, document_start=starts, initial_state=state)
-        return h, torch.autograd.grad(h, gates_x, cotangent)[0]
+    def output(gates_x, starts, state):
+        return FORMS[form](gates_x, kernel, document_start=starts, initial_state=state)[0]
 
-    before = run(gates_x, cotangent, make_state(dtype))
-    documents = [slice(0, start), slice(start, S)]
-    for changed, other in (documents, documents[::-1]):
-        others = gates_x.detach().clone()
-        others[:, changed] = 4 * torch.randn_like(others[:, changed])
-        other_cotangent = cotangent.clone()
-        other_cotangent[:, changed] *= -5
-        # The initial state belongs to the first document.
-        state = make_state(dtype, seed=1 if changed == documents[1] else 5)
-        after = run(others.requires_grad_(), other_cotangent, state)
-        assert not torch.equal(before[0][:, changed], after[0][:, changed])
-        for name, a, b in zip(["h", "d gates_x"], before, after, strict=True):
-            assert torch.equal(a[:, other], b[:, other]), name
+    assert_documents_are_apart(output, gates_x, start, (make_state(dtype), make_state(dtype, seed=5)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -246,7 +204,7 @@ def test_extreme_gates_stay_finite(form, fgate, igate):
     with torch.no_grad():
         gates_x[:, :, 0], gates_x[:, :, 1] = igate, fgate
         gates_x[:, 7:9, 0] = 30.0
-    for starts in (None, starts_at([0, 9])):
+    for starts in (None, starts_at([0, 9], B, S)):
         results = outputs_and_gradients(
             FORMS[form], [gates_x, kernel], make_state(torch.float32), document_start=starts
         )
@@ -314,7 +272,7 @@ def test_the_inputs_are_left_alone():
     inputs, state = make_inputs(), make_state()
     tensors = [*inputs, state.h, state.c, state.n, state.m]
     copies = [x.detach().clone() for x in tensors]
-    outputs_and_gradients(slstm_loop, inputs, state, gate_soft_cap=2.0, document_start=starts_at([4]))
+    outputs_and_gradients(slstm_loop, inputs, state, gate_soft_cap=2.0, document_start=starts_at([4], B, S))
     assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
     # Shapes for which the loop's layout is the input's own memory.
     single = torch.randn(1, 5, 4, 1, 3)

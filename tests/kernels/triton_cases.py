@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share: where they run, how results are compared, inputs that show a wrong address.
+"""What the tests of Triton kernels share: where they run, inputs that show a wrong address.
 
 The tests in interpreted/ run twice: on a CPU under Triton's interpreter (test_interpreted.py starts them), and compiled
 on a CUDA device (`pytest -m gpu`).
@@ -21,26 +21,6 @@ DEVICE = torch.device("cuda" if COMPILED else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if COMPILED else [torch.float32, torch.float16]
 # For what the interpreter cannot do: bfloat16, graphs, sizes that take too long, timing.
 compiled_only = pytest.mark.skipif(not COMPILED, reason="needs a CUDA device")
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN, which no tolerance admits, if either holds one."""
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    expected = expected.detach().double()
-    difference = actual.detach().double().to(expected.device) - expected
-    return (difference.norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | dict[str, float]) -> None:
-    """Every tensor within the tolerance (one for all, or one for each name) of the expected one, all failures named."""
-    assert actual.keys() == expected.keys()
-    failures = []
-    for name, reference in expected.items():
-        limit = tolerance[name] if isinstance(tolerance, dict) else tolerance
-        error = relative_error(actual[name], reference)
-        if not error <= limit:
-            failures.append(f"{name}: relative error {error:.1e} > {limit:.0e}")
-    assert not failures, "; ".join(failures)
 
 
 @contextlib.contextmanager

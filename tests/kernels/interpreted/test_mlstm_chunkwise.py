@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
 from kernels.mlstm.chunkwise import launch
 from kernels.mlstm.reference import mlstm_chunkwise
+from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
 from tests.kernels.mlstm_rounded import mlstm_rounded
-from tests.kernels.triton_cases import COMPILED, DTYPES, assert_close, compiled_only, padded, relative_error, strided
+from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, padded, strided
 
 # Relative to the norm of each tensor (docs/kernels.md). Where a PyTorch computation with the same roundings
 # (mlstm_rounded.py) is further off than a limit, the kernels may be NEAR_ROUNDED times as far off as it is.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
-from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, compiled_only, padded, relative_error, strided
+from tests.kernels.cases import assert_close, relative_error
+from tests.kernels.triton_cases import COMPILED, DEVICE, compiled_only, padded, strided
 
 B, S, D = 2, 11, 16
 # Losses, and gradients: the logits and their gradients are rounded to the dtype.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels.head_norm import MAX_HEAD_DIM, gated_head_norm, head_norm
-from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, padded, relative_error, strided
+from tests.kernels.cases import assert_close, relative_error
+from tests.kernels.triton_cases import COMPILED, DEVICE, padded, strided
 
 # Of the output and of the gradients, by dtype: rounding of the result alone.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}

@@ -6,7 +6,8 @@ import torch
 from kernels.mlstm import MLSTMState
 from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.step import MAX_KEY_DIM, DecodingState, mlstm_step
-from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, compiled_only, padded, strided
+from tests.kernels.cases import assert_close
+from tests.kernels.triton_cases import COMPILED, DEVICE, compiled_only, padded, strided
 
 B, NH = 2, 3
 GATE_KINDS = pytest.mark.parametrize(("gate", "normaliser"), [("exp", True), ("sigmoid", True), ("sigmoid", False)])

@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.slstm import SLSTMState, slstm, triton_op
 from kernels.slstm.triton_tiles import Tiles
-from tests.kernels.triton_cases import COMPILED, DEVICE, assert_close, compiled_only, padded, strided
+from tests.kernels import cases, slstm_cases
+from tests.kernels.cases import assert_close
+from tests.kernels.triton_cases import COMPILED, DEVICE, compiled_only, padded, strided
 
 B, S, NH, DH = 3, 8, 2, 24
 HEAD_DIMS = [16, 48, 64, 96, 128, 192, 256, 384, 512] if COMPILED else [16, 24]
@@ -34,25 +36,11 @@ def make_state(head_dim=DH, *, batch=B, seed=1):
 
 
 def starts_at(positions, *, batch=B, length=S):
-    """The positions in the first sequence, one later in the second, none in others."""
-    if positions is None:
-        return None
-    starts = torch.zeros(batch, length, dtype=torch.bool)
-    for row in range(min(batch, 2)):
-        starts[row, [p + row for p in positions if p + row < length]] = True
-    return starts.to(DEVICE)
+    return cases.starts_at(positions, batch, length, DEVICE)
 
 
 def outputs_and_gradients(inputs, state=None, *, function=slstm, backend="triton", **kwargs):
-    h, final = function(*inputs, initial_state=state, return_state=True, backend=backend, **kwargs)
-    results = {"h": h, "final h": final.h, "c": final.c, "n": final.n}
-    wanted = dict(zip(["gates_x", "recurrent_kernel"], inputs, strict=True))
-    if state is not None:
-        wanted |= {"initial h": state.h, "initial c": state.c, "initial n": state.n}
-    generator = torch.Generator().manual_seed(7)
-    cotangents = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results.values()]
-    gradients = torch.autograd.grad(list(results.values()), list(wanted.values()), cotangents)
-    return results | {"m": final.m} | {f"d {name}": x for name, x in zip(wanted, gradients, strict=True)}
+    return slstm_cases.outputs_and_gradients(function, inputs, state, backend=backend, **kwargs)
 
 
 def exact(inputs, state=None, **kwargs):
@@ -144,27 +132,12 @@ def test_two_parts_with_a_passed_state_equal_one_pass(positions, split):
 
 @pytest.mark.parametrize("start", [1, S - 1])
 def test_documents_do_not_see_each_other(start, dtype):
-    starts = torch.zeros(B, S, dtype=torch.bool, device=DEVICE)
-    starts[:, start] = True
     gates_x, kernel = make_inputs(dtype)
-    cotangent = torch.randn(B, S, NH, DH).to(DEVICE, dtype)
 
-    def run(gates_x, cotangent, state):
-        h, _ = slstm(gates_x, kernel, document_start=starts, initial_state=state, backend="triton")
-        return h, torch.autograd.grad(h, gates_x, cotangent)[0]
+    def output(gates_x, starts, state):
+        return slstm(gates_x, kernel, document_start=starts, initial_state=state, backend="triton")[0]
 
-    before = run(gates_x, cotangent, make_state())
-    documents = [slice(0, start), slice(start, S)]
-    for changed, other in (documents, documents[::-1]):
-        others = gates_x.detach().clone()
-        others[:, changed] = 4 * torch.randn_like(others[:, changed])
-        other_cotangent = cotangent.clone()
-        other_cotangent[:, changed] *= -5
-        # The initial state belongs to the first document.
-        after = run(others.requires_grad_(), other_cotangent, make_state(seed=1 if changed == documents[1] else 5))
-        assert not torch.equal(before[0][:, changed], after[0][:, changed])
-        for name, a, b in zip(["h", "d gates_x"], before, after, strict=True):
-            assert torch.equal(a[:, other], b[:, other]), name
+    slstm_cases.assert_documents_are_apart(output, gates_x, start, (make_state(), make_state(seed=5)))
 
 
 def test_a_document_at_the_first_token_drops_the_initial_state(dtype):

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from kernels.triton_support import dot
-from tests.kernels.triton_cases import assert_close, padded, poisoned_memory, relative_error, strided
+from tests.kernels.cases import assert_close, relative_error
+from tests.kernels.triton_cases import padded, poisoned_memory, strided
 
 
 @triton.jit
