@@ -23,6 +23,8 @@ from data_pipeline.errors import CorpusError
 SHARD_FORMAT_VERSION = 1
 # A damaged byte is found to within one block, and a reader of a range can check what it fetched.
 BLOCK_BYTES = 4 * 1024 * 1024
+# Hashed at once by all hashes, and read again and again into the same memory: stays in the processor's cache.
+HASHED_BYTES = 256 * 1024
 # Arrow's list offsets are int32.
 MAX_TOKENS = 2**31 - 2
 
@@ -53,12 +55,12 @@ class _Hasher:
         self._bytes = 0
 
     def update(self, data: memoryview) -> None:
-        if self._sha256:
-            self._sha256.update(data)
-        self._xxh3.update(data)
         self._bytes += len(data)
         while len(data):
-            part = data[: BLOCK_BYTES - self._block_fill]
+            part = data[: min(HASHED_BYTES, BLOCK_BYTES - self._block_fill)]
+            if self._sha256:
+                self._sha256.update(part)
+            self._xxh3.update(part)
             self._block.update(part)
             self._block_fill += len(part)
             data = data[len(part) :]
@@ -80,11 +82,12 @@ class _Hasher:
 def hash_file(path: Path, with_sha256: bool = True, on_bytes: Callable[[int], None] | None = None) -> FileHashes:
     """Checksums of a file as it is on disk now. Without sha256 (left empty) it runs about ten times faster."""
     hasher = _Hasher(with_sha256)
+    buffer = memoryview(bytearray(HASHED_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while data := file.read(BLOCK_BYTES):
-            hasher.update(memoryview(data))
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
             if on_bytes:
-                on_bytes(len(data))
+                on_bytes(count)
     return hasher.result()
 
 

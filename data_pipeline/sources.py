@@ -114,9 +114,9 @@ class Source(abc.ABC):
             split = (
                 split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
             )
-        labelled = isinstance(label, str) and label != ""
-        unlabelled = self.config.source_field is not None and not labelled
-        return Document(text, label if labelled else self.config.source, split, item.name, position, unlabelled)
+        if isinstance(label, str) and label:
+            return Document(text, label, split, item.name, position)
+        return Document(text, self.config.source, split, item.name, position, self.config.source_field is not None)
 
     def _too_large(self, item: InputFile, position: int, size: str) -> Rejection:
         detail = f"{size}, data.max_record_bytes is {self.config.max_record_bytes}"
@@ -163,6 +163,12 @@ def _split_at(share: float, split: SplitConfig) -> str:
 def look_up(record: dict[str, Any], path: list[str]) -> Any:
     """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
     value: Any = record
+    try:
+        for part in path:
+            value = value[part]
+        return value
+    except (KeyError, TypeError):
+        value = record
     for part in path:
         if isinstance(value, str):
             try:

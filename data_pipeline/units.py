@@ -123,9 +123,11 @@ class _Unit:
         self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        # Of the waiting documents only this is kept: their text as bytes, (split, source) and position.
+        # Of the waiting documents only this is kept: their text as bytes, (split, source), and where they come from
+        # (the counts of their input, position there).
         self._texts: list[bytes] = []
-        self._places: list[tuple[tuple[str, str], int]] = []
+        self._keys: list[tuple[str, str]] = []
+        self._places: list[tuple[dict[str, Any], int]] = []
         self._waiting_bytes = 0
 
     def begin(self, item: InputFile) -> None:
@@ -144,7 +146,7 @@ class _Unit:
             return
         if spoiled:
             # Its file has one line in the report.
-            self._count("rejected", "damaged_archive")
+            _count(self._counts, "rejected", "damaged_archive")
             return
         if not record.text or record.text.isspace():
             self._note("rejected", record.position, "empty", "no text, or only white space")
@@ -158,47 +160,46 @@ class _Unit:
             text = record.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
             self._note("repaired", record.position, "lone_surrogate", "replaced by U+FFFD")
         self._texts.append(text)
-        self._places.append(((record.split, record.source), record.position))
+        self._keys.append((record.split, record.source))
+        self._places.append((self._counts, record.position))
         self._waiting_bytes += len(text)
         if self._waiting_bytes >= BATCH_BYTES:
             self._flush()
 
     def end(self, root: Path | None) -> None:
-        """The input that `begin` named has been read."""
-        self._flush()
+        """The input that `begin` named has been read. Its last documents may wait for those of the next."""
         if root is not None:
             self._counts["xxh3_128"] = hash_file(root / self._counts["file"], with_sha256=False).xxh3_128
-        counts = self._counts
-        assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
 
-    def _count(self, action: str, reason: str) -> None:
-        self._counts[action][reason] = self._counts[action].get(reason, 0) + 1
-
-    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
-        self._count(action, reason)
+    def _note(self, action: str, position: int, reason: str, detail: str, counts: dict[str, Any] | None = None) -> None:
+        """Count and report what happened to a record of the present input, or of the one with these `counts`."""
+        counts = counts or self._counts
+        _count(counts, action, reason)
         if len(self._report) < REPORT_LINES:
-            place = {"file": self._counts["file"], "position": position}
+            place = {"file": counts["file"], "position": position}
             self._report.append({"action": action, **place, "reason": reason, "detail": detail})
 
     def _flush(self) -> None:
-        """Tokenize the waiting documents, all of one input, and hand them to their shards."""
-        texts, places = self._texts, self._places
-        self._texts, self._places, self._waiting_bytes = [], [], 0
+        """Tokenize the waiting documents and hand them to their shards."""
+        texts, keys, places = self._texts, self._keys, self._places
+        self._texts, self._keys, self._places, self._waiting_bytes = [], [], [], 0
         if not texts:
             return
         ids, offsets = self._encoder.encode(texts)
         bounds = offsets.tolist()
         written = 0
-        for text, (key, position), start, end in zip(texts, places, bounds, bounds[1:], strict=False):
+        start = 0
+        for text, key, (counts, position), end in zip(texts, keys, places, bounds[1:], strict=True):
             if start == end:
-                self._note("rejected", position, "empty", "the tokenizer makes no token of it")
+                self._note("rejected", position, "empty", "the tokenizer makes no token of it", counts)
                 continue
-            self._builder(key, end - start + 1).add(ids[start:end], text)
+            self._builder(key, end - start + 1, counts).add(ids[start:end], text)
+            counts["documents"] += 1
             written += 1
-        self._counts["documents"] += written
+            start = end
         self._meter.add_documents(written, len(ids) + written)
 
-    def _builder(self, key: tuple[str, str], more_tokens: int) -> ShardBuilder:
+    def _builder(self, key: tuple[str, str], more_tokens: int, counts: dict[str, Any]) -> ShardBuilder:
         builder = self._builders.get(key)
         if builder is not None:
             if builder.token_bytes < self._shard_bytes and builder.tokens + more_tokens <= MAX_TOKENS:
@@ -206,7 +207,7 @@ class _Unit:
             self._write(key)
         if more_tokens > MAX_TOKENS:
             raise PrepareError(
-                f"{self._counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
+                f"{counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
                 "data.max_record_bytes"
             )
         self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
@@ -214,11 +215,13 @@ class _Unit:
 
     def close(self) -> UnitRecord:
         """Write what is left; returns the record of the unit."""
+        self._flush()
         for key in sorted(self._builders):
             self._write(key)
         self._shards.sort(key=lambda shard: (shard.split, shard.source, shard.file))
-        written = sum(shard.documents for shard in self._shards)
-        assert written == sum(counts["documents"] for counts in self._inputs)
+        for counts in self._inputs:
+            assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
+        assert sum(shard.documents for shard in self._shards) == sum(counts["documents"] for counts in self._inputs)
         return UnitRecord(self._number, self._encoder.name, self._shards, self._inputs, self._report)
 
     def _write(self, key: tuple[str, str]) -> None:
@@ -233,6 +236,10 @@ class _Unit:
         )
         hashes = builder.write(self._folder / file, shard_metadata(entry, self._fingerprint))
         self._shards.append(dataclasses.replace(entry, **dataclasses.asdict(hashes)))
+
+
+def _count(counts: dict[str, Any], action: str, reason: str) -> None:
+    counts[action][reason] = counts[action].get(reason, 0) + 1
 
 
 def _file_name(label: str) -> str:
