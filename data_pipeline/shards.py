@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,12 +80,23 @@ class _Hasher:
         return FileHashes(self._bytes, sha256, self._xxh3.hexdigest(), self._blocks)
 
 
-def hash_file(path: Path, with_sha256: bool = True, on_bytes: Callable[[int], None] | None = None) -> FileHashes:
-    """Checksums of a file as it is on disk now. Without sha256 (left empty) it runs about ten times faster."""
+def hash_file(
+    path: Path,
+    with_sha256: bool = True,
+    on_bytes: Callable[[int], None] | None = None,
+    places: tuple[int, int] | None = None,
+) -> FileHashes:
+    """Checksums of a file as it is on disk now, or of its bytes from places[0] up to places[1].
+
+    Without sha256 (left empty) it runs about ten times faster.
+    """
     hasher = _Hasher(with_sha256)
     buffer = memoryview(bytearray(HASHED_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        start, end = places or (0, sys.maxsize)
+        file.seek(start)
+        while count := file.readinto(buffer[: end - start]):
+            start += count
             hasher.update(buffer[:count])
             if on_bytes:
                 on_bytes(count)

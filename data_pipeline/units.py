@@ -54,16 +54,19 @@ class UnitRecord:
             return None
 
 
-def cut_units(inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
-    """Consecutive inputs of about `unit_bytes` in all; inputs of unknown size are units of their own."""
+def cut_units(source: Source, inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
+    """Consecutive inputs of about `unit_bytes` in all; inputs of unknown size are units of their own.
+
+    Larger inputs fall into parts where they can be entered in the middle, as Parquet files can.
+    """
     units: list[list[InputFile]] = []
     filled = unit_bytes
-    for item in inputs:
+    for item in (part for whole in inputs for part in source.parts(whole, unit_bytes)):
         if filled >= unit_bytes:
             units.append([])
             filled = 0
         units[-1].append(item)
-        filled += item.bytes if item.bytes or item.split is None else unit_bytes
+        filled += item.bytes_to_read if item.bytes or item.split is None else unit_bytes
     return units
 
 
@@ -89,7 +92,7 @@ def run_unit(
                 unit.begin(item)
                 for record in source.read(item, meter.add_bytes):
                     unit.take(record, item.name in spoiled)
-                unit.end(source.root)
+                unit.end(source.root, item)
             return unit.close()
         except _SpoiledInput as error:
             # Once more without it: what it gave may be in shards already.
@@ -124,8 +127,8 @@ class _Unit:
         self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        # Of the waiting documents only this is kept: their text as bytes and its hash, (split, source), and where they come from
-        # (the counts of their input, position there).
+        # Of the waiting documents only this is kept: their text as bytes and its hash, (split, source), and where they
+        # come from (the counts of their input, position there).
         self._texts: list[bytes] = []
         self._hashes: list[int] = []
         self._keys: list[tuple[str, str]] = []
@@ -135,6 +138,8 @@ class _Unit:
     def begin(self, item: InputFile) -> None:
         """What follows comes from `item`."""
         self._counts: dict[str, Any] = {"file": item.name, "bytes": item.bytes, "xxh3_128": None}
+        if item.part:
+            self._counts["row_groups"] = [item.part.first, item.part.end]
         self._counts |= {"unit": self._number, "records": 0, "documents": 0, "rejected": {}, "repaired": {}}
         self._inputs.append(self._counts)
 
@@ -170,10 +175,11 @@ class _Unit:
         if self._waiting_bytes >= BATCH_BYTES:
             self._flush()
 
-    def end(self, root: Path | None) -> None:
+    def end(self, root: Path | None, item: InputFile) -> None:
         """The input that `begin` named has been read. Its last documents may wait for those of the next."""
         if root is not None:
-            self._counts["xxh3_128"] = hash_file(root / self._counts["file"], with_sha256=False).xxh3_128
+            places = (item.part.start_byte, item.part.end_byte) if item.part else None
+            self._counts["xxh3_128"] = hash_file(root / item.name, with_sha256=False, places=places).xxh3_128
 
     def _note(self, action: str, position: int, reason: str, detail: str, counts: dict[str, Any] | None = None) -> None:
         """Count and report what happened to a record of the present input, or of the one with these `counts`."""
@@ -262,6 +268,11 @@ def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
         for reason, count in entry[key].items():
             sums[reason] = sums.get(reason, 0) + count
     return dict(sorted(sums.items()))
+
+
+def count_files(entries: list[dict[str, Any]]) -> int:
+    """Input files in lines of inputs.jsonl, of which a file that was read in parts has several."""
+    return sum(entry.get("row_groups", [0])[0] == 0 for entry in entries)
 
 
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:
