@@ -155,18 +155,12 @@ class _Sink:
         pass
 
 
-def hash_text(text: bytes) -> int:
-    """xxh3-64 of a document's UTF-8 text."""
-    return xxhash.xxh3_64_intdigest(text)
-
-
 class ShardBuilder:
     """Documents collected in memory until they are written as one shard."""
 
     def __init__(self, vocab_size: int, eod_id: int):
         self._vocab_size = vocab_size
-        self._dtype = token_dtype(vocab_size)
-        self._eod = np.array([eod_id], dtype=self._dtype)
+        self._eod = np.array([eod_id], dtype=token_dtype(vocab_size))
         self._parts: list[np.ndarray] = []
         self._lengths: list[int] = []
         self._hashes: list[int] = []
@@ -186,24 +180,23 @@ class ShardBuilder:
     def text_bytes(self) -> int:
         return sum(self._text_bytes)
 
+    @property
+    def token_bytes(self) -> int:
+        return self.tokens * self._eod.itemsize
+
     def add(self, ids: np.ndarray, text: bytes) -> None:
         """Append a document: its token ids [n] without the end-of-document id, and its UTF-8 text.
 
         Ids of the shard's own type are kept as a view and checked when the shard is written. Raises CorpusError.
         """
-        self.add_hashed(ids, len(text), hash_text(text))
-
-    def add_hashed(self, ids: np.ndarray, text_bytes: int, text_hash: int) -> None:
-        """`add` for a text of `text_bytes` bytes whose `hash_text` is known."""
-        if ids.dtype is not self._dtype and ids.dtype != self._dtype:
+        if ids.dtype != self._eod.dtype:
             self._check(ids)
-            ids = ids.astype(self._dtype)
+            ids = ids.astype(self._eod.dtype)
         self._parts += (ids, self._eod)
-        length = len(ids) + 1
-        self._lengths.append(length)
-        self._hashes.append(text_hash)
-        self._text_bytes.append(text_bytes)
-        self.tokens += length
+        self._lengths.append(len(ids) + 1)
+        self._hashes.append(xxhash.xxh3_64_intdigest(text))
+        self._text_bytes.append(len(text))
+        self.tokens += len(ids) + 1
 
     def write(self, path: Path, metadata: dict[str, str]) -> FileHashes:
         """Write the shard atomically with `metadata` in its schema. Raises CorpusError for an id that cannot be."""

@@ -17,7 +17,7 @@ from data_pipeline.encoders import Encoder
 from data_pipeline.errors import PrepareError
 from data_pipeline.manifest import ShardEntry, canonical_json
 from data_pipeline.progress import Meter
-from data_pipeline.shards import MAX_TOKENS, ShardBuilder, hash_file, hash_text, token_dtype, write_atomically
+from data_pipeline.shards import MAX_TOKENS, ShardBuilder, hash_file, write_atomically
 from data_pipeline.sources import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizer import Tokenizer
 
@@ -121,16 +121,14 @@ class _Unit:
         self._tokenizer = tokenizer
         self._fingerprint = tokenizer.fingerprint
         self._encoder = encoder
-        # A shard that has so many tokens or more takes no further document.
-        self._shard_tokens = config.shard_bytes / token_dtype(tokenizer.vocab_size).itemsize
+        self._shard_bytes = config.shard_bytes
         self._folder = folder
         self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        # Of the waiting documents only this is kept: their text as bytes and its hash, (split, source), and where they
-        # come from (the counts of their input, position there).
+        # Of the waiting documents only this is kept: their text as bytes, (split, source), and where they come from
+        # (the counts of their input, position there).
         self._texts: list[bytes] = []
-        self._hashes: list[int] = []
         self._keys: list[tuple[str, str]] = []
         self._places: list[tuple[dict[str, Any], int]] = []
         self._waiting_bytes = 0
@@ -167,8 +165,6 @@ class _Unit:
             text = record.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
             self._note("repaired", record.position, "lone_surrogate", "replaced by U+FFFD")
         self._texts.append(text)
-        # Now, while the text is in the processor's cache.
-        self._hashes.append(hash_text(text))
         self._keys.append((record.split, record.source))
         self._places.append((self._counts, record.position))
         self._waiting_bytes += len(text)
@@ -191,20 +187,19 @@ class _Unit:
 
     def _flush(self) -> None:
         """Tokenize the waiting documents and hand them to their shards."""
-        texts, hashes, keys, places = self._texts, self._hashes, self._keys, self._places
-        self._texts, self._hashes, self._keys, self._places, self._waiting_bytes = [], [], [], [], 0
+        texts, keys, places = self._texts, self._keys, self._places
+        self._texts, self._keys, self._places, self._waiting_bytes = [], [], [], 0
         if not texts:
             return
         ids, offsets = self._encoder.encode(texts)
         bounds = offsets.tolist()
         written = 0
         start = 0
-        sizes = map(len, texts)
-        for size, text_hash, key, (counts, position), end in zip(sizes, hashes, keys, places, bounds[1:], strict=True):
+        for text, key, (counts, position), end in zip(texts, keys, places, bounds[1:], strict=True):
             if start == end:
                 self._note("rejected", position, "empty", "the tokenizer makes no token of it", counts)
                 continue
-            self._builder(key, end - start + 1, counts).add_hashed(ids[start:end], size, text_hash)
+            self._builder(key, end - start + 1, counts).add(ids[start:end], text)
             counts["documents"] += 1
             written += 1
             start = end
@@ -213,7 +208,7 @@ class _Unit:
     def _builder(self, key: tuple[str, str], more_tokens: int, counts: dict[str, Any]) -> ShardBuilder:
         builder = self._builders.get(key)
         if builder is not None:
-            if builder.tokens < self._shard_tokens and builder.tokens + more_tokens <= MAX_TOKENS:
+            if builder.token_bytes < self._shard_bytes and builder.tokens + more_tokens <= MAX_TOKENS:
                 return builder
             self._write(key)
         if more_tokens > MAX_TOKENS:
