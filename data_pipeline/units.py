@@ -136,8 +136,7 @@ class _Unit:
     def begin(self, item: InputFile) -> None:
         """What follows comes from `item`."""
         self._counts: dict[str, Any] = {"file": item.name, "bytes": item.bytes, "xxh3_128": None}
-        if item.part:
-            self._counts["row_groups"] = [item.part.first, item.part.end]
+        self._counts["row_groups"] = [item.part.first, item.part.end] if item.part else None
         self._counts |= {"unit": self._number, "records": 0, "documents": 0, "rejected": {}, "repaired": {}}
         self._inputs.append(self._counts)
 
@@ -267,7 +266,8 @@ def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
 
 def count_files(entries: list[dict[str, Any]]) -> int:
     """Input files in lines of inputs.jsonl, of which a file that was read in parts has several."""
-    return sum(entry.get("row_groups", [0])[0] == 0 for entry in entries)
+    # Corpora that were prepared before files were read in parts lack the key.
+    return sum(not entry.get("row_groups") or entry["row_groups"][0] == 0 for entry in entries)
 
 
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:
