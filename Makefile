@@ -1,6 +1,9 @@
 # `make demo` and `make test` do all set-up themselves: a virtual environment in .venv, once.
 PYTHON ?= python3
 VENV := .venv/bin
+# Libraries in compiled languages that are installed where the index has wheels of them, and never built.
+WHEELS := gigatoken,fastokens,splintr-rs,orjson,awkward-cpp
+INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Quiet, offline where a library would otherwise ask the network, no compiler at run time.
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
@@ -22,7 +25,7 @@ check: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(INSTALL) --only-binary $(WHEELS) --editable ".[test,fast-prepare]" || $(INSTALL) --editable ".[test]"
 	touch $@
 
 clean:

@@ -9,12 +9,15 @@ imports and loading not counted, and every library starts with empty caches.
 What is measured: "alone": the documents of the training files, in memory, to one flat array of uint16 or uint32, as str
 in batches of 256 and as bytes in the batches that `prepare` makes. "prepare": the same files from the disk to shards on
 the disk: decompression, JSON, labels, encoding, comparison with the reference, hashes, writing. "reading": up to the
-documents as str. The reference library is measured on the first --reference-bytes of the text.
+documents as str. "least": what no preparation that hands bytes to the library can leave out, in one loop:
+decompression, JSON to str, UTF-8, encoding, narrowing, sha256, writing and flushing to the disk; no accounts, labels,
+comparison or checks. The reference library is measured on the first --reference-bytes of the text.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -31,8 +34,10 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from data_pipeline import sources
+from data_pipeline.archives import read_lines
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
-from data_pipeline.encoders import BACKENDS, DISTRIBUTIONS, build_encoder, choose_encoder
+from data_pipeline.encoders import BACKENDS, DISTRIBUTIONS, Encode, build_encoder, choose_encoder
 from data_pipeline.errors import TokenizerError
 from data_pipeline.progress import METER_LENGTH, Meter
 from data_pipeline.shards import token_dtype
@@ -45,6 +50,7 @@ BATCH_DOCUMENTS = 256
 MEASUREMENTS = {
     "alone": f"alone: str in batches of {BATCH_DOCUMENTS}",
     "batches": f"alone: bytes in batches of {BATCH_BYTES >> 20} MiB, as prepare gives them",
+    "least": "least: no accounts, labels, comparison or checks",
     "prepare": "prepare",
 }
 
@@ -67,7 +73,7 @@ def main() -> None:
     gates = {name: _gate(tokenizer, name, sample) for name in BACKENDS}
     usable = [name for name, refusal in gates.items() if refusal is None]
     measurements = [("reading", "reference"), ("alone", "reference")]
-    measurements += [(kind, name) for name in usable for kind in ("alone", "batches", "prepare")]
+    measurements += [(kind, name) for name in usable for kind in MEASUREMENTS]
     results: dict[tuple[str, str], list[float]] = {key: [] for key in measurements}
     for number in range(options.rounds):
         for key in measurements:
@@ -128,6 +134,10 @@ def _measure(options: argparse.Namespace, measurement: str, backend: str) -> flo
             encoder = build_encoder(tokenizer, backend)
             rest = (source, tokenizer, encoder, config, Path(folder), Meter([0] * METER_LENGTH))
             return _rate(size, lambda: run_unit(1, inputs, *rest))
+        if measurement == "least":
+            encode = BACKENDS[backend](tokenizer)
+            dtype = token_dtype(tokenizer.vocab_size)
+            return _rate(size, lambda: _prepare_least(source, inputs, encode, dtype, Path(folder) / "tokens"))
         if backend == "reference":
             sizes = np.cumsum([len(text.encode()) for text in texts])
             count = int(np.searchsorted(sizes, options.reference_bytes)) + 1
@@ -150,6 +160,29 @@ def _warm_up(tokenizer: Tokenizer, backend: str, config: PrepareConfig, folder: 
     source = open_source(replace(config.data, path=str(folder)))
     encoder = build_encoder(tokenizer, backend)
     run_unit(0, source.inputs(), source, tokenizer, encoder, config, folder, Meter([0] * METER_LENGTH))
+
+
+def _prepare_least(source: Source, inputs: list[InputFile], encode: Encode, dtype: np.dtype, path: Path) -> None:
+    parse = sources.parse_json_fast
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+
+        def flush() -> None:
+            ids = encode(texts)[0].astype(dtype)
+            digest.update(ids)
+            file.write(ids)
+
+        texts: list[bytes] = []
+        filled = 0
+        for item in inputs:
+            for line in read_lines(source.root / item.name, source.config.max_record_bytes, lambda count: None):
+                texts.append(parse(line)["text"].encode())
+                filled += len(texts[-1])
+                if filled >= BATCH_BYTES:
+                    flush()
+                    texts, filled = [], 0
+        flush()
+        os.fsync(file.fileno())
 
 
 def _encode_strings(tokenizer: Tokenizer, backend: str) -> Callable[[list[str]], tuple]:
@@ -231,12 +264,17 @@ def _report(
             "itself alone on str": results["alone", backend],
             "itself alone on large batches of bytes": results["batches", backend],
             f"{tokenizer.library} alone": results["alone", "reference"],
+            "the least": results["least", backend],
         }
         parts = [
             f"{statistics.median(a / b for a, b in zip(mine, theirs, strict=True)):.2f} of {name}"
             for name, theirs in ratios.items()
         ]
         lines.append(f"- prepare with {backend}: {', '.join(parts)}")
+        share = statistics.median(
+            a / b for a, b in zip(results["least", backend], results["batches", backend], strict=True)
+        )
+        lines.append(f"- the least with {backend}: {share:.2f} of itself alone on large batches of bytes")
     return "\n".join(lines) + "\n"
 
 

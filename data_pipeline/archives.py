@@ -45,17 +45,17 @@ def read_lines(path: Path, max_line_bytes: int, on_bytes: OnBytes) -> Iterator[b
     with open(path, "rb", buffering=0) as file:
         for chunk in _chunks(path, file, on_bytes):
             end = chunk.find(b"\n")
-            if end < 0:
-                beginning.add(chunk)
-                continue
-            beginning.add(chunk[:end])
-            yield beginning.take()
             view = memoryview(chunk)
+            if end < 0:
+                beginning.add(view)
+                continue
+            beginning.add(view[:end])
+            yield beginning.take()
             last = chunk.rfind(b"\n")
             while end < last:
                 start, end = end + 1, chunk.find(b"\n", end + 1)
                 yield view[start:end] if end - start <= max_line_bytes else OversizedLine(end - start)
-            beginning.add(chunk[last + 1 :])
+            beginning.add(view[last + 1 :])
     if beginning.bytes:
         yield beginning.take()
 
@@ -66,13 +66,13 @@ class _LineParts:
     def __init__(self, max_bytes: int):
         self.bytes = 0
         self._max_bytes = max_bytes
-        self._parts: list[bytes] = []
+        self._parts: list[memoryview] = []
 
-    def add(self, part: bytes) -> None:
+    def add(self, part: memoryview) -> None:
         self.bytes += len(part)
         if self.bytes > self._max_bytes:
             self._parts.clear()
-        elif part:
+        elif len(part):
             self._parts.append(part)
 
     def take(self) -> bytes | OversizedLine:

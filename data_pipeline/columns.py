@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,66 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 Record = dict[str, Any] | UnicodeDecodeError
 
 
-def read_parquet(path: Path, name: str, config: DataConfig) -> Iterator[tuple[list[Record], float]]:
-    """(records, share of the file read so far) of a Parquet file. Raises PrepareError and what DAMAGE lists."""
+@dataclass(frozen=True)
+class RowGroups:
+    """Consecutive row groups of a Parquet file, `first` to `end` - 1.
+
+    `start_byte`, `end_byte`: their part of the file; those of all runs of row groups cover the file once.
+    """
+
+    first: int
+    end: int
+    start_byte: int
+    end_byte: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end_byte - self.start_byte
+
+
+def cut_row_groups(path: Path, part_bytes: int) -> list[RowGroups]:
+    """The row groups of a Parquet file in runs of at least `part_bytes` each, but for the last.
+
+    Empty where the file cannot be cut: its end is damaged, or its row groups do not lie one after another.
+    """
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            starts = [min(map(_first_byte, map(group.column, range(group.num_columns)))) for group in groups]
+    except pa.ArrowException:
+        return []
+    if len(starts) < 2 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+        return []
+    size = path.stat().st_size
+    runs: list[RowGroups] = []
+    first, start_byte = 0, 0
+    for end, end_byte in enumerate([*starts[1:], size], 1):
+        if end_byte - start_byte >= part_bytes or end == len(starts):
+            runs.append(RowGroups(first, end, start_byte, end_byte))
+            first, start_byte = end, end_byte
+    return runs
+
+
+def _first_byte(chunk: pa.parquet.ColumnChunkMetaData) -> int:
+    return min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+
+
+def first_row(path: Path, part: RowGroups) -> int:
+    """Rows of a Parquet file before `part`. Raises what DAMAGE lists."""
+    with pa.parquet.ParquetFile(path) as file:
+        return sum(file.metadata.row_group(number).num_rows for number in range(part.first))
+
+
+def read_parquet(
+    path: Path, name: str, config: DataConfig, part: RowGroups | None = None
+) -> Iterator[tuple[list[Record], float]]:
+    """(records, share read so far) of a Parquet file or of a part of it. Raises PrepareError and what DAMAGE lists."""
     with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         wanted = _wanted(name, file.schema_arrow.names, config)
-        total = max(1, file.metadata.num_rows)
+        groups = range(file.num_row_groups) if part is None else range(part.first, part.end)
+        total = max(1, sum(file.metadata.row_group(number).num_rows for number in groups))
         rows = 0
-        for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
+        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=wanted):
             rows += batch.num_rows
             yield _records(batch), rows / total
 

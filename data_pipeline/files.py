@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import xxhash
 
 # A damaged byte is found to within one block, and a reader of a range can check what it fetched.
 BLOCK_BYTES = 4 * 1024 * 1024
+# Hashed at once by all hashes, and read again and again into the same memory: stays in the processor's cache.
+HASHED_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,12 @@ class _Hasher:
         self._bytes = 0
 
     def update(self, data: memoryview) -> None:
-        if self._sha256:
-            self._sha256.update(data)
-        self._xxh3.update(data)
         self._bytes += len(data)
         while len(data):
-            part = data[: BLOCK_BYTES - self._block_fill]
+            part = data[: min(HASHED_BYTES, BLOCK_BYTES - self._block_fill)]
+            if self._sha256:
+                self._sha256.update(part)
+            self._xxh3.update(part)
             self._block.update(part)
             self._block_fill += len(part)
             data = data[len(part) :]
@@ -60,14 +63,26 @@ class _Hasher:
         return FileHashes(self._bytes, sha256, self._xxh3.hexdigest(), self._blocks)
 
 
-def hash_file(path: Path, with_sha256: bool = True, on_bytes: Callable[[int], None] | None = None) -> FileHashes:
-    """Checksums of a file as it is on disk now. Without sha256 (left empty) it runs about ten times faster."""
+def hash_file(
+    path: Path,
+    with_sha256: bool = True,
+    on_bytes: Callable[[int], None] | None = None,
+    places: tuple[int, int] | None = None,
+) -> FileHashes:
+    """Checksums of a file as it is on disk now, or of its bytes from places[0] up to places[1].
+
+    Without sha256 (left empty) it runs about ten times faster.
+    """
     hasher = _Hasher(with_sha256)
+    buffer = memoryview(bytearray(HASHED_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while data := file.read(BLOCK_BYTES):
-            hasher.update(memoryview(data))
+        start, end = places or (0, sys.maxsize)
+        file.seek(start)
+        while count := file.readinto(buffer[: end - start]):
+            start += count
+            hasher.update(buffer[:count])
             if on_bytes:
-                on_bytes(len(data))
+                on_bytes(count)
     return hasher.result()
 
 

@@ -15,6 +15,7 @@ from data_pipeline.corpus import Corpus, check_shard_file
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry
 from data_pipeline.token_sequence import open_shard
+from data_pipeline.units import count_files
 
 SAMPLE_TOKENS = 200
 LENGTH_QUANTILES = (0.05, 0.5, 0.95, 1.0)
@@ -148,9 +149,9 @@ def _account_faults(directory: Path, manifest: Manifest, files: list[dict[str, A
             )
     sums = {key: sum(entry[key] for entry in files) for key in ("records", "documents")}
     stated = {key: getattr(manifest.inputs, key) for key in sums}
-    if (sums, len(files)) != (stated, manifest.inputs.files):
+    if (sums, count_files(files)) != (stated, manifest.inputs.files):
         faults.append(
-            f"{path}: {len(files)} files with {sums}, the manifest says {manifest.inputs.files} with {stated}"
+            f"{path}: {count_files(files)} files with {sums}, the manifest says {manifest.inputs.files} with {stated}"
         )
     read: dict[int, int] = {}
     for entry in files:

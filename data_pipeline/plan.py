@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -55,7 +56,9 @@ def refuse_strangers(folder: Path) -> None:
             raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
 
 
-def begin_plan(config: PrepareConfig, folder: Path, inputs: list[InputFile], claims: Claims) -> bool:
+def begin_plan(
+    config: PrepareConfig, folder: Path, inputs: list[InputFile], units: list[list[InputFile]], claims: Claims
+) -> bool:
     """Record what is being prepared, or compare with what was; returns whether the folder had been begun.
 
     Raises PrepareError for other settings or other input files.
@@ -63,7 +66,10 @@ def begin_plan(config: PrepareConfig, folder: Path, inputs: list[InputFile], cla
     work = WorkFolder(folder)
     work.create()
     settings = content_settings(config)
-    text = canonical_json({"settings": settings, "inputs": [[item.name, item.bytes] for item in inputs]})
+    files = [[item.name, item.bytes] for item in inputs]
+    # What is cut where depends on what the files hold, which their sizes do not tell.
+    parts = [[item.name, item.part.first, item.part.end] for unit in units for item in unit if item.part]
+    text = canonical_json({"settings": settings, "inputs": files, "parts": parts})
     while not work.plan.exists():
         with claims.take("plan") as mine:
             if mine and not work.plan.exists():
@@ -74,6 +80,13 @@ def begin_plan(config: PrepareConfig, folder: Path, inputs: list[InputFile], cla
     plan = json.loads(work.plan.read_bytes())
     _refuse_other_settings(folder, plan["settings"], settings)
     _refuse_other_inputs(folder, dict(plan["inputs"]), inputs)
+    planned = plan.get("parts", [])
+    if parts != planned:
+        name = next(a or b for a, b in itertools.zip_longest(parts, planned) if a != b)[0]
+        raise PrepareError(
+            f"{folder}: {name} had other row groups when the preparation was begun; delete the folder and begin "
+            "again, or restore the file"
+        )
     return True
 
 

@@ -35,7 +35,7 @@ from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, conten
 from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
-from data_pipeline.units import UnitRecord, cut_units, losses, sum_counts
+from data_pipeline.units import UnitRecord, count_files, cut_units, losses, sum_counts
 from data_pipeline.workers import Job, Log, WorkFolder, check_losses, run_workers, task_of
 
 REPORT_FILE = "report.jsonl"
@@ -85,18 +85,18 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     work = WorkFolder(folder)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
-        resumed = begin_plan(config, folder, inputs, claims)
+        units = cut_units(source, inputs, config.unit_bytes)
+        resumed = begin_plan(config, folder, inputs, units, claims)
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
-        units = len(cut_units(inputs, config.unit_bytes))
         if resumed:
             _drop_damaged(work, folder, [n for n in sorted(work.finished()) if n % count == index], config.workers)
-            log(f"{folder}: resuming, {len(work.finished())} of {units} units are finished")
+            log(f"{folder}: resuming, {len(work.finished())} of {len(units)} units are finished")
         while True:
-            if len(work.finished()) < units:
+            if len(work.finished()) < len(units):
                 encoder = _choose_encoder(config, source, inputs, tokenizer, work, log)
                 ranks = range(index * config.workers, (index + 1) * config.workers)
                 jobs = [
-                    Job(config, folder, tokenizer.path, encoder.backend, inputs, rank, count * config.workers)
+                    Job(config, folder, tokenizer.path, encoder.backend, units, rank, count * config.workers)
                     for rank in ranks
                 ]
                 run_workers(jobs, source, tokenizer, encoder, claims, log, show_progress)
@@ -104,10 +104,10 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
                 if (folder / MANIFEST_FILE).exists():
                     return Manifest.read(folder)
                 records = work.records()
-                if not mine or len(records) < units:
+                if not mine or len(records) < len(units):
                     log(
-                        f"{folder}: {len(records)} of {units} units are finished, other commands work on the rest; the "
-                        "last one to end finishes the corpus"
+                        f"{folder}: {len(records)} of {len(units)} units are finished, other commands work on the "
+                        "rest; the last one to end finishes the corpus"
                     )
                     return None
                 suspects = [n for n, record in records.items() if record.encoder in work.refused_encoders()]
@@ -115,7 +115,7 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
                     work.record(number).unlink()
                 if suspects:
                     continue
-                manifest = _finish(config, folder, tokenizer, [records[number] for number in range(units)])
+                manifest = _finish(config, folder, tokenizer, [records[number] for number in range(len(units))])
             break
     _remove_leftovers(folder, manifest)
     _log_result(manifest, folder, log)
@@ -220,7 +220,9 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
     total, rejected, _ = losses(records)
     if not shards:
         counts = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no records"
-        raise PrepareError(f"no document was found in {len(files)} inputs ({counts}); check data.path, data.text_field")
+        raise PrepareError(
+            f"no document was found in {count_files(files)} inputs ({counts}); check data.path, data.text_field"
+        )
     check_losses(records, config.data, enough=1)
     documents = sum(entry["documents"] for entry in files)
     assert total == documents + sum(rejected.values()) and documents == sum(shard.documents for shard in shards)
@@ -246,7 +248,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
         inputs=InputsEntry(
             file=INPUTS_FILE,
             sha256=inputs_sha256,
-            files=len(files),
+            files=count_files(files),
             records=total,
             documents=documents,
             rejected=rejected,

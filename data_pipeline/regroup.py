@@ -15,7 +15,7 @@ from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.files import hash_file, write_atomically
 from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry, ShardTable
-from data_pipeline.units import sum_counts
+from data_pipeline.units import count_files, sum_counts
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.
 LINKS: dict[str, Callable[[Path, Path], object]] = {
@@ -142,7 +142,7 @@ def _write(
         inputs=InputsEntry(
             file=first.inputs.file,
             sha256=hash_file(partial / first.inputs.file).sha256,
-            files=len(files),
+            files=count_files(files),
             records=sum(entry["records"] for entry in files),
             documents=sum(entry["documents"] for entry in files),
             rejected=sum_counts(files, "rejected"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 import fnmatch
+import functools
 import hashlib
 import json
 import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +51,9 @@ def _parse_json(line: bytes | memoryview) -> Any:
 
 try:
     # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
-    from orjson import loads as _parse_json_fast
+    from orjson import loads as parse_json_fast
 except ImportError:
-    _parse_json_fast = _parse_json
+    parse_json_fast = _parse_json
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class InputFile:
     name: str
     bytes: int
     split: str | None = None
+    # Only these row groups of it; None: all of it.
+    part: columns.RowGroups | None = None
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.part.bytes if self.part else self.bytes
 
 
 class Document(NamedTuple):
@@ -105,6 +112,10 @@ class Source(abc.ABC):
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         """The records of one input in order; `on_bytes` is told how much of it has been read."""
 
+    def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
+        """`item`, or what it falls into where it is larger than `part_bytes` and can be entered in its middle."""
+        return [item]
+
     def document(self, item: InputFile, text: str, position: int, label: Any = None) -> Document | Rejection:
         if len(text) > self.config.max_record_bytes:
             return self._too_large(item, position, f"{len(text)} characters")
@@ -114,9 +125,9 @@ class Source(abc.ABC):
             split = (
                 split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
             )
-        labelled = isinstance(label, str) and label != ""
-        unlabelled = self.config.source_field is not None and not labelled
-        return Document(text, label if labelled else self.config.source, split, item.name, position, unlabelled)
+        if isinstance(label, str) and label:
+            return Document(text, label, split, item.name, position)
+        return Document(text, self.config.source, split, item.name, position, self.config.source_field is not None)
 
     def _too_large(self, item: InputFile, position: int, size: str) -> Rejection:
         detail = f"{size}, data.max_record_bytes is {self.config.max_record_bytes}"
@@ -163,6 +174,12 @@ def _split_at(share: float, split: SplitConfig) -> str:
 def look_up(record: dict[str, Any], path: list[str]) -> Any:
     """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
     value: Any = record
+    try:
+        for part in path:
+            value = value[part]
+        return value
+    except (KeyError, TypeError):
+        value = record
     for part in path:
         if isinstance(value, str):
             try:
@@ -253,13 +270,24 @@ class TextSource(FileSource):
 class RecordSource(FileSource):
     """Files of records with fields: JSON lines, Parquet or Arrow, or what each file's ending says."""
 
+    def _kind(self, item: InputFile) -> str:
+        if self.config.kind == "records":
+            return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
+        return self.config.kind
+
+    def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
+        if item.bytes <= part_bytes or self._kind(item) != "parquet":
+            return [item]
+        runs = columns.cut_row_groups(self.root / item.name, part_bytes)
+        return [replace(item, part=run) for run in runs] or [item]
+
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
-        kind = self.config.kind
-        if kind == "records":
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
+        kind = self._kind(item)
         if kind == "jsonl":
             return self._read_json_lines(item, on_bytes)
-        return self._read_columns(item, on_bytes, columns.read_parquet if kind == "parquet" else columns.read_arrow)
+        if kind == "arrow":
+            return self._read_columns(item, on_bytes, columns.read_arrow)
+        return self._read_columns(item, on_bytes, functools.partial(columns.read_parquet, part=item.part))
 
     def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         position = 0
@@ -275,7 +303,7 @@ class RecordSource(FileSource):
         if isinstance(line, OversizedLine):
             return self._too_large(item, position, f"a line of {line.bytes} bytes")
         try:
-            record = _parse_json_fast(line)
+            record = parse_json_fast(line)
         except ValueError:
             try:
                 record = _parse_json(line)
@@ -289,17 +317,21 @@ class RecordSource(FileSource):
         position = 0
         told = 0
         try:
+            if item.part:
+                position = columns.first_row(self.root / item.name, item.part)
             for records, share in read(self.root / item.name, item.name, self.config):
                 for record in records:
                     position += 1
                     yield self.from_record(item, record, position)
-                done = int(item.bytes * share)
+                done = int(item.bytes_to_read * share)
                 on_bytes(done - told)
                 told = done
-            on_bytes(item.bytes - told)
+            on_bytes(item.bytes_to_read - told)
         except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            yield Rejection(item.name, position + 1, "damaged_archive", f"{first_line}; what follows is lost")
+            where = f" in row groups {item.part.first} to {item.part.end - 1}" if item.part else ""
+            detail = f"{first_line}; what follows{where} is lost"
+            yield Rejection(item.name, position + 1, "damaged_archive", detail)
 
 
 def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) -> Rejection:

@@ -55,16 +55,19 @@ class UnitRecord:
             return None
 
 
-def cut_units(inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
-    """Consecutive inputs of about `unit_bytes` in all; inputs of unknown size are units of their own."""
+def cut_units(source: Source, inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
+    """Consecutive inputs of about `unit_bytes` in all; inputs of unknown size are units of their own.
+
+    Larger inputs fall into parts where they can be entered in the middle, as Parquet files can.
+    """
     units: list[list[InputFile]] = []
     filled = unit_bytes
-    for item in inputs:
+    for item in (part for whole in inputs for part in source.parts(whole, unit_bytes)):
         if filled >= unit_bytes:
             units.append([])
             filled = 0
         units[-1].append(item)
-        filled += item.bytes if item.bytes or item.split is None else unit_bytes
+        filled += item.bytes_to_read if item.bytes or item.split is None else unit_bytes
     return units
 
 
@@ -90,7 +93,7 @@ def run_unit(
                 unit.begin(item)
                 for record in source.read(item, meter.add_bytes):
                     unit.take(record, item.name in spoiled)
-                unit.end(source.root)
+                unit.end(source.root, item)
             return unit.close()
         except _SpoiledInput as error:
             # Once more without it: what it gave may be in shards already.
@@ -124,14 +127,17 @@ class _Unit:
         self._meter = meter
         self._builders: dict[tuple[str, str], ShardBuilder] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
-        # Of the waiting documents only this is kept: their text as bytes, (split, source) and position.
+        # Of the waiting documents only this is kept: their text as bytes, (split, source), and where they come from
+        # (the counts of their input, position there).
         self._texts: list[bytes] = []
-        self._places: list[tuple[tuple[str, str], int]] = []
+        self._keys: list[tuple[str, str]] = []
+        self._places: list[tuple[dict[str, Any], int]] = []
         self._waiting_bytes = 0
 
     def begin(self, item: InputFile) -> None:
         """What follows comes from `item`."""
         self._counts: dict[str, Any] = {"file": item.name, "bytes": item.bytes, "xxh3_128": None}
+        self._counts["row_groups"] = [item.part.first, item.part.end] if item.part else None
         self._counts |= {"unit": self._number, "records": 0, "documents": 0, "rejected": {}, "repaired": {}}
         self._inputs.append(self._counts)
 
@@ -145,7 +151,7 @@ class _Unit:
             return
         if spoiled:
             # Its file has one line in the report.
-            self._count("rejected", "damaged_archive")
+            _count(self._counts, "rejected", "damaged_archive")
             return
         if not record.text or record.text.isspace():
             self._note("rejected", record.position, "empty", "no text, or only white space")
@@ -159,47 +165,47 @@ class _Unit:
             text = record.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode("utf-8")
             self._note("repaired", record.position, "lone_surrogate", "replaced by U+FFFD")
         self._texts.append(text)
-        self._places.append(((record.split, record.source), record.position))
+        self._keys.append((record.split, record.source))
+        self._places.append((self._counts, record.position))
         self._waiting_bytes += len(text)
         if self._waiting_bytes >= BATCH_BYTES:
             self._flush()
 
-    def end(self, root: Path | None) -> None:
-        """The input that `begin` named has been read."""
-        self._flush()
+    def end(self, root: Path | None, item: InputFile) -> None:
+        """The input that `begin` named has been read. Its last documents may wait for those of the next."""
         if root is not None:
-            self._counts["xxh3_128"] = hash_file(root / self._counts["file"], with_sha256=False).xxh3_128
-        counts = self._counts
-        assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
+            places = (item.part.start_byte, item.part.end_byte) if item.part else None
+            self._counts["xxh3_128"] = hash_file(root / item.name, with_sha256=False, places=places).xxh3_128
 
-    def _count(self, action: str, reason: str) -> None:
-        self._counts[action][reason] = self._counts[action].get(reason, 0) + 1
-
-    def _note(self, action: str, position: int, reason: str, detail: str) -> None:
-        self._count(action, reason)
+    def _note(self, action: str, position: int, reason: str, detail: str, counts: dict[str, Any] | None = None) -> None:
+        """Count and report what happened to a record of the present input, or of the one with these `counts`."""
+        counts = counts or self._counts
+        _count(counts, action, reason)
         if len(self._report) < REPORT_LINES:
-            place = {"file": self._counts["file"], "position": position}
+            place = {"file": counts["file"], "position": position}
             self._report.append({"action": action, **place, "reason": reason, "detail": detail})
 
     def _flush(self) -> None:
-        """Tokenize the waiting documents, all of one input, and hand them to their shards."""
-        texts, places = self._texts, self._places
-        self._texts, self._places, self._waiting_bytes = [], [], 0
+        """Tokenize the waiting documents and hand them to their shards."""
+        texts, keys, places = self._texts, self._keys, self._places
+        self._texts, self._keys, self._places, self._waiting_bytes = [], [], [], 0
         if not texts:
             return
         ids, offsets = self._encoder.encode(texts)
         bounds = offsets.tolist()
         written = 0
-        for text, (key, position), start, end in zip(texts, places, bounds, bounds[1:], strict=False):
+        start = 0
+        for text, key, (counts, position), end in zip(texts, keys, places, bounds[1:], strict=True):
             if start == end:
-                self._note("rejected", position, "empty", "the tokenizer makes no token of it")
+                self._note("rejected", position, "empty", "the tokenizer makes no token of it", counts)
                 continue
-            self._builder(key, end - start + 1).add(ids[start:end], text)
+            self._builder(key, end - start + 1, counts).add(ids[start:end], text)
+            counts["documents"] += 1
             written += 1
-        self._counts["documents"] += written
+            start = end
         self._meter.add_documents(written, len(ids) + written)
 
-    def _builder(self, key: tuple[str, str], more_tokens: int) -> ShardBuilder:
+    def _builder(self, key: tuple[str, str], more_tokens: int, counts: dict[str, Any]) -> ShardBuilder:
         builder = self._builders.get(key)
         if builder is not None:
             if builder.token_bytes < self._shard_bytes and builder.tokens + more_tokens <= MAX_TOKENS:
@@ -207,7 +213,7 @@ class _Unit:
             self._write(key)
         if more_tokens > MAX_TOKENS:
             raise PrepareError(
-                f"{self._counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
+                f"{counts['file']}: a document of {more_tokens} tokens does not fit a shard; lower "
                 "data.max_record_bytes"
             )
         self._builders[key] = ShardBuilder(self._tokenizer.vocab_size, self._tokenizer.eod_id)
@@ -215,11 +221,13 @@ class _Unit:
 
     def close(self) -> UnitRecord:
         """Write what is left; returns the record of the unit."""
+        self._flush()
         for key in sorted(self._builders):
             self._write(key)
         self._shards.sort(key=lambda shard: (shard.split, shard.source, shard.file))
-        written = sum(shard.documents for shard in self._shards)
-        assert written == sum(counts["documents"] for counts in self._inputs)
+        for counts in self._inputs:
+            assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
+        assert sum(shard.documents for shard in self._shards) == sum(counts["documents"] for counts in self._inputs)
         return UnitRecord(self._number, self._encoder.name, self._shards, self._inputs, self._report)
 
     def _write(self, key: tuple[str, str]) -> None:
@@ -234,6 +242,10 @@ class _Unit:
         )
         hashes = builder.write(self._folder / file, shard_metadata(entry, self._fingerprint))
         self._shards.append(dataclasses.replace(entry, **dataclasses.asdict(hashes)))
+
+
+def _count(counts: dict[str, Any], action: str, reason: str) -> None:
+    counts[action][reason] = counts[action].get(reason, 0) + 1
 
 
 def _file_name(label: str) -> str:
@@ -251,6 +263,12 @@ def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
         for reason, count in entry[key].items():
             sums[reason] = sums.get(reason, 0) + count
     return dict(sorted(sums.items()))
+
+
+def count_files(entries: list[dict[str, Any]]) -> int:
+    """Input files in lines of inputs.jsonl, of which a file that was read in parts has several."""
+    # Corpora that were prepared before files were read in parts lack the key.
+    return sum(not entry.get("row_groups") or entry["row_groups"][0] == 0 for entry in entries)
 
 
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from data_pipeline.manifest import MANIFEST_FILE
 from data_pipeline.progress import METER_LENGTH, Meter, Progress
 from data_pipeline.sources import InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.units import UnitRecord, cut_units, losses, run_unit
+from data_pipeline.units import UnitRecord, losses, run_unit
 
 # Records below which a share of rejected ones says little.
 TOLERANCE_RECORDS = 10_000
@@ -87,13 +87,9 @@ class Job:
     folder: Path
     tokenizer_path: Path
     backend: str
-    inputs: list[InputFile]
+    units: list[list[InputFile]]
     rank: int
     ranks: int
-    units: list[list[InputFile]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.units = cut_units(self.inputs, self.config.unit_bytes)
 
 
 def task_of(config: PrepareConfig) -> tuple[int, int]:
@@ -120,7 +116,7 @@ def run_workers(
     Raises the DataError or OSError of a worker.
     """
     work = WorkFolder(jobs[0].folder)
-    unit_bytes = [sum(item.bytes for item in unit) for unit in jobs[0].units]
+    unit_bytes = [sum(item.bytes_to_read for item in unit) for unit in jobs[0].units]
     context = multiprocessing.get_context("spawn")
     numbers = [context.RawArray("q", METER_LENGTH) for _ in jobs]
     with Progress(unit_bytes, work.finished, numbers, log, shown) as progress:
@@ -243,7 +239,8 @@ def check_losses(records: list[UnitRecord], data: DataConfig, enough: int) -> No
     total, rejected, places = losses(records)
     tolerance = data.tolerance
     problems = []
-    damaged = sum("damaged_archive" in entry["rejected"] for record in records for entry in record.inputs)
+    entries = (entry for record in records for entry in record.inputs)
+    damaged = len({entry["file"] for entry in entries if "damaged_archive" in entry["rejected"]})
     if damaged > tolerance.damaged_files:
         problems.append(f"{damaged} damaged files, data.tolerance.damaged_files allows {tolerance.damaged_files}")
     count = sum(rejected.values())

@@ -173,7 +173,7 @@ def test_records_that_give_no_document(tmp_path, reason):
 def test_unusual_json_means_the_same_with_both_parsers(tmp_path, monkeypatch, line, text):
     (tmp_path / "a.jsonl").write_bytes(line)
     with_any = read(tmp_path)
-    monkeypatch.setattr(sources, "_parse_json_fast", sources._parse_json)
+    monkeypatch.setattr(sources, "parse_json_fast", sources._parse_json)
     assert read(tmp_path) == with_any == ([text], [])
 
 
@@ -186,7 +186,7 @@ def test_the_fast_parser_rejects_what_the_standard_library_rejects(tmp_path, mon
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     with_orjson = read(tmp_path)
-    monkeypatch.setattr(sources, "_parse_json_fast", sources._parse_json)
+    monkeypatch.setattr(sources, "parse_json_fast", sources._parse_json)
     assert read(tmp_path) == with_orjson
 
 
