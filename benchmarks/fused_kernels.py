@@ -1,9 +1,9 @@
 """The fused loss, head norm and mLSTM step beside plain PyTorch, eager and compiled, in one run on a CUDA device.
 
-    python -m benchmarks.fused_kernels [head_norm] [step] [loss] [head_norm_tiles] [step_tiles] [loss_tiles]
+    python -m benchmarks.fused_kernels [loss] [head_norm] [step] [tiles]
 
 Each part first holds the results against the reference. Times are medians over inputs that are larger than the L2 cache
-in sum; bandwidths are shares of a large copy that is measured in the same run. The tiles are other block shapes.
+in sum; bandwidths are shares of a large copy that is measured in the same run. `tiles` times other block shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +134,7 @@ def loss() -> None:
 
 def head_norm(bandwidth: float) -> None:
     """Forward, and forward + backward, of the gated head norm, bf16."""
-    print("\ngated head norm, bf16 (ms, share of the bandwidth of a large copy: 3 tensors forward, 5 backward)")
+    print("\ngated head norm, bf16 (ms, share of copy bandwidth: 3 tensors forward, 5 backward)")
     print(f"{'B S NH DV':>18} {'pass':>9} {'ours':>14} {'compiled':>14} {'eager':>14}")
     for batch, length, heads, head_dim in [(1, 8192, 8, 512), (8, 8192, 8, 512), (8, 2048, 4, 256), (8, 2048, 4, 192)]:
         bytes_each = batch * length * heads * head_dim * 2
@@ -193,10 +192,10 @@ def _step_sets(batch: int, heads: int, key_dim: int, value_dim: int, columns: in
 
 def step(bandwidth: float) -> None:
     """One token through a layer, bf16 inputs, fp32 state; many layers in one CUDA graph."""
-    print("\nmLSTM step in a CUDA graph: us a layer, share of the bandwidth of a large copy")
-    print("copies: of C alone, of the same size, in a graph; in turn: each step starts when the one before has ended")
-    names = ("ours", "no prefetch", "in turn", "copies", "reference")
-    print(f"{'B NH DK DV':>18} {'GB/s':>6} " + " ".join(f"{name:>14}" for name in names))
+    print(
+        "\nmLSTM step in a CUDA graph (us a layer; share of copy bandwidth; and of copies of the same size in a graph)"
+    )
+    print(f"{'B NH DK DV':>18} {'ours':>9} {'GB/s':>6} {'share':>6} {'of copies':>9} {'reference':>10}")
     for batch, heads, key_dim, value_dim in [
         (1, 8, 256, 512),
         (4, 8, 256, 512),
@@ -212,25 +211,22 @@ def step(bandwidth: float) -> None:
         expected = mlstm_step_reference(*inputs, states[1], "exp", True, 1e-6)
         check("  step", {"h": h, **vars(states[0])}, {"h": expected, **vars(states[1])}, 4e-3)
         moved = 2 * (state.C.nbytes + state.n.nbytes // state.n.shape[2])
-        steps = [lambda x=x: mlstm_step(*x, backend="triton") for x in sets]
-        times = [graph_milliseconds(steps)]
-        with mock.patch.object(step_fused, "EARLY_PROGRAMS", 0):
-            times.append(graph_milliseconds(steps))
-        with mock.patch.object(step_fused, "can_start_early", lambda device: False):
-            times.append(graph_milliseconds(steps))
+        ours = graph_milliseconds([lambda x=x: mlstm_step(*x, backend="triton") for x in sets])
         targets = [torch.empty_like(x[-1].C) for x in sets[: max(2, len(sets) // 2)]]
         pairs = [(target, x[-1].C) for target, x in zip(targets, sets, strict=False)]
-        times.append(graph_milliseconds([lambda t=t, s=s: t.copy_(s) for t, s in pairs]))
-        times.append(graph_milliseconds([lambda x=x: mlstm_step_reference(*x, "exp", True, 1e-6) for x in sets]))
-        cells = [f"{1e3 * time:8.2f} {moved / (1e-3 * time) / bandwidth:5.0%}" for time in times]
-        shape = f"{batch} {heads} {key_dim} {value_dim}"
-        print(f"{shape:>18} {moved / (1e-3 * times[0]) / 1e9:6.0f} {' '.join(cells)}")
-        del sets, steps, targets, pairs
+        copies = graph_milliseconds([lambda t=t, s=s: t.copy_(s) for t, s in pairs])
+        plain = graph_milliseconds([lambda x=x: mlstm_step_reference(*x, "exp", True, 1e-6) for x in sets])
+        rate, shape = moved / (1e-3 * ours), f"{batch} {heads} {key_dim} {value_dim}"
+        print(
+            f"{shape:>18} {1e3 * ours:9.2f} {rate / 1e9:6.0f} {rate / bandwidth:6.0%} {copies / ours:9.0%} "
+            f"{1e3 * plain:10.2f}"
+        )
+        del sets, targets, pairs
 
 
-def loss_tiles(bandwidth: float) -> None:
-    """Other block shapes than the ones in use, and other chunks of tokens."""
-    print("\nloss, block shapes")
+def tiles(bandwidth: float) -> None:
+    """Other block shapes than the ones in use, for all three."""
+    print("\nblock shapes")
     logits = torch.randn(4096, VOCABULARY, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(0, VOCABULARY, (4096,), device=DEVICE)
     losses = torch.empty(4096, device=DEVICE)
@@ -257,11 +253,6 @@ def loss_tiles(bandwidth: float) -> None:
             settings = {"soft_cap": CAP, "chunk_tokens": chunk, "backend": "triton"}
             time = milliseconds([partial(linear_cross_entropy_sum, hidden, weight, targets, **settings)], 10)
             print(f"  loss {tokens} x {width}, chunks of {chunk}: forward with gradients {time:.3f} ms")
-
-
-def head_norm_tiles(bandwidth: float) -> None:
-    """Other block shapes than the ones in use, at 1 x 8192 tokens of 8 heads of 512."""
-    print("\nhead norm, block shapes")
     h = torch.randn(1, 8192, 8, 512, device=DEVICE, dtype=torch.bfloat16)
     arguments = (h, torch.randn_like(h).flatten(2), torch.rand_like(h[0, 0]).flatten())
     used = norm_fused._FORWARD_WARPS, norm_fused._BACKWARD_WARPS, norm_fused.TOKENS_PER_PARTIAL, norm_fused._STAGES
@@ -275,11 +266,6 @@ def head_norm_tiles(bandwidth: float) -> None:
         share = 5 * h.nbytes / (1e-3 * time) / bandwidth
         print(f"  head norm backward, {warps} warps, {tokens} tokens, {stages} stages: {time:.3f} ms, {share:.0%}")
     norm_fused._FORWARD_WARPS, norm_fused._BACKWARD_WARPS, norm_fused.TOKENS_PER_PARTIAL, norm_fused._STAGES = used
-
-
-def step_tiles(bandwidth: float) -> None:
-    """Other block shapes than the ones in use, in a CUDA graph, 8 heads of 256/512."""
-    print("\nmLSTM step, block shapes")
     used = step_fused.NUM_WARPS
     for batch in (1, 64):
         for columns, warps in [(32, 8), (32, 4), (32, 16), (16, 4), (16, 8), (64, 8), (64, 16)]:
@@ -298,16 +284,9 @@ def main(parts: list[str]) -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, "
         f"copy {bandwidth / 1e12:.2f} TB/s, chunk of {loss_fused.CHUNK_TOKENS} tokens"
     )
-    functions = {
-        "head_norm": head_norm,
-        "step": step,
-        "loss": lambda _: loss(),
-        "head_norm_tiles": head_norm_tiles,
-        "step_tiles": step_tiles,
-        "loss_tiles": loss_tiles,
-    }
-    for name in parts or functions:
-        functions[name](bandwidth)
+    for name in parts or ["loss", "head_norm", "step", "tiles"]:
+        part = {"loss": lambda _: loss(), "head_norm": head_norm, "step": step, "tiles": tiles}[name]
+        part(bandwidth)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Nothing outside them may import Triton at module level: there is none on a Mac, where the references run.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -45,16 +43,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def can_start_early(device: torch.device) -> bool:
-    """Whether a kernel can start before the one ahead of it has ended: programmatic dependent launch, since Hopper.
-
-    Args:
-        device: where the kernel runs; the current device.
-    """
-    if INTERPRETED:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90

@@ -3,12 +3,6 @@
 Every program keeps the normaliser n and the stabiliser m of its group for itself, so that none reads what another
 writes (kernels.mlstm.step.DecodingState).
 
-Where the GPU can, a step starts before the kernel ahead of it has ended (programmatic dependent launch): at B = 1 the
-way from one kernel to the next takes about as long as the memory traffic. What the kernel ahead writes may be
-unfinished until gdc_wait returns, so nothing is loaded before. Prefetches into the L2 cache are sound: all programs of
-a GPU read and write through it, and a later store changes a line that is there like any other. A kernel behind a step
-that is launched without the attribute starts when the step has ended.
-
 Axes: B batch, NH heads, DK query/key and DV value dimension of a head, T groups of columns.
 """
 
@@ -17,13 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import can_start_early, ceil_div, next_power_of_two
+from kernels.triton_support import next_power_of_two
 
 NUM_WARPS = 8
-# Programs that prefetch: as many as an H100 or H200 holds at a time, four a multiprocessor. Others start too late to.
-EARLY_PROGRAMS = 512
-# float32 elements in the 32 bytes that the L2 cache fetches at least.
-_SECTOR: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -33,13 +23,6 @@ def _log_sigmoid(x):
     rounded = 1.0 + e
     correction = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
     return tl.minimum(x, 0.0) - correction
-
-
-@triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["q_batch", "k_batch", "v_batch", "igate_batch", "fgate_batch"])
@@ -72,8 +55,6 @@ def _step(
     COLUMNS: tl.constexpr,
     EXP_GATE: tl.constexpr,
     NORMALISER: tl.constexpr,
-    START_EARLY: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     cell = tl.program_id(1).to(tl.int64)
     batch, head = cell // NH, cell % NH
@@ -82,39 +63,18 @@ def _step(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row_inside, column_inside = row < DK, column < DV
 
-    keys, queries = k + batch * k_batch + head * k_head, q + batch * q_batch + head * q_head
-    values = v + batch * v_batch + head * v_head
-    igates = igate_preact + batch * igate_batch + head * igate_head
-    fgates = fgate_preact + batch * fgate_batch + head * fgate_head
-
-    if START_EARLY:
-        # At once, so that the next step waits and prefetches while this one runs.
-        tl.extra.cuda.gdc_launch_dependents()
-        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < EARLY:
-            near_row, near_column = tl.minimum(row, DK - 1), tl.minimum(column, DV - 1)
-            sector = tl.minimum(tl.program_id(0) * COLUMNS + _SECTOR * tl.arange(0, COLUMNS // _SECTOR), DV - 1)
-            _prefetch(C + cell * (DK * DV) + near_row[:, None] * DV + sector[None, :])
-            _prefetch(n + group * DK + near_row)
-            _prefetch(m + group)
-            _prefetch(keys + near_row)
-            _prefetch(queries + near_row)
-            _prefetch(values + near_column)
-            _prefetch(igates)
-            _prefetch(fgates)
-        tl.extra.cuda.gdc_wait()
-
     # All loads before any use, the memory first: without barriers the compiler puts waits for some before others. Nor
     # may a thread overwrite what another, that holds the same element, has yet to read.
     at = C + cell * (DK * DV) + row[:, None] * DV + column[None, :]
     inside = row_inside[:, None] & column_inside[None, :]
     memory = tl.load(at, inside, 0.0)
     tl.debug_barrier()
-    key = tl.load(keys + row, row_inside, 0.0)
-    query = tl.load(queries + row, row_inside, 0.0)
-    value = tl.load(values + column, column_inside, 0.0)
+    key = tl.load(k + batch * k_batch + head * k_head + row, row_inside, 0.0)
+    query = tl.load(q + batch * q_batch + head * q_head + row, row_inside, 0.0)
+    value = tl.load(v + batch * v_batch + head * v_head + column, column_inside, 0.0)
     normaliser = tl.load(n + group * DK + row, row_inside, 0.0)
-    igate = tl.load(igates)
-    fgate = tl.load(fgates)
+    igate = tl.load(igate_preact + batch * igate_batch + head * igate_head)
+    fgate = tl.load(fgate_preact + batch * fgate_batch + head * fgate_head)
     m_before = tl.load(m + group)
     tl.debug_barrier()
 
@@ -162,10 +122,9 @@ def launch_step(
     h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = max(16, next_power_of_two(key_dim))
     groups = n.shape[2]
-    columns = max(16, next_power_of_two(ceil_div(value_dim, groups)))
-    assert ceil_div(value_dim, columns) == groups, "the columns of a group are a power of two"
+    columns = max(16, next_power_of_two(triton.cdiv(value_dim, groups)))
+    assert triton.cdiv(value_dim, columns) == groups, "the columns of a group are a power of two"
     with torch.cuda.device_of(q):
-        start_early = can_start_early(q.device)
         _step[(groups, batch * heads)](
             q,
             k,
@@ -190,11 +149,7 @@ def launch_step(
             COLUMNS=columns,
             EXP_GATE=gate == "exp",
             NORMALISER=normaliser,
-            START_EARLY=start_early,
-            EARLY=EARLY_PROGRAMS,
             num_warps=NUM_WARPS,
-            # The interpreter does not know the option.
-            **({"launch_pdl": True} if start_early else {}),
         )
     return h
 

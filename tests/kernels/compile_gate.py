@@ -43,8 +43,6 @@ class CompiledKernel:
         mma: instructions for tensor cores in the manner of Ampere, half as fast or less.
         local_stores: st.local in the PTX.
         asynchronous_copies: cp.async and TMA loads in the PTX: a pipelined loop has some.
-        loads_before_wait: from global memory, ahead of the wait of programmatic dependent launch, so possibly of what
-            the kernel before has yet to write; None without such a wait.
     """
 
     name: str
@@ -56,7 +54,6 @@ class CompiledKernel:
     mma: int
     local_stores: int
     asynchronous_copies: int
-    loads_before_wait: int | None
 
 
 def compile_launches(calls: list[tuple[Callable, dict]], timeout: float = 500) -> list[list[CompiledKernel]]:
@@ -151,12 +148,6 @@ def _spills_in_loop(sass: str) -> int | None:
     return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for loop in inner for text in bodies[loop])
 
 
-def _loads_before_wait(sass: str) -> int | None:
-    """As CompiledKernel.loads_before_wait, from cuobjdump's listing."""
-    before, wait, _ = sass.partition("ACQBULK")
-    return len(re.findall(r"\bLDG", before)) if wait else None
-
-
 def _describe(name: str, kernel) -> CompiledKernel:
     import triton
 
@@ -177,7 +168,6 @@ def _describe(name: str, kernel) -> CompiledKernel:
         mma=len(re.findall(r"(?<!w)(?<!wg)mma\.sync", ptx)),
         local_stores=len(re.findall(r"st\.local", ptx)),
         asynchronous_copies=len(re.findall(r"cp\.async\.(?:ca|cg|bulk)", ptx)),
-        loads_before_wait=_loads_before_wait(usage),
     )
 
 

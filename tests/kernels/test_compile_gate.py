@@ -37,17 +37,6 @@ def launch(size, warps):
     _product[(1,)](a, b, torch.empty(size, size), SIZE=size, num_warps=warps)
 
 
-@triton.jit
-def _wait_between_loads(x, out):
-    before = tl.load(x)
-    tl.extra.cuda.gdc_wait()
-    tl.store(out, before + tl.load(x + 1))
-
-
-def launch_wait():
-    _wait_between_loads[(1,)](torch.empty(4), torch.empty(4), num_warps=1)
-
-
 def launch_nothing_that_compiles():
     _product[(1,)](torch.empty(4), torch.empty(4), torch.empty(4), SIZE=48)
 
@@ -67,11 +56,6 @@ def test_tells_spills_in_a_loop_from_others():
     cases = [(launch, 64), (launch_many, 64), (launch_many, 256)]
     (single,), (lean,), (crowded,) = compile_launches([(f, {"size": size, "warps": 4}) for f, size in cases])
     assert single.spills_in_loop is None and lean.spills_in_loop == 0 and crowded.spills_in_loop > 0
-
-
-def test_counts_the_loads_before_a_wait():
-    (without,), (early,) = compile_launches([(launch, {"size": 64, "warps": 4}), (launch_wait, {})])
-    assert without.loads_before_wait is None and early.loads_before_wait == 1
 
 
 def test_names_the_call_that_does_not_compile():
