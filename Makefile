@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin
 # Libraries in compiled languages that are installed where the index has wheels of them, and never built.
-WHEELS := gigatoken,fastokens,splintr-rs,orjson,awkward-cpp
+WHEELS := gigatoken,fastokens,splintr-rs,msgspec,awkward-cpp
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Quiet, offline where a library would otherwise ask the network, no compiler at run time.
 export HF_HUB_OFFLINE ?= 1

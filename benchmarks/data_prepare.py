@@ -231,7 +231,7 @@ def _report(
     results: dict[tuple[str, str], list[float]],
 ) -> str:
     command = f"python -m benchmarks.data_prepare CORPUS {options.tokenizer.name} --rounds {options.rounds}"
-    libraries = ["tokenizers", "sentencepiece", *DISTRIBUTIONS.values(), "orjson", "zstandard", "pyarrow", "numpy"]
+    libraries = ["tokenizers", "sentencepiece", *DISTRIBUTIONS.values(), "msgspec", "zstandard", "pyarrow", "numpy"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
         "# Preparing on one core",

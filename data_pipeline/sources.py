@@ -51,7 +51,7 @@ def _parse_json(line: bytes | memoryview) -> Any:
 
 try:
     # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
-    from orjson import loads as parse_json_fast
+    from msgspec.json import decode as parse_json_fast
 except ImportError:
     parse_json_fast = _parse_json
 
@@ -304,7 +304,7 @@ class RecordSource(FileSource):
             return self._too_large(item, position, f"a line of {line.bytes} bytes")
         try:
             record = parse_json_fast(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 record = _parse_json(line)
             except ValueError as error:

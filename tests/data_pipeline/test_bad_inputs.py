@@ -178,16 +178,16 @@ def test_unusual_json_means_the_same_with_both_parsers(tmp_path, monkeypatch, li
 
 
 def test_the_fast_parser_rejects_what_the_standard_library_rejects(tmp_path, monkeypatch):
-    pytest.importorskip("orjson")
+    pytest.importorskip("msgspec")
     lines = [line for lines in RECORDS.values() for line in lines] + [
         b"[" * 5000,
         b'{"text": "\x01"}',
         b"\xef\xbb\xbf{}",
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with_orjson = read(tmp_path)
+    with_msgspec = read(tmp_path)
     monkeypatch.setattr(sources, "parse_json_fast", sources._parse_json)
-    assert read(tmp_path) == with_orjson
+    assert read(tmp_path) == with_msgspec
 
 
 def test_a_line_is_never_held_beyond_the_limit(tmp_path):
