@@ -1,9 +1,9 @@
 """Who works on what, told by files, so that any number of processes on any number of nodes can share a preparation.
 
-A claim is a file created exclusively. Its holder touches it now and then; on the machine of the holder a claim ends
-with the process, elsewhere when nothing has touched it for LEASE_SECONDS. A claim that has ended is followed by one
-with the next number, which again only one process can create. Were two processes ever to work on one thing, both would
-write the same bytes under names of their own and rename them to the same name.
+A claim is a file that only one process can make, and that appears whole. Its holder touches it now and then; on the
+machine of the holder a claim ends with the process, elsewhere when nothing has touched it for LEASE_SECONDS. A claim
+that has ended is followed by one with the next number, which again only one process can make. Were two processes ever
+to work on one thing, both would write the same bytes under names of their own and rename them to the same name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,12 +77,15 @@ class Claims:
         if files and not self._has_ended(files[-1]):
             return None
         path = self._folder / f"{name}.{len(files)}"
+        # A second name of a file that is written: a kill never leaves a claim that does not tell its holder.
+        written = self._folder / f"{uuid.uuid4().hex}.partial"
+        written.write_text(json.dumps(_identity(os.getpid())))
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            os.link(written, path)
         except FileExistsError:
             return None
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(_identity(os.getpid()), file)
+        finally:
+            written.unlink()
         return path
 
     def _has_ended(self, path: Path) -> bool:

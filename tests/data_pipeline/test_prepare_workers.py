@@ -169,6 +169,37 @@ def test_only_one_claim_at_a_time_and_none_after_its_end(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def claim_and_die(claims: Claims, lines: int) -> bool:
+    """Claim "x" in a child process that is killed after so many lines of code; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        left = lines
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code is not Claims._create.__code__:
+                return None
+            left -= event == "line"
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        claims._create("x")
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def test_a_kill_at_any_line_of_claiming_leaves_nothing_to_wait_for(tmp_path):
+    claims = Claims(tmp_path)
+    lines = 0
+    while claim_and_die(claims, lines):
+        with claims.take("x") as mine:
+            assert mine, f"killed after {lines} lines of claiming"
+        lines += 1
+    assert lines >= 6
+
+
 def write_claim(folder: Path, **changes: object) -> Path:
     identity = {"machine": claims_module._machine(), "pid": os.getpid(), "started": 1.0}
     (folder / "x.0").write_text(json.dumps({**identity, **changes}))
