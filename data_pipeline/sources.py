@@ -174,12 +174,6 @@ def _split_at(share: float, split: SplitConfig) -> str:
 def look_up(record: dict[str, Any], path: list[str]) -> Any:
     """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
     value: Any = record
-    try:
-        for part in path:
-            value = value[part]
-        return value
-    except (KeyError, TypeError):
-        value = record
     for part in path:
         if isinstance(value, str):
             try:
