@@ -113,10 +113,10 @@ class Stages:
         )
 
     def gradients(self, p):
+        reading = launch_backward.Reading(self.q, self.grad_h, self.rows, self.scaled, self.grad_scores)
         return launch_backward.token_gradients(
-            p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.decay, self.entering, self.leaving,
-            self.scaled, self.grad_scores,
-        )  # fmt: skip
+            p, self.k, self.v, reading, self.packed, self.decay, self.entering, self.leaving
+        )
 
     def run(self, stage: str, tile: Tile):
         """Call one kernel with a tile."""

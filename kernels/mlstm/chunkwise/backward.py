@@ -44,10 +44,12 @@ def _token_gradient(
     BT: tl.constexpr,
     VECTOR: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """result = matrix_weight * upstream @ matrix + vector_weight * vector + block @ others, BN columns of WIDTH.
 
-    products: of `own` with the first two terms, by row. Pointers are at the first of BM rows, and of all columns.
+    products: of `own` with the first two terms, by row. Without BLOCK there is no third term. Pointers are at the first
+    of BM rows, and of all columns.
     """
     rows = tl.arange(0, BM)
     columns = first_column + tl.arange(0, BN)
@@ -67,10 +69,11 @@ def _token_gradient(
     if PRODUCTS:
         own_here = tl.load(own + row * own_stride + columns[None, :], mask=inside, other=0.0)
         tl.store(products + rows, tl.sum(own_here.to(tl.float32) * grad, axis=1))
-    grad = add_product(
-        grad, block, block_row_stride, block_inner_stride, BM, others + first_column, others_stride, 1, column_end,
-        others_end, BM, BN, BT, True, WIDTH % BN != 0,
-    )  # fmt: skip
+    if BLOCK:
+        grad = add_product(
+            grad, block, block_row_stride, block_inner_stride, BM, others + first_column, others_stride, 1, column_end,
+            others_end, BM, BN, BT, True, WIDTH % BN != 0,
+        )  # fmt: skip
     tl.store(result + row * result_stride + columns[None, :], grad.to(result.dtype.element_ty), mask=inside)
 
 
@@ -152,6 +155,7 @@ def token_gradients_kernel(
     BT: tl.constexpr,
     BS: tl.constexpr,
     NORMALISER: tl.constexpr,
+    READ_OUT: tl.constexpr,
 ):
     """grad_q = matrix_weight * grad_h C^T + vector_weight * n + grad_scores k
     grad_k = added * (v dC^T + dn) + grad_scores^T q
@@ -159,13 +163,15 @@ def token_gradients_kernel(
 
     C and n (`matrices`, `vectors`) enter a chunk; dC and dn belong to what leaves it. query_products and key_products
     [tiles of DK, BH, NC * L] float32 are the products of q and k with all but the last term of their gradients,
-    state_products [L / BM, BH, NC] summands of what the chunk leaves of C and n, times dC and dn.
+    state_products [L / BM, BH, NC] summands of what the chunk leaves of C and n, times dC and dn. Without READ_OUT
+    nothing read the memory: there are no q, grad_h and scores, and no gradient of q.
     """
     tiles_k: tl.constexpr = (DK + BN - 1) // BN
     tiles_v: tl.constexpr = (DV + BN - 1) // BN
     pid = tl.program_id(0)
     # The product of the states comes first: it takes longest, and brings them into the cache.
-    job, first_row, chunk, chunk_start, batch, head, bh = locate_tile(pid, NH, NC, 1 + 2 * tiles_k + tiles_v, L, BM)
+    jobs: tl.constexpr = 1 + tiles_k + tiles_v + (tiles_k if READ_OUT else 0)
+    job, first_row, chunk, chunk_start, batch, head, bh = locate_tile(pid, NH, NC, jobs, L, BM)
     row_stride = row_stride.to(tl.int64)
     state = bh * NC + chunk
     matrices += state * DK * DV
@@ -176,15 +182,19 @@ def token_gradients_kernel(
     token = batch * S + first_row
     row = first_row.to(tl.int64)
     row_end = S - first_row
-    q += batch * q_stride_b + head * q_stride_h + row * q_stride_s
     k += batch * k_stride_b + head * k_stride_h + row * k_stride_s
     v += batch * v_stride_b + head * v_stride_h + row * v_stride_s
-    grad_h += batch * g_stride_b + head * g_stride_h + row * g_stride_s
-    # Of the tile's rows as they read, and of its columns as they are read, by themselves and later rows.
-    read_by_rows = here * L
-    read_at_columns = here * L + first_row - chunk_start
     later = tl.minimum(chunk_start + L, S) - first_row
     added = weights + 3 * row_stride + here
+    if READ_OUT:
+        q += batch * q_stride_b + head * q_stride_h + row * q_stride_s
+        grad_h += batch * g_stride_b + head * g_stride_h + row * g_stride_s
+        # Of the tile's rows as they read, from the chunk's first column on; of its columns as they are read, by
+        # themselves and later rows.
+        read_by_rows = grad_scores + here * L
+        read_at_columns = here * L + first_row - chunk_start
+        scores += read_at_columns
+        grad_scores += read_at_columns
     if job == 0:
         part = (first_row - chunk_start) // BM
         product = _state_product(
@@ -195,28 +205,28 @@ def token_gradients_kernel(
     elif job <= tiles_k:
         tile = job - 1
         _token_gradient(
+            v, v_stride_s, grad_matrices, 1, DV, added, grad_vectors, added,
+            k, k_stride_s, key_products + tile * row_stride + here,
+            grad_scores, 1, L, q, q_stride_s, later,
+            grad_k + (token * NH + head) * DK, NH * DK, row_end, tile * BN,
+            DK, DV, BM, BN, BK, BT, NORMALISER, True, READ_OUT,
+        )  # fmt: skip
+    elif job <= tiles_k + tiles_v:
+        tile = job - 1 - tiles_k
+        _token_gradient(
+            k, k_stride_s, grad_matrices, DV, 1, added, grad_vectors, added, v, v_stride_s, key_products,
+            scores, 1, L, grad_h, g_stride_s, later,
+            grad_v + (token * NH + head) * DV, NH * DV, row_end, tile * BN,
+            DV, DK, BM, BN, BK, BT, False, False, READ_OUT,
+        )  # fmt: skip
+    elif READ_OUT:
+        tile = job - 1 - tiles_k - tiles_v
+        _token_gradient(
             grad_h, g_stride_s, matrices, 1, DV, row_weights + 2 * row_stride + here,
             vectors, row_weights + 3 * row_stride + here,
             q, q_stride_s, query_products + tile * row_stride + here,
-            grad_scores + read_by_rows, L, 1, k - (first_row - chunk_start).to(tl.int64) * k_stride_s, k_stride_s,
+            read_by_rows, L, 1, k - (first_row - chunk_start).to(tl.int64) * k_stride_s, k_stride_s,
             tl.minimum(first_row + BM, S) - chunk_start,
             grad_q + (token * NH + head) * DK, NH * DK, row_end, tile * BN,
-            DK, DV, BM, BN, BK, BT, NORMALISER, True,
-        )  # fmt: skip
-    elif job <= 2 * tiles_k:
-        tile = job - 1 - tiles_k
-        _token_gradient(
-            v, v_stride_s, grad_matrices, 1, DV, added, grad_vectors, added,
-            k, k_stride_s, key_products + tile * row_stride + here,
-            grad_scores + read_at_columns, 1, L, q, q_stride_s, later,
-            grad_k + (token * NH + head) * DK, NH * DK, row_end, tile * BN,
-            DK, DV, BM, BN, BK, BT, NORMALISER, True,
-        )  # fmt: skip
-    else:
-        tile = job - 1 - 2 * tiles_k
-        _token_gradient(
-            k, k_stride_s, grad_matrices, DV, 1, added, grad_vectors, added, v, v_stride_s, key_products,
-            scores + read_at_columns, 1, L, grad_h, g_stride_s, later,
-            grad_v + (token * NH + head) * DV, NH * DV, row_end, tile * BN,
-            DV, DK, BM, BN, BK, BT, False, False,
+            DK, DV, BM, BN, BK, BT, NORMALISER, True, True,
         )  # fmt: skip

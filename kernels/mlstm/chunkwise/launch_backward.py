@@ -98,14 +98,29 @@ def score_gradients(
     return scores, grad_scores, weight_sums
 
 
-@dataclass
-class TokenGradients:
-    """q, k [B, S, NH, DK] and v [B, S, NH, DV]: gradients. What the gates' gradients are made of, float32: by tile of
-    columns q . (the memory's part of its gradient) and k likewise [tiles, BH, SP], and, in summands, the product of
-    what each chunk leaves of its entering memory with the gradient of that [summands, BH, NC].
+@dataclass(frozen=True)
+class Reading:
+    """What read the memory: q [B, S, NH, DK], the gradient of h [B, S, NH, DV], the result of `row_weights`, and the
+    first two results of `score_gradients`.
     """
 
     q: Tensor
+    grad_h: Tensor
+    row_weights: Tensor
+    scores: Tensor
+    grad_scores: Tensor
+
+
+@dataclass
+class TokenGradients:
+    """q (None if nothing read the memory), k [B, S, NH, DK] and v [B, S, NH, DV]: gradients.
+
+    What the gates' gradients are made of, float32: by tile of columns q . (the memory's part of its gradient) and k
+    likewise [tiles, BH, SP], and, in summands, the product of what each chunk leaves of its entering memory with the
+    gradient of that [summands, BH, NC].
+    """
+
+    q: Tensor | None
     k: Tensor
     v: Tensor
     query_products: Tensor
@@ -115,41 +130,43 @@ class TokenGradients:
 
 def token_gradients(
     problem: Problem,
-    q: Tensor,
     k: Tensor,
     v: Tensor,
-    grad_h: Tensor,
+    reading: Reading | None,
     packed: Tensor,
-    rows: Tensor,
     chunk_decay: Tensor,
     entering: States,
     leaving: States,
-    scores: Tensor,
-    grad_scores: Tensor,
 ) -> TokenGradients:
     """entering: the memory before each chunk; leaving: the gradient of the memory behind each."""
     tiles, tile = problem.tiles, problem.tiles.gradients
     key_dim, value_dim = problem.key_dim, problem.value_dim
     key_tiles, value_tiles = ceil_div(key_dim, tile.columns), ceil_div(value_dim, tile.columns)
     row_tiles = tiles.chunk // tile.rows
-    products = packed.new_empty(2, key_tiles, problem.sequences, problem.padded)
+    by_key_tile = (key_tiles, problem.sequences, problem.padded)
     result = TokenGradients(
-        *(x.new_empty(x.shape) for x in (q, k, v)), *products, packed.new_empty(row_tiles, *chunk_decay.shape)
+        q=None if reading is None else k.new_empty(k.shape),
+        k=k.new_empty(k.shape),
+        v=v.new_empty(v.shape),
+        query_products=packed.new_zeros(by_key_tile) if reading is None else packed.new_empty(by_key_tile),
+        key_products=packed.new_empty(by_key_tile),
+        state_products=packed.new_empty(row_tiles, *chunk_decay.shape),
     )
-    token_gradients_kernel[((1 + 2 * key_tiles + value_tiles) * row_tiles * problem.chunks * problem.sequences,)](
-        q,
+    jobs = 1 + key_tiles + value_tiles + (0 if reading is None else key_tiles)
+    token_gradients_kernel[(jobs * row_tiles * problem.chunks * problem.sequences,)](
+        None if reading is None else reading.q,
         k,
         v,
-        grad_h,
+        None if reading is None else reading.grad_h,
         packed,
-        rows,
+        None if reading is None else reading.row_weights,
         chunk_decay,
         entering.matrices,
         entering.vectors,
         leaving.matrices,
         leaving.vectors,
-        scores,
-        grad_scores,
+        None if reading is None else reading.scores,
+        None if reading is None else reading.grad_scores,
         result.q,
         result.k,
         result.v,
@@ -160,10 +177,10 @@ def token_gradients(
         problem.heads,
         problem.chunks,
         problem.row_stride,
-        *strides(q),
+        *strides(k if reading is None else reading.q),
         *strides(k),
         *strides(v),
-        *strides(grad_h),
+        *strides(v if reading is None else reading.grad_h),
         DK=key_dim,
         DV=value_dim,
         L=tiles.chunk,
@@ -173,6 +190,7 @@ def token_gradients(
         BT=tile.tokens,
         BS=min(512 * tile.warps, next_power_of_two(key_dim * value_dim)),
         NORMALISER=problem.normaliser,
+        READ_OUT=reading is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

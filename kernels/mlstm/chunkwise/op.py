@@ -15,8 +15,9 @@ from torch import Tensor
 from kernels.mlstm.chunkwise import launch, launch_backward
 from kernels.mlstm.chunkwise.gates import ADDED, WEIGHT_ROWS
 from kernels.mlstm.chunkwise.launch import States
+from kernels.mlstm.chunkwise.launch_backward import Reading
 from kernels.mlstm.chunkwise.problem import Documents, Problem
-from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, ROW_WEIGHT_ROWS, VECTOR_WEIGHT
+from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 
 
 def _flat(state: Tensor | None) -> Tensor | None:
@@ -146,9 +147,8 @@ def mlstm_chunkwise_backward(
         store_after=has_initial,
     )
     scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-    tokens = launch_backward.token_gradients(
-        problem, q, k, v, grad_h, packed, rows, chunk_decay, entering, leaving, scores, grad_scores
-    )
+    reading = Reading(q, grad_h, rows, scores, grad_scores)
+    tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
     del entering
     gates = (igate_preact, fgate_preact)
     grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
@@ -304,12 +304,8 @@ def mlstm_chunkwise_state_backward(
     leaving = launch.states(
         problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
     )
-    no_rows = packed.new_zeros(ROW_WEIGHT_ROWS, problem.sequences, problem.padded)
-    no_scores = k.new_zeros(problem.sequences, problem.padded, problem.tiles.chunk)
     no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
-    tokens = launch_backward.token_gradients(
-        problem, k, k, v, v, packed, no_rows, chunk_decay, entering, leaving, no_scores, no_scores
-    )
+    tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
     gates = (igate_preact, fgate_preact)
     grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
     return tokens.k, tokens.v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
