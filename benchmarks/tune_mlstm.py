@@ -1,10 +1,11 @@
 """Finds the fastest tiles of the mLSTM's kernels for a GPU, among those that pass against the reference.
 
-    python -m benchmarks.tune_mlstm --output tiles.json [--shapes 8,8192,8,256,512 ...]
+    python -m benchmarks.tune_mlstm --report times.json --table tiles.json [--shapes 8,8192,8,256,512 ...]
 
 Each kernel is timed by itself on random inputs, for each chunk size; a tile is admitted only if forward and backward
-with it agree with the float64 reference. The result has every admitted time, and the best tiles of each chunk size
-with the sums of their times. kernels/mlstm/chunkwise/tuned/ holds the tables of the GPUs that were tuned.
+with it agree with the float64 reference. The report has every time, and the best tiles of each chunk size with the sums
+of their times. The table has the tiles of the fastest chunk size, for many sequences and for few (one sequence of the
+batch), which are summed in the same order; kernels/mlstm/chunkwise/tuned/ holds the tables of the GPUs that were tuned.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
@@ -50,8 +51,13 @@ def _grid(rows, columns, inner, tokens, warps_and_stages) -> list[Tile]:
     ]
 
 
-def candidates(stage: str, chunk: int) -> list[Tile]:
-    """Tiles worth a trial for a kernel."""
+def candidates(stage: str, chunk: int, like: Tiles | None = None) -> list[Tile]:
+    """Tiles worth a trial for a kernel; of those, with `like`, the ones that sum in the same order as its tiles."""
+    if like is not None:
+        same = getattr(like, stage)
+        if stage not in ("states", "read_out"):
+            return [same]
+        return [t for t in candidates(stage, chunk) if (t.inner, t.tokens) == (same.inner, same.tokens)]
     if stage == "states":
         found = _grid((64, 128), (128, 256), (16,), (64, 128), ((4, 3), (8, 3), (8, 2), (8, 4)))
         return [t for t in found if t.tokens <= chunk]
@@ -163,8 +169,8 @@ def _compile(job) -> str | None:
         del triton
 
 
-def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
-    """Best tiles and all times, ms, for one shape and each chunk size."""
+def tune(shape: tuple[int, ...], chunks: list[int], seconds: float, like: Tiles | None = None) -> dict:
+    """Best tiles and all times, ms, for one shape and each chunk size; `like` as for `candidates`."""
     from triton.testing import do_bench
 
     report: dict = {"shape": shape, "chunks": {}}
@@ -177,7 +183,7 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float) -> dict:
         best: dict[str, tuple[float, Tile]] = {}
         for stage in STAGES:
             times[stage] = measured = {}
-            for tile in candidates(stage, chunk):
+            for tile in candidates(stage, chunk, like):
                 fitted = tiles.fit(with_tile(base, stage, tile), shape[3], shape[4])
                 tile = getattr(fitted, stage)
                 if tile in measured or time.monotonic() > end:
@@ -288,11 +294,28 @@ def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
     return all(error <= limit for error, limit in zip(errors, LIMITS.values(), strict=True))
 
 
+def add_to_table(path: Path, device: str, found: dict, versions: dict[str, str]) -> Tiles:
+    """Write what `tune` found for a shape into a table, by its fastest chunk size; returns those tiles."""
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"device": device, "entries": []}
+    if table["device"] != device:
+        raise SystemExit(f"--table {path} is of {table['device']}, this is {device}: name another file")
+    batch, _, heads, key_dim, value_dim = found["shape"]
+    chunk, best = min(found["chunks"].items(), key=lambda item: item[1]["whole"][1])
+    cut = {"chunk": chunk} | {stage: tile for stage, (_, tile) in best["best"].items()}
+    place = {"key_dim": key_dim, "value_dim": value_dim, "few_sequences": batch * heads <= tiles.FEW_SEQUENCES}
+    others = [entry for entry in table["entries"] if any(entry[key] != value for key, value in place.items())]
+    entry = {**place, "shape": list(found["shape"]), **versions, "tiles": cut}
+    table["entries"] = sorted([*others, entry], key=lambda e: (-e["key_dim"], -e["value_dim"], e["few_sequences"]))
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return tiles.parse_tiles(cut)
+
+
 def main() -> None:
     """Compile every candidate in parallel, then check and time each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="*", default=["8,8192,8,256,512", "1,8192,8,256,512", "8,8192,16,128,256"])
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--table", type=Path, required=True, help="its entries of other head dimensions stay")
+    parser.add_argument("--shapes", nargs="*", default=["8,8192,8,256,512", "8,8192,16,128,256", "8,8192,6,64,128"])
     parser.add_argument("--chunks", nargs="*", type=int, default=list(CHUNKS))
     parser.add_argument("--seconds", type=float, default=120, help="for the timing of each shape and chunk size")
     arguments = parser.parse_args()
@@ -313,15 +336,16 @@ def main() -> None:
     print(
         f"{len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s, {len(failures)} did not", set(failures)
     )
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__,
-        "shapes": [],
-    }
+    versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+    report = {"device": torch.cuda.get_device_name(), **versions, "shapes": []}
     for shape in shapes:
-        report["shapes"].append(tune(shape, arguments.chunks, arguments.seconds * len(arguments.chunks)))
-        arguments.output.write_text(json.dumps(report, indent=1))
+        like = None
+        for batch in (shape[0], 1) if shape[2] <= tiles.FEW_SEQUENCES else (shape[0],):
+            few = (batch, *shape[1:])
+            chunks = arguments.chunks if like is None else [like.chunk]
+            report["shapes"].append(tune(few, chunks, arguments.seconds * len(chunks), like))
+            arguments.report.write_text(json.dumps(report, indent=1))
+            like = add_to_table(arguments.table, report["device"], report["shapes"][-1], versions)
     print(f"done in {time.monotonic() - start:.0f} s")
 
 
