@@ -115,7 +115,8 @@ def draw(path: Path, title: str, cases: list[Case], contenders: list[Contender],
     shown = [case for case in cases if any((case.name, c.name) in by_key for c in contenders)]
     if not shown:
         return
-    figure, panels = pyplot.subplots(len(shown), 1, figsize=(8, 2.6 * len(shown)), squeeze=False)
+    size = (8, 2.6 * len(shown))
+    figure, panels = pyplot.subplots(len(shown), 1, figsize=size, squeeze=False, layout="constrained")
     for case, panel in zip(shown, panels[:, 0], strict=True):
         names = [c.name for c in contenders if (case.name, c.name) in by_key]
         for offset, part, label in ((-0.2, "forward", "forward"), (0.2, "both", "forward + backward")):
@@ -128,7 +129,6 @@ def draw(path: Path, title: str, cases: list[Case], contenders: list[Contender],
         panel.set_xlabel("ms", fontsize=8)
         panel.margins(x=0.12)
     panels[0, 0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=9, wrap=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

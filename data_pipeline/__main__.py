@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+from data_pipeline.config import OrderConfig
 from data_pipeline.errors import DataError
 
 PREPARE_HELP = """\
@@ -63,12 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--sample", type=int, metavar="I", help="show sample I of a run: where it comes from, its text"
     )
-    inspect.add_argument("--split", default="train", help="split of the sample (default: train)")
-    inspect.add_argument("--sequence-length", type=int, default=256, metavar="S", help="of the run (default: 256)")
-    inspect.add_argument("--seed", type=int, default=0, help="of the run's data order (default: 0)")
     inspect.add_argument(
-        "--weight", action="append", default=[], metavar="SOURCE=W", help="mixture weight of the run (repeat for each)"
+        "--run",
+        type=Path,
+        metavar="RUN",
+        dest="run_directory",
+        help="folder of the run, whose config.yaml has its order of samples; instead of the options below",
     )
+    inspect.add_argument("--split", help="split of the sample (default: train)")
+    inspect.add_argument("--sequence-length", type=int, metavar="S", help="of the run (default: 256)")
+    inspect.add_argument("--seed", type=int, help="of the run's data order (default: 0)")
+    inspect.add_argument(
+        "--weight", action="append", metavar="SOURCE=W", help="mixture weight of the run (repeat for each)"
+    )
+    inspect.add_argument("--window-shards", type=int, metavar="W", help="corpus.window_shards of the run")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check every file of a corpus against its manifest")
     verify.add_argument("directory", type=Path, help="corpus folder")
@@ -112,17 +122,54 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from conf import ConfigError
+    from data_pipeline.corpus import Corpus
     from data_pipeline.inspection import show_corpus, show_sample
+    from data_pipeline.run_order import open_order
 
+    keys = ("split", "sequence_length", "seed", "weight", "window_shards")
+    given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
     if options.sample is None:
+        if given or options.run_directory is not None:
+            raise ConfigError([f"{names or '--run'}: only --sample uses it; say which with --sample I"])
         show_corpus(options.directory)
         return 0
+    if given and options.run_directory is not None:
+        raise ConfigError([f"{names}: --run {options.run_directory} says it already; leave out one of the two"])
     try:
-        weights = {name: float(value) for name, _, value in (w.rpartition("=") for w in options.weight)} or None
-        show_sample(options.directory, options.split, options.sequence_length, options.seed, weights, options.sample)
+        if options.run_directory is not None:
+            order, sequence_length, seed, global_batch_size = _order_of_run(options.run_directory)
+        else:
+            weights = {name: float(value) for name, _, value in (w.rpartition("=") for w in given.get("weight", []))}
+            order = OrderConfig(
+                split=given.get("split", "train"), weights=weights or None, window_shards=options.window_shards
+            )
+            # No phase begins at a step.
+            sequence_length, seed, global_batch_size = given.get("sequence_length", 256), given.get("seed", 0), 1
+        corpus = Corpus.open(options.directory)
+        show_sample(open_order(corpus, order, sequence_length, seed, global_batch_size), options.sample)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([str(error)]) from None
     return 0
+
+
+def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
+    """The order of a run that has started, its sequence length, seed and global batch size. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    from conf import ConfigError, to_dataclass
+
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError([f"--run: {path}: no such file; give the folder of a run that has started"])
+    run = OmegaConf.load(path)
+    if run.corpus.directory is None:
+        raise ConfigError([f"--run: {path}: the run tokenizes what it reads (corpus.live) and has no corpus"])
+    keys = {field.name for field in fields(OrderConfig)}
+    order = to_dataclass(OrderConfig, {key: value for key, value in run.corpus.items() if key in keys})
+    return order, run.training.sequence_length, run.seed, run.training.global_batch_size
 
 
 def _verify(options: argparse.Namespace) -> int:

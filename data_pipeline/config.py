@@ -1,4 +1,6 @@
-"""The settings of a preparation: where text comes from, how it is split and tokenized, what is written where."""
+"""The settings of a preparation (where text comes from, how it is split and tokenized, what is written where), and of
+the order in which a run reads what was prepared.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +112,40 @@ class PrepareConfig:
     shard_bytes: int = 128 * 2**20
     # Input files are grouped into units of about this size on disk, in bytes; a kill costs one unit for each worker.
     unit_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class MixturePhaseConfig:
+    """A later change of the mixture; exactly one of from_step and from_sample is set."""
+
+    # Optimizer step or sample of the run from which it holds.
+    from_step: int | None = None
+    from_sample: int | None = None
+    # As in OrderConfig.
+    weights: dict[str, float] | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """The order in which a run reads a prepared corpus; its keys stand under `corpus` in the configuration of a run."""
+
+    split: str = "train"
+    # Share of each source by its label, in tokens; null: by `temperature`.
+    weights: dict[str, float] | None = None
+    # Shares in proportion to size ** (1 / temperature): 1 is proportional, large is even; null: proportional.
+    temperature: float | None = None
+    # Passes over a source, by its label, after which it is left out and the others share its place; null: no caps.
+    epoch_caps: dict[str, float] | None = None
+    # Changes of the mixture during the run.
+    phases: list[MixturePhaseConfig] = field(default_factory=list)
+    # concatenate: documents one after another, cut at the end of each sample. best_fit: no document is cut that fits.
+    packing: str = "concatenate"
+    # Where the plan of packing=best_fit is kept; null: packing/ in the corpus folder.
+    packing_directory: str | None = None
+    # Shards that are read at a time: those of a pass are permuted and taken in windows of so many, samples permuted
+    # inside a window. For a remote corpus larger than its cache; null: all samples permuted as a whole.
+    window_shards: int | None = None
 
 
 def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:

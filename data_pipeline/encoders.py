@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Container, Sequence
+from importlib import import_module
 from importlib.metadata import version
 
 import numpy as np
@@ -192,9 +193,13 @@ def choose_encoder(
 
 
 def _reason(name: str, error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return f"not installed (pip install '.[fast-prepare]' or pip install {DISTRIBUTIONS[name]})"
-    return _first_line(error)
+    if not isinstance(error, ModuleNotFoundError):
+        return _first_line(error)
+    remedy = f"(pip install '.[fast-prepare]' or pip install {DISTRIBUTIONS[name]})"
+    missing = (error.name or "").partition(".")[0]
+    if missing in ("", name, DISTRIBUTIONS[name]):
+        return f"not installed {remedy}"
+    return f"it needs the package {missing}, which is not installed {remedy}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -231,6 +236,8 @@ def _ranges(ids: Sequence[int]) -> list[tuple[int, int]]:
 def _gigatoken(tokenizer: Tokenizer) -> Encode:
     import gigatoken
 
+    # Where it is missing gigatoken gives lists in place of arrays, without a word.
+    import_module("awkward")
     if tokenizer.kind == "sentencepiece":
         model = gigatoken.Tokenizer.from_sentencepiece(tokenizer.path)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from data_pipeline.corpus import Corpus, check_shard_file
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry
+from data_pipeline.stream import SampleStream
 from data_pipeline.token_sequence import open_shard
 from data_pipeline.units import count_files
 
@@ -75,24 +75,20 @@ def _show_source(corpus: Corpus, split: str, source: str) -> None:
     )
 
 
-def show_sample(
-    directory: Path, split: str, sequence_length: int, seed: int, weights: Mapping[str, float] | None, index: int
-) -> None:
+def show_sample(stream: SampleStream, index: int) -> None:
     """Print sample `index` of a run: source, epoch, shard and token range, document starts, text."""
-    from data_pipeline.mixture import MixtureConfig
-    from data_pipeline.stream import SampleStream
-
-    corpus = Corpus.open(directory)
-    stream = SampleStream(corpus, split, sequence_length, seed, MixtureConfig(weights))
     origin = stream.origin(index)
     batch = stream.batch(index, 1)
-    print(f"sample {index} of the order {stream.fingerprint[:16]} (split {split}, seed {seed}, S={sequence_length})")
+    settings = f"split {stream.split}, seed {stream.seed}, S={stream.sequence_length}"
+    if stream.window_shards is not None:
+        settings += f", windows of {stream.window_shards} shards"
+    print(f"sample {index} of the order {stream.fingerprint[:16]} ({settings})")
     print(f"source {origin.source}, epoch {origin.epoch}, sample {origin.sample} of it")
     for file, first, end in origin.parts:
         print(f"  {file}: tokens {first} to {end - 1}")
     starts = batch.document_start[0].nonzero().flatten().tolist()
     print(f"documents start at positions {starts}")
-    print(_indented(corpus.tokenizer().decode(batch.tokens[0].tolist())))
+    print(_indented(stream.corpus.tokenizer().decode(batch.tokens[0].tolist())))
 
 
 def _indented(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, OrderConfig, TokenizerConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
@@ -34,18 +34,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class MixturePhaseConfig:
-    """A later change of the mixture; exactly one of from_step and from_sample is set."""
-
-    # Optimizer step or sample of the run from which it holds.
-    from_step: int | None = None
-    from_sample: int | None = None
-    # As in CorpusConfig.
-    weights: dict[str, float] | None = None
-    temperature: float | None = None
-
-
-@dataclass(frozen=True)
 class LiveConfig:
     """Text that is tokenized while the run reads it, instead of a prepared corpus."""
 
@@ -55,7 +43,7 @@ class LiveConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(OrderConfig):
     """The prepared corpus (`python -m data_pipeline prepare`) that the run reads, and in which order."""
 
     # A folder, or a URL of any file system that fsspec knows.
@@ -65,24 +53,8 @@ class CorpusConfig:
     # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine, and how many GiB of them.
     cache_directory: str | None = None
     cache_gib: float = 100.0
-    split: str = "train"
-    # Share of each source by its label, in tokens; null: by `temperature`.
-    weights: dict[str, float] | None = None
-    # Shares in proportion to size ** (1 / temperature): 1 is proportional, large is even; null: proportional.
-    temperature: float | None = None
-    # Passes over a source, by its label, after which it is left out and the others share its place; null: no caps.
-    epoch_caps: dict[str, float] | None = None
-    # Changes of the mixture during the run.
-    phases: list[MixturePhaseConfig] = field(default_factory=list)
     # Passes over a source that the run may make before it is refused.
     max_epochs: float = 4.0
-    # concatenate: documents one after another, cut at the end of each sample. best_fit: no document is cut that fits.
-    packing: str = "concatenate"
-    # Where the plan of packing=best_fit is kept; null: packing/ in the corpus folder.
-    packing_directory: str | None = None
-    # Shards that are read at a time: those of a pass are permuted and taken in windows of so many, samples permuted
-    # inside a window. For a remote corpus larger than its cache; null: all samples permuted as a whole.
-    window_shards: int | None = None
     # A damaged or missing shard ends the run (fail), or its samples have no targets and are logged (skip).
     on_corrupt: str = "fail"
     # Optimizer steps that each rank reads ahead, and the threads that do it.

@@ -8,26 +8,13 @@ from typing import Any
 from data_pipeline.config import validate_data, validate_tokenizer
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
-from data_pipeline.mixture import MixtureConfig, Phase, check_mixture
+from data_pipeline.mixture import check_mixture
 from data_pipeline.on_the_fly import LiveCorpus, LiveStream
 from data_pipeline.remote import CacheSettings, is_remote
+from data_pipeline.run_order import mixture_of, open_order
 from data_pipeline.stream import SampleStream
 from train.config import CorpusConfig, RunConfig
 from train.plan import Plan
-
-
-def mixture_of(config: RunConfig) -> MixtureConfig:
-    """The mixture in samples: phases of the configuration may begin at a step."""
-    corpus = config.corpus
-    phases = tuple(
-        Phase(
-            phase.from_sample if phase.from_step is None else phase.from_step * config.training.global_batch_size,
-            phase.weights,
-            phase.temperature,
-        )
-        for phase in corpus.phases
-    )
-    return MixtureConfig(corpus.weights, corpus.temperature, corpus.epoch_caps, phases)
 
 
 def validate_corpus(config: CorpusConfig) -> list[str]:
@@ -128,7 +115,8 @@ def misfits_of_mixture(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[s
     if isinstance(corpus, LiveCorpus):
         return []
     sources = dict.fromkeys(corpus.sources(config.corpus.split), 1)
-    return [f"corpus.{problem}" for problem in check_mixture(mixture_of(config), sources)]
+    mixture = mixture_of(config.corpus, config.training.global_batch_size)
+    return [f"corpus.{problem}" for problem in check_mixture(mixture, sources)]
 
 
 def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = False) -> SampleStream | LiveStream:
@@ -137,16 +125,12 @@ def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = Fals
     if isinstance(corpus, LiveCorpus):
         lanes = training.global_batch_size
         return LiveStream(corpus, training.sequence_length, config.seed, lanes, config.corpus.max_epochs)
-    packing_directory = config.corpus.packing_directory
-    return SampleStream(
+    return open_order(
         corpus,
-        config.corpus.split,
+        config.corpus,
         training.sequence_length,
         config.seed,
-        mixture_of(config),
-        packing=config.corpus.packing,
-        packing_directory=None if packing_directory is None else Path(packing_directory),
-        window_shards=config.corpus.window_shards,
+        training.global_batch_size,
         on_corrupt=config.corpus.on_corrupt,
         pin=pin,
     )

@@ -14,9 +14,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -74,7 +75,10 @@ class RunLock:
 
 
 class EventLog:
-    """events.jsonl: a header, then one line for each thing that happened to the run, never rewritten. Rank 0 writes."""
+    """events.jsonl: a header, then one line for each thing that happened to the run, never rewritten. Rank 0 writes.
+
+    A last line that a kill left torn is cut off before the next is written.
+    """
 
     def __init__(self, path: Path, is_main: bool):
         self.path = path
@@ -85,11 +89,29 @@ class EventLog:
         if not self.is_main:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("ab+") as file:
+            # A second command for the run, refused because the first holds the run's lock, says so here as well.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _mend_last_line(file)
             lines = [{"time": now, "event": kind, **fields}]
             if file.tell() == 0:
                 lines.insert(0, {"time": now, "event": "header", "format_version": EVENTS_FORMAT_VERSION})
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _mend_last_line(file: BinaryIO) -> None:
+    """Leave `file` at the end of a whole line: a whole last one gets the line end it lacks, a torn one is cut off."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read() in (b"", b"\n"):
+        return
+    file.seek(0)
+    last = file.read().splitlines()[-1]
+    if _parsed([last]):
+        file.write(b"\n")
+    else:
+        file.truncate(end - len(last))
+        file.seek(0, os.SEEK_END)
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
@@ -113,11 +135,15 @@ def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every line that parses: a run that was killed while it wrote leaves a torn last one."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
+    return _parsed(path.read_bytes().splitlines()) if path.is_file() else []
+
+
+def _parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    parsed = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            parsed.append(json.loads(line))
+    return parsed
 
 
 def write_atomically(path: Path, text: str) -> None:

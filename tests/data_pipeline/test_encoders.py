@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +132,31 @@ def test_every_batch_is_sampled(hugging_face_file):
     encoder = _fast(lambda texts: flat([[7] for _ in texts]), tokenizer)
     with pytest.raises(EncoderMismatchError, match="its ids differ from tokenizers"):
         encoder.encode([random_text(random.Random(0), 50).encode()])
+
+
+CHOOSE_WITHOUT = """\
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[2:]))
+from data_pipeline.encoders import choose_encoder
+from data_pipeline.tokenizer import Tokenizer
+print(choose_encoder(Tokenizer.load(sys.argv[1]), "auto", list)[1][0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (["awkward"], "it needs the package awkward, which is not installed"),
+        (["awkward_cpp"], "it needs the package awkward_cpp, which is not installed"),
+        (["gigatoken", "awkward"], "not installed"),
+    ],
+)
+def test_a_missing_package_beside_a_library_is_named(hugging_face_file, missing, reason):
+    pytest.importorskip("gigatoken")
+    command = [sys.executable, "-c", CHOOSE_WITHOUT, str(hugging_face_file), *missing]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    remedy = "(pip install '.[fast-prepare]' or pip install gigatoken)"
+    assert done.stdout.strip() == f"not encoding with gigatoken: {reason} {remedy}"
 
 
 class PanicException(BaseException):

@@ -1,0 +1,61 @@
+"""events.jsonl stays readable, and loses nothing that was whole, wherever a kill tore its last line."""
+
+import fcntl
+import json
+import threading
+
+from train.run_directory import EventLog, read_events
+
+
+def event_names(run_directory):
+    return [event["event"] for event in read_events(run_directory)]
+
+
+def test_an_event_after_a_torn_line_stands_on_its_own(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, is_main=True)
+    log.append("start", world_size=2, steps=10)
+    log.append("error", message="line\nend, \u2028, \u00e9")
+    written = path.read_bytes()
+    header, *events = written.splitlines(keepends=True)
+    for length in range(len(written) + 1):
+        path.write_bytes(written[:length])
+        log.append("complete", step=10, reason=None)
+        found = path.read_bytes().splitlines(keepends=True)
+        lines = [json.loads(line) for line in found]
+        assert [line["event"] for line in lines].index("header") == 0
+        whole = [
+            event
+            for number, event in enumerate(events)
+            if length >= len(header) + len(b"".join(events[: number + 1]).rstrip(b"\n"))
+        ]
+        assert found[1:-1] == whole, f"after {length} of {len(written)} bytes"
+        assert event_names(tmp_path) == [json.loads(event)["event"] for event in whole] + ["complete"]
+
+
+def test_bytes_that_are_no_text_at_the_end_are_cut_off(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, is_main=True)
+    log.append("start", world_size=1, steps=1)
+    for tail in (b"\x00" * 100, b'{"event": "\xff'):
+        with path.open("ab") as file:
+            file.write(tail)
+        assert set(event_names(tmp_path)) == {"start"}
+        log.append("start", world_size=1, steps=1)
+        assert path.read_bytes().isascii() and b"\x00" not in path.read_bytes()
+
+
+def test_two_commands_of_one_run_do_not_cut_off_each_others_lines(tmp_path):
+    path = tmp_path / "events.jsonl"
+    EventLog(path, is_main=True).append("start", world_size=1, steps=1)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b'{"time": "2026-01-01T00:00:00Z", "event": ')
+        file.flush()
+        other = threading.Thread(target=lambda: EventLog(path, is_main=True).append("error", message="in use"))
+        other.start()
+        other.join(timeout=0.3)
+        assert other.is_alive()
+        file.write(b'"save"}\n')
+    other.join(timeout=60)
+    assert event_names(tmp_path) == ["start", "save", "error"]
