@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
 from kernels.mlstm.chunkwise import launch
+from kernels.mlstm.chunkwise.tiles import FEW_SEQUENCES
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
@@ -295,6 +296,23 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 
 
 @compiled_only
+@pytest.mark.parametrize("dims", [(64, 128), (128, 256), (256, 512), (384, 384), (512, 512)], ids=str)
+def test_the_cuts_for_few_and_for_many_sequences_give_the_same_bits(device, dims):
+    shape = (FEW_SEQUENCES // 4 + 1, 700, 4, *dims)
+    inputs = make_inputs(shape, torch.bfloat16, device)
+    starts = make_starts(shape, device)
+    weights = torch.randn(*shape[:3], dims[1], device=device, dtype=torch.bfloat16)
+
+    def all_results(batch):
+        here = [x[batch].detach().requires_grad_() for x in inputs]
+        h, _ = triton_cell(*here, document_start=starts[batch])
+        return [h, *torch.autograd.grad(h, here, weights[batch])]
+
+    for many, few in zip(all_results(slice(None)), all_results(slice(1, 2)), strict=True):
+        assert torch.equal(many[1:2], few)
+
+
+@compiled_only
 def test_other_lengths_and_batches_compile_nothing_anew(device):
     from kernels.mlstm.chunkwise import launch_backward
 
@@ -303,11 +321,14 @@ def test_other_lengths_and_batches_compile_nothing_anew(device):
     def variants():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
-    run(triton_cell, make_inputs((1, 160, 2, 64, 128), torch.bfloat16, device), None, torch.bfloat16)
+    def run_all(sizes):
+        for batch, length in sizes:
+            run(triton_cell, make_inputs((batch, length, 2, 64, 128), torch.bfloat16, device), None, torch.bfloat16)
+
+    # Of tuned head dimensions there is a cut for few sequences and one for many.
+    run_all([(1, 160), (FEW_SEQUENCES, 160)])
     before = variants()
-    for batch, length in [(3, 160), (1, 1), (2, 1000), (16, 333)]:
-        shape = (batch, length, 2, 64, 128)
-        run(triton_cell, make_inputs(shape, torch.bfloat16, device), None, torch.bfloat16)
+    run_all([(3, 160), (1, 1), (2, 1000), (FEW_SEQUENCES // 2, 70), (16, 333), (40, 33)])
     assert variants() == before
 
 
