@@ -5,10 +5,11 @@ Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a he
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
-from kernels.mlstm.chunkwise import launch
+from kernels.mlstm.chunkwise import launch, tiles
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
@@ -249,6 +250,24 @@ def test_is_a_well_behaved_operator(device):
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell, test_utils=checks)
     alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone, test_utils=checks)
+
+
+def test_other_sizes_are_traced_by_symbols(device, monkeypatch):
+    """torch.compile takes a size that changes for a symbol: after the first, one graph for any batch and length."""
+    monkeypatch.setattr(tiles, "FEW_SEQUENCES", 2)
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    compiled = torch.compile(triton_cell, fullgraph=True, backend=backend)
+    for batch, length in [(2, 66), (3, 70), (4, 68)]:
+        inputs = make_inputs((batch, length, 1, 16, 16), torch.float32, device)
+        actual = run(compiled, inputs, None, torch.float32)
+    assert len(graphs) == 2
+    expected = run(triton_cell, inputs, None, torch.float32)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
 @bitwise
