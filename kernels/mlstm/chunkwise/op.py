@@ -188,7 +188,10 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):
     ) = ctx.saved_tensors  # fmt: skip
     return_state, gate, normaliser, eps, keep_chunk_states = ctx.settings
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    if return_state and (grad_C is not None or grad_n is not None):
+    if not return_state:
+        # Those of the empty tensors in the state's place.
+        grad_C = grad_n = None
+    elif grad_C is not None or grad_n is not None:
         grad_C, grad_n = _without_gaps(grad_C, grad_n, k, v)
     grads = mlstm_chunkwise_backward(
         readable(grad_h.to(h.dtype)),
