@@ -319,9 +319,9 @@ def _(
     grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay,
     gate, normaliser,
 ):  # fmt: skip
+    problem = Problem.of(k, v, gate, normaliser, 0.0)
     grads = [x.new_empty(x.shape) for x in (k, v)] + [packed.new_empty(x.shape) for x in (igate_preact, fgate_preact)]
-    initial = _no_state(packed, 2) if C_initial is None else [torch.empty_like(x) for x in (grad_C, grad_n)]
-    return *grads, *initial
+    return *grads, *(_no_state(packed, 2) if C_initial is None else _fake_state(problem, packed)[:2])
 
 
 def _setup_state_context(ctx, inputs, output):

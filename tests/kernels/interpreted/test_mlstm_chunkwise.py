@@ -249,6 +249,12 @@ def test_is_a_well_behaved_operator(device):
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
     alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone)
+    with torch.no_grad():
+        C, n, _, *kept = torch.ops.xlstm_pretrain.mlstm_chunkwise_state(*alone)
+    # The gradient of a state that was transposed.
+    backward = (C.mT.contiguous().mT, n, *alone[:7], *kept, "exp", True)
+    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state_backward.default, backward)
 
 
 def test_other_sizes_are_traced_by_symbols(device, monkeypatch):
