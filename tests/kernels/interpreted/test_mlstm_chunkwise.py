@@ -144,6 +144,29 @@ def test_gate_regimes(regime, dtype, device):
     compare(make_inputs(shape, dtype, device, regime), None, document_start=make_starts(shape, device, 0.01))
 
 
+@pytest.mark.parametrize("igate", [-torch.inf, 0.0, 1e4])
+@pytest.mark.parametrize("fgate", [-torch.inf, -1e4, torch.inf])
+def test_extreme_gates_stay_finite(fgate, igate, device):
+    shape = (1, 70, 1, 16, 16)
+    inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
+    with torch.no_grad():
+        inputs[3].fill_(igate)
+        inputs[4].fill_(fgate)
+    starts = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+    starts[:, 5] = True
+    results = run(triton_cell, inputs, state, torch.float32, document_start=starts, return_state=True)
+    assert all(value.isfinite().all() for value in results.values())
+    assert igate > -torch.inf or not results["h"][:, 5:].any()
+
+
+@pytest.mark.parametrize("shut", [-torch.inf, -1e30])
+def test_shut_gates_among_ordinary_ones(shut, device):
+    inputs = make_inputs((1, 70, 2, 16, 16), torch.float32, device)
+    with torch.no_grad():
+        inputs[3][:, 12], inputs[4][:, [20, 65]] = shut, shut
+    compare(inputs, None, return_state=True)
+
+
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
 def test_memory_of_many_chunks(gate, normaliser, dtype, device):
     """Forget gates so open that hundreds of tokens, or thousands, are remembered: no error may grow with the chunks."""
