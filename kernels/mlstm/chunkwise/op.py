@@ -240,7 +240,8 @@ def _as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial) -> list[
 
 def readable(x: Tensor) -> Tensor:
     """x as the kernels can read it: the last axis contiguous, no axis expanded."""
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    # Not x.contiguous(), which leaves the strides of what is empty, or of an axis of one element, as they are.
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
 
 
 mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)

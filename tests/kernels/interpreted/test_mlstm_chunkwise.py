@@ -254,6 +254,22 @@ def test_reads_nothing_outside_its_inputs(place, device, dtype):
         assert torch.equal(placed[name], expected), name
 
 
+def test_an_empty_batch_has_empty_results(device):
+    inputs = make_inputs((0, 5, 2, 16, 32), torch.float32, device)
+    results = run(lambda *x, **settings: (triton_cell(*x, **settings)[0].sum(), None), inputs, None, torch.float32)
+    assert results["h"] == 0 and results["d v"].shape == (0, 5, 2, 32)
+
+
+def test_heads_of_one_number_may_have_any_stride(device):
+    inputs = make_inputs((2, 70, 3, 1, 1), torch.float32, device)
+    # PyTorch calls these contiguous, whatever the stride of their last axis.
+    turned = [x.detach().mT.clone(memory_format=torch.contiguous_format).mT.requires_grad_() for x in inputs[:3]]
+    assert turned[0].is_contiguous() and turned[0].stride(-1) == 3
+    expected = run(triton_cell, inputs, None, torch.float32)
+    actual = run(triton_cell, [*turned, *inputs[3:]], None, torch.float32)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
 @bitwise
 def test_keeping_chunk_states_changes_no_bit(device, dtype):
     inputs = make_inputs((1, 70, 2, 32, 48), dtype, device)
