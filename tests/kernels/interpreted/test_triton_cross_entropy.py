@@ -99,6 +99,15 @@ def test_masked_tokens_have_no_loss_and_no_gradient(form, masked):
 
 
 @FORMS
+def test_no_token_has_no_loss_and_no_gradient(form):
+    hidden, weight, targets = make_inputs(length=1)
+    hidden = hidden.detach()[:0].requires_grad_()
+    actual = form(hidden, weight, targets[:0], backend="triton", soft_cap=3.0)
+    assert actual["d hidden"].shape == hidden.shape and actual["d weight"].shape == weight.shape
+    assert not any(value.any() for value in actual.values())
+
+
+@FORMS
 @pytest.mark.parametrize("settings", [{}, {"soft_cap": 30.0}], ids=["plain", "cap"])
 def test_huge_logits_stay_finite(form, settings):
     hidden, weight, targets = make_inputs()
