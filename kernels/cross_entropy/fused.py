@@ -86,7 +86,8 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, targets, cap, z_loss_weight, chunk_tokens):
-    return tuple(torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    # Not len(hidden): that is a number, and would tie what torch.compile makes to it.
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("xlstm_pretrain::linear_cross_entropy_backward", mutates_args=())

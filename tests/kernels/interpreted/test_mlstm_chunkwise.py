@@ -309,7 +309,7 @@ def test_other_sizes_are_traced_by_symbols(device, monkeypatch):
     for batch, length in [(2, 66), (3, 70), (4, 68)]:
         inputs = make_inputs((batch, length, 1, 16, 16), torch.float32, device)
         actual = run(compiled, inputs, None, torch.float32)
-    assert len(graphs) == 2
+    assert len(graphs) <= 2
     expected = run(triton_cell, inputs, None, torch.float32)
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
 

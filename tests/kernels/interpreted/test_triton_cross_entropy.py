@@ -222,6 +222,22 @@ def test_compiles_as_one_graph(form):
     assert_close({"d": inputs[1].grad}, {"d": exact(loss_sum, *inputs, soft_cap=3.0)["d weight"] * 7}, 2e-6)
 
 
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_sum])
+def test_other_numbers_of_tokens_are_traced_by_symbols(function):
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for length in (3, 5, 7, 11):
+        inputs = make_inputs(length=length)
+        actual = compiled(*inputs, backend="triton")
+    assert len(graphs) <= 2
+    assert torch.equal(actual, function(*inputs, backend="triton"))
+
+
 @compiled_only
 @FORMS
 def test_a_real_vocabulary(form, dtype):
