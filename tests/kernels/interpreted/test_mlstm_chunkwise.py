@@ -14,7 +14,7 @@ from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
 from tests.kernels.mlstm_rounded import mlstm_rounded
-from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, padded, strided
+from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, far_heads, padded, strided
 
 # Relative to the norm of each tensor (docs/kernels.md). Where a PyTorch computation with the same roundings
 # (mlstm_rounded.py) is further off than a limit, the kernels may be NEAR_ROUNDED times as far off as it is.
@@ -267,6 +267,14 @@ def test_heads_of_one_number_may_have_any_stride(device):
     assert turned[0].is_contiguous() and turned[0].stride(-1) == 3
     expected = run(triton_cell, inputs, None, torch.float32)
     actual = run(triton_cell, [*turned, *inputs[3:]], None, torch.float32)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+def test_heads_may_be_far_apart(device):
+    """As in a layout with heads before tokens, where an offset within one sequence passes 2^31 elements."""
+    inputs = make_inputs((1, 3, 3, 16, 16), torch.float16, device)
+    expected = run(triton_cell, inputs, None, torch.float16)
+    actual = run(triton_cell, [*map(far_heads, inputs[:3]), *inputs[3:]], None, torch.float16)
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
