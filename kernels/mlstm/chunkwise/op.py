@@ -54,24 +54,25 @@ def mlstm_chunkwise(
         packed weights [7, BH, SP], chunk decays [BH, NC], query normaliser [BH, SP], and the states that enter the
         chunks: matrices [BH, NC, DK, DV] and vectors [BH, NC, DK] (empty unless keep_chunk_states).
     """
-    problem = Problem.of(k, v, gate, normaliser, eps)
-    documents = Documents.of(document_start)
-    packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-    states = launch.states(
-        problem,
-        k,
-        v,
-        packed[ADDED],
-        packed[ADDED],
-        chunk_decay,
-        (_flat(C_initial), _flat(n_initial)),
-        store_after=return_state,
-    )
-    scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
-    h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
-    final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
-    kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
-    return h, *final, packed, chunk_decay, query_normaliser, *kept
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, eps)
+        documents = Documents.of(document_start)
+        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
+        states = launch.states(
+            problem,
+            k,
+            v,
+            packed[ADDED],
+            packed[ADDED],
+            chunk_decay,
+            (_flat(C_initial), _flat(n_initial)),
+            store_after=return_state,
+        )
+        scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
+        h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
+        final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
+        kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
+        return h, *final, packed, chunk_decay, query_normaliser, *kept
 
 
 @mlstm_chunkwise.register_fake
@@ -126,34 +127,35 @@ def mlstm_chunkwise_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    problem = Problem.of(k, v, gate, normaliser, eps)
-    documents = Documents.of(document_start)
-    has_initial = C_initial is not None
-    if matrices is None:
-        before = (_flat(C_initial), _flat(n_initial))
-        entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-    else:
-        entering = States(matrices, vectors, None, None)
-    rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
-    leaving = launch.states(
-        problem,
-        q,
-        grad_h,
-        rows[MATRIX_WEIGHT],
-        rows[VECTOR_WEIGHT],
-        chunk_decay,
-        (_flat(grad_C), _flat(grad_n)),
-        backwards=True,
-        store_after=has_initial,
-    )
-    scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-    reading = Reading(q, grad_h, rows, scores, grad_scores)
-    tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
-    del entering
-    gates = (igate_preact, fgate_preact)
-    grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
-    grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
-    return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, eps)
+        documents = Documents.of(document_start)
+        has_initial = C_initial is not None
+        if matrices is None:
+            before = (_flat(C_initial), _flat(n_initial))
+            entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
+        else:
+            entering = States(matrices, vectors, None, None)
+        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
+        leaving = launch.states(
+            problem,
+            q,
+            grad_h,
+            rows[MATRIX_WEIGHT],
+            rows[VECTOR_WEIGHT],
+            chunk_decay,
+            (_flat(grad_C), _flat(grad_n)),
+            backwards=True,
+            store_after=has_initial,
+        )
+        scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
+        reading = Reading(q, grad_h, rows, scores, grad_scores)
+        tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
+        del entering
+        gates = (igate_preact, fgate_preact)
+        grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
+        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
+        return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
 
 
 @mlstm_chunkwise_backward.register_fake
@@ -261,14 +263,15 @@ def mlstm_chunkwise_state(
     normaliser: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """C, n and m behind the last token, and for the backward pass the packed weights and the chunk decays."""
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    documents = Documents.of(document_start)
-    packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-    before = (_flat(C_initial), _flat(n_initial))
-    states = launch.states(
-        problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
-    )
-    return states.matrix, states.vector, m, packed, chunk_decay
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, 0.0)
+        documents = Documents.of(document_start)
+        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
+        before = (_flat(C_initial), _flat(n_initial))
+        states = launch.states(
+            problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
+        )
+        return states.matrix, states.vector, m, packed, chunk_decay
 
 
 @mlstm_chunkwise_state.register_fake
@@ -297,22 +300,24 @@ def mlstm_chunkwise_state_backward(
     normaliser: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    documents = Documents.of(document_start)
-    has_initial = C_initial is not None
-    nothing = torch.zeros_like(packed[ADDED])
-    before = (_flat(C_initial), _flat(n_initial))
-    entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-    # Without a read-out, the gradient of the memory only decays from chunk to chunk.
-    behind = (_flat(grad_C), _flat(grad_n))
-    leaving = launch.states(
-        problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
-    )
-    no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
-    tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
-    gates = (igate_preact, fgate_preact)
-    grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
-    return tokens.k, tokens.v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, 0.0)
+        documents = Documents.of(document_start)
+        has_initial = C_initial is not None
+        nothing = torch.zeros_like(packed[ADDED])
+        before = (_flat(C_initial), _flat(n_initial))
+        entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
+        # Without a read-out, the gradient of the memory only decays from chunk to chunk.
+        behind = (_flat(grad_C), _flat(grad_n))
+        leaving = launch.states(
+            problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
+        )
+        no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
+        tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
+        gates = (igate_preact, fgate_preact)
+        grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
+        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
+        return tokens.k, tokens.v, *grad_gates, *grad_initial
 
 
 @mlstm_chunkwise_state_backward.register_fake
