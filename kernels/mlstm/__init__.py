@@ -129,7 +129,7 @@ def mlstm_state(
 
     Arguments and errors as for `mlstm`; sequence-parallel ranks exchange these states.
     """
-    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser, first="k")
     settings = {"document_start": document_start, "initial_state": initial_state, "gate": gate}
     inputs = (k, v, igate_preact, fgate_preact)
     if backend_choice.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":
