@@ -233,6 +233,12 @@ def test_state_alone_equals_the_state_of_a_pass(device, dtype):
     assert_close(actual, expected, tolerances(expected, dtype))
 
 
+def test_without_normaliser_there_is_no_n(device):
+    inputs, settings = make_inputs((1, 5, 1, 16, 16), torch.float32, device), {"gate": "sigmoid", "normaliser": False}
+    _, state = triton_cell(*inputs, initial_state=make_state((1, 5, 1, 16, 16), device), return_state=True, **settings)
+    assert not state.n.any() and not mlstm_state(*inputs[1:], backend="triton", **settings).n.any()
+
+
 @bitwise
 def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
     shape = (2, 70, 2, 32, 48)
