@@ -73,3 +73,6 @@ def test_few_sequences_are_summed_in_the_order_of_many():
             other = table.get((key_dim, value_dim, not few), fit(SIXTEEN_BIT, key_dim, value_dim))
             for name in ("chunk", "scores", "score_gradients", "gradients"):
                 assert getattr(tiles, name) == getattr(other, name), (path, key_dim, value_dim, name)
+            for name in ("states", "read_out"):
+                steps = [(tile.inner, tile.tokens) for tile in (getattr(tiles, name), getattr(other, name))]
+                assert steps[0] == steps[1], (path, key_dim, value_dim, name)
