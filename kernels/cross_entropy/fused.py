@@ -29,11 +29,13 @@ class _Chunks:
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None):
         self.hidden, self.targets = hidden, targets
         self.weight = weight.to(hidden.dtype)
-        self.size = min(chunk_tokens or CHUNK_TOKENS, len(hidden))
+        # At least 1, where there is no token either.
+        self.size = max(1, min(chunk_tokens or CHUNK_TOKENS, len(hidden)))
         # Rows that begin at a multiple of 16 elements keep wide loads and fast products for every vocabulary.
         padded = -(-weight.shape[0] // 16) * 16
         self.buffer = hidden.new_empty(self.size, padded)[:, : weight.shape[0]]
-        self.grad_weight = None
+        # float32; None before the first token.
+        self._grad_weight = None
 
     def __iter__(self):
         """The slices of the tokens; none is empty."""
@@ -48,11 +50,10 @@ class _Chunks:
         """Add a chunk's gradient of the weight in float32."""
         # Not even a NaN in a padded position may reach it.
         hidden = self.hidden[tokens].masked_fill((self.targets[tokens] == MASKED)[:, None], 0)
-        kept = 0 if self.grad_weight is None else 1
-        if self.grad_weight is None:
-            shape = (grad_logits.shape[1], hidden.shape[1])
-            self.grad_weight = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-        total = self.grad_weight
+        kept = 0 if self._grad_weight is None else 1
+        if self._grad_weight is None:
+            self._grad_weight = torch.empty(self.weight.shape, dtype=torch.float32, device=hidden.device)
+        total = self._grad_weight
         if hidden.dtype == torch.float32:
             total.addmm_(grad_logits.t(), hidden, beta=kept)
         elif hidden.is_cuda:
@@ -60,6 +61,12 @@ class _Chunks:
         else:
             # Under the interpreter: a CPU has no product of 16-bit matrices with a float32 result.
             total.addmm_(grad_logits.t().float(), hidden.float(), beta=kept)
+
+    def grad_weight(self) -> Tensor:
+        """The sum over the chunks [V, D], float32."""
+        if self._grad_weight is None:
+            return torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        return self._grad_weight
 
 
 @torch.library.custom_op("xlstm_pretrain::linear_cross_entropy", mutates_args=())
@@ -79,7 +86,8 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, targets, cap, z_loss_weight, chunk_tokens):
-    return tuple(torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    # Not len(hidden): that is a number, and would tie what torch.compile makes to it.
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("xlstm_pretrain::linear_cross_entropy_backward", mutates_args=())
@@ -107,7 +115,7 @@ def _backward(
                 torch.mm(logits, chunks.weight, out=grad_hidden[tokens])
             if needs_weight:
                 chunks.add_grad_weight(tokens, logits)
-    return grad_hidden, chunks.grad_weight.to(weight.dtype) if needs_weight else weight.new_empty(0)
+    return grad_hidden, chunks.grad_weight().to(weight.dtype) if needs_weight else weight.new_empty(0)
 
 
 @_backward.register_fake
@@ -167,7 +175,7 @@ def linear_cross_entropy_sum(
                 torch.mm(logits, chunks.weight, out=grad_hidden[tokens])
             if needs_weight:
                 chunks.add_grad_weight(tokens, logits)
-    return losses.sum(), grad_hidden, chunks.grad_weight if needs_weight else losses.new_empty(0)
+    return losses.sum(), grad_hidden, chunks.grad_weight() if needs_weight else losses.new_empty(0)
 
 
 @linear_cross_entropy_sum.register_fake

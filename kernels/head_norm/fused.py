@@ -77,7 +77,7 @@ def _forward(
     row_inside, column_inside = token < tokens, column < DV
     inside = row_inside & column_inside
     channel = head * DV + column
-    h_tile = _load(h, token * h_token + head * h_head + column, inside)
+    h_tile = _load(h, token * h_token + head.to(tl.int64) * h_head + column, inside)
     y_tile, _ = _normalise(h_tile, row_inside, column_inside, eps, DV)
     if gate_preact is not None:
         y_tile *= tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))
@@ -118,7 +118,7 @@ def _backward(
         inside = row_inside & column_inside
         channel = head * DV + column
         grad_tile = _load(grad, token * grad_token + channel, inside)
-        h_tile = _load(h, token * h_token + head * h_head + column, inside)
+        h_tile = _load(h, token * h_token + head.to(tl.int64) * h_head + column, inside)
         normalised, scale = _normalise(h_tile, row_inside, column_inside, eps, DV)
         if gate_preact is not None:
             gate = tl.sigmoid(_load(gate_preact, token * gate_token + channel, inside))

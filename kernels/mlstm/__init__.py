@@ -72,10 +72,11 @@ def mlstm(
     Returns:
         h: [B, S, NH, DV] in v's dtype. The reference computes in float32 (float64 if any input is), without autocast;
             the Triton kernels multiply matrices in q's dtype with float32 sums, and do all else in float32.
-        state: the state after the last token, or None.
+        state: the state after the last token, or None. Of the Triton kernels n is zeros if normaliser is False: nothing
+            reads it then.
 
     Raises:
-        ValueError: shapes or settings that do not fit together.
+        ValueError: shapes or settings that do not fit together, or what the backend cannot do.
     """
     check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
     settings = {
@@ -127,9 +128,9 @@ def mlstm_state(
 ) -> MLSTMState:
     """The state behind the last token alone, at the cost of the recurrence between chunks.
 
-    Arguments and errors as for `mlstm`; sequence-parallel ranks exchange these states.
+    Arguments and errors as for `mlstm`. It is what ranks that share a sequence have to exchange.
     """
-    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser, first="k")
     settings = {"document_start": document_start, "initial_state": initial_state, "gate": gate}
     inputs = (k, v, igate_preact, fgate_preact)
     if backend_choice.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":

@@ -83,14 +83,16 @@ def check(
     initial_state: MLSTMState | None,
     gate: str,
     normaliser: bool,
+    *,
+    first: str = "q",
 ) -> None:
-    """Raise ValueError for arguments of `mlstm` that do not fit together."""
+    """Raise ValueError for arguments of `mlstm` that do not fit together; `first` is what the caller calls its q."""
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
     if gate == "exp" and not normaliser:
         raise ValueError("gate=exp needs the normaliser: set normaliser=true, or gate=sigmoid to go without")
     if q.dim() != 4 or q.shape[1] == 0:
-        raise ValueError(f"q must be [B, S, NH, DK] with at least one token, got {tuple(q.shape)}")
+        raise ValueError(f"{first} must be [B, S, NH, DK] with at least one token, got {tuple(q.shape)}")
     batch, length, heads, key_dim = q.shape
     expected = {
         "k": (k, (batch, length, heads, key_dim)),
@@ -105,4 +107,4 @@ def check(
         expected["initial_state.C"] = (initial_state.C, (batch, heads, key_dim, v.shape[-1]))
         expected["initial_state.n"] = (initial_state.n, (batch, heads, key_dim))
         expected["initial_state.m"] = (initial_state.m, (batch, heads))
-    check_shapes("q", q, expected)
+    check_shapes(first, q, expected)

@@ -38,7 +38,13 @@ class DecodingState:
 
     @classmethod
     def of(cls, state: MLSTMState, columns: int | None = None) -> DecodingState:
-        """A copy of `state` in groups of `columns` columns (a power of two of at least 16); None: what suits a GPU."""
+        """A copy of `state` in groups of `columns` columns (a power of two of at least 16); None: what suits a GPU.
+
+        Raises:
+            ValueError: another number of columns.
+        """
+        if columns is not None and (columns < 16 or columns & (columns - 1)):
+            raise ValueError(f"columns must be a power of two of at least 16, not {columns}")
         key_dim, value_dim = state.C.shape[-2:]
         if columns is None:
             # Enough programs for a whole GPU at B = 1; whole cache lines of 128 bytes where the keys leave room.

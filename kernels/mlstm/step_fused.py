@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import next_power_of_two
+from kernels.triton_support import ceil_div, next_power_of_two
 
 NUM_WARPS = 8
 
@@ -122,8 +122,8 @@ def launch_step(
     h = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = max(16, next_power_of_two(key_dim))
     groups = n.shape[2]
-    columns = max(16, next_power_of_two(triton.cdiv(value_dim, groups)))
-    assert triton.cdiv(value_dim, columns) == groups, "the columns of a group are a power of two"
+    columns = max(16, next_power_of_two(ceil_div(value_dim, groups)))
+    assert ceil_div(value_dim, columns) == groups, "the columns of a group are a power of two"
     with torch.cuda.device_of(q):
         _step[(groups, batch * heads)](
             q,

@@ -14,7 +14,7 @@ from mlstm_cases import (
     starts_at,
 )
 
-from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
+from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
 from kernels.mlstm.reference import mlstm_quadratic
 from tests.kernels.cases import assert_close
 
@@ -186,3 +186,11 @@ def test_mistakes_are_named(change, message):
     arguments = dict(zip(("q", "k", "v", "igate_preact", "fgate_preact"), make_inputs(), strict=True))
     with pytest.raises(ValueError, match=message):
         mlstm(**(arguments | change))
+
+
+def test_the_state_alone_names_the_keys_and_no_query():
+    _, k, v, i, f = make_inputs()
+    with pytest.raises(ValueError, match=r"^k must be \[B, S, NH, DK\] with at least one token, got \(2, 0, 3, 6\)"):
+        mlstm_state(k[:, :0], v, i, f)
+    with pytest.raises(ValueError, match=r"^v must have shape \(2, 37, 3, 5\) to go with k \(2, 37, 3, 6\)"):
+        mlstm_state(k, v[:, 1:], i, f)

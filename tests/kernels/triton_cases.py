@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +49,16 @@ def padded(x: Tensor, margin: int = 16) -> Tensor:
     filler = torch.nan if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
     buffer = torch.full([size + 2 * margin for size in x.shape], filler, dtype=x.dtype, device=x.device)
     view = buffer[tuple(slice(margin, margin + size) for size in x.shape)]
+    view.copy_(x.detach())
+    return view.requires_grad_(x.requires_grad)
+
+
+def far_heads(x: Tensor) -> Tensor:
+    """float16 [1, S, 3, D] with the same values, the last head more than 2^31 elements behind the first."""
+    stride = 2**30 + 8
+    # Memory that nobody touches, 4 GiB of it, is not there on a CPU.
+    buffer = torch.from_numpy(np.zeros(2 * stride + x.shape[1] * x.shape[3], dtype=np.float16)).to(x.device)
+    view = buffer.as_strided(x.shape, (2 * stride, x.shape[3], stride, 1))
     view.copy_(x.detach())
     return view.requires_grad_(x.requires_grad)
 

@@ -25,6 +25,8 @@ ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR, ROW_REST, COL_REST = range(7)
 WEIGHT_ROWS = 7
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Least log forget gate: its weight is 0, and sums with it are finite and keep their precision.
+SHUT = tl.constexpr(-(2.0**20))
 # Totals of other chunks that a program takes at a time.
 TOTALS = tl.constexpr(64)
 
@@ -76,6 +78,7 @@ def _scan_chunk(
     # Tokens behind the last one change nothing: their input gates are shut and their forget gates open.
     log_input = tl.where(valid, log_input, float("-inf")).to(tl.float64)
     log_forget = _log_sigmoid(tl.load(fgate + offset, mask=valid, other=0.0).to(tl.float32))
+    log_forget = tl.where(log_forget < SHUT, SHUT, log_forget)
     log_forget = tl.where(valid, log_forget, 0.0).to(tl.float64)
     starts = tl.zeros([L], dtype=tl.float32)
     if HAS_STARTS:

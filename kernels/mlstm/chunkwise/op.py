@@ -54,24 +54,25 @@ def mlstm_chunkwise(
         packed weights [7, BH, SP], chunk decays [BH, NC], query normaliser [BH, SP], and the states that enter the
         chunks: matrices [BH, NC, DK, DV] and vectors [BH, NC, DK] (empty unless keep_chunk_states).
     """
-    problem = Problem.of(k, v, gate, normaliser, eps)
-    documents = Documents.of(document_start)
-    packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-    states = launch.states(
-        problem,
-        k,
-        v,
-        packed[ADDED],
-        packed[ADDED],
-        chunk_decay,
-        (_flat(C_initial), _flat(n_initial)),
-        store_after=return_state,
-    )
-    scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
-    h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
-    final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
-    kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
-    return h, *final, packed, chunk_decay, query_normaliser, *kept
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, eps)
+        documents = Documents.of(document_start)
+        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
+        states = launch.states(
+            problem,
+            k,
+            v,
+            packed[ADDED],
+            packed[ADDED],
+            chunk_decay,
+            (_flat(C_initial), _flat(n_initial)),
+            store_after=return_state,
+        )
+        scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
+        h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
+        final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
+        kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
+        return h, *final, packed, chunk_decay, query_normaliser, *kept
 
 
 @mlstm_chunkwise.register_fake
@@ -126,34 +127,35 @@ def mlstm_chunkwise_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    problem = Problem.of(k, v, gate, normaliser, eps)
-    documents = Documents.of(document_start)
-    has_initial = C_initial is not None
-    if matrices is None:
-        before = (_flat(C_initial), _flat(n_initial))
-        entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-    else:
-        entering = States(matrices, vectors, None, None)
-    rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
-    leaving = launch.states(
-        problem,
-        q,
-        grad_h,
-        rows[MATRIX_WEIGHT],
-        rows[VECTOR_WEIGHT],
-        chunk_decay,
-        (_flat(grad_C), _flat(grad_n)),
-        backwards=True,
-        store_after=has_initial,
-    )
-    scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-    reading = Reading(q, grad_h, rows, scores, grad_scores)
-    tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
-    del entering
-    gates = (igate_preact, fgate_preact)
-    grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
-    grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
-    return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, eps)
+        documents = Documents.of(document_start)
+        has_initial = C_initial is not None
+        if matrices is None:
+            before = (_flat(C_initial), _flat(n_initial))
+            entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
+        else:
+            entering = States(matrices, vectors, None, None)
+        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
+        leaving = launch.states(
+            problem,
+            q,
+            grad_h,
+            rows[MATRIX_WEIGHT],
+            rows[VECTOR_WEIGHT],
+            chunk_decay,
+            (_flat(grad_C), _flat(grad_n)),
+            backwards=True,
+            store_after=has_initial,
+        )
+        scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
+        reading = Reading(q, grad_h, rows, scores, grad_scores)
+        tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
+        del entering
+        gates = (igate_preact, fgate_preact)
+        grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
+        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
+        return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
 
 
 @mlstm_chunkwise_backward.register_fake
@@ -188,7 +190,10 @@ def _backward(ctx, grad_h, grad_C, grad_n, *_):
     ) = ctx.saved_tensors  # fmt: skip
     return_state, gate, normaliser, eps, keep_chunk_states = ctx.settings
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    if return_state and (grad_C is not None or grad_n is not None):
+    if not return_state:
+        # Those of the empty tensors in the state's place.
+        grad_C = grad_n = None
+    elif grad_C is not None or grad_n is not None:
         grad_C, grad_n = _without_gaps(grad_C, grad_n, k, v)
     grads = mlstm_chunkwise_backward(
         readable(grad_h.to(h.dtype)),
@@ -237,7 +242,8 @@ def _as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial) -> list[
 
 def readable(x: Tensor) -> Tensor:
     """x as the kernels can read it: the last axis contiguous, no axis expanded."""
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    # Not x.contiguous(), which leaves the strides of what is empty, or of an axis of one element, as they are.
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
 
 
 mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)
@@ -257,14 +263,15 @@ def mlstm_chunkwise_state(
     normaliser: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """C, n and m behind the last token, and for the backward pass the packed weights and the chunk decays."""
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    documents = Documents.of(document_start)
-    packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-    before = (_flat(C_initial), _flat(n_initial))
-    states = launch.states(
-        problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
-    )
-    return states.matrix, states.vector, m, packed, chunk_decay
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, 0.0)
+        documents = Documents.of(document_start)
+        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
+        before = (_flat(C_initial), _flat(n_initial))
+        states = launch.states(
+            problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
+        )
+        return states.matrix, states.vector, m, packed, chunk_decay
 
 
 @mlstm_chunkwise_state.register_fake
@@ -293,22 +300,24 @@ def mlstm_chunkwise_state_backward(
     normaliser: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    documents = Documents.of(document_start)
-    has_initial = C_initial is not None
-    nothing = torch.zeros_like(packed[ADDED])
-    before = (_flat(C_initial), _flat(n_initial))
-    entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-    # Without a read-out, the gradient of the memory only decays from chunk to chunk.
-    behind = (_flat(grad_C), _flat(grad_n))
-    leaving = launch.states(
-        problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
-    )
-    no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
-    tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
-    gates = (igate_preact, fgate_preact)
-    grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
-    return tokens.k, tokens.v, *grad_gates, *([leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2))
+    with torch.cuda.device_of(k):
+        problem = Problem.of(k, v, gate, normaliser, 0.0)
+        documents = Documents.of(document_start)
+        has_initial = C_initial is not None
+        nothing = torch.zeros_like(packed[ADDED])
+        before = (_flat(C_initial), _flat(n_initial))
+        entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
+        # Without a read-out, the gradient of the memory only decays from chunk to chunk.
+        behind = (_flat(grad_C), _flat(grad_n))
+        leaving = launch.states(
+            problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
+        )
+        no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
+        tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
+        gates = (igate_preact, fgate_preact)
+        grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
+        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
+        return tokens.k, tokens.v, *grad_gates, *grad_initial
 
 
 @mlstm_chunkwise_state_backward.register_fake
@@ -316,9 +325,9 @@ def _(
     grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay,
     gate, normaliser,
 ):  # fmt: skip
+    problem = Problem.of(k, v, gate, normaliser, 0.0)
     grads = [x.new_empty(x.shape) for x in (k, v)] + [packed.new_empty(x.shape) for x in (igate_preact, fgate_preact)]
-    initial = _no_state(packed, 2) if C_initial is None else [torch.empty_like(x) for x in (grad_C, grad_n)]
-    return *grads, *initial
+    return *grads, *(_no_state(packed, 2) if C_initial is None else _fake_state(problem, packed)[:2])
 
 
 def _setup_state_context(ctx, inputs, output):

@@ -80,12 +80,12 @@ def decay_weights(weights, row_stride, document, rows, columns, S, HAS_STARTS: t
 def locate_tile(pid, NH, NC, COLUMN_TILES: tl.constexpr, L: tl.constexpr, BM: tl.constexpr):
     """What program `pid` owns: (column tile, first row, chunk, first row of the chunk, batch, head, batch x head).
 
-    Column tiles come first, so that neighbouring programs read the same rows. Batch numbers are 64 bits wide, so that
-    offsets made of them are.
+    Column tiles come first, so that neighbouring programs read the same rows. Batch and head numbers are 64 bits wide,
+    so that offsets made of them are: in a layout with heads before tokens those of heads are the large ones.
     """
     row_tiles = NC * (L // BM)
     first_row = (pid // COLUMN_TILES % row_tiles) * BM
     sequence = pid // (COLUMN_TILES * row_tiles)
     chunk = first_row // L
     batch = (sequence // NH).to(tl.int64)
-    return pid % COLUMN_TILES, first_row, chunk, chunk * L, batch, sequence % NH, sequence.to(tl.int64)
+    return pid % COLUMN_TILES, first_row, chunk, chunk * L, batch, (sequence % NH).to(tl.int64), sequence.to(tl.int64)

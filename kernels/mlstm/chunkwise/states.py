@@ -45,7 +45,7 @@ def weigh_kernel(
     sequence = pid // tiles_x // NC
     batch = (sequence // NH).to(tl.int64)
     bh = sequence.to(tl.int64)
-    x += batch * x_stride_b + sequence % NH * x_stride_h
+    x += batch * x_stride_b + (sequence % NH).to(tl.int64) * x_stride_h
     total = tl.zeros([BX], dtype=tl.float32)
     for part in tl.static_range(L // BT):
         token = chunk * L + part * BT + tl.arange(0, BT)
@@ -108,7 +108,7 @@ def states_kernel(
     bh = sequence.to(tl.int64)
     weighed += bh * NC * L * DX
     sums += bh * NC * DX
-    y += (sequence // NH).to(tl.int64) * y_stride_b + sequence % NH * y_stride_h
+    y += (sequence // NH).to(tl.int64) * y_stride_b + (sequence % NH).to(tl.int64) * y_stride_h
     chunk_decay += bh * NC
     dx = first_x + tl.arange(0, BX)
     dy = first_y + tl.arange(0, BY)

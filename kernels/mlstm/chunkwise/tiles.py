@@ -85,7 +85,10 @@ def choose_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, sequences: in
 
     The number of sequences may change the rows and columns of a tile, never the order in which anything is summed.
     """
-    return _choose(dtype, key_dim, value_dim, sequences <= FEW_SEQUENCES, device)
+    # Sizes are symbols where torch.compile traces. It asks for shapes alone, and those depend on the chunk and thus not
+    # on the number of sequences; the head dimensions are constants of the kernels.
+    few = isinstance(sequences, int) and sequences <= FEW_SEQUENCES
+    return _choose(dtype, int(key_dim), int(value_dim), few, device)
 
 
 @lru_cache(maxsize=256)

@@ -5,16 +5,16 @@ Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a he
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
-from kernels.mlstm.chunkwise import launch
-from kernels.mlstm.chunkwise.tiles import FEW_SEQUENCES
+from kernels.mlstm.chunkwise import launch, tiles
 from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
 from tests.kernels.mlstm_rounded import mlstm_rounded
-from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, padded, strided
+from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, far_heads, padded, strided
 
 # Relative to the norm of each tensor (docs/kernels.md). Where a PyTorch computation with the same roundings
 # (mlstm_rounded.py) is further off than a limit, the kernels may be NEAR_ROUNDED times as far off as it is.
@@ -144,6 +144,29 @@ def test_gate_regimes(regime, dtype, device):
     compare(make_inputs(shape, dtype, device, regime), None, document_start=make_starts(shape, device, 0.01))
 
 
+@pytest.mark.parametrize("igate", [-torch.inf, 0.0, 1e4])
+@pytest.mark.parametrize("fgate", [-torch.inf, -1e4, torch.inf])
+def test_extreme_gates_stay_finite(fgate, igate, device):
+    shape = (1, 70, 1, 16, 16)
+    inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
+    with torch.no_grad():
+        inputs[3].fill_(igate)
+        inputs[4].fill_(fgate)
+    starts = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+    starts[:, 5] = True
+    results = run(triton_cell, inputs, state, torch.float32, document_start=starts, return_state=True)
+    assert all(value.isfinite().all() for value in results.values())
+    assert igate > -torch.inf or not results["h"][:, 5:].any()
+
+
+@pytest.mark.parametrize("shut", [-torch.inf, -1e30])
+def test_shut_gates_among_ordinary_ones(shut, device):
+    inputs = make_inputs((1, 70, 2, 16, 16), torch.float32, device)
+    with torch.no_grad():
+        inputs[3][:, 12], inputs[4][:, [20, 65]] = shut, shut
+    compare(inputs, None, return_state=True)
+
+
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
 def test_memory_of_many_chunks(gate, normaliser, dtype, device):
     """Forget gates so open that hundreds of tokens, or thousands, are remembered: no error may grow with the chunks."""
@@ -210,6 +233,12 @@ def test_state_alone_equals_the_state_of_a_pass(device, dtype):
     assert_close(actual, expected, tolerances(expected, dtype))
 
 
+def test_without_normaliser_there_is_no_n(device):
+    inputs, settings = make_inputs((1, 5, 1, 16, 16), torch.float32, device), {"gate": "sigmoid", "normaliser": False}
+    _, state = triton_cell(*inputs, initial_state=make_state((1, 5, 1, 16, 16), device), return_state=True, **settings)
+    assert not state.n.any() and not mlstm_state(*inputs[1:], backend="triton", **settings).n.any()
+
+
 @bitwise
 def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
     shape = (2, 70, 2, 32, 48)
@@ -231,6 +260,30 @@ def test_reads_nothing_outside_its_inputs(place, device, dtype):
         assert torch.equal(placed[name], expected), name
 
 
+def test_an_empty_batch_has_empty_results(device):
+    inputs = make_inputs((0, 5, 2, 16, 32), torch.float32, device)
+    results = run(lambda *x, **settings: (triton_cell(*x, **settings)[0].sum(), None), inputs, None, torch.float32)
+    assert results["h"] == 0 and results["d v"].shape == (0, 5, 2, 32)
+
+
+def test_heads_of_one_number_may_have_any_stride(device):
+    inputs = make_inputs((2, 5, 3, 1, 1), torch.float32, device)
+    # PyTorch calls these contiguous, whatever the stride of their last axis.
+    turned = [x.detach().mT.clone(memory_format=torch.contiguous_format).mT.requires_grad_() for x in inputs[:3]]
+    assert turned[0].is_contiguous() and turned[0].stride(-1) == 3
+    expected = run(triton_cell, inputs, None, torch.float32)
+    actual = run(triton_cell, [*turned, *inputs[3:]], None, torch.float32)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+def test_heads_may_be_far_apart(device):
+    """As in a layout with heads before tokens, where an offset within one sequence passes 2^31 elements."""
+    inputs = make_inputs((1, 3, 3, 16, 16), torch.float16, device)
+    expected = run(triton_cell, inputs, None, torch.float16)
+    actual = run(triton_cell, [*map(far_heads, inputs[:3]), *inputs[3:]], None, torch.float16)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
 @bitwise
 def test_keeping_chunk_states_changes_no_bit(device, dtype):
     inputs = make_inputs((1, 70, 2, 32, 48), dtype, device)
@@ -243,13 +296,36 @@ def test_is_a_well_behaved_operator(device):
     shape = (1, 70, 2, 16, 32)
     inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
     starts = make_starts(shape, device)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     cell = (*inputs, starts, state.C, state.n, state.m, True, "exp", True, 1e-6, True)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell, test_utils=checks)
-    cell = (*inputs, None, None, None, None, False, "sigmoid", False, 1e-6, False)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell, test_utils=checks)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
+    cell = (*inputs, None, None, None, None, False, "sigmoid", True, 1e-6, False)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
     alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone, test_utils=checks)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone)
+    with torch.no_grad():
+        C, n, _, *kept = torch.ops.xlstm_pretrain.mlstm_chunkwise_state(*alone)
+    # The gradient of a state that was transposed.
+    backward = (C.mT.contiguous().mT, n, *alone[:7], *kept, "exp", True)
+    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
+    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state_backward.default, backward)
+
+
+def test_other_sizes_are_traced_by_symbols(device, monkeypatch):
+    """torch.compile takes a size that changes for a symbol: after the first, one graph for any batch and length."""
+    monkeypatch.setattr(tiles, "FEW_SEQUENCES", 2)
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    compiled = torch.compile(triton_cell, fullgraph=True, backend=backend)
+    for batch, length in [(2, 66), (3, 70), (4, 68)]:
+        inputs = make_inputs((batch, length, 1, 16, 16), torch.float32, device)
+        actual = run(compiled, inputs, None, torch.float32)
+    assert len(graphs) <= 2
+    expected = run(triton_cell, inputs, None, torch.float32)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
 @bitwise
@@ -298,7 +374,7 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 @compiled_only
 @pytest.mark.parametrize("dims", [(64, 128), (128, 256), (256, 512), (384, 384), (512, 512)], ids=str)
 def test_the_cuts_for_few_and_for_many_sequences_give_the_same_bits(device, dims):
-    shape = (FEW_SEQUENCES // 4 + 1, 700, 4, *dims)
+    shape = (tiles.FEW_SEQUENCES // 4 + 1, 700, 4, *dims)
     inputs = make_inputs(shape, torch.bfloat16, device)
     starts = make_starts(shape, device)
     weights = torch.randn(*shape[:3], dims[1], device=device, dtype=torch.bfloat16)
@@ -326,9 +402,9 @@ def test_other_lengths_and_batches_compile_nothing_anew(device):
             run(triton_cell, make_inputs((batch, length, 2, 64, 128), torch.bfloat16, device), None, torch.bfloat16)
 
     # Of tuned head dimensions there is a cut for few sequences and one for many.
-    run_all([(1, 160), (FEW_SEQUENCES, 160)])
+    run_all([(1, 160), (tiles.FEW_SEQUENCES, 160)])
     before = variants()
-    run_all([(3, 160), (1, 1), (2, 1000), (FEW_SEQUENCES // 2, 70), (16, 333), (40, 33)])
+    run_all([(3, 160), (1, 1), (2, 1000), (tiles.FEW_SEQUENCES // 2, 70), (16, 333), (40, 33)])
     assert variants() == before
 
 

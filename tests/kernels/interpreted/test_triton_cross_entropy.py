@@ -99,6 +99,15 @@ def test_masked_tokens_have_no_loss_and_no_gradient(form, masked):
 
 
 @FORMS
+def test_no_token_has_no_loss_and_no_gradient(form):
+    hidden, weight, targets = make_inputs(length=1)
+    hidden = hidden.detach()[:0].requires_grad_()
+    actual = form(hidden, weight, targets[:0], backend="triton", soft_cap=3.0)
+    assert actual["d hidden"].shape == hidden.shape and actual["d weight"].shape == weight.shape
+    assert not any(value.any() for value in actual.values())
+
+
+@FORMS
 @pytest.mark.parametrize("settings", [{}, {"soft_cap": 30.0}], ids=["plain", "cap"])
 def test_huge_logits_stay_finite(form, settings):
     hidden, weight, targets = make_inputs()
@@ -211,6 +220,22 @@ def test_compiles_as_one_graph(form):
     assert torch.equal(actual, function(*inputs, soft_cap=3.0, backend="triton"))
     actual.sum().backward()
     assert_close({"d": inputs[1].grad}, {"d": exact(loss_sum, *inputs, soft_cap=3.0)["d weight"] * 7}, 2e-6)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_sum])
+def test_other_numbers_of_tokens_are_traced_by_symbols(function):
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for length in (3, 5, 7, 11):
+        inputs = make_inputs(length=length)
+        actual = compiled(*inputs, backend="triton")
+    assert len(graphs) <= 2
+    assert torch.equal(actual, function(*inputs, backend="triton"))
 
 
 @compiled_only

@@ -8,7 +8,7 @@ import torch
 
 from kernels.head_norm import MAX_HEAD_DIM, gated_head_norm, head_norm
 from tests.kernels.cases import assert_close, relative_error
-from tests.kernels.triton_cases import COMPILED, DEVICE, padded, strided
+from tests.kernels.triton_cases import COMPILED, DEVICE, far_heads, padded, strided
 
 # Of the output and of the gradients, by dtype: rounding of the result alone.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
@@ -87,6 +87,14 @@ def test_inputs_and_gradients_may_be_strided(function, view):
     expected = outputs_and_gradients(function, inputs, backend="triton")
     cotangent = view(torch.randn(2, 37, 3 * 48, generator=torch.Generator().manual_seed(7)).to(DEVICE))
     actual = outputs_and_gradients(function, [view(x) for x in inputs], backend="triton", cotangent=cotangent)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@FUNCTIONS
+def test_heads_may_be_far_apart(function):
+    h, *others = make_inputs(torch.float16, 16, batch=1, length=3)
+    expected = outputs_and_gradients(function, [h, *others], backend="triton")
+    actual = outputs_and_gradients(function, [far_heads(h), *others], backend="triton")
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 

@@ -165,6 +165,12 @@ def test_any_group_of_columns(columns):
     assert torch.equal(state.m, state.m[:, :, :1].expand_as(state.m))
 
 
+@pytest.mark.parametrize("columns", [0, 8, 24])
+def test_other_groups_are_refused(columns):
+    with pytest.raises(ValueError, match=f"columns must be a power of two of at least 16, not {columns}"):
+        make_state(columns=columns)
+
+
 @compiled_only
 def test_many_steps_of_a_large_batch():
     # More programs than a GPU holds at a time, and every one of them many times over.

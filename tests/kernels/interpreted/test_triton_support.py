@@ -1,9 +1,11 @@
 """The products that all kernels share, and the helpers of these tests."""
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 
+from kernels.preflight import HeadNormCase, LossCase, MLSTMCase, SLSTMCase, compare
 from kernels.triton_support import dot
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.triton_cases import padded, poisoned_memory, strided
@@ -47,3 +49,20 @@ def test_a_nan_is_never_close(device):
     broken = x.clone()
     broken[2] = torch.nan
     assert not relative_error(broken, x) <= 1e9
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "case",
+    [
+        MLSTMCase(2, 64, 128, torch.float32, backend="triton"),
+        SLSTMCase(2, 64, torch.float32, backend="triton"),
+        HeadNormCase(2, 64, torch.float32, torch.float32, 1e-6, True, "triton"),
+        LossCase(64, 100, torch.float32, torch.float32, backend="triton"),
+    ],
+    ids=str,
+)
+def test_kernels_run_where_their_inputs_are(case):
+    """And not on the current device."""
+    assert torch.cuda.current_device() == 0
+    assert not [str(finding) for finding in compare(case, torch.device("cuda:1")) if not finding.agrees]
