@@ -1,11 +1,12 @@
 """Finds the fastest tiles of the mLSTM's kernels for a GPU, among those that pass against the reference.
 
-    python -m benchmarks.tune_mlstm --report times.json --table tiles.json [--shapes 8,8192,8,256,512 ...]
+    python -m benchmarks.tune_mlstm --report times.json [--shapes 8,8192,8,256,512 ...]
 
-Each kernel is timed by itself on random inputs, for each chunk size; a tile is admitted only if forward and backward
+Each kernel is timed by itself on random inputs, for each chunk size; a tile is a candidate only if forward and backward
 with it agree with the float64 reference. The report has every time, and the best tiles of each chunk size with the sums
-of their times. The table has the tiles of the fastest chunk size, for many sequences and for few (one sequence of the
-batch), which are summed in the same order; kernels/mlstm/chunkwise/tuned/ holds the tables of the GPUs that were tuned.
+of their times. The table of this GPU in kernels/mlstm/chunkwise/tuned/ gets the tiles of the fastest chunk size, for
+many sequences and for few (one sequence of the batch), which are summed in the same order. At the end the mLSTM's tests
+run with the new table; where one fails, the table is left as it was.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
@@ -17,12 +18,15 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import ROOT
 from kernels.mlstm.chunkwise import launch, launch_backward, problem, tiles
 from kernels.mlstm.chunkwise.gates import ADDED
 from kernels.mlstm.chunkwise.problem import Documents, Problem
@@ -36,6 +40,8 @@ STAGES = tuple(dict.fromkeys(FORWARD + BACKWARD))
 CHUNKS = (64, 128, 256)
 # ms of trial runs and of timed runs.
 REPETITION = {"warmup": 4, "rep": 15, "return_mode": "median"}
+# What a table must pass.
+SUITE = ("-m", "pytest", "-q", "-m", "gpu", "tests/kernels/interpreted/test_mlstm_chunkwise.py")
 LIMITS = {"h": 4e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "i": 6e-3, "f": 1e-2}
 
 
@@ -200,6 +206,11 @@ def tune(shape: tuple[int, ...], chunks: list[int], seconds: float, like: Tiles 
                     best[stage] = (ms, tile)
                     break
                 measured[tile] = f"wrong: {ms}"
+        if lacking := [stage for stage in STAGES if stage not in best]:
+            raise SystemExit(
+                f"{shape}, chunk {chunk}: no tile of {', '.join(lacking)} was timed and right; where the time ran out, "
+                f"raise --seconds ({seconds / len(chunks):g})"
+            )
         small = {name: do_bench(call, **REPETITION) for name, call in other_kernels(stages).items()}
         report["chunks"][chunk] = {
             "best": {stage: [ms, dataclasses.asdict(tile)] for stage, (ms, tile) in best.items()},
@@ -297,8 +308,6 @@ def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
 def add_to_table(path: Path, device: str, found: dict, versions: dict[str, str]) -> Tiles:
     """Write what `tune` found for a shape into a table, by its fastest chunk size; returns those tiles."""
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"device": device, "entries": []}
-    if table["device"] != device:
-        raise SystemExit(f"--table {path} is of {table['device']}, this is {device}: name another file")
     batch, _, heads, key_dim, value_dim = found["shape"]
     chunk, best = min(found["chunks"].items(), key=lambda item: item[1]["whole"][1])
     cut = {"chunk": chunk} | {stage: tile for stage, (_, tile) in best["best"].items()}
@@ -310,11 +319,21 @@ def add_to_table(path: Path, device: str, found: dict, versions: dict[str, str])
     return tiles.parse_tiles(cut)
 
 
+def keep_if_right(path: Path, before: str | None) -> None:
+    """Run the suite with the table at `path`; where it fails, put back what was there `before` and exit."""
+    if subprocess.run([sys.executable, *SUITE], cwd=ROOT, check=False).returncode == 0:
+        return
+    if before is None:
+        path.unlink()
+    else:
+        path.write_text(before, encoding="utf-8")
+    raise SystemExit(f"{path} is as it was: with the new tiles the tests above fail")
+
+
 def main() -> None:
     """Compile every candidate in parallel, then check and time each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True, help="its entries of other head dimensions stay")
+    parser.add_argument("--report", type=Path, required=True, help="where every time is written")
     parser.add_argument("--shapes", nargs="*", default=["8,8192,8,256,512", "8,8192,16,128,256", "8,8192,6,64,128"])
     parser.add_argument("--chunks", nargs="*", type=int, default=list(CHUNKS))
     parser.add_argument("--seconds", type=float, default=120, help="for the timing of each shape and chunk size")
@@ -338,6 +357,8 @@ def main() -> None:
     )
     versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
     report = {"device": torch.cuda.get_device_name(), **versions, "shapes": []}
+    table = tiles.table_path(report["device"])
+    before = table.read_text(encoding="utf-8") if table.is_file() else None
     for shape in shapes:
         like = None
         for batch in (shape[0], 1) if shape[2] <= tiles.FEW_SEQUENCES else (shape[0],):
@@ -345,7 +366,8 @@ def main() -> None:
             chunks = arguments.chunks if like is None else [like.chunk]
             report["shapes"].append(tune(few, chunks, arguments.seconds * len(chunks), like))
             arguments.report.write_text(json.dumps(report, indent=1))
-            like = add_to_table(arguments.table, report["device"], report["shapes"][-1], versions)
+            like = add_to_table(table, report["device"], report["shapes"][-1], versions)
+    keep_if_right(table, before)
     print(f"done in {time.monotonic() - start:.0f} s")
 
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from kernels.mlstm.chunkwise import launch, op, problem  # noqa: E402
-from kernels.mlstm.chunkwise.tiles import SIXTEEN_BIT, TABLES, _tuned, fit  # noqa: E402
+from kernels.mlstm.chunkwise.tiles import SIXTEEN_BIT, TABLES, fit, tuned  # noqa: E402
 from tests.kernels.compile_gate import assert_lean, compile_launches  # noqa: E402
 
 PRODUCTS = {
@@ -28,7 +28,7 @@ def launch_both_passes(key_dim, value_dim, device=None, few_sequences=False, sta
     v = torch.empty(batch, length, heads, value_dim, dtype=torch.bfloat16)
     gate = torch.empty(batch, length, heads)
     start = torch.zeros(batch, length, dtype=torch.bool) if starts else None
-    cut = SIXTEEN_BIT if device is None else _tuned(device)[key_dim, value_dim, few_sequences]
+    cut = SIXTEEN_BIT if device is None else tuned(device)[key_dim, value_dim, few_sequences]
     problem.choose_tiles = lambda *_: fit(cut, key_dim, value_dim)
     forward = op.mlstm_chunkwise._init_fn
     h, _, _, _, packed, decay, normaliser, _, _ = forward(
@@ -47,8 +47,8 @@ def test_kernels_are_lean():
         (launch_both_passes, {"key_dim": 96, "value_dim": 192}),
     ]
     for path in TABLES.glob("*.json"):
-        device = path.stem.replace("_", " ")
-        for key_dim, value_dim, few_sequences in _tuned(device):
+        device = path.stem
+        for key_dim, value_dim, few_sequences in tuned(device):
             shape = {"key_dim": key_dim, "value_dim": value_dim, "few_sequences": few_sequences}
             calls.append((launch_both_passes, {**shape, "device": device}))
     for kernels in compile_launches(calls):
@@ -64,7 +64,7 @@ def test_every_tuned_table_is_readable():
     tables = sorted(TABLES.glob("*.json"))
     assert tables
     for path in tables:
-        for (key_dim, value_dim, _), tiles in _tuned(path.stem.replace("_", " ")).items():
+        for (key_dim, value_dim, _), tiles in tuned(path.stem).items():
             assert fit(tiles, key_dim, value_dim) == tiles
             rows = [tile.rows for name, tile in vars(tiles).items() if name not in ("chunk", "states")]
             assert all(tiles.chunk % count == 0 for count in rows)
@@ -73,7 +73,7 @@ def test_every_tuned_table_is_readable():
 
 def test_few_sequences_are_summed_in_the_order_of_many():
     for path in TABLES.glob("*.json"):
-        table = _tuned(path.stem.replace("_", " "))
+        table = tuned(path.stem)
         for (key_dim, value_dim, few), tiles in table.items():
             other = table.get((key_dim, value_dim, not few), fit(SIXTEEN_BIT, key_dim, value_dim))
             for name in ("chunk", "scores", "score_gradients", "gradients"):

@@ -96,17 +96,22 @@ def _choose(dtype: torch.dtype, key_dim: int, value_dim: int, few_sequences: boo
     if dtype == torch.float32 or INTERPRETED:
         return fit(THIRTY_TWO_BIT, key_dim, value_dim)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return fit(_tuned(name).get((key_dim, value_dim, few_sequences), SIXTEEN_BIT), key_dim, value_dim)
+    return fit(tuned(name).get((key_dim, value_dim, few_sequences), SIXTEEN_BIT), key_dim, value_dim)
 
 
 @lru_cache(maxsize=8)
-def _tuned(device_name: str) -> dict[tuple[int, int, bool], Tiles]:
+def tuned(device_name: str) -> dict[tuple[int, int, bool], Tiles]:
     """What benchmarks/tune_mlstm.py found for a GPU: (DK, DV, are the sequences few) -> tiles; empty if untuned."""
-    path = TABLES / f"{device_name.replace(' ', '_')}.json"
+    path = table_path(device_name)
     if not path.is_file():
         return {}
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
     return {(e["key_dim"], e["value_dim"], e["few_sequences"]): parse_tiles(e["tiles"]) for e in entries}
+
+
+def table_path(device_name: str) -> Path:
+    """Where the tiles that were tuned for a GPU are, if any were."""
+    return TABLES / f"{device_name.replace(' ', '_')}.json"
 
 
 def parse_tiles(values: dict) -> Tiles:

@@ -32,7 +32,9 @@ SHAPES_COMPILED = [
     (1, 4096, 8, 128, 256),
     (1, 8192, 2, 256, 512),
 ]
-
+# Head dimensions that have tiles of their own on some GPU; with few sequences and with many.
+TUNED_DIMS = sorted({place[:2] for path in tiles.TABLES.glob("*.json") for place in tiles.tuned(path.stem)})
+SHAPES_COMPILED += [(batch, 300, 4, *dims) for dims in TUNED_DIMS for batch in (1, tiles.FEW_SEQUENCES // 4 + 1)]
 
 # What must be equal bit for bit does not depend on the precision of the interpreter.
 bitwise = pytest.mark.parametrize("dtype", DTYPES if COMPILED else DTYPES[:1], ids=str)
@@ -372,7 +374,7 @@ def test_compiles_as_one_graph_and_captures_in_a_cuda_graph(device):
 
 
 @compiled_only
-@pytest.mark.parametrize("dims", [(64, 128), (128, 256), (256, 512), (384, 384), (512, 512)], ids=str)
+@pytest.mark.parametrize("dims", TUNED_DIMS, ids=str)
 def test_the_cuts_for_few_and_for_many_sequences_give_the_same_bits(device, dims):
     shape = (tiles.FEW_SEQUENCES // 4 + 1, 700, 4, *dims)
     inputs = make_inputs(shape, torch.bfloat16, device)
