@@ -79,7 +79,7 @@ class Document(NamedTuple):
     split: str
     file: str
     position: int
-    # The record named no source, so that `source` is the configured label.
+    # The record named no source, or none that is text, so that `source` is the configured label.
     unlabelled: bool = False
 
 
@@ -125,7 +125,7 @@ class Source(abc.ABC):
             split = (
                 split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
             )
-        if isinstance(label, str) and label:
+        if _is_label(label):
             return Document(text, label, split, item.name, position)
         return Document(text, self.config.source, split, item.name, position, self.config.source_field is not None)
 
@@ -145,6 +145,14 @@ class Source(abc.ABC):
             return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
         label = look_up(record, self._label_path) if self._label_path else None
         return self.document(item, text, position, label)
+
+
+def _is_label(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        # A lone surrogate, which neither a shard nor a file's name can hold.
+        return False
 
 
 def _kind(value: Any) -> str:

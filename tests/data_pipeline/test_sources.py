@@ -57,6 +57,14 @@ def test_the_source_label_as_struct_as_string_and_missing(tmp_path):
     assert [d.unlabelled for d in found] == [False, False, True, True, True, True]
 
 
+def test_a_label_that_is_no_text_is_none(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=1)
+    odd = [line("half a pair", "\ud83d"), json.dumps({"text": "a number", "meta": {"redpajama_set_name": 5}})]
+    (tmp_path / "raw" / "train" / "odd.jsonl").write_text("\n".join(odd))
+    manifest, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
+    assert manifest.splits["train"]["unknown"]["documents"] == manifest.inputs.repaired["no_source_label"] == 2
+
+
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
     for name in ("chunk10/example_2", "chunk2/example_10", "chunk2/example_9", "chunk1/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
