@@ -197,7 +197,8 @@ def look_up(record: dict[str, Any], path: list[str]) -> Any:
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key by which chunk2 comes before chunk10."""
     parts = re.split(r"(\d+)", name)
-    return [int(part) if part.isdigit() else part for part in parts], name
+    # Numbers are at the odd places. `isdigit` would take a superscript for one, of which int() makes none.
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 class FileSource(Source):

@@ -72,6 +72,7 @@ def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
     expected = ["chunk1/x", "chunk2/example_9", "chunk2/example_10", "chunk10/example_2"]
     assert [d.text for d in records(jsonl_config(tmp_path))] == expected
     assert sorted(["a10b", "a2b", "a02b", "ab"], key=natural_key) == ["a02b", "a2b", "a10b", "ab"]
+    assert sorted(["²10", "²2", "1²10", "1²2"], key=natural_key) == ["1²2", "1²10", "²2", "²10"]
 
 
 def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
