@@ -235,9 +235,17 @@ class FileSource(Source):
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether a relative name matches a pattern, in which `**/` also stands for no folder at all."""
-    if pattern.startswith("**/") and fnmatch.fnmatchcase(name, pattern[3:]):
-        return True
-    return fnmatch.fnmatchcase(name, pattern)
+    return any(fnmatch.fnmatchcase(name, spelling) for spelling in _spellings(pattern))
+
+
+@functools.lru_cache
+def _spellings(pattern: str) -> list[str]:
+    """`pattern` with and without each of its `**/`."""
+    first, *rest = re.split(r"(?<![^/])\*\*/", pattern)
+    spellings = [first]
+    for part in rest:
+        spellings = [beginning + folders + part for beginning in spellings for folders in ("", "**/")]
+    return spellings
 
 
 def given_split(name: str) -> str:

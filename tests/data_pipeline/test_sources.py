@@ -172,6 +172,24 @@ def test_text_trees_keep_files_exactly_and_leave_out_what_is_excluded(tmp_path):
     assert [d.file for d in records(single)] == ["a.py"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("**/*.txt", ["a.txt", "x/b.txt", "x/y/b.txt", "x/y/z/c.txt", "xb.txt"]),
+        ("x/**/b.txt", ["x/b.txt", "x/y/b.txt"]),
+        ("**/y/**/c.txt", ["x/y/z/c.txt"]),
+        ("x/*.txt", ["x/b.txt", "x/y/b.txt", "x/y/z/c.txt"]),
+        ("x**/b.txt", ["x/b.txt", "x/y/b.txt"]),
+    ],
+)
+def test_patterns_of_files(tmp_path, pattern, names):
+    for name in ("a.txt", "x/b.txt", "x/y/b.txt", "x/y/z/c.txt", "xb.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = open_source(DataConfig(kind="text", path=str(tmp_path), files=[pattern])).inputs()
+    assert [item.name for item in found] == names
+
+
 def test_parquet_rows_with_labels_and_a_truncated_file(tmp_path):
     rows = {
         "text": ["a", None, "c"],
