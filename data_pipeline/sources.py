@@ -213,7 +213,7 @@ class FileSource(Source):
         self._only = None if path.is_dir() else path.name
 
     def inputs(self) -> list[InputFile]:
-        names = [self._only] if self._only else sorted(self._walk(), key=natural_key)
+        names = [self._only] if self._only else sorted(self._walk(self.root), key=natural_key)
         if not names:
             raise PrepareError(f"{self.root}: no file matches data.files={self.config.files}; change data.path or it")
         given = self.config.split.rule == "given"
@@ -221,13 +221,20 @@ class FileSource(Source):
             InputFile(name, (self.root / name).stat().st_size, given_split(name) if given else None) for name in names
         ]
 
-    def _walk(self) -> Iterator[str]:
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [name for name in folders if not self._excluded(name)]
-            for file in files:
-                name = (Path(folder) / file).relative_to(self.root).as_posix()
-                if not self._excluded(file) and any(_matches(name, pattern) for pattern in self.config.files):
-                    yield name
+    def _walk(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+        """Names of the files to read; folders that are symbolic links are gone through too, but not in circles."""
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        for entry in list(os.scandir(folder)):
+            if self._excluded(entry.name):
+                continue
+            if entry.is_dir():
+                yield from self._walk(folder / entry.name, (*above, real))
+                continue
+            name = (folder / entry.name).relative_to(self.root).as_posix()
+            if any(_matches(name, pattern) for pattern in self.config.files):
+                yield name
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)

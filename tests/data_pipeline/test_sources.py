@@ -190,6 +190,20 @@ def test_patterns_of_files(tmp_path, pattern, names):
     assert [item.name for item in found] == names
 
 
+def test_folders_that_are_links_are_read_but_not_in_circles(tmp_path):
+    for name in ("raw/train/a.jsonl", "disk2/b.jsonl", "disk2/sub/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(line(name))
+    (tmp_path / "raw" / "train" / "more").symlink_to(tmp_path / "disk2")
+    (tmp_path / "disk2" / "sub" / "back").symlink_to(tmp_path / "raw" / "train")
+    (tmp_path / "raw" / "here").symlink_to(".")
+    found = [item.name for item in open_source(jsonl_config(tmp_path / "raw")).inputs()]
+    assert found == ["train/a.jsonl", "train/more/b.jsonl", "train/more/sub/c.jsonl"]
+    (tmp_path / "raw" / "train" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        open_source(jsonl_config(tmp_path / "raw")).inputs()
+
+
 def test_parquet_rows_with_labels_and_a_truncated_file(tmp_path):
     rows = {
         "text": ["a", None, "c"],
