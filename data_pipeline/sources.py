@@ -157,7 +157,9 @@ def _is_label(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null", str: "a string"}
-    return names.get(type(value), "a number")
+    names |= dict.fromkeys((int, float), "a number")
+    # Columns hold more than JSON does.
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def split_by_name(name: str, split: SplitConfig) -> str:
