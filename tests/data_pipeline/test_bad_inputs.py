@@ -213,6 +213,12 @@ def test_text_of_columns_that_is_not_utf8_costs_its_row_only(tmp_path):
     ]
 
 
+def test_a_column_name_that_is_not_utf8_is_damage(tmp_path):
+    (tmp_path / "a.arrow").write_bytes(arrow_stream().replace(b"text\0", b"te\xfft\0"))
+    texts, rejections = read(tmp_path)
+    assert texts == [] and [r.reason for r in rejections] == ["damaged_archive"]
+
+
 @pytest.mark.parametrize(
     ("values", "kind"), [([b"text", b"x"], "of type bytes"), ([1.5, None], "a number"), ([[1], [2]], "a list")]
 )
