@@ -238,6 +238,25 @@ def test_altered_lists_are_reported_by_verify(copy):
     assert verify_corpus(copy)[0] == f"{copy / 'inputs.jsonl'}: missing"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "missing"),
+        ("{", "damaged, names no eod_token"),
+        ("[]", "damaged, names no eod_token"),
+        ('{"format_version": 1}', "damaged, names no eod_token"),
+        ('{"eod_token": "<s>"}', "altered: it names <s>, the manifest </s>"),
+    ],
+)
+def test_an_altered_end_of_document_token_beside_the_tokenizer_is_reported(copy, content, words):
+    path = copy / "tokenizer" / "end_of_document.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    (problem,) = verify_corpus(copy)
+    assert problem.startswith(f"{path}: {words}")
+
+
 def sign_as(folder: Path, entry, path: Path) -> None:
     """Put the file `path` at the place of `entry` and record its checksums, as a careless repair would."""
     manifest = Manifest.read(folder)
