@@ -6,11 +6,17 @@ import re
 import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from conf import compose
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
 from tests.runs import TINY_RUN, environment, run_train, train_command
+from train.config import RunConfig
+from train.data import validate_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,17 @@ def lines_of(path, kind):
 
 def run(root, name, *overrides):
     return run_train([f"name={name}", f"run_root={root}", *TINY_RUN, "model.vocab_size=448", *overrides])
+
+
+def test_the_documented_mixture_can_be_typed():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "phases" in block)
+    script = f"python() {{ printf '%s\\0' \"$@\"; }}\n{block}"
+    typed = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    overrides = [argument for argument in typed.split("\0") if "=" in argument]
+    config = compose(RunConfig, "train", ["name=mixed", "corpus.directory=corpora/slimpajama", *overrides])
+    assert len(config.corpus.weights) == 7 and config.corpus.epoch_caps == {"RedPajamaBook": 2}
+    assert config.corpus.phases[0].from_step == 90000 and validate_corpus(config.corpus) == []
 
 
 @pytest.mark.slow
