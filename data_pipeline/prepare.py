@@ -291,4 +291,4 @@ def _log_result(manifest: Manifest, folder: Path, log: Log) -> None:
     log(f"records read {inputs.records:,} = documents written {inputs.documents:,} + rejected {rejected:,}")
     for title, counts in (("rejected", inputs.rejected), ("repaired", inputs.repaired)):
         for reason, count in counts.items():
-            log(f"  {title} {reason}: {count:,} (file and line of each in {folder / REPORT_FILE})")
+            log(f"  {title} {reason}: {count:,} (file and line in {folder / REPORT_FILE})")

@@ -133,7 +133,7 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
     ]
     assert places[9][1] == "torn.jsonl.zst" and "truncated; nothing of the file is used" in report[-1]["detail"]
     assert all(e["records"] == e["documents"] + sum(e["rejected"].values()) for e in inputs)
-    assert "rejected malformed: 2 (file and line of each in" in log
+    assert "rejected malformed: 2 (file and line in" in log
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
