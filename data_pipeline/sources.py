@@ -238,6 +238,14 @@ class FileSource(Source):
             if any(_matches(name, pattern) for pattern in self.config.files):
                 yield name
 
+    def would_read(self, path: Path) -> bool:
+        """Whether a file would be an input if it were at `path`."""
+        name = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root))
+        parts = name.split("/")
+        if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
+            return False
+        return any(_matches(name, pattern) for pattern in self.config.files)
+
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
 
