@@ -398,6 +398,13 @@ def test_a_manifest_that_was_altered_and_signed_again_is_refused(copy, change, w
     refused(copy, str(copy / "manifest.json"), words)
 
 
+def test_a_library_that_encodes_otherwise_than_the_one_that_wrote_is_refused(copy):
+    manifest = Manifest.read(copy)
+    tokenizer = dataclasses.replace(manifest.tokenizer, probe_sha256="0" * 64, library_version="0.0.1")
+    dataclasses.replace(manifest, tokenizer=tokenizer).write(copy)
+    refused(copy, "tokenizer.model: sentencepiece", "encodes text differently from sentencepiece 0.0.1", "install that")
+
+
 def test_another_file_in_the_place_of_a_shard_is_not_read_as_the_one_that_was_compared(copy):
     corpus = Corpus.open(copy)
     corpus._files = OpenFiles(corpus._files.locate, len(corpus.manifest.shards), limit=1)

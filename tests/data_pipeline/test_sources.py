@@ -252,6 +252,9 @@ def test_datasets_stream_local_folders_and_saved_data_sets(tmp_path):
     assert manifest.inputs.documents == len(texts)
     _, log = quietly(PrepareConfig(saved, TOKENIZER, str(tmp_path / "out")))
     assert "already prepared" in log
+    (tmp_path / "raw" / "train" / "chunk1" / "example_train_1.jsonl.zst").write_bytes(b"no archive")
+    with pytest.raises(PrepareError, match=r"train/0000\d-of-00003: the stream broke after row \d+ \(.*run again"):
+        records(config)
     with pytest.raises(PrepareError, match=r"data\.path=.*nothing: the datasets library cannot open it"):
         open_source(DataConfig(kind="datasets", path=str(tmp_path / "nothing")))
 

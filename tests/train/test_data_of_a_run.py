@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from conf import compose
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.corpus import Corpus
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
 from tests.runs import TINY_RUN, environment, run_train, train_command
 from train.config import RunConfig
 from train.data import validate_corpus
+from train.evaluate import open_evaluation_corpora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +50,20 @@ def test_the_documented_mixture_can_be_typed():
     config = compose(RunConfig, "train", ["name=mixed", "corpus.directory=corpora/slimpajama", *overrides])
     assert len(config.corpus.weights) == 7 and config.corpus.epoch_caps == {"RedPajamaBook": 2}
     assert config.corpus.phases[0].from_step == 90000 and validate_corpus(config.corpus) == []
+
+
+def test_a_held_out_set_of_another_tokenizer_is_refused(slimpajama, tmp_path):
+    tokenizer = TokenizerConfig(vocab_size=390, sample_bytes=200_000)
+    quietly(slimpajama_config(slimpajama / "raw", tmp_path / "other", tokenizer=tokenizer))
+    directories = [
+        f"corpus.directory={slimpajama / 'corpus'}",
+        f"evaluation.sets.validation.directory={tmp_path}/other",
+    ]
+    config = compose(RunConfig, "train", ["name=other", *directories])
+    with pytest.raises(
+        ValueError, match=r"sets\.validation\.directory: .*/other was prepared with another tokenizer than"
+    ):
+        open_evaluation_corpora(config, Corpus.open(slimpajama / "corpus"))
 
 
 @pytest.mark.slow
