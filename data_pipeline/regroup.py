@@ -177,7 +177,10 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
     lines: list[str] = []
     seen: set[str] = set()
     for corpus in corpora:
-        origin = corpus.manifest.settings.get("part_of", corpus.fingerprint)
+        origin, settings = corpus.fingerprint, corpus.manifest.settings
+        while "part_of" in settings:
+            # A part may have been taken from a part.
+            origin, settings = settings["part_of"], settings["settings"]
         if origin not in seen:
             path = corpus.directory / getattr(corpus.manifest, name).file
             lines += path.read_text("utf-8").splitlines(keepends=True)

@@ -64,6 +64,12 @@ def test_parts_of_a_corpus_and_the_whole_of_them_again(two, tmp_path):
     assert shards(tmp_path / "again") == shards(whole)
     assert verify_corpus(tmp_path / "again") == []
     assert again.inputs == Manifest.read(whole).inputs
+    sources = ("RedPajamaBook", "RedPajamaC4")
+    for source in sources:
+        split_corpus(whole, tmp_path / source, sources=[source])
+        split_corpus(tmp_path / source, tmp_path / f"{source}-train", splits=["train"])
+    parts_of_parts = merge_corpora([tmp_path / f"{source}-train" for source in sources], tmp_path / "both")
+    assert parts_of_parts.inputs == Manifest.read(whole).inputs
 
 
 def test_what_cannot_be_merged_is_said(two, tmp_path):
