@@ -75,7 +75,7 @@ def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
         try:
             parsed = OverridesParser.create().parse_override(override)
         except HydraException as error:
-            problems.append(f"'{override}': {_first_line(error)}")
+            problems.append(f"'{override}': {_first_line(error)}{_how_to_quote(override)}")
             continue
         group = CONF_DIR / parsed.key_or_group
         if not group.is_dir():
@@ -95,9 +95,19 @@ def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
         try:
             hydra_compose(config_name, overrides=[*groups, override])
         except (HydraException, OmegaConfBaseException) as error:
-            reason = _first_line(error) if key in known else f"no such key{suggestion(key, known)}"
+            reason = f"no such key{suggestion(key, known)}"
+            if key in known:
+                reason = _first_line(error) + (_how_to_quote(override) if "Ambiguous" in str(error) else "")
             problems.append(f"{key}: {reason}")
     return problems
+
+
+def _how_to_quote(override: str) -> str:
+    """How to type a value, such as a path, whose characters mean something else to Hydra; empty for other values."""
+    key, _, value = override.partition("=")
+    if value[:1] in ("", "{", "[", "(") or "'" in value or '"' in value:
+        return ""
+    return f"; if the value is one text, quote it: '{key}=\"{value}\"'"
 
 
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:

@@ -136,11 +136,14 @@ def _inspect(options: argparse.Namespace) -> int:
         return 0
     if given and options.run_directory is not None:
         raise ConfigError([f"{names}: --run {options.run_directory} says it already; leave out one of the two"])
+    # The order is computed in 64 bits.
+    if not 0 <= options.sample < 2**62:
+        raise ConfigError([f"--sample: must be at least 0 and below 2^62 ({options.sample})"])
     try:
         if options.run_directory is not None:
             order, sequence_length, seed, global_batch_size = _order_of_run(options.run_directory)
         else:
-            weights = {name: float(value) for name, _, value in (w.rpartition("=") for w in given.get("weight", []))}
+            weights = dict(map(_weight, given.get("weight", [])))
             order = OrderConfig(
                 split=given.get("split", "train"), weights=weights or None, window_shards=options.window_shards
             )
@@ -153,6 +156,14 @@ def _inspect(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError([str(error)]) from None
     return 0
+
+
+def _weight(text: str) -> tuple[str, float]:
+    source, _, value = text.rpartition("=")
+    try:
+        return source, float(value)
+    except ValueError:
+        raise ValueError(f"--weight: needs SOURCE=W with a number W ({text})") from None
 
 
 def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:

@@ -13,8 +13,8 @@ import pyarrow.parquet
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import PrepareError
 
-# What reading a damaged file raises.
-DAMAGE = (pa.ArrowException, OSError)
+# What reading a damaged file raises; the last where the names of its columns are damaged.
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 ROWS = 256
 # Ends a complete Arrow stream: a continuation marker and the length 0.
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -48,7 +48,7 @@ def cut_row_groups(path: Path, part_bytes: int) -> list[RowGroups]:
         with pa.parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
             starts = [min(map(_first_byte, map(group.column, range(group.num_columns)))) for group in groups]
-    except pa.ArrowException:
+    except DAMAGE:
         return []
     if len(starts) < 2 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
         return []

@@ -51,7 +51,8 @@ class DataConfig:
     # A folder or file; for kind=datasets a data set name or folder; null for kind=standard_library. The top-level key
     # `source` sets it too.
     path: str | None = None
-    # Patterns of the files to read below `path` (`**` crosses folders). Not used by kind=datasets.
+    # Patterns of the files to read below `path`; `*` crosses folders too, and `**/` may stand for none. Not used by
+    # kind=datasets.
     files: list[str] = field(default_factory=list)
     # Names of folders and files (patterns) that are left out wherever they occur.
     exclude: list[str] = field(default_factory=list)

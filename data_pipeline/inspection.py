@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.corpus import Corpus, check_shard_file
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry
 from data_pipeline.stream import SampleStream
 from data_pipeline.token_sequence import open_shard
+from data_pipeline.tokenizer import SIDECAR, Tokenizer
 from data_pipeline.units import count_files
 
 SAMPLE_TOKENS = 200
@@ -105,7 +106,13 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
     problems = []
     try:
         corpus.tokenizer()
-    except CorpusError as error:
+        # Reading a corpus does without this file; another preparation may take its tokenizer from here.
+        sidecar = (directory / manifest.tokenizer.file).with_name(SIDECAR)
+        if not sidecar.is_file():
+            problems.append(f"{sidecar}: missing")
+        elif (found := Tokenizer.load(sidecar.parent).eod_token) != manifest.tokenizer.eod_token:
+            problems.append(f"{sidecar}: altered: it names {found}, the manifest {manifest.tokenizer.eod_token}")
+    except (CorpusError, TokenizerError) as error:
         problems.append(str(error))
     lists = {name: _checked_list(directory, getattr(manifest, name), problems) for name in ("inputs", "report")}
     if lists["inputs"] is not None:

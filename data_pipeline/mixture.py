@@ -100,17 +100,23 @@ def _check_weights(phase: Phase, sources: Mapping[str, int], prefix: str) -> lis
                 f"{key}: the source has fewer tokens than one sample; set its weight to 0 or shorten the sequence "
                 "length"
             )
-    weights = _weights(phase, sources) if not problems else {}
-    if not problems and not sum(weights.values()) > 0:
-        problems.append(f"{prefix}weights: at least one weight must be positive")
-    if not problems:
+    if problems:
+        return problems
+    try:
+        weights = _weights(phase, sources)
         total = math.fsum(weights.values())
-        problems += [
-            f"{prefix}weights.{label}: {weight:g} is less than one sample in {LARGEST_BLOCK:,}; raise it or set it to 0"
-            for label, weight in weights.items()
-            if 0 < weight < total / LARGEST_BLOCK
-        ]
-    return problems
+    except OverflowError:
+        total = math.inf
+    if total == math.inf:
+        key, value = ("temperature", phase.temperature) if phase.weights is None else ("weights", dict(phase.weights))
+        return [f"{prefix}{key}: gives shares that are too large to compute ({value}); take values closer to 1"]
+    if not total > 0:
+        return [f"{prefix}weights: at least one weight must be positive"]
+    return [
+        f"{prefix}weights.{label}: {weight:g} is less than one sample in {LARGEST_BLOCK:,}; raise it or set it to 0"
+        for label, weight in weights.items()
+        if 0 < weight < total / LARGEST_BLOCK
+    ]
 
 
 def _weights(phase: Phase, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -196,6 +202,11 @@ class Mixture:
             caps = config.epoch_caps or {}
             self._caps = [math.floor(caps[s] * self.sizes[s]) if s in caps else None for s in self.sources]
             self._segments = list(self._cut(config.all_phases))
+            if not self._segments:
+                raise ValueError(
+                    f"epoch_caps: no source has a whole sample below its cap ({dict(caps)} of {self.sizes} samples); "
+                    "raise the caps"
+                )
             if self._segments[-1].end is not None:
                 self.limit = self._segments[-1].end
         self._starts = [segment.start for segment in self._segments]

@@ -24,14 +24,15 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import Batch, Columns, DamagedSamples
-from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.encoders import choose_encoder
 from data_pipeline.errors import CorpusError
 from data_pipeline.manifest import fingerprint_of
 from data_pipeline.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.shards import token_dtype
-from data_pipeline.sources import Document, Source, open_source
+from data_pipeline.sources import Document, Rejection, Source, open_source
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.workers import TOLERANCE_RECORDS
 
 # Documents are tokenized together up to about so much text, in characters.
 BATCH_CHARACTERS = 1 << 20
@@ -166,10 +167,11 @@ class LiveStream:
         filled = [(0, lane) for lane in range(self._lanes)]
         mine = set(self._open)
         for epoch in range(int(self._max_epochs)):
-            read, rejected, waiting, characters = 0, 0, [], 0
+            read, waiting, characters = 0, [], 0
+            losses = _Losses(self.corpus.data.tolerance)
             for record in self._records(epoch):
+                losses.add(record)
                 if not isinstance(record, Document):
-                    rejected += 1
                     continue
                 if record.split != self.split or not record.text.strip():
                     continue
@@ -182,10 +184,11 @@ class LiveStream:
                 if characters >= BATCH_CHARACTERS:
                     yield self._encode(waiting)
                     waiting, characters = [], 0
+            losses.check()
             if not read:
                 raise CorpusError(f"data.path={self.corpus.directory}: no document of split '{self.split}' was found")
-            if rejected:
-                _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, rejected)
+            if losses.rejected:
+                _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, losses.rejected)
             yield self._encode(waiting)
         raise CorpusError(
             f"corpus.max_epochs: the text was read {int(self._max_epochs)} times; shorten training.total_tokens, find "
@@ -207,6 +210,52 @@ class LiveStream:
             (lane, document.source, np.concatenate((ids[offsets[n] : offsets[n + 1]].astype(self._dtype), end)))
             for n, (lane, document) in enumerate(waiting)
         ]
+
+
+class _Losses:
+    """What of the text of one pass gave no document, within `data.tolerance`."""
+
+    def __init__(self, tolerance: ToleranceConfig):
+        self.rejected = 0
+        self._tolerance = tolerance
+        self._records = 0
+        self._damaged: set[str] = set()
+        self._first: Rejection | None = None
+
+    def add(self, record: Document | Rejection) -> None:
+        """Count a record. Raises CorpusError when too much is lost."""
+        self._records += 1
+        if not isinstance(record, Rejection):
+            return
+        self.rejected += 1
+        self._first = self._first or record
+        if record.reason == "damaged_archive":
+            self._damaged.add(record.file)
+            if len(self._damaged) > self._tolerance.damaged_files:
+                self._refuse(
+                    f"{len(self._damaged)} damaged files, tolerance.damaged_files allows "
+                    f"{self._tolerance.damaged_files}",
+                    record,
+                )
+            _LOG.warning("%s is damaged at record %d: what comes before is used", record.file, record.position)
+        if self._records >= TOLERANCE_RECORDS:
+            self.check()
+
+    def check(self) -> None:
+        """Raises CorpusError when too large a share of the records so far was rejected."""
+        if self.rejected > self._tolerance.rejected_fraction * self._records:
+            self._refuse(
+                f"{self.rejected} of {self._records} records rejected, tolerance.rejected_fraction allows "
+                f"{self._tolerance.rejected_fraction:.3%}",
+                self._first,
+            )
+
+    def _refuse(self, problem: str, place: Rejection) -> None:
+        raise CorpusError(
+            f"corpus.live.data: too much of the text is lost: {problem}. {place.file}, record {place.position}: "
+            f"{place.reason}: {place.detail}. Mend the input, or raise corpus.live.data.tolerance (a run that has "
+            "started needs a reason in corpus.allow_changed_data for it)"
+        )
 
 
 class _Lane:

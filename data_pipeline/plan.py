@@ -13,8 +13,8 @@ from data_pipeline.claims import Claims
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import PrepareError
 from data_pipeline.files import write_atomically
-from data_pipeline.manifest import Manifest, canonical_json
-from data_pipeline.sources import InputFile, open_source
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, canonical_json
+from data_pipeline.sources import FileSource, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.workers import WorkFolder
 
@@ -54,6 +54,18 @@ def refuse_strangers(folder: Path) -> None:
         strangers = sorted(p.name for p in folder.iterdir() if p != work.path and p.suffix != ".partial")
         if strangers:
             raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
+
+
+def refuse_own_files_as_inputs(source: Source, folder: Path) -> None:
+    """Raises PrepareError where what is written to the corpus folder would be read as input the next time."""
+    if not isinstance(source, FileSource):
+        return
+    for name in ("shards/train/source.arrow", "shards.arrow", INPUTS_FILE, MANIFEST_FILE, "tokenizer/tokenizer.json"):
+        if source.would_read(folder / name):
+            raise PrepareError(
+                f"output: {folder} lies in data.path ({source.root}), and data.files would read {name} of it; choose "
+                "an output elsewhere"
+            )
 
 
 def begin_plan(

@@ -31,7 +31,14 @@ from data_pipeline.manifest import (
     canonical_json,
 )
 from data_pipeline.order import derive_key, permute
-from data_pipeline.plan import INPUTS_FILE, begin_plan, confirm_finished, content_settings, refuse_strangers
+from data_pipeline.plan import (
+    INPUTS_FILE,
+    begin_plan,
+    confirm_finished,
+    content_settings,
+    refuse_own_files_as_inputs,
+    refuse_strangers,
+)
 from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
@@ -83,6 +90,7 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     inputs = source.inputs()
     index, count = task_of(config)
     work = WorkFolder(folder)
+    refuse_own_files_as_inputs(source, folder)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)
@@ -291,4 +299,4 @@ def _log_result(manifest: Manifest, folder: Path, log: Log) -> None:
     log(f"records read {inputs.records:,} = documents written {inputs.documents:,} + rejected {rejected:,}")
     for title, counts in (("rejected", inputs.rejected), ("repaired", inputs.repaired)):
         for reason, count in counts.items():
-            log(f"  {title} {reason}: {count:,} (file and line of each in {folder / REPORT_FILE})")
+            log(f"  {title} {reason}: {count:,} (file and line in {folder / REPORT_FILE})")

@@ -115,6 +115,23 @@ def _write(
         raise CorpusError(f"{output}: exists already and is not an empty folder; choose another")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        manifest = _fill(corpora, shards, settings, partial, link)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except (OSError, CorpusError) as error:
+        # Gives the space back where there was too little of it.
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, CorpusError):
+            raise
+        raise CorpusError(f"{output}: cannot be written ({error.strerror})") from None
+    return manifest
+
+
+def _fill(
+    corpora: list[Corpus], shards: list[tuple[Path, ShardEntry]], settings: dict[str, Any], partial: Path, link: str
+) -> Manifest:
     partial.mkdir(parents=True)
     for source, entry in shards:
         target = partial / entry.file
@@ -122,9 +139,10 @@ def _write(
         try:
             LINKS[link](source, target)
         except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK) and link == "hard":
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP) and link == "hard":
                 raise CorpusError(
-                    f"{source}: cannot get a second name in {output} ({error.strerror}); use --link"
+                    f"{source}: cannot get a second name in {partial.parent} ({error.strerror}); use --link symbolic "
+                    "or --link copy"
                 ) from None
             raise
     first = corpora[0].manifest
@@ -151,9 +169,6 @@ def _write(
         report=ReportEntry(first.report.file, hash_file(partial / first.report.file).sha256, len(lists["report"])),
     )
     manifest.write(partial)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
     return manifest
 
 
@@ -162,7 +177,10 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
     lines: list[str] = []
     seen: set[str] = set()
     for corpus in corpora:
-        origin = corpus.manifest.settings.get("part_of", corpus.fingerprint)
+        origin, settings = corpus.fingerprint, corpus.manifest.settings
+        while "part_of" in settings:
+            # A part may have been taken from a part.
+            origin, settings = settings["part_of"], settings["settings"]
         if origin not in seen:
             path = corpus.directory / getattr(corpus.manifest, name).file
             lines += path.read_text("utf-8").splitlines(keepends=True)

@@ -79,7 +79,7 @@ class Document(NamedTuple):
     split: str
     file: str
     position: int
-    # The record named no source, so that `source` is the configured label.
+    # The record named no source, or none that is text, so that `source` is the configured label.
     unlabelled: bool = False
 
 
@@ -125,7 +125,7 @@ class Source(abc.ABC):
             split = (
                 split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
             )
-        if isinstance(label, str) and label:
+        if _is_label(label):
             return Document(text, label, split, item.name, position)
         return Document(text, self.config.source, split, item.name, position, self.config.source_field is not None)
 
@@ -147,9 +147,19 @@ class Source(abc.ABC):
         return self.document(item, text, position, label)
 
 
+def _is_label(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        # A lone surrogate, which neither a shard nor a file's name can hold.
+        return False
+
+
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null", str: "a string"}
-    return names.get(type(value), "a number")
+    names |= dict.fromkeys((int, float), "a number")
+    # Columns hold more than JSON does.
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def split_by_name(name: str, split: SplitConfig) -> str:
@@ -189,7 +199,8 @@ def look_up(record: dict[str, Any], path: list[str]) -> Any:
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key by which chunk2 comes before chunk10."""
     parts = re.split(r"(\d+)", name)
-    return [int(part) if part.isdigit() else part for part in parts], name
+    # Numbers are at the odd places. `isdigit` would take a superscript for one, of which int() makes none.
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 class FileSource(Source):
@@ -204,7 +215,7 @@ class FileSource(Source):
         self._only = None if path.is_dir() else path.name
 
     def inputs(self) -> list[InputFile]:
-        names = [self._only] if self._only else sorted(self._walk(), key=natural_key)
+        names = [self._only] if self._only else sorted(self._walk(self.root), key=natural_key)
         if not names:
             raise PrepareError(f"{self.root}: no file matches data.files={self.config.files}; change data.path or it")
         given = self.config.split.rule == "given"
@@ -212,13 +223,28 @@ class FileSource(Source):
             InputFile(name, (self.root / name).stat().st_size, given_split(name) if given else None) for name in names
         ]
 
-    def _walk(self) -> Iterator[str]:
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [name for name in folders if not self._excluded(name)]
-            for file in files:
-                name = (Path(folder) / file).relative_to(self.root).as_posix()
-                if not self._excluded(file) and any(_matches(name, pattern) for pattern in self.config.files):
-                    yield name
+    def _walk(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+        """Names of the files to read; folders that are symbolic links are gone through too, but not in circles."""
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        for entry in list(os.scandir(folder)):
+            if self._excluded(entry.name):
+                continue
+            if entry.is_dir():
+                yield from self._walk(folder / entry.name, (*above, real))
+                continue
+            name = (folder / entry.name).relative_to(self.root).as_posix()
+            if any(_matches(name, pattern) for pattern in self.config.files):
+                yield name
+
+    def would_read(self, path: Path) -> bool:
+        """Whether a file would be an input if it were at `path`."""
+        name = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root))
+        parts = name.split("/")
+        if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
+            return False
+        return any(_matches(name, pattern) for pattern in self.config.files)
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
@@ -226,9 +252,17 @@ class FileSource(Source):
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether a relative name matches a pattern, in which `**/` also stands for no folder at all."""
-    if pattern.startswith("**/") and fnmatch.fnmatchcase(name, pattern[3:]):
-        return True
-    return fnmatch.fnmatchcase(name, pattern)
+    return any(fnmatch.fnmatchcase(name, spelling) for spelling in _spellings(pattern))
+
+
+@functools.lru_cache
+def _spellings(pattern: str) -> list[str]:
+    """`pattern` with and without each of its `**/`."""
+    first, *rest = re.split(r"(?<![^/])\*\*/", pattern)
+    spellings = [first]
+    for part in rest:
+        spellings = [beginning + folders + part for beginning in spellings for folders in ("", "**/")]
+    return spellings
 
 
 def given_split(name: str) -> str:

@@ -113,9 +113,13 @@ class SampleStream:
             span = sequence_length * (lanes.windows if lanes else 1)
             sizes = {source: max(0, (corpus.tokens(split, source) - 1) // span) for source in sources}
         if not any(sizes.values()):
+            longest = max(corpus.tokens(split, source) for source in sources)
+            needed = (
+                f"a segment of {lanes.windows} x {sequence_length}" if lanes else f"one sample of {sequence_length}"
+            )
             raise CorpusError(
-                f"{corpus.directory}: split '{split}' has {corpus.tokens(split)} tokens, less than one sample of "
-                f"{sequence_length} + 1; use a shorter sequence length or more text"
+                f"{corpus.directory}: no source of split '{split}' has more than {longest} tokens, less than {needed} "
+                "+ 1; use a shorter sequence length or more text"
             )
         shards = None
         if window_shards is not None:

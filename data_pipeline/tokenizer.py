@@ -65,7 +65,12 @@ class Tokenizer(abc.ABC):
             raise TokenizerError(f"{path}: no such tokenizer file; give a .model or tokenizer.json (tokenizer.path)")
         sidecar = path.parent / SIDECAR
         if eod_token is None and sidecar.is_file():
-            eod_token = json.loads(sidecar.read_text("utf-8"))["eod_token"]
+            try:
+                eod_token = json.loads(sidecar.read_bytes())["eod_token"]
+            except (ValueError, KeyError, TypeError):
+                raise TokenizerError(
+                    f"{sidecar}: damaged, names no eod_token; delete it and set tokenizer.eod_token, or restore it"
+                ) from None
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path, eod_token)
         return SentencePieceTokenizer(path, eod_token)

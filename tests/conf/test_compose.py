@@ -39,6 +39,15 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key():
     assert "'a==b'" in text
 
 
+@pytest.mark.parametrize("value", ["/data/ü", "/data/a,b", "/data/a=b", "/data/a (1)", "~/data"])
+def test_a_path_that_needs_quotes_is_shown_with_them(value):
+    found = problems([*BASE, f"corpus.directory={value}"])
+    hint = f'corpus.directory="{value}"'
+    assert len(found) == 1 and found[0].endswith(f"; if the value is one text, quote it: '{hint}'")
+    assert compose(RunConfig, "train", [*BASE, hint]).corpus.directory == value
+    assert "quote" not in problems([*BASE, "corpus.phases=[{from_step: 1"])[0]
+
+
 def test_missing_and_mistyped_values_are_reported_together():
     found = problems(["training.micro_batch_size=many", "optimizer.learning_rate=fast"])
     assert sorted(line.split(":")[0] for line in found) == [

@@ -213,6 +213,20 @@ def test_text_of_columns_that_is_not_utf8_costs_its_row_only(tmp_path):
     ]
 
 
+def test_a_column_name_that_is_not_utf8_is_damage(tmp_path):
+    (tmp_path / "a.arrow").write_bytes(arrow_stream().replace(b"text\0", b"te\xfft\0"))
+    texts, rejections = read(tmp_path)
+    assert texts == [] and [r.reason for r in rejections] == ["damaged_archive"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [([b"text", b"x"], "of type bytes"), ([1.5, None], "a number"), ([[1], [2]], "a list")]
+)
+def test_a_column_that_holds_no_text_is_named_by_its_type(tmp_path, values, kind):
+    pa.parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    assert read(tmp_path)[1][0].detail == f"field 'text': it is {kind}"
+
+
 def test_offsets_of_an_arrow_file_that_point_outside_are_refused(tmp_path):
     data = bytearray(arrow_stream())
     place = data.find(TEXTS[0].encode())

@@ -238,6 +238,25 @@ def test_altered_lists_are_reported_by_verify(copy):
     assert verify_corpus(copy)[0] == f"{copy / 'inputs.jsonl'}: missing"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "missing"),
+        ("{", "damaged, names no eod_token"),
+        ("[]", "damaged, names no eod_token"),
+        ('{"format_version": 1}', "damaged, names no eod_token"),
+        ('{"eod_token": "<s>"}', "altered: it names <s>, the manifest </s>"),
+    ],
+)
+def test_an_altered_end_of_document_token_beside_the_tokenizer_is_reported(copy, content, words):
+    path = copy / "tokenizer" / "end_of_document.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    (problem,) = verify_corpus(copy)
+    assert problem.startswith(f"{path}: {words}")
+
+
 def sign_as(folder: Path, entry, path: Path) -> None:
     """Put the file `path` at the place of `entry` and record its checksums, as a careless repair would."""
     manifest = Manifest.read(folder)
@@ -377,6 +396,13 @@ def test_a_manifest_that_was_altered_and_signed_again_is_refused(copy, change, w
     manifest = Manifest.read(copy)
     dataclasses.replace(manifest, **change(manifest)).write(copy)
     refused(copy, str(copy / "manifest.json"), words)
+
+
+def test_a_library_that_encodes_otherwise_than_the_one_that_wrote_is_refused(copy):
+    manifest = Manifest.read(copy)
+    tokenizer = dataclasses.replace(manifest.tokenizer, probe_sha256="0" * 64, library_version="0.0.1")
+    dataclasses.replace(manifest, tokenizer=tokenizer).write(copy)
+    refused(copy, "tokenizer.model: sentencepiece", "encodes text differently from sentencepiece 0.0.1", "install that")
 
 
 def test_another_file_in_the_place_of_a_shard_is_not_read_as_the_one_that_was_compared(copy):

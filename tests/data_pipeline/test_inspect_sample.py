@@ -83,6 +83,10 @@ def test_the_order_comes_from_the_folder_of_a_run(corpus, tmp_path, capsys, sett
         ),
         (["--sample", "0", "--run", "live"], "the run tokenizes what it reads (corpus.live) and has no corpus"),
         (["--sample", "0", "--window-shards", "0"], "window_shards: needs at least 1 shard"),
+        (["--sample", "0", "--weight", "RedPajamaC4"], "--weight: needs SOURCE=W with a number W (RedPajamaC4)"),
+        (["--sample", "0", "--weight", "RedPajamaX=1"], "weights.RedPajamaX: the corpus has no such source"),
+        (["--sample", "-1"], "--sample: must be at least 0 and below 2^62 (-1)"),
+        (["--sample", str(10**20)], "--sample: must be at least 0 and below 2^62 (100000000000000000000)"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(corpus, tmp_path, monkeypatch, capsys, options, message):

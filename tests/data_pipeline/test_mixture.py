@@ -199,12 +199,19 @@ def test_a_rare_source_gets_a_larger_block():
         (MixtureConfig({"a": 1}, temperature=2.0), "temperature: cannot be combined with weights"),
         (MixtureConfig(epoch_caps={"zz": 2}), "epoch_caps.zz: the corpus has no such source; it has a, b, c"),
         (MixtureConfig(epoch_caps={"a": 0}), "epoch_caps.a: must be a finite number above 0, not 0"),
+        (
+            MixtureConfig(epoch_caps={"a": 1e-4, "b": 0.0008, "c": 0.02}),
+            "epoch_caps: no source has a whole sample below",
+        ),
+        (MixtureConfig(temperature=0.01), "temperature: gives shares that are too large to compute (0.01)"),
+        (MixtureConfig(phases=(Phase(5, None, 1e-320),)), "phases[0].temperature: gives shares that are too large"),
+        (MixtureConfig({"a": 1e308, "b": 1e308}), "weights: gives shares that are too large to compute ({'a': 1e+308"),
         (MixtureConfig(phases=(Phase(0),)), "phases: a phase must start after sample 0, not at 0"),
         (MixtureConfig(phases=(Phase(5), Phase(5))), "phases: two start at sample 5"),
         (MixtureConfig(phases=(Phase(5, {"zz": 1}),)), "phases[0].weights.zz: the corpus has no such source"),
     ],
 )
 def test_mixtures_that_cannot_be_used_are_refused(config, message):
-    with pytest.raises(ValueError, match="temperature|epoch_caps|phases") as error:
+    with pytest.raises(ValueError, match="temperature|epoch_caps|phases|weights") as error:
         Mixture(SIZES, config, seed=0)
     assert message in str(error.value)

@@ -10,7 +10,7 @@ import torch
 from small_corpora import slimpajama_config, write_slimpajama
 
 from data_pipeline.batch import Columns
-from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import CorpusError
 from data_pipeline.loader import StepLoader
 from data_pipeline.on_the_fly import LiveCorpus, LiveStream
@@ -129,8 +129,53 @@ def test_a_data_set_without_a_pinned_revision_is_read_once_and_refused_on_resume
         resumed.batch(LANES, LANES)
 
 
+def test_too_much_that_is_lost_ends_the_run_with_its_place(open_live, tmp_path):
+    write_slimpajama(tmp_path, files=2)
+    data = slimpajama_config(tmp_path, tmp_path).data
+    path = tmp_path / "train" / "chunk1" / "example_train_0.jsonl.zst"
+    whole = path.read_bytes()
+    # A frame that ends early behind a whole one, whose documents come out first.
+    path.write_bytes(whole + whole[:-5])
+    with pytest.raises(
+        CorpusError, match=r"1 damaged files, .* allows 0\. train/chunk1/example_train_0\.jsonl\.zst, record"
+    ):
+        read_once(open_live(max_epochs=1, data=data))
+    tolerant = dataclasses.replace(data, tolerance=ToleranceConfig(damaged_files=1, rejected_fraction=0.5))
+    assert read_once(open_live(max_epochs=1, data=tolerant)) > 0
+    path.write_bytes(whole)
+    lines = tmp_path / "train" / "lines.jsonl"
+    lines.write_text('{"text": "good"}\n' + "not JSON\n" * 3)
+    with pytest.raises(
+        CorpusError, match=r"3 of 124 records rejected, .* train/lines\.jsonl, record 2: malformed: not JSON"
+    ):
+        read_once(open_live(max_epochs=1, data=data))
+    # With many records it shows before the pass has ended.
+    lines.write_text("not JSON\n" * 20_000)
+    with pytest.raises(CorpusError, match=r"of 10000 records rejected, .* raise corpus\.live\.data\.tolerance"):
+        read_once(open_live(max_epochs=1, data=data))
+
+
+def read_once(stream: LiveStream) -> int:
+    """How many steps one pass gives."""
+    step = 0
+    try:
+        while True:
+            stream.batch(step * LANES, LANES)
+            step += 1
+    except CorpusError as error:
+        if "the text was read 1 times" not in str(error):
+            raise
+        return step
+
+
 def test_text_without_a_document_of_the_split_is_refused(open_live, raw):
     data = dataclasses.replace(slimpajama_config(raw, raw).data, text_field="nothing")
+    with pytest.raises(
+        CorpusError, match=r"280 of 280 records rejected, .* record 1: no_text: field 'nothing': no such"
+    ):
+        open_live(data=data).batch(0, LANES)
+    data = slimpajama_config(raw / "test", raw).data
+    data = dataclasses.replace(data, split=SplitConfig(validation_fraction=0.5, test_fraction=0.49999))
     with pytest.raises(CorpusError, match="no document of split 'train' was found"):
         open_live(data=data).batch(0, LANES)
     with pytest.raises(ValueError, match="must be at least 1, got 24 and 0"):

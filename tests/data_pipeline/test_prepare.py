@@ -194,6 +194,22 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
+def test_an_output_that_would_be_read_as_input_is_refused(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=2)
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    inside = slimpajama_config(tmp_path / "raw", tmp_path / "link" / "train" / "out")
+    with pytest.raises(
+        PrepareError, match=r"/out lies in data\.path .* would read inputs\.jsonl of it; choose an output"
+    ):
+        quietly(inside)
+    for changes in ({"files": ["**/*.jsonl.zst"]}, {"exclude": ["out"]}):
+        config = replace(inside, data=replace(inside.data, **changes))
+        quietly(config)
+        _, log = quietly(config)
+        assert "already prepared" in log
+        shutil.rmtree(config.output)
+
+
 def test_a_tokenizer_from_a_file_and_text_that_spells_its_special_tokens(tmp_path):
     rng = random.Random(0)
     write_slimpajama(tmp_path / "raw", files=2)

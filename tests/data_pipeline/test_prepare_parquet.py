@@ -144,3 +144,19 @@ def test_a_file_whose_end_is_damaged_stays_whole(tmp_path):
     source = open_source(config(tmp_path, tmp_path / "out").data)
     item = InputFile("a.parquet", path.stat().st_size, "train")
     assert cut_units(source, [item], 1) == [[item]]
+
+
+def test_a_damaged_footer_is_damage_of_its_file(tmp_path):
+    path = tmp_path / "raw" / "train" / "a.parquet"
+    write_parquet(path)
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[-8:-4], "little")
+    data[-8 - size : -8] = b"\xff" * size
+    path.write_bytes(data)
+    write_parquet(tmp_path / "raw" / "train" / "whole.parquet", seed=1)
+    settings = config(tmp_path / "raw", tmp_path / "out")
+    with pytest.raises(PrepareError, match=r"train/a\.parquet, record 1: damaged_archive: .* is lost"):
+        quietly(settings)
+    tolerance = ToleranceConfig(rejected_fraction=0.05, damaged_files=1)
+    manifest, _ = quietly(replace(settings, data=replace(settings.data, tolerance=tolerance)))
+    assert (manifest.inputs.files, manifest.inputs.rejected["damaged_archive"]) == (2, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +64,12 @@ def test_parts_of_a_corpus_and_the_whole_of_them_again(two, tmp_path):
     assert shards(tmp_path / "again") == shards(whole)
     assert verify_corpus(tmp_path / "again") == []
     assert again.inputs == Manifest.read(whole).inputs
+    sources = ("RedPajamaBook", "RedPajamaC4")
+    for source in sources:
+        split_corpus(whole, tmp_path / source, sources=[source])
+        split_corpus(tmp_path / source, tmp_path / f"{source}-train", splits=["train"])
+    parts_of_parts = merge_corpora([tmp_path / f"{source}-train" for source in sources], tmp_path / "both")
+    assert parts_of_parts.inputs == Manifest.read(whole).inputs
 
 
 def test_what_cannot_be_merged_is_said(two, tmp_path):
@@ -86,6 +94,32 @@ def test_what_cannot_be_split_is_said(two, tmp_path):
         split_corpus(two[0], tmp_path / "out", splits=["dev"])
     with pytest.raises(CorpusError, match="shards of what is asked for do not give 500 parts"):
         split_corpus(two[0], tmp_path / "out", parts=500)
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_leaves_nothing(two, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["merge", *map(str, two), "--output", str(tmp_path / "file" / "out")]) == 1
+    assert f"{tmp_path}/file/out: cannot be written (Not a directory)" in capsys.readouterr().err
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CorpusError, match=r"/out: cannot be written \(File too large\)"):
+            split_corpus(two[0], tmp_path / "out", link="copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_hard_links_to_another_file_system_are_refused_with_what_to_do(two):
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == two[0].stat().st_dev:
+        pytest.skip("needs two file systems")
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        with pytest.raises(CorpusError, match=r"cannot get a second name in .*; use --link symbolic or --link copy"):
+            split_corpus(two[0], Path(folder) / "out")
+        assert not list(Path(folder).iterdir())
+        split_corpus(two[0], Path(folder) / "out", link="symbolic")
+        assert verify_corpus(Path(folder) / "out") == []
 
 
 def test_the_commands(two, tmp_path, capsys):

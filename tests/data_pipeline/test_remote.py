@@ -238,6 +238,17 @@ def test_a_process_that_opens_a_new_cached_file_late_does_not_empty_it(corpus, u
     assert remote.os.ftruncate is real
 
 
+def test_a_shard_that_is_short_or_gone_at_the_source_is_named(corpus, url, cache, tmp_path):
+    first, second = (entry.file for entry in corpus.sequence("train", "RedPajamaC4").entries[:2])
+    os.truncate(tmp_path / "store" / first, 600)
+    (tmp_path / "store" / second).unlink()
+    sequence = Corpus.open(url, cache=cache).sequence("train", "RedPajamaC4")
+    with pytest.raises(CorpusError, match=rf"{url}/{first}: truncated: bytes 0 to \d+ are not all there"):
+        sequence.shard(0)
+    with pytest.raises(CorpusError, match=rf"{url}/{second}: missing; restore it"):
+        sequence.shard(1)
+
+
 def test_bytes_that_arrive_damaged_never_reach_the_cache(corpus, url, cache):
     opened = Corpus.open(url, cache=cache)
     sequence = opened.sequence("train", "RedPajamaC4")

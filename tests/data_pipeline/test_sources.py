@@ -57,6 +57,14 @@ def test_the_source_label_as_struct_as_string_and_missing(tmp_path):
     assert [d.unlabelled for d in found] == [False, False, True, True, True, True]
 
 
+def test_a_label_that_is_no_text_is_none(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=1)
+    odd = [line("half a pair", "\ud83d"), json.dumps({"text": "a number", "meta": {"redpajama_set_name": 5}})]
+    (tmp_path / "raw" / "train" / "odd.jsonl").write_text("\n".join(odd))
+    manifest, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out"))
+    assert manifest.splits["train"]["unknown"]["documents"] == manifest.inputs.repaired["no_source_label"] == 2
+
+
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
     for name in ("chunk10/example_2", "chunk2/example_10", "chunk2/example_9", "chunk1/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -64,6 +72,7 @@ def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
     expected = ["chunk1/x", "chunk2/example_9", "chunk2/example_10", "chunk10/example_2"]
     assert [d.text for d in records(jsonl_config(tmp_path))] == expected
     assert sorted(["a10b", "a2b", "a02b", "ab"], key=natural_key) == ["a02b", "a2b", "a10b", "ab"]
+    assert sorted(["²10", "²2", "1²10", "1²2"], key=natural_key) == ["1²2", "1²10", "²2", "²10"]
 
 
 def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
@@ -124,7 +133,7 @@ def test_what_cannot_be_used_is_reported_with_file_line_and_reason(tmp_path):
     ]
     assert places[9][1] == "torn.jsonl.zst" and "truncated; nothing of the file is used" in report[-1]["detail"]
     assert all(e["records"] == e["documents"] + sum(e["rejected"].values()) for e in inputs)
-    assert "rejected malformed: 2 (file and line of each in" in log
+    assert "rejected malformed: 2 (file and line in" in log
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -161,6 +170,38 @@ def test_text_trees_keep_files_exactly_and_leave_out_what_is_excluded(tmp_path):
     assert [(r.file, r.reason) for r in found if isinstance(r, Rejection)] == [("binary.py", "not_utf8")]
     single = DataConfig(kind="text", path=str(tmp_path / "a.py"), files=["*"], split=ALL_TRAIN)
     assert [d.file for d in records(single)] == ["a.py"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("**/*.txt", ["a.txt", "x/b.txt", "x/y/b.txt", "x/y/z/c.txt", "xb.txt"]),
+        ("x/**/b.txt", ["x/b.txt", "x/y/b.txt"]),
+        ("**/y/**/c.txt", ["x/y/z/c.txt"]),
+        ("x/*.txt", ["x/b.txt", "x/y/b.txt", "x/y/z/c.txt"]),
+        ("x**/b.txt", ["x/b.txt", "x/y/b.txt"]),
+    ],
+)
+def test_patterns_of_files(tmp_path, pattern, names):
+    for name in ("a.txt", "x/b.txt", "x/y/b.txt", "x/y/z/c.txt", "xb.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = open_source(DataConfig(kind="text", path=str(tmp_path), files=[pattern])).inputs()
+    assert [item.name for item in found] == names
+
+
+def test_folders_that_are_links_are_read_but_not_in_circles(tmp_path):
+    for name in ("raw/train/a.jsonl", "disk2/b.jsonl", "disk2/sub/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(line(name))
+    (tmp_path / "raw" / "train" / "more").symlink_to(tmp_path / "disk2")
+    (tmp_path / "disk2" / "sub" / "back").symlink_to(tmp_path / "raw" / "train")
+    (tmp_path / "raw" / "here").symlink_to(".")
+    found = [item.name for item in open_source(jsonl_config(tmp_path / "raw")).inputs()]
+    assert found == ["train/a.jsonl", "train/more/b.jsonl", "train/more/sub/c.jsonl"]
+    (tmp_path / "raw" / "train" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        open_source(jsonl_config(tmp_path / "raw")).inputs()
 
 
 def test_parquet_rows_with_labels_and_a_truncated_file(tmp_path):
@@ -211,6 +252,9 @@ def test_datasets_stream_local_folders_and_saved_data_sets(tmp_path):
     assert manifest.inputs.documents == len(texts)
     _, log = quietly(PrepareConfig(saved, TOKENIZER, str(tmp_path / "out")))
     assert "already prepared" in log
+    (tmp_path / "raw" / "train" / "chunk1" / "example_train_1.jsonl.zst").write_bytes(b"no archive")
+    with pytest.raises(PrepareError, match=r"train/0000\d-of-00003: the stream broke after row \d+ \(.*run again"):
+        records(config)
     with pytest.raises(PrepareError, match=r"data\.path=.*nothing: the datasets library cannot open it"):
         open_source(DataConfig(kind="datasets", path=str(tmp_path / "nothing")))
 

@@ -281,8 +281,13 @@ def test_what_the_corpus_lacks_is_named(corpus):
         SampleStream(corpus, "dev", 8, seed=0)
     with pytest.raises(CorpusError, match=r"no source 'x' in split 'train'; it has RedPajamaBook"):
         WindowStream(corpus, "train", 8, "x")
-    with pytest.raises(CorpusError, match=r"less than one sample of 100000000 \+ 1; use a shorter sequence"):
-        SampleStream(corpus, "train", 100_000_000, seed=0)
+    longest = max(corpus.tokens("train", source) for source in corpus.sources("train"))
+    message = rf"no source .* has more than {longest} tokens, less than one sample of {longest} \+ 1; use a shorter"
+    with pytest.raises(CorpusError, match=message):
+        # Together they have more.
+        SampleStream(corpus, "train", longest, seed=0)
+    with pytest.raises(CorpusError, match=rf"less than a segment of 3 x {longest // 2} \+ 1; use a shorter"):
+        SampleStream(corpus, "train", longest // 2, seed=0, lanes=Lanes(2, 3))
     with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):
         SampleStream(corpus, "train", 0, seed=0)
     with pytest.raises(ValueError, match="start at 0, got -1"):

@@ -91,6 +91,11 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path, hugging_face_file, s
             Tokenizer.load(tmp_path / name)
     with pytest.raises(TokenizerError, match=r"set tokenizer\.eod_token to one of them"):
         Tokenizer.load(hugging_face_file, eod_token="<missing>")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TokenizerError, match=r"empty: holds no tokenizer\.model or tokenizer\.json; name the file"):
+        Tokenizer.load(tmp_path / "empty")
+    with pytest.raises(TokenizerError, match="has no end-of-document piece <missing>"):
+        Tokenizer.load(sentencepiece_file, eod_token="<missing>")
     with pytest.raises(TokenizerError, match="an ordinary piece that text can spell"):
         Tokenizer.load(sentencepiece_file, eod_token="e")
 

@@ -6,11 +6,20 @@ import re
 import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from conf import compose
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.corpus import Corpus
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
 from tests.runs import TINY_RUN, environment, run_train, train_command
+from train.config import RunConfig
+from train.data import validate_corpus
+from train.evaluate import open_evaluation_corpora
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +39,31 @@ def lines_of(path, kind):
 
 def run(root, name, *overrides):
     return run_train([f"name={name}", f"run_root={root}", *TINY_RUN, "model.vocab_size=448", *overrides])
+
+
+def test_the_documented_mixture_can_be_typed():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "phases" in block)
+    script = f"python() {{ printf '%s\\0' \"$@\"; }}\n{block}"
+    typed = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    overrides = [argument for argument in typed.split("\0") if "=" in argument]
+    config = compose(RunConfig, "train", ["name=mixed", "corpus.directory=corpora/slimpajama", *overrides])
+    assert len(config.corpus.weights) == 7 and config.corpus.epoch_caps == {"RedPajamaBook": 2}
+    assert config.corpus.phases[0].from_step == 90000 and validate_corpus(config.corpus) == []
+
+
+def test_a_held_out_set_of_another_tokenizer_is_refused(slimpajama, tmp_path):
+    tokenizer = TokenizerConfig(vocab_size=390, sample_bytes=200_000)
+    quietly(slimpajama_config(slimpajama / "raw", tmp_path / "other", tokenizer=tokenizer))
+    directories = [
+        f"corpus.directory={slimpajama / 'corpus'}",
+        f"evaluation.sets.validation.directory={tmp_path}/other",
+    ]
+    config = compose(RunConfig, "train", ["name=other", *directories])
+    with pytest.raises(
+        ValueError, match=r"sets\.validation\.directory: .*/other was prepared with another tokenizer than"
+    ):
+        open_evaluation_corpora(config, Corpus.open(slimpajama / "corpus"))
 
 
 @pytest.mark.slow
