@@ -67,7 +67,8 @@ def cut_units(source: Source, inputs: list[InputFile], unit_bytes: int) -> list[
             units.append([])
             filled = 0
         units[-1].append(item)
-        filled += item.bytes_to_read if item.bytes or item.split is None else unit_bytes
+        # A size of 0 is that of an empty file, or of what is no file at all.
+        filled += unit_bytes if source.root is None else item.bytes_to_read
     return units
 
 

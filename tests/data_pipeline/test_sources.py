@@ -16,6 +16,7 @@ from small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajam
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import PrepareError
 from data_pipeline.sources import Document, Rejection, natural_key, open_source, split_by_name, split_by_text
+from data_pipeline.units import cut_units
 
 ALL_TRAIN = SplitConfig(validation_fraction=0)
 
@@ -257,6 +258,16 @@ def test_datasets_stream_local_folders_and_saved_data_sets(tmp_path):
         records(config)
     with pytest.raises(PrepareError, match=r"data\.path=.*nothing: the datasets library cannot open it"):
         open_source(DataConfig(kind="datasets", path=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("rule", ["given", "hash"])
+def test_inputs_of_unknown_size_are_units_of_their_own(tmp_path, rule):
+    write_slimpajama(tmp_path / "raw", files=3, documents=10)
+    split = SplitConfig(rule=rule, unit="file" if rule == "given" else "document")
+    source = open_source(DataConfig(kind="datasets", path=str(tmp_path / "raw"), split=split))
+    inputs = source.inputs()
+    assert len(inputs) >= 3 and {item.split is None for item in inputs} == {rule == "hash"}
+    assert cut_units(source, inputs, 2**30) == [[item] for item in inputs]
 
 
 @pytest.mark.parametrize("deal", [split_by_name, split_by_text])
