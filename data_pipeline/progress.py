@@ -12,8 +12,9 @@ from tqdm import tqdm
 PLAIN_INTERVAL = 15.0
 TICK_INTERVAL = 0.5
 RESCAN_INTERVAL = 10.0
-# Numbers of a meter: bytes read of the unit in work; documents and tokens written in all.
-METER_LENGTH = 3
+# Numbers of a meter: bytes read of the unit in work; documents and tokens written in all; the unit in work and the
+# place in it of the input that is read, both counted from 1, 0 in between.
+METER_LENGTH = 5
 
 
 class Meter:
@@ -22,6 +23,10 @@ class Meter:
     def __init__(self, numbers: MutableSequence[int], tick: Callable[[], None] = lambda: None):
         self._numbers = numbers
         self._tick = tick
+
+    def begin_input(self, unit: int, place: int) -> None:
+        """The input at `place` of `unit` is read from now on, both counted from 0."""
+        self._numbers[3:5] = [unit + 1, place + 1]
 
     def add_bytes(self, count: int) -> None:
         """Some bytes of the input have been read."""
@@ -37,6 +42,7 @@ class Meter:
     def end_unit(self) -> None:
         """The unit in work is finished, or given up."""
         self._numbers[0] = 0
+        self._numbers[3:5] = [0, 0]
 
 
 class Progress:

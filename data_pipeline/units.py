@@ -90,7 +90,8 @@ def run_unit(
     while True:
         unit = _Unit(number, tokenizer, encoder, config, folder, meter)
         try:
-            for item in items:
+            for place, item in enumerate(items):
+                meter.begin_input(number, place)
                 unit.begin(item)
                 for record in source.read(item, meter.add_bytes):
                     unit.take(record, item.name in spoiled)

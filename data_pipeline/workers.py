@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -128,6 +128,7 @@ def run_workers(
 
 def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: Progress) -> None:
     processes = {}
+    meters = {}
     try:
         for job, shared in zip(jobs, numbers, strict=True):
             receiver, sender = context.Pipe(duplex=False)
@@ -135,6 +136,7 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             process.start()
             sender.close()
             processes[receiver] = process
+            meters[receiver] = shared
         open_pipes = list(processes)
         while open_pipes:
             for receiver in wait(open_pipes, timeout=0.5):
@@ -142,7 +144,7 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
                     message = receiver.recv()
                 except EOFError:
                     open_pipes.remove(receiver)
-                    _check_ended(processes[receiver], len(jobs))
+                    _check_ended(processes[receiver], jobs, meters[receiver])
                     continue
                 if isinstance(message, Exception):
                     raise message
@@ -154,13 +156,15 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             process.join()
 
 
-def _check_ended(process: multiprocessing.Process, workers: int) -> None:
+def _check_ended(process: multiprocessing.Process, jobs: list[Job], numbers: Sequence[int]) -> None:
     process.join()
     if process.exitcode:
         how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
+        *_, unit, place = numbers
+        where = f" while it read {jobs[0].units[unit - 1][place - 1].name}" if unit else ""
         raise PrepareError(
-            f"one of {workers} workers {how} (out of memory?); finished units are kept: run the same command again, "
-            "with fewer workers if it was memory"
+            f"one of {len(jobs)} workers {how}{where} (out of memory?); finished units are kept: run the same command "
+            "again, with fewer workers if it was memory"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,24 @@ def test_a_worker_that_is_killed_ends_the_command_and_loses_nothing(expected, tm
     )
     finish(start(raw, tmp_path / "out"))
     assert contents(tmp_path / "out") == bytes_of_one
+
+
+@pytest.mark.slow
+def test_the_input_on_which_a_worker_dies_is_named(tmp_path):
+    """A library that aborts on a file leaves no other trace of it."""
+    import psutil
+
+    write_slimpajama(tmp_path / "raw", files=4, documents=5000)
+    process = start(tmp_path / "raw", tmp_path / "out", "workers=2")
+    claims = tmp_path / "out" / "preparing" / "claims"
+    while process.poll() is None and len(list(claims.glob("00000?.*"))) < 2:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    child = next(c for c in psutil.Process(process.pid).children() if "spawn_main" in str(c.cmdline()))
+    child.send_signal(signal.SIGABRT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"one of 2 workers was killed by signal 6 while it read \S+/example_\S+ \(out of memory", errors)
 
 
 def test_an_error_of_a_worker_is_the_error_of_the_command(tmp_path):
