@@ -140,7 +140,7 @@ class CheckpointWriter:
             if self.rank == 0:
                 self._commit(folder)
                 on_complete(folder, time.monotonic() - started)
-                self._prune()
+                self._prune(folder)
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._error = error
 
@@ -164,8 +164,9 @@ class CheckpointWriter:
             report.unlink()
         _sync_folders(folder)
 
-    def _prune(self) -> None:
-        complete = complete_checkpoints(self.root)
+    def _prune(self, newest: Path) -> None:
+        # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
+        complete = [folder for folder in complete_checkpoints(self.root) if folder <= newest]
         for folder in complete[: -self.keep_last]:
             step = int(folder.name.removeprefix("step-"))
             if self.keep_every is None or step % self.keep_every:

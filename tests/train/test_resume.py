@@ -147,12 +147,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     assert losses(tmp_path / "run") == expected
     assert events(tmp_path / "run", "resume")[0]["step"] == 6
 
+    # The damaged one again, in a run that will not write over it: it does not push out those that are whole.
+    weights.write_bytes(content)
+    shorter = [*overrides, "training.total_steps=8", "checkpoint.interval=1", "checkpoint.keep_last=2"]
+    assert run_train(shorter).returncode == 0
+    assert [folder.name for folder in sorted(checkpoints.iterdir())] == [f"step-0000000{n}" for n in (7, 8, 9)]
+
     # All damaged: refused, exit code 1, every one named.
     for folder in checkpoints.glob("step-*"):
         (folder / "state.json").write_text("{}")
     failed = run_train(overrides)
     assert failed.returncode == 1
-    for step in (3, 6, 9):
+    for step in (7, 8, 9):
         assert f"step-{step:08d}" in failed.stderr
     assert "Traceback" not in failed.stderr
 
