@@ -158,7 +158,9 @@ class Trainer:
         )
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
         self._advance(applied)
-        self._stop_agreed = agreed.stop
+        if agreed.stop:
+            self._stop_agreed = True
+            self._stop_reason = self._reason_of_any_rank()
 
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
@@ -203,6 +205,12 @@ class Trainer:
             [combined, gradient_norm.view(1), valid_tokens.view(1)]
         ).tolist()
         return _Agreement(total_loss, norm, valid, stop > 0, damage > 0)
+
+    def _reason_of_any_rank(self) -> str | None:
+        """Why the run stops: the scheduler may have told one node only. Collective."""
+        reasons: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(reasons, self._stop_reason)
+        return next(filter(None, reasons), None)
 
     def _report_damage(self) -> None:
         """Make events of the damage to shards that any rank has met. Collective, on steps where there is some."""

@@ -102,16 +102,19 @@ def test_a_checkpoint_loads_under_another_stage_world_and_precision_of_work(tiny
         assert events(tmp_path / name, "resume")[0]["step"] == 8
 
 
+def wait_for_step(process, metrics, step):
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=400"]
     process = subprocess.Popen(
         train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -123,6 +126,21 @@ def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tm
     again = run_train(shorter)
     assert again.returncode == 0
     assert "is complete" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_and_is_named(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=4000"]
+    process = psutil.Popen(
+        train_command(overrides, processes=2), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
+    (rank_1,) = [child for child in process.children(recursive=True) if child.environ().get("RANK") == "1"]
+    rank_1.send_signal(signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "Stopped by SIGUSR1" in stderr
+    assert events(tmp_path / "run", "stop")[0]["reason"] == "SIGUSR1"
 
 
 @pytest.mark.slow
