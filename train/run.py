@@ -134,7 +134,7 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
 
 
 def make_callbacks(config: RunConfig) -> list[Callback]:
-    """Every concern of a run beside the training step, in the order in which its hooks run."""
+    """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
     callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger()]
     if config.logging.progress:
         callbacks.append(Progress())

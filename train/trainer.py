@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,9 +130,10 @@ class Trainer:
             outcome = "complete" if self.step >= self.total_steps else "stopped"
         finally:
             loader.close()
-            self.dispatch("on_run_end", outcome)
-            if outcome != "failed":
-                self._writer.wait()
+            with contextlib.ExitStack() as ending:
+                # In reverse, and all of them even where one fails: the last checkpoint comes before everything else.
+                for callback in self.callbacks:
+                    ending.callback(callback.on_run_end, self, outcome)
         return outcome
 
     def train_step(self, loader: StepLoader) -> None:
@@ -306,6 +308,10 @@ class Trainer:
             self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
 
         self._writer.save(self.engine, self.state, on_complete)
+
+    def finish_saving(self) -> None:
+        """Wait until this rank's part of the checkpoint under way is on disk (on rank 0, until all of it is)."""
+        self._writer.wait()
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -144,6 +144,22 @@ def test_a_signal_to_one_rank_stops_all_and_is_named(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_path):
+    # Wide enough for the write to take some time.
+    wide = ["model.d_model=256", "model.ffn_dim=2048", "training.sequence_length=16"]
+    process = subprocess.Popen(
+        train_command([*tiny_run, *wide, "training.total_steps=10000"]), env=environment(), cwd=ROOT
+    )
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not any(checkpoints.glob("*/complete.json")):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    process.wait(timeout=60)
+    assert any(checkpoints.glob("*/complete.json"))
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=9", "checkpoint.interval=3"]
     assert run_train(overrides).returncode == 0
