@@ -160,6 +160,19 @@ def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_when_wandb_dies(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=60", "logging.wandb.mode=offline"]
+    process = psutil.Popen(train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 2)
+    for service in process.children(recursive=True):
+        service.kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr.count("W&B has failed (") == 1 and "the run goes on without it" in stderr
+    assert losses(tmp_path / "run")[-2][0] == 60
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=9", "checkpoint.interval=3"]
     assert run_train(overrides).returncode == 0
