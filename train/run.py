@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -67,7 +68,9 @@ def train(config: RunConfig) -> int:
             raise
         print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr, flush=True)
         if world is not None:
-            EventLog(checked.directory.events, world.is_main).append("error", message=str(error))
+            # The folder may be what is wrong: not there, not writable, full.
+            with contextlib.suppress(OSError):
+                EventLog(checked.directory.events, world.is_main).append("error", message=str(error))
         # Peers may wait in a collective that this rank will not join; the launcher ends them.
         os._exit(1) if world_size > 1 else None
         return 1
