@@ -283,7 +283,15 @@ def check(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 
 def read_state(folder: Path) -> RunState:
-    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    """The state in a checkpoint. Raises CheckpointError when another version of this program wrote it."""
+    path = folder / "state.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {content.get('format_version')}; this version of xlstm-pretrain reads "
+            f"{FORMAT_VERSION}"
+        )
+    return RunState(**content)
 
 
 def load(folder: Path, engine: Engine) -> RunState:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import ROOT, environment, run_train, train_command
+from train.checkpoint import _describe
 
 STEPS = 24
 
@@ -199,6 +200,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     shorter = [*overrides, "training.total_steps=8", "checkpoint.interval=1", "checkpoint.keep_last=2"]
     assert run_train(shorter).returncode == 0
     assert [folder.name for folder in sorted(checkpoints.iterdir())] == [f"step-0000000{n}" for n in (7, 8, 9)]
+
+    # Whole, but the state is of another version: refused, not guessed at.
+    state = checkpoints / "step-00000008" / "state.json"
+    content = state.read_text()
+    state.write_text(content.replace('"format_version": 1', '"format_version": 2, "new": 0'))
+    marker = json.loads((state.parent / "complete.json").read_text())
+    marker["files"]["state.json"] = _describe(state)
+    (state.parent / "complete.json").write_text(json.dumps(marker))
+    newer = run_train(shorter)
+    assert newer.returncode == 1
+    assert f"{state} has format_version 2; this version of xlstm-pretrain reads 1" in newer.stderr
 
     # All damaged: refused, exit code 1, every one named.
     for folder in checkpoints.glob("step-*"):
