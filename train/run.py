@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import SIDECAR
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
@@ -175,7 +176,8 @@ def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
     repository = Path(__file__).resolve().parents[1]
     write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
-    if not directory.tokenizer.exists():
+    # Written last: without it an earlier start was killed while it copied.
+    if not (directory.tokenizer / SIDECAR).exists():
         checked.corpus.tokenizer().save_to(directory.tokenizer)
     print(plan.describe(), describe_data(config, plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
 

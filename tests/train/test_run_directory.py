@@ -71,3 +71,13 @@ def test_a_folder_that_cannot_be_made_is_a_message(tiny_run, tmp_path):
     assert failed.returncode == 1
     assert "train: rank 0: " in failed.stderr and f"Not a directory: '{tmp_path / 'file' / 'run'}'" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_a_kill_left_half_copied_is_copied_again(tiny_run, small_corpus, tmp_path):
+    whole = (small_corpus / "tokenizer" / "tokenizer.model").read_bytes()
+    copy = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(whole[: len(whole) // 2])
+    assert run_train([*tiny_run, "training.total_steps=1"]).returncode == 0
+    assert copy.read_bytes() == whole
