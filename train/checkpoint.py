@@ -18,6 +18,7 @@ import base64
 import copy
 import json
 import random
+import re
 import shutil
 import threading
 import time
@@ -75,7 +76,12 @@ def step_folder(root: Path, step: int) -> Path:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders under `root` that carry the marker, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step-*/{MARKER}"))
+    return [path for path in _step_folders(root) if (path / MARKER).exists()]
+
+
+def _step_folders(root: Path) -> list[Path]:
+    """Folders that `step_folder` names, oldest first; what else a user keeps beside them is not the run's to touch."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 class CheckpointWriter:
@@ -358,7 +364,7 @@ def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
 
 def remove_torn(root: Path) -> list[str]:
     """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in sorted(root.glob("step-*")) if path.is_dir() and not (path / MARKER).exists()]
+    torn = [path for path in _step_folders(root) if not (path / MARKER).exists()]
     for path in torn:
         shutil.rmtree(path)
     return [path.name for path in torn]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import ROOT, environment, run_train, train_command
-from train.checkpoint import _describe
+from train.checkpoint import MARKER, _describe, complete_checkpoints, remove_torn
 
 STEPS = 24
 
@@ -235,3 +235,13 @@ def test_another_model_or_corpus_under_the_same_name_is_refused(tiny_run, tmp_pa
     resumed = run_train([*tiny_run, *faster])
     assert resumed.returncode == 0, resumed.stderr
     assert events(tmp_path / "run", "resume")[0]["step"] == 2
+
+
+def test_folders_that_a_user_keeps_beside_the_checkpoints_are_left_alone(tmp_path):
+    for name in ("step-00000002", "step-00000002.good", "step-00000004", "step-notes"):
+        (tmp_path / name).mkdir()
+    for name in ("step-00000002", "step-00000002.good"):
+        (tmp_path / name / MARKER).touch()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-00000002"]
+    assert remove_torn(tmp_path) == ["step-00000004"]
+    assert (tmp_path / "step-notes").is_dir()
