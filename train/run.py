@@ -52,7 +52,8 @@ def train(config: RunConfig) -> int:
 
     Raises ConfigError for a configuration that cannot work.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    # Without a rank this is the only process (`join_world`), whatever a cluster has set.
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     world = None
     try:
         # Before the ranks meet: each finds the same problems, and none waits for another that has ended.

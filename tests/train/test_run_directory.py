@@ -81,3 +81,11 @@ def test_a_tokenizer_that_a_kill_left_half_copied_is_copied_again(tiny_run, smal
     copy.write_bytes(whole[: len(whole) // 2])
     assert run_train([*tiny_run, "training.total_steps=1"]).returncode == 0
     assert copy.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_number_of_processes_without_a_rank_is_not_believed(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_train([*tiny_run, "training.total_steps=1"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["world_size"] == 1
