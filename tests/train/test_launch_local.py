@@ -33,6 +33,14 @@ def test_what_files_show_exits_2_with_every_problem(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("processes", ["0", "-1", "two"])
+def test_a_number_of_processes_that_is_none_exits_2(processes, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["local", f"--processes={processes}", "name=x"])
+    assert ended.value.code == 2
+    assert f"--processes: {processes} is no positive whole number" in capsys.readouterr().err
+
+
 def test_a_missing_corpus_exits_1(tmp_path, capsys):
     assert local("name=x", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3") == 1
     assert "prepare" in capsys.readouterr().err
