@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start training runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
-    local.add_argument("--processes", type=int, default=None, help="number of processes")
+    local.add_argument("--processes", type=_positive, default=None, help="number of processes")
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
@@ -31,6 +31,12 @@ def main(arguments: list[str]) -> int:
     except DataError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 1
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def _generate(options: argparse.Namespace) -> int:
     from model.locate import locate
     from model.weights import load_into, read_model_json
 
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     located = locate(settings.checkpoint)
     try:
@@ -287,6 +287,17 @@ def _dtype(name: str):
     if name not in ("float32", "bfloat16"):
         raise ConfigError([f"dtype: unknown value '{name}'; choose float32 or bfloat16"])
     return getattr(torch, name)
+
+
+def _device(name: str):
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    # PyTorch without CUDA says so with an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device: '{name}' cannot be used here ({reason}); give cpu, cuda or cuda:1"]) from None
 
 
 def _empty_model(config: ModelConfig, device, dtype):

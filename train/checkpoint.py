@@ -18,6 +18,7 @@ import base64
 import copy
 import json
 import random
+import re
 import shutil
 import threading
 import time
@@ -75,7 +76,12 @@ def step_folder(root: Path, step: int) -> Path:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders under `root` that carry the marker, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step-*/{MARKER}"))
+    return [path for path in _step_folders(root) if (path / MARKER).exists()]
+
+
+def _step_folders(root: Path) -> list[Path]:
+    """Folders that `step_folder` names, oldest first; what else a user keeps beside them is not the run's to touch."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
 
 
 class CheckpointWriter:
@@ -140,7 +146,7 @@ class CheckpointWriter:
             if self.rank == 0:
                 self._commit(folder)
                 on_complete(folder, time.monotonic() - started)
-                self._prune()
+                self._prune(folder)
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._error = error
 
@@ -164,8 +170,9 @@ class CheckpointWriter:
             report.unlink()
         _sync_folders(folder)
 
-    def _prune(self) -> None:
-        complete = complete_checkpoints(self.root)
+    def _prune(self, newest: Path) -> None:
+        # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
+        complete = [folder for folder in complete_checkpoints(self.root) if folder <= newest]
         for folder in complete[: -self.keep_last]:
             step = int(folder.name.removeprefix("step-"))
             if self.keep_every is None or step % self.keep_every:
@@ -282,7 +289,15 @@ def check(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
 
 def read_state(folder: Path) -> RunState:
-    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    """The state in a checkpoint. Raises CheckpointError when another version of this program wrote it."""
+    path = folder / "state.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {content.get('format_version')}; this version of xlstm-pretrain reads "
+            f"{FORMAT_VERSION}"
+        )
+    return RunState(**content)
 
 
 def load(folder: Path, engine: Engine) -> RunState:
@@ -349,7 +364,7 @@ def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
 
 def remove_torn(root: Path) -> list[str]:
     """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in sorted(root.glob("step-*")) if path.is_dir() and not (path / MARKER).exists()]
+    torn = [path for path in _step_folders(root) if not (path / MARKER).exists()]
     for path in torn:
         shutil.rmtree(path)
     return [path.name for path in torn]

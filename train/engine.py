@@ -114,9 +114,6 @@ def deepspeed_config(config: RunConfig, plan: Plan) -> dict:
     }
     if stage in (1, 2) and not (stage == 1 and config.precision.compute == "bf16"):
         zero["compute_grad_norm"] = False
-    if stage == 3:
-        # The gathered copy of a layer that backward re-uses must be fresh for small models too.
-        zero["stage3_param_persistence_threshold"] = 100_000
     if config.precision.compute == "bf16" and stage > 0:
         derived["bf16"] = {"enabled": True, "check_grad_overflow": False}
         derived["data_types"] = {"grad_accum_dtype": "fp32"}

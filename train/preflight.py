@@ -140,6 +140,8 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
         return []
     before = OmegaConf.to_container(OmegaConf.load(directory.config))
     now = dataclasses.asdict(config)
+    for values in (before, now):
+        values["model"] = _what_is_computed(values.get("model") or {})
     problems = []
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old, new = before, now
@@ -151,6 +153,16 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
                 f"to {_difference(old, new)}"
             )
     return problems
+
+
+def _what_is_computed(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's settings without those that only choose how fast its layers compute the same."""
+    return {
+        key: {name: setting for name, setting in value.items() if name not in ("backend", "chunk_size")}
+        if isinstance(value, dict)
+        else value
+        for key, value in model.items()
+    }
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import SIDECAR
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
@@ -50,7 +52,8 @@ def train(config: RunConfig) -> int:
 
     Raises ConfigError for a configuration that cannot work.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    # Without a rank this is the only process (`join_world`), whatever a cluster has set.
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     world = None
     try:
         # Before the ranks meet: each finds the same problems, and none waits for another that has ended.
@@ -67,7 +70,9 @@ def train(config: RunConfig) -> int:
             raise
         print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr, flush=True)
         if world is not None:
-            EventLog(checked.directory.events, world.is_main).append("error", message=str(error))
+            # The folder may be what is wrong: not there, not writable, full.
+            with contextlib.suppress(OSError):
+                EventLog(checked.directory.events, world.is_main).append("error", message=str(error))
         # Peers may wait in a collective that this rank will not join; the launcher ends them.
         os._exit(1) if world_size > 1 else None
         return 1
@@ -134,7 +139,7 @@ def _train(config: RunConfig, world: World, checked: Preflight) -> int:
 
 
 def make_callbacks(config: RunConfig) -> list[Callback]:
-    """Every concern of a run beside the training step, in the order in which its hooks run."""
+    """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
     callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger()]
     if config.logging.progress:
         callbacks.append(Progress())
@@ -172,7 +177,8 @@ def _prepare_folder(config: RunConfig, checked: Preflight) -> None:
     repository = Path(__file__).resolve().parents[1]
     write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
-    if not directory.tokenizer.exists():
+    # Written last: without it an earlier start was killed while it copied.
+    if not (directory.tokenizer / SIDECAR).exists():
         checked.corpus.tokenizer().save_to(directory.tokenizer)
     print(plan.describe(), describe_data(config, plan, checked.stream), sep="\n", file=sys.stderr, flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,9 +130,10 @@ class Trainer:
             outcome = "complete" if self.step >= self.total_steps else "stopped"
         finally:
             loader.close()
-            self.dispatch("on_run_end", outcome)
-            if outcome != "failed":
-                self._writer.wait()
+            with contextlib.ExitStack() as ending:
+                # In reverse, and all of them even where one fails: the last checkpoint comes before everything else.
+                for callback in self.callbacks:
+                    ending.callback(callback.on_run_end, self, outcome)
         return outcome
 
     def train_step(self, loader: StepLoader) -> None:
@@ -158,7 +160,9 @@ class Trainer:
         )
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
         self._advance(applied)
-        self._stop_agreed = agreed.stop
+        if agreed.stop:
+            self._stop_agreed = True
+            self._stop_reason = self._reason_of_any_rank()
 
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
@@ -203,6 +207,12 @@ class Trainer:
             [combined, gradient_norm.view(1), valid_tokens.view(1)]
         ).tolist()
         return _Agreement(total_loss, norm, valid, stop > 0, damage > 0)
+
+    def _reason_of_any_rank(self) -> str | None:
+        """Why the run stops: the scheduler may have told one node only. Collective."""
+        reasons: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(reasons, self._stop_reason)
+        return next(filter(None, reasons), None)
 
     def _report_damage(self) -> None:
         """Make events of the damage to shards that any rank has met. Collective, on steps where there is some."""
@@ -298,6 +308,10 @@ class Trainer:
             self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
 
         self._writer.save(self.engine, self.state, on_complete)
+
+    def finish_saving(self) -> None:
+        """Wait until this rank's part of the checkpoint under way is on disk (on rank 0, until all of it is)."""
+        self._writer.wait()
 
 
 def _memory_gib(device: torch.device) -> float:

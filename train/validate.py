@@ -27,6 +27,8 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     ]
     if _length_is_known(config):
         problems += validate_schedule(config.schedule, config.total_steps, "schedule")
+    if not config.name.strip():
+        problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
     if config.logging.wandb.mode not in WANDB_MODES:
         problems.append(_choice("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES))
     return problems

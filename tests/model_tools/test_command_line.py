@@ -137,6 +137,9 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     assert "temperature must be 0" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={run_directory}", "dtype=int8"]) == 2
     assert "dtype: unknown value 'int8'" in capsys.readouterr().err
+    for device in ("cuda:77", "gpu"):
+        assert main(["generate", f"checkpoint={run_directory}", f"device={device}"]) == 2
+        assert f"device: '{device}' cannot be used here (" in capsys.readouterr().err
     save_model(random_model(CONFIG), CONFIG, tmp_path / "bare")
     assert main(["generate", f"checkpoint={tmp_path / 'bare'}"]) == 2
     assert "tokenizer: the checkpoint has none beside it" in capsys.readouterr().err

@@ -1,10 +1,16 @@
 """`python -m launch local` finds what is wrong before processes start, and keeps the exit code that torchrun loses."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
 from launch.__main__ import main
-from tests.runs import run_train
+from tests.runs import ROOT, environment, run_train
+from train.run_directory import read_events
 
 
 def local(*overrides):
@@ -27,6 +33,14 @@ def test_what_files_show_exits_2_with_every_problem(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("processes", ["0", "-1", "two"])
+def test_a_number_of_processes_that_is_none_exits_2(processes, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["local", f"--processes={processes}", "name=x"])
+    assert ended.value.code == 2
+    assert f"--processes: {processes} is no positive whole number" in capsys.readouterr().err
+
+
 def test_a_missing_corpus_exits_1(tmp_path, capsys):
     assert local("name=x", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3") == 1
     assert "prepare" in capsys.readouterr().err
@@ -37,3 +51,25 @@ def test_another_seed_under_the_same_name_exits_2(tiny_run, capsys):
     assert run_train([*tiny_run, "training.total_steps=1"]).returncode == 0
     assert local(*tiny_run, "training.total_steps=2", "seed=5") == 2
     assert "seed:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes, number, reason",
+    [(1, signal.SIGINT, "SIGINT"), (2, signal.SIGUSR1, "SIGUSR1"), (2, signal.SIGHUP, "SIGTERM")],
+)
+def test_a_signal_ends_the_run_with_a_checkpoint_and_exits_0(tiny_run, tmp_path, processes, number, reason):
+    overrides = [*tiny_run, "training.total_steps=4000"]
+    command = [sys.executable, "-m", "launch", "local", "--processes", str(processes), *overrides]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert f"Stopped by {reason}" in stderr and "Traceback" not in stderr
+    stop = read_events(tmp_path / "run")[-1]
+    assert (stop["event"], stop["reason"]) == ("stop", reason)
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stop['step']:08d}" / "complete.json").exists()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import ROOT, environment, run_train, train_command
+from train.checkpoint import MARKER, _describe, complete_checkpoints, remove_torn
 
 STEPS = 24
 
@@ -102,16 +103,19 @@ def test_a_checkpoint_loads_under_another_stage_world_and_precision_of_work(tiny
         assert events(tmp_path / name, "resume")[0]["step"] == 8
 
 
+def wait_for_step(process, metrics, step):
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=400"]
     process = subprocess.Popen(
         train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -123,6 +127,50 @@ def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tm
     again = run_train(shorter)
     assert again.returncode == 0
     assert "is complete" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_and_is_named(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=4000"]
+    process = psutil.Popen(
+        train_command(overrides, processes=2), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
+    (rank_1,) = [child for child in process.children(recursive=True) if child.environ().get("RANK") == "1"]
+    rank_1.send_signal(signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "Stopped by SIGUSR1" in stderr
+    assert events(tmp_path / "run", "stop")[0]["reason"] == "SIGUSR1"
+
+
+@pytest.mark.slow
+def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_path):
+    # Wide enough for the write to take some time.
+    wide = ["model.d_model=256", "model.ffn_dim=2048", "training.sequence_length=16"]
+    process = subprocess.Popen(
+        train_command([*tiny_run, *wide, "training.total_steps=10000"]), env=environment(), cwd=ROOT
+    )
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not any(checkpoints.glob("*/complete.json")):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    process.wait(timeout=60)
+    assert any(checkpoints.glob("*/complete.json"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_wandb_dies(tiny_run, tmp_path):
+    overrides = [*tiny_run, "training.total_steps=60", "logging.wandb.mode=offline"]
+    process = psutil.Popen(train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 2)
+    for service in process.children(recursive=True):
+        service.kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr.count("W&B has failed (") == 1 and "the run goes on without it" in stderr
+    assert losses(tmp_path / "run")[-2][0] == 60
 
 
 @pytest.mark.slow
@@ -147,12 +195,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     assert losses(tmp_path / "run") == expected
     assert events(tmp_path / "run", "resume")[0]["step"] == 6
 
+    # The damaged one again, in a run that will not write over it: it does not push out those that are whole.
+    weights.write_bytes(content)
+    shorter = [*overrides, "training.total_steps=8", "checkpoint.interval=1", "checkpoint.keep_last=2"]
+    assert run_train(shorter).returncode == 0
+    assert [folder.name for folder in sorted(checkpoints.iterdir())] == [f"step-0000000{n}" for n in (7, 8, 9)]
+
+    # Whole, but the state is of another version: refused, not guessed at.
+    state = checkpoints / "step-00000008" / "state.json"
+    content = state.read_text()
+    state.write_text(content.replace('"format_version": 1', '"format_version": 2, "new": 0'))
+    marker = json.loads((state.parent / "complete.json").read_text())
+    marker["files"]["state.json"] = _describe(state)
+    (state.parent / "complete.json").write_text(json.dumps(marker))
+    newer = run_train(shorter)
+    assert newer.returncode == 1
+    assert f"{state} has format_version 2; this version of xlstm-pretrain reads 1" in newer.stderr
+
     # All damaged: refused, exit code 1, every one named.
     for folder in checkpoints.glob("step-*"):
         (folder / "state.json").write_text("{}")
     failed = run_train(overrides)
     assert failed.returncode == 1
-    for step in (3, 6, 9):
+    for step in (7, 8, 9):
         assert f"step-{step:08d}" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -165,3 +230,18 @@ def test_another_model_or_corpus_under_the_same_name_is_refused(tiny_run, tmp_pa
     assert changed.returncode == 2
     assert "model:" in changed.stderr and "logit_soft_cap=30.0" in changed.stderr
     assert "seed:" in changed.stderr
+    # How the same is computed may change: the check of the kernels advises it.
+    faster = ["model.mlstm.backend=reference", "model.mlstm.chunk_size=8", "training.total_steps=3"]
+    resumed = run_train([*tiny_run, *faster])
+    assert resumed.returncode == 0, resumed.stderr
+    assert events(tmp_path / "run", "resume")[0]["step"] == 2
+
+
+def test_folders_that_a_user_keeps_beside_the_checkpoints_are_left_alone(tmp_path):
+    for name in ("step-00000002", "step-00000002.good", "step-00000004", "step-notes"):
+        (tmp_path / name).mkdir()
+    for name in ("step-00000002", "step-00000002.good"):
+        (tmp_path / name / MARKER).touch()
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-00000002"]
+    assert remove_torn(tmp_path) == ["step-00000004"]
+    assert (tmp_path / "step-notes").is_dir()

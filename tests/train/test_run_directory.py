@@ -4,6 +4,9 @@ import fcntl
 import json
 import threading
 
+import pytest
+
+from tests.runs import run_train
 from train.run_directory import EventLog, read_events
 
 
@@ -59,3 +62,30 @@ def test_two_commands_of_one_run_do_not_cut_off_each_others_lines(tmp_path):
         file.write(b'"save"}\n')
     other.join(timeout=60)
     assert event_names(tmp_path) == ["start", "save", "error"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_a_message(tiny_run, tmp_path):
+    (tmp_path / "file").touch()
+    failed = run_train([*tiny_run, f"run_root={tmp_path / 'file'}", "training.total_steps=1"])
+    assert failed.returncode == 1
+    assert "train: rank 0: " in failed.stderr and f"Not a directory: '{tmp_path / 'file' / 'run'}'" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_a_kill_left_half_copied_is_copied_again(tiny_run, small_corpus, tmp_path):
+    whole = (small_corpus / "tokenizer" / "tokenizer.model").read_bytes()
+    copy = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(whole[: len(whole) // 2])
+    assert run_train([*tiny_run, "training.total_steps=1"]).returncode == 0
+    assert copy.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_number_of_processes_without_a_rank_is_not_believed(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_train([*tiny_run, "training.total_steps=1"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["world_size"] == 1

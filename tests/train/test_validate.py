@@ -23,6 +23,7 @@ def test_a_sound_configuration_has_no_problem():
     [
         (["training.global_batch_size=30"], "training.global_batch_size: 30 samples do not divide into passes of 8"),
         (["training.global_batch_size=30"], "use training.global_batch_size=32 or training.micro_batch_size=5"),
+        (["name="], "name: empty, so the run's folder would be run_root itself; give the run a name"),
         (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
         (["training.total_steps=null"], "set exactly one of total_steps (None) and total_tokens (None)"),
         (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """All hooks do nothing by default. They run on every rank, in the order of the trainer's list.
+    """All hooks do nothing by default. They run on every rank, in the trainer's order (on_run_end: reversed).
 
     `state_dict` is saved in each checkpoint (rank 0's copy, JSON values only) and given back on resume.
     """

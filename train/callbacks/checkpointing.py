@@ -6,7 +6,11 @@ from train.callbacks.base import Callback
 
 
 class Checkpointing(Callback):
-    """Must be the last callback: what the others did at a step is then part of that step's checkpoint."""
+    """Must be the last callback: what the others did at a step is then part of that step's checkpoint.
+
+    At the end of the run, where the last comes first, the checkpoint is on disk before W&B uploads anything and before
+    another signal may kill the process.
+    """
 
     def on_step_end(self, trainer) -> None:
         interval = trainer.config.checkpoint.interval
@@ -16,3 +20,4 @@ class Checkpointing(Callback):
     def on_run_end(self, trainer, outcome: str) -> None:
         if outcome != "failed":
             trainer.save_checkpoint()
+            trainer.finish_saving()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class WandbLogger(Callback):
 
     def on_run_end(self, trainer, outcome: str) -> None:
         if self._run is not None:
-            self._run.finish(exit_code=1 if outcome == "failed" else 0)
+            self._try(self._run.finish, exit_code=1 if outcome == "failed" else 0)
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,4 +98,19 @@ class WandbLogger(Callback):
             return
         # Online, W&B goes on counting rows where the server's history ends and refuses smaller numbers: a resumed run
         # that repeats steps must not name them. Offline it would count from 0 again and collide with the earlier part.
-        self._run.log({"step": trainer.step, **figures}, step=trainer.step if self._offline else None)
+        step = trainer.step if self._offline else None
+        self._try(self._run.log, {"step": trainer.step, **figures}, step=step)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Call W&B, and do without it from the first failure on: it may not end a run that has begun."""
+        try:
+            call(*arguments, **options)
+        # W&B hands on whatever its service process or the network raised: ConnectionResetError, TimeoutError, its own.
+        except Exception as error:
+            self._run = None
+            print(
+                f"W&B has failed ({type(error).__name__}: {error}); the run goes on without it, metrics.jsonl has "
+                "every figure",
+                file=sys.stderr,
+                flush=True,
+            )
