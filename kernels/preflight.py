@@ -96,7 +96,8 @@ class MLSTMCase(Case):
     def __str__(self) -> str:
         normaliser = "" if self.normaliser else " without normaliser"
         dims = _heads(self.heads, self.key_dim, self.value_dim)
-        return f"mLSTM ({dims}, gate {self.gate} at {self.igate_bias:g}{normaliser}, {_name(self.dtype)})"
+        gate = f"gate {self.gate} at {self.igate_bias:g}{normaliser}"
+        return f"mLSTM ({dims}, {gate}, batch of {self.batch}, {_name(self.dtype)})"
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Forget gates from 0.95 to 0.998 over the heads, as xLSTM-7B begins: memory passes from chunk to chunk.

@@ -10,7 +10,14 @@ from kernels import preflight
 from kernels.preflight import Finding, HeadNormCase, LossCase, MLSTMCase, SLSTMCase
 from model.config import MLSTMConfig, ModelConfig, PreUpMLSTMConfig, SLSTMConfig
 from tests.runs import TINY_RUN, environment, run_train
-from train.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
+from train.config import (
+    EvaluationConfig,
+    EvaluationSetConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from train.kernel_preflight import kernel_cases, kernel_problems, largest_errors
 from train.run_directory import read_events
 
@@ -34,6 +41,22 @@ def test_each_call_of_a_model_that_differs_is_a_case():
         HeadNormCase(4, 16, FP32, BF16, 1e-5, False),
         LossCase(64, 128, BF16, BF16, 30.0, 1e-4),
     ]
+
+
+def test_the_batch_of_an_evaluation_is_checked_where_it_is_another():
+    """The mLSTM has other tiles for few sequences than for many."""
+    for batch, expected in ((8, [1, 1, 8, 8]), (1, [1, 1])):
+        config = RunConfig(
+            model=MIXED,
+            training=TrainingConfig(micro_batch_size=1),
+            evaluation=EvaluationConfig(batch_size=batch, sets={"held_out": EvaluationSetConfig()}),
+        )
+        cases = [case for case in kernel_cases(config) if isinstance(case, MLSTMCase)]
+        assert [case.batch for case in cases] == expected
+        # What a message calls them tells them apart.
+        assert len({str(case) for case in cases}) == len(cases)
+    without_sets = replace(config, evaluation=EvaluationConfig(batch_size=8))
+    assert [case.batch for case in kernel_cases(without_sets) if isinstance(case, MLSTMCase)] == [1, 1]
 
 
 def test_the_neurips_layer_has_keys_as_wide_as_values():
