@@ -75,6 +75,18 @@ def test_under_autocast_weights_outside_products_stay_float32():
     assert {case.dtype for case in cases if isinstance(case, MLSTMCase | SLSTMCase)} == {BF16}
 
 
+def test_epsilons_and_backends_are_those_of_the_layers():
+    model = replace(
+        MIXED,
+        mlstm=replace(MIXED.mlstm, cell_eps=1e-4, head_norm_eps=1e-3, backend="triton"),
+        slstm=replace(MIXED.slstm, head_norm_eps=1e-2, backend="triton"),
+    )
+    *cases, loss = kernel_cases(RunConfig(model=model))
+    assert {case.backend for case in cases} == {"triton"} and loss.backend == "auto"
+    assert {case.eps for case in cases if isinstance(case, MLSTMCase)} == {1e-4}
+    assert [case.eps for case in cases if isinstance(case, HeadNormCase)] == [1e-3, 1e-2]
+
+
 def test_what_runs_on_its_reference_is_no_case():
     model = replace(MIXED, mlstm=replace(MIXED.mlstm, backend="reference"))
     cases = kernel_cases(RunConfig(model=model))
