@@ -1,4 +1,4 @@
-"""Is what is timed right? Relative errors against the reference in float64, on the very inputs that are timed.
+"""Is what is timed right? Relative errors against the reference in float64, on one of the input sets that are timed.
 
 Axes: B batch, S sequence, NH heads, D dimension of a head.
 """

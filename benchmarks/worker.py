@@ -79,7 +79,8 @@ def reason(error: BaseException) -> str:
 def _judge_and_time(
     contender: Contender, case: Case, device: torch.device, dtype: torch.dtype, is_ours: bool, seconds: float
 ) -> dict:
-    found = errors(contender, case, device, dtype, seed=1)
+    # The first input set that is timed below.
+    found = errors(contender, case, device, dtype, seed=0)
     row: dict = {"errors": found}
     if is_ours:
         wrong = beyond_limits(case, found)

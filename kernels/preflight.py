@@ -2,7 +2,8 @@
 
 A Triton release may compile a kernel wrongly for one GPU or one shape and say nothing; a run then trains on wrong
 gradients. Each case below is one operation in the shapes of a model, on few tokens: it runs forward and backward, and
-every output and gradient is compared with the reference in float64 on the same rounded inputs.
+forward alone, for which some operations have other kernels; every output and gradient is compared with the reference
+in float64 on the same rounded inputs.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension, DH dimension of a head, D model dimension,
 V vocabulary.
@@ -33,7 +34,7 @@ class Finding:
 
     Attributes:
         operation: the case in words.
-        tensor: "h", "loss" or "y", or "gradient of ..." an input.
+        tensor: "h", "loss" or "y", the same "without gradients" (as in evaluation), or "gradient of ..." an input.
         error: ||kernel - reference|| / ||reference||; NaN where the kernel's result holds one.
         limit: the largest error that counts as agreement (docs/kernels.md).
     """
@@ -95,7 +96,8 @@ class MLSTMCase(Case):
     def __str__(self) -> str:
         normaliser = "" if self.normaliser else " without normaliser"
         dims = _heads(self.heads, self.key_dim, self.value_dim)
-        return f"mLSTM ({dims}, gate {self.gate} at {self.igate_bias:g}{normaliser}, {_name(self.dtype)})"
+        gate = f"gate {self.gate} at {self.igate_bias:g}{normaliser}"
+        return f"mLSTM ({dims}, {gate}, batch of {self.batch}, {_name(self.dtype)})"
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Forget gates from 0.95 to 0.998 over the heads, as xLSTM-7B begins: memory passes from chunk to chunk.
@@ -222,7 +224,10 @@ class LossCase(Case):
 
 
 def compare(case: Case, device: torch.device) -> list[Finding]:
-    """Run a case with its backend and with the reference in float64; one finding for each output and gradient."""
+    """Run a case with its backend and with the reference in float64.
+
+    One finding for each output, for the same from a pass without gradients, and for each gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = {name: x.to(device) for name, x in case.inputs(generator).items()}
     document_start = torch.zeros(len(next(iter(inputs.values()))), LENGTH, dtype=torch.bool)
@@ -230,13 +235,20 @@ def compare(case: Case, device: torch.device) -> list[Finding]:
     document_start[0, [0, 100]] = document_start[-1, [0, 128]] = True
     document_start = document_start.to(device)
     actual, cotangents = _run(case, inputs, document_start, case.backend, None, generator)
+    with torch.no_grad():
+        evaluated = case.output(document_start, case.backend, **inputs)
     doubles = {name: x.double() for name, x in inputs.items()}
     expected, _ = _run(case, doubles, document_start, "reference", cotangents, generator)
     findings = []
-    for name, reference in expected.items():
-        error = ((actual[name].double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
-        tensor = f"gradient of {name}" if name in inputs else name
+
+    def judge(tensor: str, name: str, value: Tensor) -> None:
+        error = ((value.double() - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)).item()
         findings.append(Finding(str(case), tensor, error, case.limit(name)))
+
+    for name in expected:
+        judge(f"gradient of {name}" if name in inputs else name, name, actual[name])
+    for name, value in evaluated.items():
+        judge(f"{name} without gradients", name, value)
     return findings
 
 

@@ -94,14 +94,15 @@ def decoding_bytes_per_step(
     """Bytes that one decoding step of a batch must move through memory: the floor of its time is this by the bandwidth.
 
     Every weight is read once (of the embedding, one row per sequence; a tied one is read whole, as the head); of every
-    sequence the recurrent state is read and written, the key/value cache read.
+    sequence the recurrent state is read and written, as are the convolutions' last inputs, and the key/value cache is
+    read. The latter two have the dtype of the activations, which is that of the weights.
     """
     read_whole = count_parameters(config).total
     if not config.tie_embeddings:
         read_whole -= config.vocab_size * config.d_model
     state = state_elements(config)
-    per_sequence = 2 * state_bytes * (state["recurrent"] + state["convolution"]) + weight_bytes * (
-        config.d_model + context * state["cache_per_token"]
+    per_sequence = 2 * state_bytes * state["recurrent"] + weight_bytes * (
+        config.d_model + 2 * state["convolution"] + context * state["cache_per_token"]
     )
     return float(weight_bytes * read_whole + batch_size * per_sequence)
 

@@ -57,8 +57,11 @@ def kernel_cases(config: RunConfig) -> list[Case]:
     cases: list[Case] = []
     kinds = set(model.block_kinds())
     if "mlstm" in kinds:
-        batch = min(config.training.micro_batch_size, _LARGEST_BATCH)
-        cases += _mlstm_cases(model, dtype, weight_dtype, batch)
+        batches = [config.training.micro_batch_size]
+        if config.evaluation.sets:
+            batches.append(config.evaluation.batch_size)
+        distinct = dict.fromkeys(min(batch, _LARGEST_BATCH) for batch in batches)
+        cases += _mlstm_cases(model, dtype, weight_dtype, list(distinct))
     if "slstm" in kinds:
         cases += _slstm_cases(model, dtype, weight_dtype)
     loss = (model.d_model, model.vocab_size, dtype, weight_dtype, model.logit_soft_cap)
@@ -66,7 +69,7 @@ def kernel_cases(config: RunConfig) -> list[Case]:
     return [case for case in cases if case.backend != "reference"]
 
 
-def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batch: int) -> list[Case]:
+def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batches: list[int]) -> list[Case]:
     if model.family == "neurips":
         layer, key_width, value_width = model.preup_mlstm, model.preup_dim, model.preup_dim
         options = {}
@@ -79,6 +82,7 @@ def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dty
     return [
         *(
             MLSTMCase(*shape, bias, eps=layer.cell_eps, batch=batch, backend=layer.backend, **options)
+            for batch in batches
             for bias in (2.0, -10.0)
         ),
         HeadNormCase(heads, value_dim, dtype, weight_dtype, layer.head_norm_eps, is_gated, layer.backend),

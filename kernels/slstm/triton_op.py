@@ -19,7 +19,7 @@ from kernels.triton_support import multiprocessors, next_power_of_two
 
 def unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, or None if they can."""
-    head_dim, dtype = gates_x.shape[-1], recurrent_kernel.dtype
+    head_dim, dtype = gates_x.shape[-1], _product_dtype(gates_x, recurrent_kernel)
     for name, tensor in (("gates_x", gates_x), ("recurrent_kernel", recurrent_kernel)):
         if tensor.dtype not in MAX_HEAD_DIM:
             return f"{name} is {tensor.dtype}, not one of {', '.join(map(str, MAX_HEAD_DIM))}"
@@ -48,9 +48,7 @@ def slstm_triton(
     gates, memory and states are float32 whatever the inputs.
     """
     check(gates_x, recurrent_kernel, document_start, initial_state, gate_soft_cap)
-    device = gates_x.device.type
-    if torch.is_autocast_enabled(device):
-        recurrent_kernel = recurrent_kernel.to(torch.get_autocast_dtype(device))
+    recurrent_kernel = recurrent_kernel.to(_product_dtype(gates_x, recurrent_kernel))
     batch, _, _, heads, head_dim = gates_x.shape
     with autocast_disabled(gates_x):
         if initial_state is None:
@@ -71,6 +69,12 @@ def slstm_triton(
             is_differentiated,
         )
     return h, SLSTMState(*last) if return_state else None
+
+
+def _product_dtype(gates_x: Tensor, recurrent_kernel: Tensor) -> torch.dtype:
+    """The dtype of the weights on chip: autocast's where it is on, else their own."""
+    device = gates_x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else recurrent_kernel.dtype
 
 
 def _sent_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ Tensors = dict[str, Callable[[], torch.Tensor]]
 # Name in the original xlstm package, whose tensors are named alike but for this one.
 _OLDER_EMBEDDING = "embedding.weight"
 _EMBEDDING = "backbone.embeddings.weight"
+_HEAD = "lm_head.weight"
 
 
 def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -108,7 +109,7 @@ def _config_from(directory: Path, values: dict, tensors: Tensors) -> ModelConfig
         ffn_dim=shape(f"{block}.ffn.proj_down.weight")[1],
         norm_eps=norm_eps,
         logit_soft_cap=optional(30.0, "output_logit_soft_cap"),
-        tie_embeddings="lm_head.weight" not in tensors,
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)) and _HEAD not in tensors,
         mlstm=MLSTMConfig(
             n_heads=int(value(8, "num_heads")),
             qk_dim_factor=qk_dim / d_model,

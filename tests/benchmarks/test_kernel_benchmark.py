@@ -70,6 +70,21 @@ def test_a_wrong_gradient_is_not_timed(tmp_path):
     assert row["failure"].startswith("gate: fgate_preact 2.0e-02 > 1e-02") and "both" not in row
 
 
+def test_what_is_judged_is_timed(tmp_path):
+    seeds = []
+
+    class Noting(type(CASES["tiny_mlstm"])):
+        def inputs(self, seed, device, dtype):
+            seeds.append((self.length, seed))
+            return super().inputs(seed, device, dtype)
+
+    case = Noting(**vars(CASES["tiny_mlstm"]))
+    settings = {"is_ours": False, "seconds": 0.01, "deadline": 1e12, "rows": tmp_path / "rows"}
+    worker.run(ours("reference", {})[0], [case], CPU, torch.bfloat16, **settings)
+    judged, *timed = seeds
+    assert judged in timed and len(set(timed)) == 2
+
+
 def test_an_upstream_gradient_without_the_normaliser_is_orthogonal(monkeypatch):
     """Leaving out the gradient through the normaliser is then no error, as it is behind a scale-invariant norm."""
     case = CASES["tiny_mlstm"]

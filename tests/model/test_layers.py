@@ -95,6 +95,16 @@ def test_rotary_scores_depend_on_distance_alone():
     assert torch.equal(rotate(q, torch.tensor([[0]]), 500000.0), q)
 
 
+def test_rotary_angles_do_not_have_the_precision_of_the_activations():
+    """In bfloat16 positions 8000 to 8015 would be one position."""
+    x = torch.randn(1, 16, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    position = torch.arange(8000, 8016)[None]
+    rotated = rotate(x, position, 500000.0)
+    assert rotated.dtype == torch.bfloat16
+    exact = rotate(x.double(), position, 500000.0)
+    assert (rotated.double() - exact).norm() < 4e-3 * exact.norm()
+
+
 def test_swiglu_and_gated_gelu():
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     swiglu, geglu = SwiGLU(8, 12), GatedGELU(8, 12)

@@ -155,3 +155,15 @@ def test_7b_decoding_moves_weights_once_and_the_state_twice():
     llama = preset("llama_7b")
     cache = decoding_bytes_per_step(llama, context=1000) - decoding_bytes_per_step(llama)
     assert cache == 2 * 1000 * 2 * llama.n_blocks * llama.d_model
+
+
+def test_decoding_moves_the_inputs_of_convolutions_in_the_dtype_of_the_activations():
+    config = CONFIGS["neurips"]
+    elements = state_elements(config)
+    assert elements["convolution"] == 3 * (2 * 256 + 128)
+    of_sequence = decoding_bytes_per_step(config, batch_size=2) - decoding_bytes_per_step(config)
+    assert of_sequence == 2 * 4 * elements["recurrent"] + 2 * (2 * elements["convolution"] + config.d_model)
+    with torch.no_grad():
+        tokens = torch.zeros(1, 5, dtype=torch.int64)
+        state = random_model(config).bfloat16()(tokens, return_state=True).state
+    assert all(block.conv_tail.dtype == torch.bfloat16 for block in state.blocks)

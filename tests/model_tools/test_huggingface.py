@@ -243,6 +243,19 @@ def test_import_names_what_is_wrong(tmp_path):
         import_huggingface(tmp_path)
 
 
+def test_import_of_a_head_that_is_not_there(tmp_path):
+    """Only a configuration that says so ties the head to the embedding; else the head was lost."""
+    random_transformers_model().save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, weights)
+    with pytest.raises(HuggingFaceError, match=r"tensor lm_head\.weight is missing"):
+        import_huggingface(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    ours, state_dict = import_huggingface(tmp_path)
+    assert ours.tie_embeddings and "lm_head.weight" not in state_dict
+
+
 def test_import_of_a_lost_shard(tmp_path):
     random_transformers_model().save_pretrained(tmp_path, max_shard_size="150KB")
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()

@@ -10,7 +10,14 @@ from kernels import preflight
 from kernels.preflight import Finding, HeadNormCase, LossCase, MLSTMCase, SLSTMCase
 from model.config import MLSTMConfig, ModelConfig, PreUpMLSTMConfig, SLSTMConfig
 from tests.runs import TINY_RUN, environment, run_train
-from train.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
+from train.config import (
+    EvaluationConfig,
+    EvaluationSetConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from train.kernel_preflight import kernel_cases, kernel_problems, largest_errors
 from train.run_directory import read_events
 
@@ -36,6 +43,22 @@ def test_each_call_of_a_model_that_differs_is_a_case():
     ]
 
 
+def test_the_batch_of_an_evaluation_is_checked_where_it_is_another():
+    """The mLSTM has other tiles for few sequences than for many."""
+    for batch, expected in ((8, [1, 1, 8, 8]), (1, [1, 1])):
+        config = RunConfig(
+            model=MIXED,
+            training=TrainingConfig(micro_batch_size=1),
+            evaluation=EvaluationConfig(batch_size=batch, sets={"held_out": EvaluationSetConfig()}),
+        )
+        cases = [case for case in kernel_cases(config) if isinstance(case, MLSTMCase)]
+        assert [case.batch for case in cases] == expected
+        # What a message calls them tells them apart.
+        assert len({str(case) for case in cases}) == len(cases)
+    without_sets = replace(config, evaluation=EvaluationConfig(batch_size=8))
+    assert [case.batch for case in kernel_cases(without_sets) if isinstance(case, MLSTMCase)] == [1, 1]
+
+
 def test_the_neurips_layer_has_keys_as_wide_as_values():
     training = TrainingConfig(micro_batch_size=64)
     assert kernel_cases(RunConfig(model=NEURIPS, training=training, precision=PrecisionConfig("fp32"))) == [
@@ -50,6 +73,18 @@ def test_under_autocast_weights_outside_products_stay_float32():
     cases = kernel_cases(RunConfig(model=MIXED, parallel=ParallelConfig(zero_stage=0)))
     assert {case.weight_dtype for case in cases if isinstance(case, HeadNormCase | LossCase)} == {FP32}
     assert {case.dtype for case in cases if isinstance(case, MLSTMCase | SLSTMCase)} == {BF16}
+
+
+def test_epsilons_and_backends_are_those_of_the_layers():
+    model = replace(
+        MIXED,
+        mlstm=replace(MIXED.mlstm, cell_eps=1e-4, head_norm_eps=1e-3, backend="triton"),
+        slstm=replace(MIXED.slstm, head_norm_eps=1e-2, backend="triton"),
+    )
+    *cases, loss = kernel_cases(RunConfig(model=model))
+    assert {case.backend for case in cases} == {"triton"} and loss.backend == "auto"
+    assert {case.eps for case in cases if isinstance(case, MLSTMCase)} == {1e-4}
+    assert [case.eps for case in cases if isinstance(case, HeadNormCase)] == [1e-3, 1e-2]
 
 
 def test_what_runs_on_its_reference_is_no_case():

@@ -59,6 +59,21 @@ def test_tiles_narrower_than_a_head_are_found(monkeypatch, device):
     assert [finding.tensor for finding in findings if not finding.agrees][0] == "y"
 
 
+def test_kernels_that_only_an_evaluation_runs_are_checked(monkeypatch, device):
+    from kernels.cross_entropy import fused
+
+    store = fused.store_losses
+
+    def store_wrong(logits, targets, losses, *rest):
+        store(logits, targets, losses, *rest)
+        losses.mul_(1.01)
+
+    monkeypatch.setattr(fused, "store_losses", store_wrong)
+    findings = compare(LossCase(32, 100, SINGLE, SINGLE, 30.0, backend="triton"), device)
+    assert [finding.tensor for finding in findings if not finding.agrees] == ["loss without gradients"]
+    assert [f.error for f in findings if not f.agrees] == [pytest.approx(0.01, rel=0.01)]
+
+
 def test_what_a_disagreement_says():
     finding = Finding("mLSTM (8 heads of 256/512)", "gradient of q", 0.25, 6e-3)
     assert not finding.agrees

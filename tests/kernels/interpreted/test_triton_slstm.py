@@ -116,6 +116,17 @@ def test_autocast_chooses_the_precision_of_the_product():
     assert not torch.equal(actual, slstm(gates_x, kernel, backend="triton")[0])
 
 
+def test_autocast_admits_the_heads_of_its_own_precision():
+    """Weights of 300 units fit on chip in 16 bits, not in the float32 that they are kept in."""
+    dtype = torch.bfloat16 if COMPILED else torch.float16
+    gates_x, kernel = make_inputs(head_dim=300, length=2)
+    with pytest.raises(ValueError, match="at most 256 units"):
+        slstm(gates_x, kernel, backend="triton")
+    with torch.autocast(DEVICE.type, dtype):
+        actual, _ = slstm(gates_x, kernel, backend="triton")
+    assert torch.equal(actual, slstm(gates_x, kernel.to(dtype), backend="triton")[0])
+
+
 @pytest.mark.parametrize("split", [1, 5, S - 1])
 @pytest.mark.parametrize("positions", [None, [0, 5, 6]], ids=str)
 def test_two_parts_with_a_passed_state_equal_one_pass(positions, split):
