@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import random
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ OPEN_CACHED_FILES = 256
 # The cache is measured when so much of its limit was fetched, and emptied to seven eighths of it.
 _MEASURE_EVERY = 128
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# struct flock of Linux: type, whence, start, length, process.
+_FLOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True)
@@ -128,28 +131,24 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
-        with _explained(self.folder, self._limit):
-            fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
+        with _explained(self.folder, self._limit), _locked_bytes(descriptor, begin, end):
+            if is_right():
+                return
+            data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
+            if len(data) != end - begin:
+                raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
+            if xxhash.xxh3_64_digest(data) != expected:
+                # Never put into the cache: another process may have fetched it whole and be reading it.
+                raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
+            self._make_room(end - begin, descriptor)
             try:
-                if is_right():
-                    return
-                data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
-                if len(data) != end - begin:
-                    raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
-                if xxhash.xxh3_64_digest(data) != expected:
-                    # Never put into the cache: another thread may have fetched it whole and be reading it.
-                    raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
-                self._make_room(end - begin, descriptor)
-                try:
-                    _write(descriptor, data, begin)
-                except OSError as error:
-                    if error.errno not in _FULL:
-                        raise
-                    # Others fill the disk too: give back what can be given.
-                    self._evict(0, descriptor)
-                    _write(descriptor, data, begin)
-            finally:
-                fcntl.lockf(descriptor, fcntl.LOCK_UN, end - begin, begin)
+                _write(descriptor, data, begin)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                # Others fill the disk too: give back what can be given.
+                self._evict(0, descriptor)
+                _write(descriptor, data, begin)
 
     def _make_room(self, size: int, keep: int) -> None:
         self._since_measured += size
@@ -208,6 +207,19 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _locked_bytes(descriptor: int, begin: int, end: int) -> Iterator[None]:
+    """Hold bytes [begin, end) of an open file against the other threads and processes that do the same."""
+    # A lock of the process (lockf) does not keep out its own threads, ends when any of them closes the file, and is
+    # refused as a deadlock where threads of two ranks each wait for a block of the other: this one is an opening's.
+    lock = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, end - begin, 0))
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -296,6 +296,82 @@ def test_a_cache_that_cannot_be_written_stops_a_run_that_skips_damage(url, cache
     command = [sys.executable, "-c", FULL, url, str(cache.directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.endswith("the cache cannot be used (File too large); set corpus.cache_directory []\n"), done
+
+
+CROSSED = """
+import sys, threading, time
+from pathlib import Path
+from data_pipeline.corpus import Corpus
+from data_pipeline.remote import CacheSettings
+
+url, cache, signals, held, wanted = sys.argv[1:]
+signals = Path(signals)
+
+
+class Waiting:
+    def __init__(self, system):
+        self.system = system
+
+    def cat_file(self, path, *arguments):
+        if threading.current_thread().name == "holds":
+            (signals / f"held {held}").touch()
+            until = time.monotonic() + 30
+            while not (signals / "go on").exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        return self.system.cat_file(path, *arguments)
+
+
+corpus = Corpus.open(url, cache=CacheSettings(Path(cache), 2**26))
+corpus._files.remote._system = Waiting(corpus._files.remote._system)
+sequence = corpus.sequence("train", "web")
+threading.Thread(target=sequence.shard, args=(int(held),), name="holds", daemon=True).start()
+until = time.monotonic() + 30
+while not all((signals / f"held {number}").exists() for number in (held, wanted)):
+    assert time.monotonic() < until
+    time.sleep(0.01)
+threading.Timer(1.0, (signals / "go on").touch).start()
+print(sequence.shard(int(wanted)).documents)
+"""
+
+
+def test_threads_of_two_ranks_wait_for_blocks_that_the_other_rank_fetches(large_store, tmp_path):
+    url, _ = large_store
+    command = [sys.executable, "-c", CROSSED, url, str(tmp_path / "crossed"), str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*command, held, wanted], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for held, wanted in (("0", "1"), ("1", "0"))
+    ]
+    try:
+        ended = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [output for output, _ in ended] == ["100\n", "100\n"], ended
+
+
+def test_threads_fetch_a_block_once(large_store, tmp_path):
+    url, _ = large_store
+    corpus = Corpus.open(url, cache=CacheSettings(tmp_path / "once", 64 * MIB))
+    corpus._files.remote._system = slow = Slow(corpus._files.remote._system)
+    sequence = corpus.sequence("train", "web")
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(sequence.shard, 0) for _ in range(4)]:
+            job.result(timeout=60)
+    assert slow.requests == 1
+
+
+class Slow(Flaky):
+    """A file system that takes its time, and counts what it is asked for."""
+
+    requests = 0
+
+    def __init__(self, system):
+        super().__init__(system, 0)
+
+    def cat_file(self, *arguments):
+        self.requests += 1
+        time.sleep(0.2)
+        return self.system.cat_file(*arguments)
 
 
 def test_a_rank_that_is_killed_while_it_fills_the_cache_leaves_nothing_that_is_read(large_store, tmp_path):
