@@ -121,9 +121,12 @@ class RemoteCorpus:
         """The shard's own place, for messages."""
         return f"{self.url}/{self._manifest.shards.file(row)}"
 
-    def fill(self, row: int, block: int, descriptor: int, is_right: Callable[[], bool]) -> None:
+    def fill(
+        self, row: int, block: int, descriptor: int, is_right: Callable[[], bool], let_go: Callable[[], object]
+    ) -> None:
         """Fetch one block into an open cached file unless `is_right` says that another process has done so.
 
+        `let_go` closes what this process has open of what was dropped from the cache, which takes room until then.
         Raises CorpusError when it cannot be fetched or kept.
         """
         size = self._manifest.block_bytes
@@ -141,14 +144,18 @@ class RemoteCorpus:
                 # Never put into the cache: another process may have fetched it whole and be reading it.
                 raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
             self._make_room(end - begin, descriptor)
-            try:
-                _write(descriptor, data, begin)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                # Others fill the disk too: give back what can be given.
+            for attempt in range(ATTEMPTS):
+                try:
+                    _write(descriptor, data, begin)
+                    break
+                except OSError as error:
+                    if error.errno not in _FULL or attempt == ATTEMPTS - 1:
+                        raise
+                # Others fill the disk too: give back what can be given. Other ranks let go of it as they fetch.
                 self._evict(0, descriptor)
-                _write(descriptor, data, begin)
+                let_go()
+                if attempt:
+                    _wait(attempt - 1)
 
     def _make_room(self, size: int, keep: int) -> None:
         self._since_measured += size
@@ -191,8 +198,12 @@ class RemoteCorpus:
                         f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts "
                         f"({type(error).__name__}: {error})"
                     ) from error
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+                _wait(attempt)
         raise AssertionError("unreachable")
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
