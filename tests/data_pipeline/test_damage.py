@@ -374,8 +374,13 @@ def test_a_shard_truncated_while_it_is_read_is_an_error_with_its_name(copy):
     stream.batch(0, stream.samples_per_epoch)
     path = copy / corpus.sequence("train", "RedPajamaC4").entry(0).file
     os.truncate(path, 600)
-    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was read"):
+    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was in use, to 600 bytes"):
         stream.batch(0, stream.samples_per_epoch)
+    assert corpus.sequence("train", "RedPajamaC4").entry(0).tokens > 4 * 50
+    skipping = SampleStream(corpus, "train", 50, 1, on_corrupt="skip")
+    skipping.batch(0, skipping.samples_per_epoch)
+    # However many samples touch it, and wherever.
+    assert skipping.damage.skipped > 2 and len(skipping.damage.problems) == 1
 
 
 def test_an_unknown_policy_for_damage_is_refused(copy):
