@@ -127,7 +127,8 @@ class TokenSequence:
         def fail(piece: int, error: CorpusError) -> None:
             if on_error is None:
                 raise error
-            failed.setdefault(int(ranges[piece]), error)
+            # Its traceback would hold the block that was compared, 4 MiB for each range.
+            failed.setdefault(int(ranges[piece]), error.with_traceback(None))
 
         self._open_all(numbers, fail)
         item = self._dtype.itemsize
