@@ -40,6 +40,7 @@ FIRST_WAIT_SECONDS = 0.5
 OPEN_CACHED_FILES = 256
 # The cache is measured when so much of its limit was fetched, and emptied to seven eighths of it.
 _MEASURE_EVERY = 128
+_HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # struct flock of Linux: type, whence, start, length, process.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -67,6 +68,7 @@ class RemoteCorpus:
             self._system, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise CorpusError(f"{url}: cannot be opened ({error})") from None
+        self._cache = cache.directory
         self.folder = cache.directory / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._shards = self.folder / "shards"
         self._limit = cache.limit_bytes
@@ -169,12 +171,13 @@ class RemoteCorpus:
         The file that is open as `keep` stays.
         """
         kept = os.fstat(keep).st_ino
-        with _locked(self.folder / ".lock"):
+        with _locked(self._cache / ".lock"):
             files = []
-            for entry in os.scandir(self._shards):
+            # Of all corpora that were read through this cache; by names that nothing else has.
+            for path in self._cache.glob(f"{_HEX * 16}/shards/{_HEX * 32}.arrow"):
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    files.append((status.st_mtime_ns, status.st_blocks * 512, status.st_ino, Path(entry.path)))
+                    status = path.stat()
+                    files.append((status.st_mtime_ns, status.st_blocks * 512, status.st_ino, path))
             total = sum(size for _, size, _, _ in files)
             if target and total <= self._limit * 15 // 16:
                 return

@@ -82,6 +82,23 @@ def test_many_processes_share_a_cache_that_is_too_small(large_store, tmp_path):
     assert held < 9 * MIB < sum(path.stat().st_size for path in Path(url[7:]).rglob("*.arrow"))
 
 
+def test_all_corpora_of_a_cache_together_keep_to_its_limit(large_store, tmp_path):
+    url, expected = large_store
+    shutil.copytree(url[7:], tmp_path / "second")
+    cache = CacheSettings(tmp_path / "one cache", 9 * MIB)
+    # What only looks like a cached shard is no business of the cache.
+    others = [cache.directory / name for name in ("corpus/shards/0.arrow", f"{'a' * 16}/shards/0.arrow")]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(MIB))
+        os.utime(path, (0, 0))
+    for where in (url, f"file://{tmp_path / 'second'}"):
+        assert _read_large(where, cache, 0) == expected
+    cached = [path for path in cached_files(cache) if path not in others]
+    assert sum(path.stat().st_blocks * 512 for path in cached) < 9 * MIB
+    assert all(path.exists() for path in others)
+
+
 def _read_large(url: str, cache: CacheSettings, seed: int) -> int:
     """Sum of all tokens, read in another order for each seed."""
     corpus = Corpus.open(url, cache=cache)
