@@ -201,7 +201,8 @@ class Assembly:
         lengths = np.bincount(row, count, len(rows)).astype(np.int64) - self._columns.begin
         on_error = self._damage.handler(self._damaged, rows[row], self._samples)
         if on_error:
-            sequence.check(begin, count, on_error)
+            # With the token before a piece that goes on with a document, which is its first input.
+            sequence.check(begin - ~opens, count + ~opens, on_error)
         low, high = np.maximum(place, self._columns.begin), np.minimum(place + count, self._columns.end)
         inside = high > low
         row, begin, low, high, cut, opens = (

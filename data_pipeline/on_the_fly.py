@@ -159,7 +159,13 @@ class LiveStream:
         self._chunks = self._read()
 
     def _read_more(self) -> None:
-        for lane, source, ids in next(self._chunks):
+        try:
+            chunk = next(self._chunks)
+        except Exception:
+            # It has ended with its error; the next batch begins again, and meets the error again.
+            self._chunks = None
+            raise
+        for lane, source, ids in chunk:
             self._open[lane].add(source, ids)
 
     def _read(self) -> Iterator[list[tuple[int, str, np.ndarray]]]:

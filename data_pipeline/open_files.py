@@ -115,7 +115,9 @@ def read_exactly(path: str | Path, descriptor: int, into: memoryview, offset: in
     while done < len(into):
         more = os.preadv(descriptor, [into[done:]], offset + done)
         if more == 0:
-            raise CorpusError(f"{path}: truncated while it was read, at byte {offset + done}; {RESTORE}")
+            # Where it ends now, not where it was read: the same message for every range beyond it.
+            size = os.fstat(descriptor).st_size
+            raise CorpusError(f"{path}: truncated while it was in use, to {size} bytes; {RESTORE}")
         done += more
 
 

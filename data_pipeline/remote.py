@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import random
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,10 @@ FIRST_WAIT_SECONDS = 0.5
 OPEN_CACHED_FILES = 256
 # The cache is measured when so much of its limit was fetched, and emptied to seven eighths of it.
 _MEASURE_EVERY = 128
+_HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# struct flock of Linux: type, whence, start, length, process.
+_FLOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class RemoteCorpus:
             self._system, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise CorpusError(f"{url}: cannot be opened ({error})") from None
+        self._cache = cache.directory
         self.folder = cache.directory / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._shards = self.folder / "shards"
         self._limit = cache.limit_bytes
@@ -118,9 +123,12 @@ class RemoteCorpus:
         """The shard's own place, for messages."""
         return f"{self.url}/{self._manifest.shards.file(row)}"
 
-    def fill(self, row: int, block: int, descriptor: int, is_right: Callable[[], bool]) -> None:
+    def fill(
+        self, row: int, block: int, descriptor: int, is_right: Callable[[], bool], let_go: Callable[[], object]
+    ) -> None:
         """Fetch one block into an open cached file unless `is_right` says that another process has done so.
 
+        `let_go` closes what this process has open of what was dropped from the cache, which takes room until then.
         Raises CorpusError when it cannot be fetched or kept.
         """
         size = self._manifest.block_bytes
@@ -128,28 +136,28 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
-        with _explained(self.folder, self._limit):
-            fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
-            try:
-                if is_right():
-                    return
-                data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
-                if len(data) != end - begin:
-                    raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
-                if xxhash.xxh3_64_digest(data) != expected:
-                    # Never put into the cache: another thread may have fetched it whole and be reading it.
-                    raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
-                self._make_room(end - begin, descriptor)
+        with _explained(self.folder, self._limit), _locked_bytes(descriptor, begin, end):
+            if is_right():
+                return
+            data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
+            if len(data) != end - begin:
+                raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
+            if xxhash.xxh3_64_digest(data) != expected:
+                # Never put into the cache: another process may have fetched it whole and be reading it.
+                raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
+            self._make_room(end - begin, descriptor)
+            for attempt in range(ATTEMPTS):
                 try:
                     _write(descriptor, data, begin)
+                    break
                 except OSError as error:
-                    if error.errno not in _FULL:
+                    if error.errno not in _FULL or attempt == ATTEMPTS - 1:
                         raise
-                    # Others fill the disk too: give back what can be given.
-                    self._evict(0, descriptor)
-                    _write(descriptor, data, begin)
-            finally:
-                fcntl.lockf(descriptor, fcntl.LOCK_UN, end - begin, begin)
+                # Others fill the disk too: give back what can be given. Other ranks let go of it as they fetch.
+                self._evict(0, descriptor)
+                let_go()
+                if attempt:
+                    _wait(attempt - 1)
 
     def _make_room(self, size: int, keep: int) -> None:
         self._since_measured += size
@@ -163,12 +171,13 @@ class RemoteCorpus:
         The file that is open as `keep` stays.
         """
         kept = os.fstat(keep).st_ino
-        with _locked(self.folder / ".lock"):
+        with _locked(self._cache / ".lock"):
             files = []
-            for entry in os.scandir(self._shards):
+            # Of all corpora that were read through this cache; by names that nothing else has.
+            for path in self._cache.glob(f"{_HEX * 16}/shards/{_HEX * 32}.arrow"):
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    files.append((status.st_mtime_ns, status.st_blocks * 512, status.st_ino, Path(entry.path)))
+                    status = path.stat()
+                    files.append((status.st_mtime_ns, status.st_blocks * 512, status.st_ino, path))
             total = sum(size for _, size, _, _ in files)
             if target and total <= self._limit * 15 // 16:
                 return
@@ -192,8 +201,12 @@ class RemoteCorpus:
                         f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts "
                         f"({type(error).__name__}: {error})"
                     ) from error
-                time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+                _wait(attempt)
         raise AssertionError("unreachable")
+
+
+def _wait(attempt: int) -> None:
+    time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
@@ -208,6 +221,19 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _locked_bytes(descriptor: int, begin: int, end: int) -> Iterator[None]:
+    """Hold bytes [begin, end) of an open file against the other threads and processes that do the same."""
+    # A lock of the process (lockf) does not keep out its own threads, ends when any of them closes the file, and is
+    # refused as a deadlock where threads of two ranks each wait for a block of the other: this one is an opening's.
+    lock = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, end - begin, 0))
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

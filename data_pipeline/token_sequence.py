@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,8 @@ class TokenSequence:
         def fail(piece: int, error: CorpusError) -> None:
             if on_error is None:
                 raise error
-            failed.setdefault(int(ranges[piece]), error)
+            # Its traceback would hold the block that was compared, 4 MiB for each range.
+            failed.setdefault(int(ranges[piece]), error.with_traceback(None))
 
         self._open_all(numbers, fail)
         item = self._dtype.itemsize
@@ -328,7 +329,8 @@ class TokenSequence:
                     # What is fetched from now on goes to another file of its name.
                     descriptor = self._descriptor(number)
                     continue
-                remote.fill(row, todo[0], descriptor.number, lambda d=descriptor, b=todo[0]: is_right(d, b))
+                fetched_by_another = partial(is_right, descriptor, todo[0])
+                remote.fill(row, todo[0], descriptor.number, fetched_by_another, self._files.forget_unlinked)
                 check_block(name, descriptor.number, todo[0], size, total, expected)
             descriptor.checked.add(todo[0])
         return descriptor

@@ -81,6 +81,11 @@ def _validate_live(config: CorpusConfig) -> list[str]:
             f"corpus.live.tokenizer.kind: a run does not train its tokenizer ({config.live.tokenizer.kind}); set it to "
             "file"
         )
+    if config.max_epochs > 0 and not float(config.max_epochs).is_integer():
+        problems.append(
+            "corpus.max_epochs: text that is tokenized while it is read is read in whole passes "
+            f"({config.max_epochs}); set it to a whole number"
+        )
     asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
     asked |= {"window_shards": None, "on_corrupt": "fail", "cache_directory": None, "workers": 1}
     return problems + [

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ import pytest
 import torch
 from small_corpora import TOKENIZER, random_text
 
-from data_pipeline.batch import Columns
+from data_pipeline.batch import MASKED, Columns
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorpusError
-from data_pipeline.files import hash_file
+from data_pipeline.files import BLOCK_BYTES, hash_file
 from data_pipeline.inspection import verify_corpus
 from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
 from data_pipeline.open_files import OpenFiles
@@ -90,16 +91,22 @@ def test_the_damaged_block_of_a_large_shard_is_named(tmp_path):
     assert different == [False, False, True, False]
 
 
-def test_a_damaged_block_of_a_large_shard_is_caught_before_its_tokens_and_spoils_no_other(corpus, tmp_path):
+def write_large(corpus: Corpus, folder: Path, lengths: list[int]) -> Path:
+    """A corpus of one shard of several blocks, of documents of so many tokens without their ends."""
     builder = ShardBuilder(corpus.vocab_size, corpus.eod_id)
     rng = np.random.default_rng(0)
-    for _ in range(6):
-        builder.add(rng.integers(3, corpus.vocab_size, 1_000_000), b"text")
-    entry = ShardEntry("a.arrow", "train", "web", 0, 6, builder.tokens, 24, 0, "", "", [])
-    hashes = builder.write(tmp_path / "a.arrow", shard_metadata(entry, corpus.manifest.tokenizer.fingerprint))
+    for length in lengths:
+        builder.add(rng.integers(3, corpus.vocab_size, length), b"text")
+    entry = ShardEntry("a.arrow", "train", "web", 0, len(lengths), builder.tokens, 24, 0, "", "", [])
+    hashes = builder.write(folder / "a.arrow", shard_metadata(entry, corpus.manifest.tokenizer.fingerprint))
     entry = dataclasses.replace(entry, **dataclasses.asdict(hashes))
-    dataclasses.replace(corpus.manifest, shards=ShardTable.from_entries([entry])).write(tmp_path)
-    shutil.copytree(corpus.folder / "tokenizer", tmp_path / "tokenizer")
+    dataclasses.replace(corpus.manifest, shards=ShardTable.from_entries([entry])).write(folder)
+    shutil.copytree(corpus.folder / "tokenizer", folder / "tokenizer")
+    return folder / "a.arrow"
+
+
+def test_a_damaged_block_of_a_large_shard_is_caught_before_its_tokens_and_spoils_no_other(corpus, tmp_path):
+    write_large(corpus, tmp_path, [1_000_000] * 6)
     flip(tmp_path / "a.arrow", 0.5)
     sequence = Corpus.open(tmp_path).sequence("train", "web")
     served = 0
@@ -113,6 +120,49 @@ def test_a_damaged_block_of_a_large_shard_is_caught_before_its_tokens_and_spoils
             assert not out.any()
     # Two thirds of the file: blocks 0 and 2.
     assert 0.6 < served / (sequence.tokens / 10_000) < 0.72
+
+
+def test_samples_that_are_skipped_take_no_memory(corpus, tmp_path):
+    flip(write_large(corpus, tmp_path, [1_000_000] * 6), 0.5)
+    sequence = Corpus.open(tmp_path).sequence("train", "web")
+    places = np.arange(50) * 100
+    skipped: list[int] = []
+    tracemalloc.start()
+    try:
+        sequence.fetch(
+            places,
+            2_500_000 + places,
+            np.full(50, 100),
+            np.zeros(5000, np.uint16),
+            None,
+            lambda r, _: skipped.append(r),
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert skipped == list(range(50)) and peak < 5 * BLOCK_BYTES
+
+
+def test_sequence_ranks_skip_a_packed_sample_alike_where_only_the_token_before_it_is_damaged(corpus, tmp_path):
+    length = 1000
+    path = write_large(corpus, tmp_path, [847, 4_600_000])
+    # The first token of block 2 opens a sample, which goes on with a document: its first input is in block 1.
+    shard = Shard(path)
+    edge = (2 * BLOCK_BYTES - shard.column_places()[0]) // 2
+    place = edge % length - 1
+    shutil.rmtree(tmp_path / "tokenizer")
+    path = write_large(corpus, tmp_path, [place, 4_600_000])
+    assert Shard(path).column_places() == shard.column_places()
+    stream = SampleStream(Corpus.open(tmp_path), "train", length, 1, packing="best_fit")
+    origins = stream._locate(np.arange(stream.samples_per_epoch))[1]
+    index = np.flatnonzero(origins == (edge - place - 1) // length)
+    assert stream.origin(int(index[0])).parts[0][1] == edge
+    data = bytearray(path.read_bytes())
+    data[2 * BLOCK_BYTES - 10] ^= 1
+    path.write_bytes(data)
+    stream = SampleStream(Corpus.open(tmp_path), "train", length, 1, packing="best_fit", on_corrupt="skip")
+    for rank in range(2):
+        assert (stream.batch(index, columns=Columns.of_rank(length, rank, 2)).targets == MASKED).all()
 
 
 def truncate(folder):
@@ -374,8 +424,13 @@ def test_a_shard_truncated_while_it_is_read_is_an_error_with_its_name(copy):
     stream.batch(0, stream.samples_per_epoch)
     path = copy / corpus.sequence("train", "RedPajamaC4").entry(0).file
     os.truncate(path, 600)
-    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was read"):
+    with pytest.raises(CorpusError, match=rf"{path.name}: truncated while it was in use, to 600 bytes"):
         stream.batch(0, stream.samples_per_epoch)
+    assert corpus.sequence("train", "RedPajamaC4").entry(0).tokens > 4 * 50
+    skipping = SampleStream(corpus, "train", 50, 1, on_corrupt="skip")
+    skipping.batch(0, skipping.samples_per_epoch)
+    # However many samples touch it, and wherever.
+    assert skipping.damage.skipped > 2 and len(skipping.damage.problems) == 1
 
 
 def test_an_unknown_policy_for_damage_is_refused(copy):

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -80,6 +80,23 @@ def test_many_processes_share_a_cache_that_is_too_small(large_store, tmp_path):
         assert [job.result() for job in jobs] == [expected] * 4
     held = sum(path.stat().st_blocks * 512 for path in cached_files(cache))
     assert held < 9 * MIB < sum(path.stat().st_size for path in Path(url[7:]).rglob("*.arrow"))
+
+
+def test_all_corpora_of_a_cache_together_keep_to_its_limit(large_store, tmp_path):
+    url, expected = large_store
+    shutil.copytree(url[7:], tmp_path / "second")
+    cache = CacheSettings(tmp_path / "one cache", 9 * MIB)
+    # What only looks like a cached shard is no business of the cache.
+    others = [cache.directory / name for name in ("corpus/shards/0.arrow", f"{'a' * 16}/shards/0.arrow")]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(MIB))
+        os.utime(path, (0, 0))
+    for where in (url, f"file://{tmp_path / 'second'}"):
+        assert _read_large(where, cache, 0) == expected
+    cached = [path for path in cached_files(cache) if path not in others]
+    assert sum(path.stat().st_blocks * 512 for path in cached) < 9 * MIB
+    assert all(path.exists() for path in others)
 
 
 def _read_large(url: str, cache: CacheSettings, seed: int) -> int:
@@ -183,9 +200,12 @@ def test_a_full_disk_first_empties_the_cache_and_then_is_named(corpus, url, cach
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(remote.os, "pwrite", full)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
     sequence.shard(1)
     assert len(cached_files(cache)) == 1
-    failures[0] = 2
+    # The space of what was dropped is free only once nothing has it open.
+    assert all(os.fstat(found.number).st_nlink for found in opened._files._open.values())
+    failures[0] = remote.ATTEMPTS
     with pytest.raises(CorpusError, match=r"the disk of the cache is full .* lower corpus\.cache_gib \(now 0\.0625\)"):
         sequence.shard(2)
 
@@ -254,11 +274,11 @@ def test_bytes_that_arrive_damaged_never_reach_the_cache(corpus, url, cache):
     sequence = opened.sequence("train", "RedPajamaC4")
     remote_corpus, row = opened._files.remote, int(sequence._rows[0])
     descriptor = remote_corpus.open(row)
-    remote_corpus.fill(row, 0, descriptor, lambda: False)
+    remote_corpus.fill(row, 0, descriptor, lambda: False, lambda: None)
     held = os.pread(descriptor, 2**22, 0)
     remote_corpus._system = Damaging(remote_corpus._system)
     with pytest.raises(CorpusError, match=r"altered: the 4 MiB block 0"):
-        remote_corpus.fill(row, 0, descriptor, lambda: False)
+        remote_corpus.fill(row, 0, descriptor, lambda: False, lambda: None)
     assert os.pread(descriptor, 2**22, 0) == held
     os.close(descriptor)
 
@@ -296,6 +316,82 @@ def test_a_cache_that_cannot_be_written_stops_a_run_that_skips_damage(url, cache
     command = [sys.executable, "-c", FULL, url, str(cache.directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.endswith("the cache cannot be used (File too large); set corpus.cache_directory []\n"), done
+
+
+CROSSED = """
+import sys, threading, time
+from pathlib import Path
+from data_pipeline.corpus import Corpus
+from data_pipeline.remote import CacheSettings
+
+url, cache, signals, held, wanted = sys.argv[1:]
+signals = Path(signals)
+
+
+class Waiting:
+    def __init__(self, system):
+        self.system = system
+
+    def cat_file(self, path, *arguments):
+        if threading.current_thread().name == "holds":
+            (signals / f"held {held}").touch()
+            until = time.monotonic() + 30
+            while not (signals / "go on").exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        return self.system.cat_file(path, *arguments)
+
+
+corpus = Corpus.open(url, cache=CacheSettings(Path(cache), 2**26))
+corpus._files.remote._system = Waiting(corpus._files.remote._system)
+sequence = corpus.sequence("train", "web")
+threading.Thread(target=sequence.shard, args=(int(held),), name="holds", daemon=True).start()
+until = time.monotonic() + 30
+while not all((signals / f"held {number}").exists() for number in (held, wanted)):
+    assert time.monotonic() < until
+    time.sleep(0.01)
+threading.Timer(1.0, (signals / "go on").touch).start()
+print(sequence.shard(int(wanted)).documents)
+"""
+
+
+def test_threads_of_two_ranks_wait_for_blocks_that_the_other_rank_fetches(large_store, tmp_path):
+    url, _ = large_store
+    command = [sys.executable, "-c", CROSSED, url, str(tmp_path / "crossed"), str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*command, held, wanted], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for held, wanted in (("0", "1"), ("1", "0"))
+    ]
+    try:
+        ended = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [output for output, _ in ended] == ["100\n", "100\n"], ended
+
+
+def test_threads_fetch_a_block_once(large_store, tmp_path):
+    url, _ = large_store
+    corpus = Corpus.open(url, cache=CacheSettings(tmp_path / "once", 64 * MIB))
+    corpus._files.remote._system = slow = Slow(corpus._files.remote._system)
+    sequence = corpus.sequence("train", "web")
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(sequence.shard, 0) for _ in range(4)]:
+            job.result(timeout=60)
+    assert slow.requests == 1
+
+
+class Slow(Flaky):
+    """A file system that takes its time, and counts what it is asked for."""
+
+    requests = 0
+
+    def __init__(self, system):
+        super().__init__(system, 0)
+
+    def cat_file(self, *arguments):
+        self.requests += 1
+        time.sleep(0.2)
+        return self.system.cat_file(*arguments)
 
 
 def test_a_rank_that_is_killed_while_it_fills_the_cache_leaves_nothing_that_is_read(large_store, tmp_path):

@@ -147,8 +147,11 @@ def test_text_that_is_tokenized_on_the_way_resumes_exactly(slimpajama, tmp_path)
         return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
     assert losses("half") == losses("whole") and len(losses("whole")) == 8
-    refused = run(tmp_path, "other", *overrides, "corpus.temperature=2", "evaluation=validation")
+    refused = run(
+        tmp_path, "other", *overrides, "corpus.temperature=2", "evaluation=validation", "corpus.max_epochs=0.5"
+    )
     assert refused.returncode == 2
+    assert "corpus.max_epochs: text that is tokenized while it is read is read in whole passes (0.5)" in refused.stderr
     assert "corpus.temperature: text that is tokenized while it is read is taken as it comes (2.0)" in refused.stderr
 
 
