@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import os
 import random
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,8 +41,8 @@ OPEN_CACHED_FILES = 256
 _MEASURE_EVERY = 128
 _HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# struct flock of Linux: type, whence, start, length, process.
-_FLOCK = struct.Struct("hhqqi4x")
+# Lock files in the cache; a fetch holds that of its block, which few others share.
+_LOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class RemoteCorpus:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
         with _explained(self.folder, self._limit):
             self._shards.mkdir(parents=True, exist_ok=True)
+            (self._cache / ".locks").mkdir(exist_ok=True)
             with _locked(self.folder / ".lock"):
                 self._copy(MANIFEST_FILE)
                 self._copy(SHARD_TABLE_FILE)
@@ -136,7 +136,7 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
-        with _explained(self.folder, self._limit), _locked_bytes(descriptor, begin, end):
+        with _explained(self.folder, self._limit), _locked(self._lock_of(file, block)):
             if is_right():
                 return
             data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
@@ -158,6 +158,12 @@ class RemoteCorpus:
                 let_go()
                 if attempt:
                     _wait(attempt - 1)
+
+    def _lock_of(self, file: str, block: int) -> Path:
+        # Not a lock on bytes of the cached file: those belong to a process, do not keep out its own threads, and are
+        # refused as a deadlock where threads of two ranks each wait for a block of the other.
+        number = xxhash.xxh3_64_intdigest(f"{self.url}/{file} {block}".encode()) % _LOCKS
+        return self._cache / ".locks" / f"{number:02x}"
 
     def _make_room(self, size: int, keep: int) -> None:
         self._since_measured += size
@@ -218,22 +224,10 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file against all other threads and processes that do the same."""
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _locked_bytes(descriptor: int, begin: int, end: int) -> Iterator[None]:
-    """Hold bytes [begin, end) of an open file against the other threads and processes that do the same."""
-    # A lock of the process (lockf) does not keep out its own threads, ends when any of them closes the file, and is
-    # refused as a deadlock where threads of two ranks each wait for a block of the other: this one is an opening's.
-    lock = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.fcntl(lock, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, end - begin, 0))
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager
