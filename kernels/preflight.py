@@ -58,6 +58,8 @@ class Case(ABC):
 
     # One of kernels.backend_choice.BACKENDS: what the run passes to the operation.
     backend: str
+    # Whether gradients are compared too.
+    trains = True
 
     @abstractmethod
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -80,6 +82,7 @@ class MLSTMCase(Case):
         igate_bias: mean of the input gate's pre-activation. The read-out divides by |n^T q| at 2, and by its floor
             at -10, where xLSTM-7B begins (arXiv 2503.13427); in between, tokens near both have gradients that jump.
         batch: sequences. Tiles depend on it.
+        trains: False for a batch that only an evaluation has.
     """
 
     heads: int
@@ -92,6 +95,7 @@ class MLSTMCase(Case):
     eps: float = 1e-6
     batch: int = BATCH
     backend: str = "auto"
+    trains: bool = True
 
     def __str__(self) -> str:
         normaliser = "" if self.normaliser else " without normaliser"
@@ -234,19 +238,24 @@ def compare(case: Case, device: torch.device) -> list[Finding]:
     # In the middle of a chunk, and on the edge of one of 64 or 128 tokens.
     document_start[0, [0, 100]] = document_start[-1, [0, 128]] = True
     document_start = document_start.to(device)
-    actual, cotangents = _run(case, inputs, document_start, case.backend, None, generator)
+    doubles = {name: x.double() for name, x in inputs.items()}
+    findings = []
     with torch.no_grad():
         evaluated = case.output(document_start, case.backend, **inputs)
-    doubles = {name: x.double() for name, x in inputs.items()}
-    expected, _ = _run(case, doubles, document_start, "reference", cotangents, generator)
-    findings = []
+    if case.trains:
+        actual, cotangents = _run(case, inputs, document_start, case.backend, None, generator)
+        expected, _ = _run(case, doubles, document_start, "reference", cotangents, generator)
+    else:
+        actual = {}
+        with torch.no_grad():
+            expected = case.output(document_start, "reference", **doubles)
 
     def judge(tensor: str, name: str, value: Tensor) -> None:
         error = ((value.double() - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)).item()
         findings.append(Finding(str(case), tensor, error, case.limit(name)))
 
-    for name in expected:
-        judge(f"gradient of {name}" if name in inputs else name, name, actual[name])
+    for name, value in actual.items():
+        judge(f"gradient of {name}" if name in inputs else name, name, value)
     for name, value in evaluated.items():
         judge(f"{name} without gradients", name, value)
     return findings

@@ -57,11 +57,9 @@ def kernel_cases(config: RunConfig) -> list[Case]:
     cases: list[Case] = []
     kinds = set(model.block_kinds())
     if "mlstm" in kinds:
-        batches = [config.training.micro_batch_size]
-        if config.evaluation.sets:
-            batches.append(config.evaluation.batch_size)
-        distinct = dict.fromkeys(min(batch, _LARGEST_BATCH) for batch in batches)
-        cases += _mlstm_cases(model, dtype, weight_dtype, list(distinct))
+        batch = min(config.training.micro_batch_size, _LARGEST_BATCH)
+        evaluated = min(config.evaluation.batch_size, _LARGEST_BATCH) if config.evaluation.sets else batch
+        cases += _mlstm_cases(model, dtype, weight_dtype, batch, evaluated)
     if "slstm" in kinds:
         cases += _slstm_cases(model, dtype, weight_dtype)
     loss = (model.d_model, model.vocab_size, dtype, weight_dtype, model.logit_soft_cap)
@@ -69,7 +67,9 @@ def kernel_cases(config: RunConfig) -> list[Case]:
     return [case for case in cases if case.backend != "reference"]
 
 
-def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batches: list[int]) -> list[Case]:
+def _mlstm_cases(
+    model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batch: int, evaluated: int
+) -> list[Case]:
     if model.family == "neurips":
         layer, key_width, value_width = model.preup_mlstm, model.preup_dim, model.preup_dim
         options = {}
@@ -81,8 +81,9 @@ def _mlstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dty
     shape = (heads, key_width // heads, value_dim, dtype)
     return [
         *(
-            MLSTMCase(*shape, bias, eps=layer.cell_eps, batch=batch, backend=layer.backend, **options)
-            for batch in batches
+            MLSTMCase(*shape, bias, eps=layer.cell_eps, batch=size, backend=layer.backend, trains=trains, **options)
+            # The batch of an evaluation may have other tiles.
+            for size, trains in {batch: True, evaluated: evaluated == batch}.items()
             for bias in (2.0, -10.0)
         ),
         HeadNormCase(heads, value_dim, dtype, weight_dtype, layer.head_norm_eps, is_gated, layer.backend),

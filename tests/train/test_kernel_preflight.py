@@ -53,6 +53,7 @@ def test_the_batch_of_an_evaluation_is_checked_where_it_is_another():
         )
         cases = [case for case in kernel_cases(config) if isinstance(case, MLSTMCase)]
         assert [case.batch for case in cases] == expected
+        assert all(case.trains == (case.batch == 1) for case in cases)
         # What a message calls them tells them apart.
         assert len({str(case) for case in cases}) == len(cases)
     without_sets = replace(config, evaluation=EvaluationConfig(batch_size=8))

@@ -74,6 +74,12 @@ def test_kernels_that_only_an_evaluation_runs_are_checked(monkeypatch, device):
     assert [f.error for f in findings if not f.agrees] == [pytest.approx(0.01, rel=0.01)]
 
 
+def test_of_the_batch_of_an_evaluation_the_outputs_are_compared(device):
+    findings = compare(MLSTMCase(1, 16, 16, SIXTEEN_BIT, backend="triton", trains=False), device)
+    assert [finding.tensor for finding in findings] == ["h without gradients"]
+    assert findings[0].agrees and findings[0].error > 0
+
+
 def test_what_a_disagreement_says():
     finding = Finding("mLSTM (8 heads of 256/512)", "gradient of q", 0.25, 6e-3)
     assert not finding.agrees
