@@ -6,7 +6,7 @@ Each kernel is timed by itself on random inputs, for each chunk size; a tile is 
 with it agree with the float64 reference. The report has every time, and the best tiles of each chunk size with the sums
 of their times. The table of this GPU in kernels/mlstm/chunkwise/tuned/ gets the tiles of the fastest chunk size, for
 many sequences and for few (one sequence of the batch), which are summed in the same order. At the end the mLSTM's tests
-run with the new table; where one fails, the table is left as it was.
+run with the new table; where one fails, or the tuning before it, the table is left as it was.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
@@ -21,6 +21,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -319,15 +321,20 @@ def add_to_table(path: Path, device: str, found: dict, versions: dict[str, str])
     return tiles.parse_tiles(cut)
 
 
-def keep_if_right(path: Path, before: str | None) -> None:
-    """Run the suite with the table at `path`; where it fails, put back what was there `before` and exit."""
-    if subprocess.run([sys.executable, *SUITE], cwd=ROOT, check=False).returncode == 0:
-        return
-    if before is None:
-        path.unlink()
-    else:
-        path.write_text(before, encoding="utf-8")
-    raise SystemExit(f"{path} is as it was: with the new tiles the tests above fail")
+@contextmanager
+def kept_if_right(path: Path) -> Iterator[None]:
+    """Run the suite with what is written to the table at `path`; where anything fails, put back what was there."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        yield
+        if subprocess.run([sys.executable, *SUITE], cwd=ROOT, check=False).returncode:
+            raise SystemExit(f"{path} is as it was: with the new tiles the tests above fail")
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(before, encoding="utf-8")
+        raise
 
 
 def main() -> None:
@@ -358,16 +365,15 @@ def main() -> None:
     versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
     report = {"device": torch.cuda.get_device_name(), **versions, "shapes": []}
     table = tiles.table_path(report["device"])
-    before = table.read_text(encoding="utf-8") if table.is_file() else None
-    for shape in shapes:
-        like = None
-        for batch in (shape[0], 1) if shape[2] <= tiles.FEW_SEQUENCES else (shape[0],):
-            few = (batch, *shape[1:])
-            chunks = arguments.chunks if like is None else [like.chunk]
-            report["shapes"].append(tune(few, chunks, arguments.seconds * len(chunks), like))
-            arguments.report.write_text(json.dumps(report, indent=1))
-            like = add_to_table(table, report["device"], report["shapes"][-1], versions)
-    keep_if_right(table, before)
+    with kept_if_right(table):
+        for shape in shapes:
+            like = None
+            for batch in (shape[0], 1) if shape[2] <= tiles.FEW_SEQUENCES else (shape[0],):
+                few = (batch, *shape[1:])
+                chunks = arguments.chunks if like is None else [like.chunk]
+                report["shapes"].append(tune(few, chunks, arguments.seconds * len(chunks), like))
+                arguments.report.write_text(json.dumps(report, indent=1))
+                like = add_to_table(table, report["device"], report["shapes"][-1], versions)
     print(f"done in {time.monotonic() - start:.0f} s")
 
 

@@ -127,36 +127,34 @@ def run_workers(
 
 
 def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: Progress) -> None:
-    processes = {}
-    meters = {}
+    workers = {}
     try:
         for job, shared in zip(jobs, numbers, strict=True):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_worker, args=(job, shared, sender, os.getpid()), daemon=True)
             process.start()
             sender.close()
-            processes[receiver] = process
-            meters[receiver] = shared
-        open_pipes = list(processes)
+            workers[receiver] = (process, shared)
+        open_pipes = list(workers)
         while open_pipes:
             for receiver in wait(open_pipes, timeout=0.5):
                 try:
                     message = receiver.recv()
                 except EOFError:
                     open_pipes.remove(receiver)
-                    _check_ended(processes[receiver], jobs, meters[receiver])
+                    _check_ended(*workers[receiver], jobs)
                     continue
                 if isinstance(message, Exception):
                     raise message
                 log(message)
             progress.tick()
     finally:
-        for process in processes.values():
+        for process, _ in workers.values():
             process.terminate()
             process.join()
 
 
-def _check_ended(process: multiprocessing.Process, jobs: list[Job], numbers: Sequence[int]) -> None:
+def _check_ended(process: multiprocessing.Process, numbers: Sequence[int], jobs: list[Job]) -> None:
     process.join()
     if process.exitcode:
         how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"

@@ -59,12 +59,12 @@ def test_another_seed_under_the_same_name_exits_2(tiny_run, capsys):
     [(1, signal.SIGINT, "SIGINT"), (2, signal.SIGUSR1, "SIGUSR1"), (2, signal.SIGHUP, "SIGTERM")],
 )
 def test_a_signal_ends_the_run_with_a_checkpoint_and_exits_0(tiny_run, tmp_path, processes, number, reason):
-    # Below nohup the tests ignore SIGHUP, and so would the command.
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
     overrides = [*tiny_run, "training.total_steps=4000"]
     command = [sys.executable, "-m", "launch", "local", "--processes", str(processes), *overrides]
+    # Below nohup the tests ignore SIGHUP, and so would the command.
+    before = signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(number, before)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
         assert process.poll() is None
