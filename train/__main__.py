@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+from typing import NoReturn
 
 from conf import ConfigError, compose
 from train.config import RunConfig
@@ -40,5 +42,17 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
+def end_process(exit_code: int) -> NoReturn:
+    """End without the interpreter's finalization: exit handlers run, output is written, then the process is gone.
+
+    Threads of torch's process groups live on, since DeepSpeed's globals hold the groups. One that lets go of a tensor
+    while the interpreter is being finalized aborts the process (SIGABRT): a run that is complete would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import conf
+from train.__main__ import end_process
 from train.optimizer import (
     OptimizerConfig,
     SkippableAdamW,
@@ -192,6 +193,7 @@ def _compare_skipped_with_absent(rank: int, world_size: int, store: str) -> None
         for a, b in zip(skipped, absent, strict=True):
             assert torch.equal(a, b), f"ZeRO-{stage} {precision}: a skipped step left a trace"
     dist.destroy_process_group()
+    end_process(0)
 
 
 @pytest.mark.slow
