@@ -45,8 +45,9 @@ def main(arguments: list[str]) -> int:
 def end_process(exit_code: int) -> NoReturn:
     """End without the interpreter's finalization: exit handlers run, output is written, then the process is gone.
 
-    Threads of torch's process groups live on, since DeepSpeed's globals hold the groups. One that lets go of a tensor
-    while the interpreter is being finalized aborts the process (SIGABRT): a run that is complete would count as failed.
+    No thread is waited for; a run has finished its checkpoint before. Threads of torch's process groups live on, since
+    DeepSpeed's globals hold the groups. One that lets go of a tensor while the interpreter is being finalized aborts
+    the process (SIGABRT): a run that is complete would count as failed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -160,6 +160,38 @@ def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_
     assert any(checkpoints.glob("*/complete.json"))
 
 
+SLOW_DISK = """
+import sys, time
+from train.__main__ import end_process, main
+from train.checkpoint import _Snapshot
+
+write = _Snapshot.write
+
+def slow_write(self, *arguments):
+    time.sleep(3)
+    return write(self, *arguments)
+
+_Snapshot.write = slow_write
+end_process(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failed_run_finishes_the_checkpoint_that_it_is_writing(processes, tiny_run, tmp_path):
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    diverging = ["optimizer.learning_rate=1e30", "schedule.warmup=0", "training.max_skipped_steps=1"]
+    overrides = [*tiny_run, *diverging, "training.total_steps=10", "checkpoint.interval=1"]
+    command = train_command(overrides, processes)
+    module = command.index("train")
+    command[module - 1 : module + 1] = [str(tmp_path / "slow_disk.py")]
+    failed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 1
+    assert "training.max_skipped_steps" in failed.stderr
+    written = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(written) > 1 and all((folder / MARKER).is_file() for folder in written), written
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_when_wandb_dies(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=60", "logging.wandb.mode=offline"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from train.callbacks.base import Callback
+from train.checkpoint import CheckpointError
 
 
 class Checkpointing(Callback):
@@ -21,3 +22,10 @@ class Checkpointing(Callback):
         if outcome != "failed":
             trainer.save_checkpoint()
             trainer.finish_saving()
+            return
+        try:
+            # What is being written holds an earlier step and needs no other rank's training thread.
+            trainer.finish_saving()
+        except CheckpointError as error:
+            # Raised, it would stand in the place of what the run failed of.
+            trainer.events.append("error", message=str(error))
