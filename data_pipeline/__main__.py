@@ -7,8 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from data_pipeline.config import OrderConfig
 from data_pipeline.errors import DataError
+from data_pipeline.ordering.config import OrderConfig
 
 PREPARE_HELP = """\
 Tokenize text into a corpus folder that `python -m train` reads.
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> int:
     from conf import ConfigError, compose
-    from data_pipeline.config import PrepareConfig, validate_prepare
+    from data_pipeline.preparing.config import PrepareConfig, validate_prepare
     from data_pipeline.preparing.prepare import prepare
 
     config = compose(PrepareConfig, "prepare", options.overrides)

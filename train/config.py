@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipeline.config import DataConfig, OrderConfig, TokenizerConfig
+from data_pipeline.ordering.config import OrderConfig
+from data_pipeline.sources.config import DataConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig

@@ -36,7 +36,6 @@ from data_pipeline.errors import CorpusError
 if TYPE_CHECKING:
     from data_pipeline.corpus.corpus import Corpus
 
-PACKINGS = ("concatenate", "best_fit")
 PACKING_VERSION = 1
 BLOCK_TOKENS = 1 << 22
 MAX_SEQUENCE_LENGTH = (1 << 23) - 1

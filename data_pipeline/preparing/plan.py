@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig
 from data_pipeline.corpus.files import write_atomically
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, canonical_json
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.sources import FileSource, InputFile, Source, open_source
 from data_pipeline.tokenizing.tokenizer import Tokenizer

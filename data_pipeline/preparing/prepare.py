@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig, resolve_source
 from data_pipeline.corpus.corpus import check_shard_file
 from data_pipeline.corpus.files import BLOCK_BYTES, sync, write_atomically
 from data_pipeline.corpus.manifest import (
@@ -31,6 +30,7 @@ from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import PrepareError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig, resolve_source
 from data_pipeline.preparing.plan import (
     INPUTS_FILE,
     begin_plan,

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig
 from data_pipeline.corpus.corpus import shard_metadata
 from data_pipeline.corpus.files import hash_file, write_atomically
 from data_pipeline.corpus.manifest import ShardEntry, canonical_json
 from data_pipeline.corpus.shards import MAX_TOKENS, ShardBuilder
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import Meter
 from data_pipeline.sources.sources import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizing.encoders import Encoder

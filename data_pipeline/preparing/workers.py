@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, PrepareConfig
 from data_pipeline.corpus.manifest import MANIFEST_FILE
 from data_pipeline.errors import DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
 from data_pipeline.preparing.units import UnitRecord, losses, run_unit
+from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig
 from data_pipeline.sources.sources import InputFile, Source, open_source
 from data_pipeline.tokenizing.encoders import Encoder, EncoderMismatchError, ReferenceEncoder, build_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
-# Records below which a share of rejected ones says little.
-TOLERANCE_RECORDS = 10_000
 # Places of rejected records that an error shows.
 SHOWN_PLACES = 5
 # Seconds between two looks at units that others hold.

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.config import DataConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.corpus.manifest import fingerprint_of
 from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
-from data_pipeline.preparing.workers import TOLERANCE_RECORDS
 from data_pipeline.reading.batch import Batch, Columns, DamagedSamples
+from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig, ToleranceConfig
 from data_pipeline.sources.sources import Document, Rejection, Source, open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import choose_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 

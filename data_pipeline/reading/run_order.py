@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.config import OrderConfig
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.ordering.mixture import MixtureConfig, Phase
 from data_pipeline.reading.stream import SampleStream
 

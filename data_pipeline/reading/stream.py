@@ -19,9 +19,10 @@ import numpy as np
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.manifest import FORMAT_VERSION, fingerprint_of
 from data_pipeline.errors import CorpusError
+from data_pipeline.ordering.config import PACKINGS
 from data_pipeline.ordering.mixture import Mixture, MixtureConfig
 from data_pipeline.ordering.order import ORDER_VERSION
-from data_pipeline.ordering.packing import PACKINGS, open_plan
+from data_pipeline.ordering.packing import open_plan
 from data_pipeline.ordering.windows import WINDOWS_VERSION
 from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
 from data_pipeline.reading.loader import StepLoader

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_pipeline.config import DataConfig, SplitConfig
 from data_pipeline.errors import PrepareError
 from data_pipeline.sources import columns
 from data_pipeline.sources.archives import DamagedArchiveError, OversizedLine, read_lines
+from data_pipeline.sources.config import DataConfig, SplitConfig
 
 SPLIT_NAMES = {
     "train": "train",

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
+from data_pipeline.tokenizing.config import TokenizerConfig
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 # Beside a tokenizer.json whose end-of-document token is not evident from the file alone.

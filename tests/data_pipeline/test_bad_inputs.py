@@ -14,10 +14,10 @@ import pytest
 import zstandard
 from small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
-from data_pipeline.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.sources import sources
 from data_pipeline.sources.archives import CHUNK_BYTES, OversizedLine, read_lines
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import Document, Rejection, open_source
 
 TEXTS = [random_text(random.Random(1), 60) for _ in range(400)]
@@ -249,7 +249,7 @@ def test_large_and_binary_files_of_a_text_tree(tmp_path):
 
 def test_dclm_is_read_as_it_is_laid_out(tmp_path):
     from conf import compose
-    from data_pipeline.config import PrepareConfig, resolve_source
+    from data_pipeline.preparing.config import PrepareConfig, resolve_source
 
     folder = tmp_path / "global-shard_01_of_10" / "local-shard_0_of_10"
     folder.mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from small_models import CONFIGS, random_model
 
 import model.describe
-from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.__main__ import main
 from model.generate import generate

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from small_models import CONFIGS, random_model
 
-from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.huggingface import HuggingFaceError, export_huggingface
 from model.huggingface.tokenizer import export_tokenizer

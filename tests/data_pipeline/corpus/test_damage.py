@@ -16,7 +16,6 @@ import pytest
 import torch
 from small_corpora import TOKENIZER, random_text
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file
 from data_pipeline.corpus.inspection import verify_corpus
@@ -27,6 +26,7 @@ from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import CorpusError
 from data_pipeline.reading.batch import MASKED, Columns
 from data_pipeline.reading.stream import SampleStream, sequential_batches
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import train_sentencepiece
 
 

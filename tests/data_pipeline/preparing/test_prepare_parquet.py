@@ -15,13 +15,14 @@ import pytest
 from small_corpora import LABELS, TOKENIZER, quietly, random_text
 from test_prepare_workers import contents, finish, start
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, ToleranceConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import cut_units
 from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.columns import cut_row_groups
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import InputFile, open_source
 
 ROWS, ROWS_IN_A_GROUP = 330, 30

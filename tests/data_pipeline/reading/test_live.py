@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_corpora import slimpajama_config, write_slimpajama
 
-from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import CorpusError
 from data_pipeline.reading.batch import Columns
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.loader import StepLoader
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
 
 LENGTH, LANES = 24, 12
 

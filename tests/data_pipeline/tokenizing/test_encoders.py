@@ -15,9 +15,9 @@ import tokenizers
 import zstandard
 from small_corpora import quietly, random_text, sample_texts, slimpajama_config, write_slimpajama
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
 from data_pipeline.tokenizing import encoders
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import (
     DISTRIBUTIONS,
     PROBES,

@@ -7,8 +7,8 @@ import json
 import pytest
 from small_corpora import TOKENIZER, sample_texts
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import PROBE, Tokenizer, train_sentencepiece
 
 HARD_TEXTS = [
