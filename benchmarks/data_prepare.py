@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import TokenizerError
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter
@@ -45,7 +44,7 @@ from data_pipeline.sources.config import DataConfig, SplitConfig
 from data_pipeline.sources.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import BACKENDS, DISTRIBUTIONS, Encode, build_encoder, choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_DOCUMENTS = 256

@@ -123,7 +123,8 @@ def _prepare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from conf import ConfigError
     from data_pipeline.corpus.corpus import Corpus
-    from data_pipeline.corpus.inspection import show_corpus, show_sample
+    from data_pipeline.corpus.inspection import show_corpus
+    from data_pipeline.reading.inspection import show_sample
     from data_pipeline.reading.run_order import open_order
 
     keys = ("split", "sequence_length", "seed", "weight", "window_shards")

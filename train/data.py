@@ -148,11 +148,11 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
         f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
         for source, passes in epochs.items()
     ]
-    if stream.plan is not None:
-        padding = sum(s.padding for s in stream.plan.statistics.values())
-        tokens = sum(s.tokens for s in stream.plan.statistics.values())
-        cut = sum(s.cut for s in stream.plan.statistics.values())
-        documents = sum(s.documents for s in stream.plan.statistics.values())
+    if stream.packing_plan is not None:
+        padding = sum(s.padding for s in stream.packing_plan.statistics.values())
+        tokens = sum(s.tokens for s in stream.packing_plan.statistics.values())
+        cut = sum(s.cut for s in stream.packing_plan.statistics.values())
+        documents = sum(s.documents for s in stream.packing_plan.statistics.values())
         lines.append(
             f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
             "longer than a sample"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from data_pipeline.corpus.files import BLOCK_BYTES, hash_file
+from data_pipeline.corpus.blocks import RESTORE
+from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, ShardEntry
-from data_pipeline.corpus.open_files import RESTORE, OpenFiles
+from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.corpus.token_sequence import TokenSequence, shard_metadata
+from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import Tokenizer
-
-__all__ = ["CHECKS", "Corpus", "TokenSequence", "check_shard_file", "shard_metadata"]
 
 CHECKS = ("none", "size", "hash")
 
@@ -56,7 +55,7 @@ class Corpus:
             for entry in manifest.shards:
                 problem = check_shard_file(directory, entry, with_hash=True)
                 if problem:
-                    raise CorpusError(f"{directory / entry.file}: {problem}; {RESTORE}")
+                    raise CorpusError(f"{path_in(directory, entry.file)}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
         corpus.tokenizer()
         return corpus
@@ -96,7 +95,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = self.folder / entry.file
+            path = path_in(self.folder, entry.file)
             if not path.is_file():
                 raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
             try:
@@ -149,7 +148,7 @@ class Corpus:
         return self._sequences[split, source]
 
     def _shard_path(self, row: int) -> Path:
-        return self.folder / self.manifest.shards.file(row)
+        return path_in(self.folder, self.manifest.shards.file(row))
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -168,7 +167,7 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:
     """How the file of a shard differs from its manifest entry; None when it does not."""
-    path = directory / entry.file
+    path = path_in(directory, entry.file)
     if not path.is_file():
         return "the shard is missing"
     size = path.stat().st_size

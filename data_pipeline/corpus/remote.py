@@ -27,9 +27,9 @@ from pathlib import Path
 import fsspec
 import xxhash
 
-from data_pipeline.corpus.files import write_atomically
+from data_pipeline.corpus.blocks import RESTORE, altered_block
+from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
-from data_pipeline.corpus.open_files import RESTORE, altered_block
 from data_pipeline.corpus.shard_table import SHARD_TABLE_FILE
 from data_pipeline.errors import CorpusError, ReadingError
 
@@ -90,7 +90,7 @@ class RemoteCorpus:
         data = self._retry(name, lambda: self._system.cat_file(f"{self._root}/{name}"))
         path = self.folder / name
         if not (path.is_file() and path.read_bytes() == data):
-            write_atomically(path, lambda put: put(data))
+            write_whole(path, data)
 
     def use(self, manifest: Manifest) -> None:
         """The manifest whose shards `locate` and `fill` are about."""

@@ -27,8 +27,8 @@ MIXTURE_VERSION = 2
 BLOCK = 4096
 LARGEST_BLOCK = 2**20
 # Shares are integers that sum to this.
-_UNIT_BITS = 40
-_UNIT = 1 << _UNIT_BITS
+_WHOLE_BITS = 40
+_WHOLE = 1 << _WHOLE_BITS
 
 
 @dataclass(frozen=True)
@@ -128,21 +128,21 @@ def _weights(phase: Phase, sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 def _apportion(shares: Sequence[int], total: int) -> list[int]:
-    """Integers that sum to `total` in proportion to `shares`, which sum to _UNIT; ties go to the first."""
-    counts = [share * total >> _UNIT_BITS for share in shares]
-    order = sorted(range(len(shares)), key=lambda s: (-(shares[s] * total & (_UNIT - 1)), s))
+    """Integers that sum to `total` in proportion to `shares`, which sum to _WHOLE; ties go to the first."""
+    counts = [share * total >> _WHOLE_BITS for share in shares]
+    order = sorted(range(len(shares)), key=lambda s: (-(shares[s] * total & (_WHOLE - 1)), s))
     for number in order[: total - sum(counts)]:
         counts[number] += 1
     return counts
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """`weights` as integers that sum to _UNIT, by largest remainders."""
+    """`weights` as integers that sum to _WHOLE, by largest remainders."""
     exact = [Fraction(weight) for weight in weights]
-    scaled = [weight * _UNIT / sum(exact) for weight in exact]
+    scaled = [weight * _WHOLE / sum(exact) for weight in exact]
     shares = [int(value) for value in scaled]
     order = sorted(range(len(shares)), key=lambda s: (shares[s] - scaled[s], s))
-    for number in order[: _UNIT - sum(shares)]:
+    for number in order[: _WHOLE - sum(shares)]:
         shares[number] += 1
     return shares
 
@@ -276,7 +276,7 @@ class Mixture:
     ) -> _Segment:
         """The longest segment from `position` on in which no source exceeds what its cap has `left`."""
         block = BLOCK
-        while block < LARGEST_BLOCK and any(0 < share * block < _UNIT for share in shares):
+        while block < LARGEST_BLOCK and any(0 < share * block < _WHOLE for share in shares):
             block *= 2
         rooms = [(s, room) for s, room in enumerate(left) if room is not None and shares[s]]
         if not rooms:
@@ -288,7 +288,7 @@ class Mixture:
             if blocks:
                 return _Segment(position, position + blocks * block, block, counts, shares)
             # Near a cap in smaller blocks, so that the shares hold until the source runs out.
-            if any(0 < share * (block // 2) < _UNIT for share in shares):
+            if any(0 < share * (block // 2) < _WHOLE for share in shares):
                 break
             block //= 2
         quotas = _limited_quotas(shares, block, left)
@@ -371,7 +371,7 @@ class Mixture:
 def _blocks_within(shares: list[int], block: int, rooms: list[tuple[int, int]]) -> int:
     """How many blocks the sources can take part in: (number of a source, samples that its cap leaves) in `rooms`."""
     # One more than what its own share of a source allows does not fit.
-    low, high = 0, min(room * _UNIT // shares[s] for s, room in rooms) // block + 2
+    low, high = 0, min(room * _WHOLE // shares[s] for s, room in rooms) // block + 2
     while high - low > 1:
         middle = (low + high) // 2
         taken = _apportion(shares, middle * block)

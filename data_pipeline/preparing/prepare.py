@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.corpus import check_shard_file
-from data_pipeline.corpus.files import BLOCK_BYTES, sync, write_atomically
+from data_pipeline.corpus.files import BLOCK_BYTES, path_in, sync, write_whole
+from data_pipeline.corpus.input_list import INPUTS_FILE, count_files, sum_counts
 from data_pipeline.corpus.manifest import (
     MANIFEST_FILE,
     InputsEntry,
@@ -26,24 +27,22 @@ from data_pipeline.corpus.manifest import (
     TokenizerEntry,
     canonical_json,
 )
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import PrepareError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig, resolve_source
 from data_pipeline.preparing.plan import (
-    INPUTS_FILE,
-    begin_plan,
+    begin_preparation,
     confirm_finished,
     content_settings,
     refuse_own_files_as_inputs,
     refuse_strangers,
 )
-from data_pipeline.preparing.units import UnitRecord, count_files, cut_units, losses, sum_counts
+from data_pipeline.preparing.units import UnitRecord, cut_units, losses
 from data_pipeline.preparing.workers import Job, Log, WorkFolder, check_losses, run_workers, task_of
 from data_pipeline.sources.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype, train_sentencepiece
 
 REPORT_FILE = "report.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -94,7 +93,7 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)
-        resumed = begin_plan(config, folder, inputs, units, claims)
+        resumed = begin_preparation(config, folder, inputs, units, claims)
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
         if resumed:
             _drop_damaged(work, folder, [n for n in sorted(work.finished()) if n % count == index], config.workers)
@@ -270,7 +269,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> str:
     text = "".join(canonical_json(entry) + "\n" for entry in entries)
-    return write_atomically(path, lambda put: put(text.encode())).sha256
+    return write_whole(path, text.encode()).sha256
 
 
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
@@ -279,7 +278,7 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     for path in folder.glob("*.partial"):
         if path.is_file():
             path.unlink(missing_ok=True)
-    known = {folder / manifest.shards.file(row) for row in range(len(manifest.shards))}
+    known = {path_in(folder, manifest.shards.file(row)) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):
         if path.is_file() and path not in known:
             path.unlink(missing_ok=True)

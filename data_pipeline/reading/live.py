@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from data_pipeline.corpus.manifest import fingerprint_of
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.reading.batch import Batch, Columns, DamagedSamples
@@ -32,7 +31,7 @@ from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig, Toleranc
 from data_pipeline.sources.sources import Document, Rejection, Source, open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype
 
 # Documents are tokenized together up to about so much text, in characters.
 BATCH_CHARACTERS = 1 << 20

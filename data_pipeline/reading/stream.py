@@ -22,7 +22,7 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.config import PACKINGS
 from data_pipeline.ordering.mixture import Mixture, MixtureConfig
 from data_pipeline.ordering.order import ORDER_VERSION
-from data_pipeline.ordering.packing import open_plan
+from data_pipeline.ordering.packing import open_packing_plan
 from data_pipeline.ordering.windows import WINDOWS_VERSION
 from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
 from data_pipeline.reading.loader import StepLoader
@@ -102,14 +102,14 @@ class SampleStream:
         self.seed = seed
         self.window_shards = window_shards
         self.damage = DamagedSamples(on_corrupt)
-        self.plan = None
+        self.packing_plan = None
         self._lanes = lanes
         self._pin = pin
         self._dtype = np.dtype(corpus.manifest.token_dtype)
         sources = corpus.sources(split)
         if packing == "best_fit":
-            self.plan = open_plan(corpus, split, sequence_length, packing_directory)
-            sizes = {source: self.plan.samples(source) for source in sources}
+            self.packing_plan = open_packing_plan(corpus, split, sequence_length, packing_directory)
+            sizes = {source: self.packing_plan.samples(source) for source in sources}
         else:
             span = sequence_length * (lanes.windows if lanes else 1)
             sizes = {source: max(0, (corpus.tokens(split, source) - 1) // span) for source in sources}
@@ -153,7 +153,7 @@ class SampleStream:
             "sequence_length": self.sequence_length,
             "seed": self.seed,
             "mixture": self.mixture.identity,
-            "packing": self.plan.fingerprint if self.plan else "concatenate",
+            "packing": self.packing_plan.fingerprint if self.packing_plan else "concatenate",
             "lanes": [self._lanes.count, self._lanes.windows] if self._lanes else None,
             "window_shards": None if self.window_shards is None else [WINDOWS_VERSION, self.window_shards],
         }
@@ -185,9 +185,9 @@ class SampleStream:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             sequence = self._sequences[number]
-            if self.plan:
+            if self.packing_plan:
                 source = self.mixture.sources[number]
-                assembly.add_packed(sequence, self._dtype, rows, self.plan, source, samples[rows])
+                assembly.add_packed(sequence, self._dtype, rows, self.packing_plan, source, samples[rows])
             else:
                 valid = np.full(len(rows), self.sequence_length)
                 assembly.add_windows(sequence, self._dtype, rows, samples[rows] * self.sequence_length, valid)
@@ -232,8 +232,8 @@ class SampleStream:
         """Where sample `index` of the run comes from, to trace a loss spike back to text."""
         number, epoch, sample = (int(x[0]) for x in self._locate_now(np.array([index])))
         sequence, source = self._sequences[number], self.mixture.sources[number]
-        if self.plan:
-            _, _, begins, counts, _ = self.plan.pieces(source, np.array([sample]))
+        if self.packing_plan:
+            _, _, begins, counts, _ = self.packing_plan.pieces(source, np.array([sample]))
             ranges = list(zip(begins.tolist(), (begins + counts).tolist(), strict=True))
         else:
             start = sample * self.sequence_length

@@ -14,9 +14,8 @@ from importlib.metadata import version
 
 import numpy as np
 
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import TokenizerError
-from data_pipeline.tokenizing.tokenizer import META_SPACE, PROBE, Tokenizer
+from data_pipeline.tokenizing.tokenizer import META_SPACE, PROBE, Tokenizer, token_dtype
 
 Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 # Of every batch one excerpt is encoded by both libraries: one character in SAMPLE_RATE, within these bounds.

@@ -34,6 +34,11 @@ PROBE = (
 )
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 when every id below `vocab_size` fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
 class Tokenizer(abc.ABC):
     """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document.
 
