@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 import xxhash
@@ -43,6 +44,7 @@ _HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Lock files in the cache; a fetch holds that of its block, which few others share.
 _LOCKS = 256
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RemoteCorpus:
         self._shards = self.folder / "shards"
         self._limit = cache.limit_bytes
         self._since_measured = self._limit
-        self._manifest: Manifest | None = None
+        # Set by `use`.
+        self._manifest: Manifest
 
     def copy_description(self) -> None:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
@@ -194,7 +197,7 @@ class RemoteCorpus:
                     path.unlink(missing_ok=True)
                     total -= size
 
-    def _retry(self, name: str, action: Callable[[], object]):
+    def _retry(self, name: str, action: Callable[[], Result]) -> Result:
         for attempt in range(ATTEMPTS):
             try:
                 return action()

@@ -144,6 +144,7 @@ class TokenSequence:
                 self._mark_read_starts(starts, numbers, places, begins, counts, ranges, failed, fail)
             starts[places[begins == 0]] = True
         for error_range, error in failed.items():
+            assert on_error is not None
             on_error(error_range, error)
 
     def _read_ranges(
@@ -311,6 +312,7 @@ class TokenSequence:
     def _cached(self, number: int, blocks: range | list[int]) -> Descriptor:
         """The cached file of a shard with these blocks in it, compared. Raises CorpusError."""
         row, remote, size = int(self._rows[number]), self._files.remote, self._manifest.block_bytes
+        assert remote is not None
         expected, total = self._manifest.shards.block_hashes(row), int(self._manifest.shards.bytes[row])
         name = remote.name(row)
 

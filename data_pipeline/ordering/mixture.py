@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,8 @@ LARGEST_BLOCK = 2**20
 # Shares are integers that sum to this.
 _WHOLE_BITS = 40
 _WHOLE = 1 << _WHOLE_BITS
+# What an order is for: ("pool",) or ("source", label); goes into its keys.
+Purpose = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class _Segment:
         """Samples of each source in the segment before a block of it."""
         if self.quotas is not None:
             return self.quotas if block else [0] * len(self.quotas)
+        assert self.shares is not None
         return _apportion(self.shares, block * self.block)
 
     def quotas_of(self, block: int) -> list[int]:
@@ -219,7 +223,7 @@ class Mixture:
         return 1 if self._pooled else sum(size > 0 for size in self.sizes.values())
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         """What the order depends on beside seed and sizes, for a fingerprint."""
         return [MIXTURE_VERSION, [[s.start, s.end, s.block, s.shares, s.quotas] for s in self._segments]]
 
@@ -229,7 +233,7 @@ class Mixture:
         if self._pooled:
             return int(self._bounds[-1])
         first = self._segments[0]
-        used = first.shares if first.shares is not None else first.quotas
+        used = first.shares or first.quotas or []
         return sum(self.sizes[s] for s, share in zip(self.sources, used, strict=True) if share)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -330,8 +334,9 @@ class Mixture:
             samples[mine] = self._permute(within, self.sizes[label], epochs[mine], "source", label)
         return numbers, epochs, samples
 
-    def _windowed_orders(self, shards: Mapping[str, np.ndarray], window_shards: int) -> dict[tuple, WindowedOrder]:
+    def _windowed_orders(self, shards: Mapping[str, np.ndarray], window_shards: int) -> dict[Purpose, WindowedOrder]:
         """The windowed order of what is permuted as one: the pool, or each source."""
+        bounds: dict[Purpose, np.ndarray]
         if self._pooled:
             pool = zip(self._bounds[:-1].tolist(), self.sources, strict=True)
             bounds = {("pool",): np.concatenate([[0], *(begin + shards[label][1:] for begin, label in pool)])}
@@ -385,7 +390,8 @@ def _limited_quotas(shares: list[int], total: int, left: list[int | None]) -> li
     while missing and any(open_shares):
         more = _apportion(_shares([float(share) for share in open_shares]), missing)
         for s, count in enumerate(more):
-            room = count if left[s] is None else min(count, left[s] - quotas[s])
+            allowed = left[s]
+            room = count if allowed is None else min(count, allowed - quotas[s])
             quotas[s] += room
             if room < count:
                 open_shares[s] = 0

@@ -17,17 +17,17 @@ from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.sources import FileSource, InputFile, Source, open_source
-from data_pipeline.tokenizing.tokenizer import Tokenizer
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 
 def content_settings(config: PrepareConfig) -> dict[str, Any]:
     """What the corpus' content depends on beside the input; no absolute path, so that a moved source is the same."""
     data = dataclasses.asdict(config.data)
     del data["tolerance"]
-    if config.data.kind != "datasets" or Path(config.data.path).exists():
+    if config.data.kind != "datasets" or config.data.path is None or Path(config.data.path).exists():
         del data["path"]
     if config.tokenizer.kind == "file":
-        loaded = Tokenizer.load(config.tokenizer.path, config.tokenizer.eod_token)
+        loaded = load_tokenizer(config.tokenizer)
         tokenizer = {"kind": "file", "fingerprint": loaded.fingerprint}
     else:
         tokenizer = dataclasses.asdict(config.tokenizer)

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.corpus.corpus import check_shard_file
 from data_pipeline.corpus.files import BLOCK_BYTES, path_in, sync, write_whole
 from data_pipeline.corpus.input_list import INPUTS_FILE, count_files, sum_counts
@@ -42,7 +44,7 @@ from data_pipeline.preparing.units import UnitRecord, cut_units, losses
 from data_pipeline.preparing.workers import Job, Log, WorkFolder, check_losses, run_workers, task_of
 from data_pipeline.sources.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
 
 REPORT_FILE = "report.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -159,7 +161,7 @@ def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs:
     partial = folder / f"{TOKENIZER_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if config.tokenizer.kind == "file":
-        Tokenizer.load(config.tokenizer.path, config.tokenizer.eod_token).save_to(partial)
+        load_tokenizer(config.tokenizer).save_to(partial)
     else:
         log(f"training a SentencePiece model with {config.tokenizer.vocab_size} pieces")
         texts = iter(_sample(source, inputs, config.tokenizer.sample_bytes))
@@ -205,7 +207,7 @@ def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterat
     """Training documents of `total_bytes` in all, from inputs in a fixed random order, a share of each."""
     left = total_bytes
     share = max(left // len(inputs), 2**20)
-    for place in permute(range(len(inputs)), len(inputs), derive_key("tokenizer sample")):
+    for place in permute(np.arange(len(inputs)), len(inputs), derive_key("tokenizer sample")):
         taken = 0
         if inputs[place].split not in (None, "train"):
             continue

@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.corpus.manifest import MANIFEST_FILE
 from data_pipeline.errors import DataError, PrepareError
@@ -125,7 +127,7 @@ def run_workers(
             _run_processes(context, jobs, numbers, log, progress)
 
 
-def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: Progress) -> None:
+def _run_processes(context: SpawnContext, jobs: list[Job], numbers: list[Any], log: Log, progress: Progress) -> None:
     workers = {}
     try:
         for job, shared in zip(jobs, numbers, strict=True):
@@ -136,7 +138,8 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             workers[receiver] = (process, shared)
         open_pipes = list(workers)
         while open_pipes:
-            for receiver in wait(open_pipes, timeout=0.5):
+            ready = wait(open_pipes, timeout=0.5)
+            for receiver in [pipe for pipe in open_pipes if pipe in ready]:
                 try:
                     message = receiver.recv()
                 except EOFError:
@@ -153,7 +156,7 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             process.join()
 
 
-def _check_ended(process: multiprocessing.Process, numbers: Sequence[int], jobs: list[Job]) -> None:
+def _check_ended(process: SpawnProcess, numbers: Sequence[int], jobs: list[Job]) -> None:
     process.join()
     if process.exitcode:
         how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
@@ -165,7 +168,7 @@ def _check_ended(process: multiprocessing.Process, numbers: Sequence[int], jobs:
         )
 
 
-def _worker(job: Job, numbers, sender: Connection, parent: int) -> None:
+def _worker(job: Job, numbers: MutableSequence[int], sender: Connection, parent: int) -> None:
     """Main function of a worker process. Sends lines to log, and the exception that ended it."""
     import pyarrow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +42,8 @@ class Batch:
     def rows(self, begin: int, end: int) -> Batch:
         """Samples begin ... end - 1, without a copy."""
         continues = None if self.continues is None else self.continues[begin:end]
-        tensors = (t[begin:end] for t in (self.tokens, self.targets, self.document_start))
-        return Batch(*tensors, self.sources[begin:end], continues)
+        tokens, targets, starts = (t[begin:end] for t in (self.tokens, self.targets, self.document_start))
+        return Batch(tokens, targets, starts, self.sources[begin:end], continues)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ class Columns:
             )
         width = sequence_length // ranks
         return Columns(rank * width, (rank + 1) * width)
+
+
+def sample_numbers(first_sample: int | Sequence[int] | np.ndarray, count: int | None) -> np.ndarray:
+    """int64 [B]: first_sample ... first_sample + count - 1; without a count, `first_sample` is the numbers."""
+    if count is None:
+        return np.asarray(first_sample, dtype=np.int64).reshape(-1)
+    if not isinstance(first_sample, (int, np.integer)):
+        raise ValueError(f"with a count ({count}) the first sample is one number, not {first_sample!r}")
+    return np.arange(first_sample, first_sample + count, dtype=np.int64)
 
 
 @dataclass(frozen=True)

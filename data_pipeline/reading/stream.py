@@ -24,7 +24,7 @@ from data_pipeline.ordering.mixture import Mixture, MixtureConfig
 from data_pipeline.ordering.order import ORDER_VERSION
 from data_pipeline.ordering.packing import open_packing_plan
 from data_pipeline.ordering.windows import WINDOWS_VERSION
-from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
+from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples, sample_numbers
 from data_pipeline.reading.loader import StepLoader
 
 __all__ = ["MASKED", "Batch", "Lanes", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
@@ -175,10 +175,7 @@ class SampleStream:
 
         `columns`: only these places of each sample; nothing else is read.
         """
-        if count is not None:
-            indices = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        else:
-            indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
+        indices = sample_numbers(first_sample, count)
         numbers, samples = self._locate(indices)
         columns = columns or Columns(0, self.sequence_length)
         assembly = Assembly(indices, columns, self.corpus.eod_id, self.damage, self._pin)

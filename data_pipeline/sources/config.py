@@ -35,7 +35,7 @@ class ToleranceConfig:
 
     # Share of all records that may be rejected. Looked at whenever a unit ends, once a worker has read 10,000 records,
     # and at the end.
-    rejected_fraction: float = 0.01
+    rejected_fraction: float = 0.001
     # Files that may end early or be damaged: an unknown number of records is lost in each.
     damaged_files: int = 0
 

@@ -49,11 +49,14 @@ def _parse_json(line: bytes | memoryview) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+parse_json_fast: Callable[[bytes | memoryview], Any]
 try:
-    # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
-    from msgspec.json import decode as parse_json_fast
+    import msgspec.json
 except ImportError:
     parse_json_fast = _parse_json
+else:
+    # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
+    parse_json_fast = msgspec.json.decode
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,8 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 class FileSource(Source):
     """Inputs that are files below a folder."""
+
+    root: Path
 
     def __init__(self, config: DataConfig):
         super().__init__(config)
@@ -381,6 +386,8 @@ class DatasetsSource(Source):
         import datasets
 
         path = self.config.path
+        if path is None:
+            raise PrepareError("data.path: kind=datasets needs a name or a folder; set source=datasets:NAME")
         try:
             if any((Path(path) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
                 loaded = datasets.load_from_disk(path)

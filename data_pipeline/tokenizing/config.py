@@ -26,7 +26,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     model_type: str = "bpe"
     # UTF-8 bytes of training documents that the tokenizer is trained on.
-    sample_bytes: int = 4_000_000
+    sample_bytes: int = 6_000_000
     character_coverage: float = 0.9999
     # Bytes stand in for characters without a piece, so that every text can be encoded and decoded exactly.
     byte_fallback: bool = True

@@ -122,6 +122,13 @@ class Tokenizer(abc.ABC):
         return target
 
 
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` (kind=file) names. Raises TokenizerError."""
+    if config.path is None:
+        raise TokenizerError("tokenizer.path: kind=file needs a path; set tokenizer.path=FILE")
+    return Tokenizer.load(config.path, config.eod_token)
+
+
 def _file_in(folder: Path) -> Path:
     for name in (SentencePieceTokenizer.canonical_name, HuggingFaceTokenizer.canonical_name):
         if (folder / name).is_file():
