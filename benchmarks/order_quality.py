@@ -1,4 +1,4 @@
-"""Is the order of `data_pipeline.order` random enough at SlimPajama's size? About two minutes on one core.
+"""Is the order of `data_pipeline.ordering.order` random enough at SlimPajama's size? About two minutes on one core.
 
     python benchmarks/order_quality.py [--output benchmarks/results/DATE-order-quality.md]
 
@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.order import derive_key, permute  # noqa: E402
+from data_pipeline.ordering.order import derive_key, permute  # noqa: E402
 
 N = 306_152_344
 CHUNK = 1 << 20

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare(options: argparse.Namespace) -> int:
     from conf import ConfigError, compose
     from data_pipeline.config import PrepareConfig, validate_prepare
-    from data_pipeline.prepare import prepare
+    from data_pipeline.preparing.prepare import prepare
 
     config = compose(PrepareConfig, "prepare", options.overrides)
     problems = validate_prepare(config)
@@ -122,9 +122,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from data_pipeline.corpus import Corpus
-    from data_pipeline.inspection import show_corpus, show_sample
-    from data_pipeline.run_order import open_order
+    from data_pipeline.corpus.corpus import Corpus
+    from data_pipeline.corpus.inspection import show_corpus, show_sample
+    from data_pipeline.reading.run_order import open_order
 
     keys = ("split", "sequence_length", "seed", "weight", "window_shards")
     given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
@@ -185,7 +185,7 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
 
 def _verify(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from data_pipeline.inspection import verify_corpus
+    from data_pipeline.corpus.inspection import verify_corpus
 
     if options.workers < 1:
         raise ConfigError([f"--workers: must be at least 1 ({options.workers})"])
@@ -199,7 +199,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from data_pipeline.regroup import merge_corpora
+    from data_pipeline.corpus.regroup import merge_corpora
 
     if len(options.directories) < 2:
         raise ConfigError([f"DIRECTORY: needs at least two corpora ({options.directories[0]})"])
@@ -210,7 +210,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _split(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from data_pipeline.regroup import split_corpus
+    from data_pipeline.corpus.regroup import split_corpus
 
     if options.parts < 1:
         raise ConfigError([f"--parts: must be at least 1 ({options.parts})"])

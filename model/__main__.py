@@ -150,7 +150,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from data_pipeline.errors import TokenizerError
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.generate import generate
     from model.locate import locate
     from model.weights import load_into, read_model_json
@@ -223,7 +223,7 @@ def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
 
     from data_pipeline.errors import TokenizerError
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.huggingface import export_huggingface
     from model.locate import locate
 

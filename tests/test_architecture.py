@@ -27,6 +27,8 @@ READ_VALUES = {
     "launch/local.py",
     "launch/demo.py",
 }
+# How to speak of values that are wrong; imports nothing, so that every package may import it.
+SHARED = "conf.problems"
 # The command line of the model turns text into tokens; the library does not.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline")}
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
@@ -40,7 +42,7 @@ def imported_packages(path):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module]
-        yield from (name.split(".")[0] for name in names)
+        yield from (name.split(".")[0] for name in names if name != SHARED)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -53,6 +55,10 @@ def test_imports_run_one_way(path):
         assert imported in MAY_IMPORT[package], f"{relative} imports {imported}"
         if imported == "conf":
             assert relative in READ_VALUES, f"{relative} reads configuration values; pass it dataclasses"
+
+
+def test_the_words_for_problems_import_no_package():
+    assert not set(imported_packages(ROOT / "conf" / "problems.py")) & PACKAGES
 
 
 @pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])

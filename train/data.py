@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import validate_data, validate_tokenizer
-from data_pipeline.corpus import Corpus
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.remote import CacheSettings, is_remote
 from data_pipeline.errors import CorpusError
-from data_pipeline.mixture import check_mixture
-from data_pipeline.on_the_fly import LiveCorpus, LiveStream
-from data_pipeline.remote import CacheSettings, is_remote
-from data_pipeline.run_order import mixture_of, open_order
-from data_pipeline.stream import SampleStream
+from data_pipeline.ordering.mixture import check_mixture
+from data_pipeline.reading.live import LiveCorpus, LiveStream
+from data_pipeline.reading.run_order import mixture_of, open_order
+from data_pipeline.reading.stream import SampleStream
 from train.config import CorpusConfig, RunConfig
 from train.plan import Plan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import zstandard
 
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
-from data_pipeline.prepare import prepare
+from data_pipeline.preparing.prepare import prepare
 
 LABELS = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaBook")
 SYLLABLES = ("ga", "me", "lo", "tri", "sta", "ring", "op", "ain", "ver", "chun", "dex", "qu")

@@ -24,7 +24,7 @@ from data_pipeline.config import (
     ToleranceConfig,
     validate_prepare,
 )
-from data_pipeline.manifest import Manifest
+from data_pipeline.corpus.manifest import Manifest
 from tests.documented import has_type, keys_and_types, table
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from small_models import CONFIGS, random_model
 
 import model.describe
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.__main__ import main
 from model.generate import generate
 from model.locate import locate

@@ -12,7 +12,7 @@ import transformers
 from small_models import CONFIGS, random_model
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.huggingface import HuggingFaceError, export_huggingface
 from model.huggingface.tokenizer import export_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 
 from conf import compose
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.corpus import Corpus
+from data_pipeline.corpus.corpus import Corpus
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
 from tests.runs import TINY_RUN, environment, run_train, train_command
 from train.config import RunConfig

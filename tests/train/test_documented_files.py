@@ -10,8 +10,8 @@ import time
 import pytest
 from safetensors import safe_open
 
-from data_pipeline.corpus import Corpus
-from data_pipeline.stream import SampleStream
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.stream import SampleStream
 from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 from tests.documented import has_type, keys_and_types, quoted, table
 from tests.runs import ROOT, TINY_RUN, environment, run_train, train_command
