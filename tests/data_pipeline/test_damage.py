@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_corpora import TOKENIZER, random_text
 
 from data_pipeline.batch import MASKED, Columns
 from data_pipeline.config import TokenizerConfig
@@ -28,6 +27,7 @@ from data_pipeline.shards import Shard, ShardBuilder
 from data_pipeline.stream import SampleStream, sequential_batches
 from data_pipeline.token_sequence import shard_metadata
 from data_pipeline.tokenizer import train_sentencepiece
+from tests.data_pipeline.small_corpora import TOKENIZER, random_text
 
 
 @pytest.fixture

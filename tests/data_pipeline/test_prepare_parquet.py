@@ -12,8 +12,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from small_corpora import LABELS, TOKENIZER, quietly, random_text
-from test_prepare_workers import contents, finish, start
 
 from data_pipeline.columns import cut_row_groups
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, ToleranceConfig
@@ -23,6 +21,8 @@ from data_pipeline.inspection import verify_corpus
 from data_pipeline.sources import InputFile, open_source
 from data_pipeline.units import cut_units
 from data_pipeline.workers import WorkFolder
+from tests.data_pipeline.commands import contents, finish, start
+from tests.data_pipeline.small_corpora import LABELS, TOKENIZER, quietly, random_text
 
 ROWS, ROWS_IN_A_GROUP = 330, 30
 
