@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import random_text, write_slimpajama
 
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main
@@ -25,6 +24,7 @@ from data_pipeline.config import (
     validate_prepare,
 )
 from data_pipeline.corpus.manifest import Manifest
+from tests.data_pipeline.small_corpora import random_text, write_slimpajama
 from tests.documented import has_type, keys_and_types, table
 
 ROOT = Path(__file__).parents[2]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import tokenizers
 import zstandard
-from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
 from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.units import run_unit
+from tests.data_pipeline.small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import quietly, slimpajama_config, write_slimpajama
 
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.corpus.manifest import Manifest
@@ -29,27 +28,10 @@ from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.plan import refuse_strangers
 from data_pipeline.preparing.units import UnitRecord
 from data_pipeline.preparing.workers import WorkFolder, task_of
+from tests.data_pipeline.commands import contents, finish, start
+from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 
 ROOT = Path(__file__).parents[3]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def start(raw: Path, out: Path, *more: str, **environment: str) -> subprocess.Popen:
-    """The command, with a unit an input file."""
-    settings = ["data=slimpajama", f"source={raw}", f"output={out}", "tokenizer.vocab_size=400", *more]
-    settings += ["tokenizer.sample_bytes=200000", "unit_bytes=1", "shard_bytes=4000"]
-    command = [sys.executable, "-m", "data_pipeline", "prepare", *settings]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_corpora import slimpajama_config, write_slimpajama
 
 from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import CorpusError
@@ -15,6 +14,7 @@ from data_pipeline.reading.batch import Columns
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.loader import StepLoader
 from data_pipeline.sources.sources import open_source
+from tests.data_pipeline.small_corpora import slimpajama_config, write_slimpajama
 
 LENGTH, LANES = 24, 12
 
