@@ -31,8 +31,6 @@ from data_pipeline.preparing.workers import WorkFolder, task_of
 from tests.data_pipeline.commands import contents, finish, start
 from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
