@@ -64,12 +64,13 @@ def page() -> str:
     if missing:
         raise ValueError("\n".join(["the configuration keys need an explanation in the code:", *missing]))
     lines = [HEAD, "## A run: `python -m train`\n"]
+    shared = tuple(section.path for section in sections(run) if section.schema in of_preparation)
     for section in sections(run):
-        if section.path and section.schema in of_preparation:
+        if section.path in shared and not _is_below(section.path, shared):
             lines += _heading(section), f"The keys of [`{_name_in(preparation, section)}`](#a-preparation).\n"
-        elif not section.path.startswith(tuple(f"{p}." for p in _shared(run, of_preparation))):
+        elif not _is_below(section.path, shared):
             lines += _render(section, required, lambda key: _choices_of_run(run, key))
-    lines.append("## A preparation\n\n`python -m data_pipeline prepare` takes these keys.\n")
+    lines.append("## A preparation\n")
     for section in sections(preparation):
         lines += _render(section, required, lambda key: _choices_of_preparation(preparation, key))
     return "\n".join(lines)
@@ -82,7 +83,7 @@ def sections(tree: Any) -> list[Section]:
 
 def _walk(schema: type, path: str, values: Any) -> Iterator[Section]:
     yield Section(path, schema, values)
-    for name, annotation in _types(schema).items():
+    for name, annotation in field_types(schema).items():
         nested = section_type(annotation)
         if nested is None:
             continue
@@ -110,7 +111,7 @@ def undocumented(schema: type) -> list[str]:
     explained = comments(schema)
     problems = [
         f"  {where}.{name}: no comment above the field"
-        for name, annotation in _types(schema).items()
+        for name, annotation in field_types(schema).items()
         if name not in explained and section_type(annotation) is None
     ]
     if not docstring(schema):
@@ -151,13 +152,14 @@ def _source(schema: type) -> str:
     return textwrap.dedent(inspect.getsource(schema))
 
 
-def _types(schema: type) -> dict[str, Any]:
+def field_types(schema: type) -> dict[str, Any]:
+    """Field -> its type, with names resolved."""
     hints = typing.get_type_hints(schema)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
-def _shared(run: RunConfig, schemas: set[type]) -> list[str]:
-    return [section.path.rstrip(".") for section in sections(run) if section.schema in schemas]
+def _is_below(path: str, others: tuple[str, ...]) -> bool:
+    return any(path != other and path.startswith(other) for other in others)
 
 
 def _name_in(preparation: PrepareConfig, section: Section) -> str:
@@ -166,13 +168,13 @@ def _name_in(preparation: PrepareConfig, section: Section) -> str:
 
 
 def _heading(section: Section) -> str:
-    return f"### `{section.path.rstrip('.')}`\n" if section.path else ""
+    return f"### `{section.path.rstrip('.')}`\n"
 
 
 def _render(section: Section, required: set[str], choices: Callable[[str], list[str]]) -> list[str]:
     explained = comments(section.schema)
     rows = []
-    for name, annotation in _types(section.schema).items():
+    for name, annotation in field_types(section.schema).items():
         if section_type(annotation) is not None:
             continue
         key = f"{section.path}{name}"
@@ -181,8 +183,9 @@ def _render(section: Section, required: set[str], choices: Callable[[str], list[
         offered = [choice for choice in choices(key) if not re.search(rf"\b{re.escape(choice)}\b", meaning)]
         if offered:
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices(key))}."
-        rows.append(f"| `{key}` | {_type_in_words(annotation)} | {default} | {meaning.replace('|', chr(92) + '|')} |")
-    lines = [_heading(section), f"{docstring(section.schema)}{_files(section)}\n"]
+        rows.append(f"| `{key}` | {_type_in_words(annotation)} | {default} | {_escaped(meaning)} |")
+    lines = [_heading(section)] if section.path else []
+    lines.append(f"{docstring(section.schema)}{_files(section)}\n")
     if rows:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
     return lines
@@ -207,6 +210,10 @@ def _value(section: Section, name: str) -> str:
         else:
             return "required"
     return json.dumps(value)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def _sentence(comment: str) -> str:

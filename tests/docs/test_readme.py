@@ -1,50 +1,27 @@
-"""Every command that the README shows to a newcomer is run, in a copy of the tree."""
+"""The README's commands are run, in a copy of the tree."""
 
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 
 import pytest
 
+from tests.docs.documentation import blocks
 from tests.runs import ROOT, environment
 
 # Enough to walk every stage of the demo; a model of so few steps does not beat the n-grams, and the demo says so.
 SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.interval=0", "logging.interval=2"]
 
-
-def readme_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """The files that git tracks or would track, without those that runs leave behind."""
-    target = tmp_path_factory.mktemp("checkout") / "xlstm-pretrain"
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    names = listing.stdout.splitlines() if listing.returncode == 0 else []
-    if not names:
-        pytest.skip("not a git checkout")
-    for name in names:
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-    (target / ".venv").symlink_to(ROOT / ".venv", target_is_directory=True)
-    return target
-
-
-def test_the_readme_begins_with_the_two_commands():
-    assert readme_commands()[:2] == ["make demo", "make test"]
+pytestmark = pytest.mark.xdist_group("documentation")
 
 
 def run(command, checkout, timeout=400):
     variables = {**environment(), "PYTHONPATH": str(checkout)}
     return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=timeout)
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    assert blocks(ROOT / "README.md")[0].text.splitlines() == ["make demo", "make test"]
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
 
 def test_make_test_runs_pytest(checkout):
@@ -71,12 +48,6 @@ def test_make_demo_walks_every_stage_and_is_quick_the_second_time(checkout):
 
 
 @pytest.mark.slow
-def test_the_other_commands_work_in_their_order(checkout):
-    if not (ROOT / ".venv" / "bin" / "python").exists():
-        pytest.skip("the README's commands use .venv, which `make` creates")
-    commands = readme_commands()[2:]
-    assert len(commands) >= 7
-    for command in commands:
-        done = run(shlex.split(command), checkout)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert "6,865,424,896 parameters in 483 tensors" in done.stdout
+def test_the_other_commands_work_in_their_order(first_run, checkout):
+    assert "6,865,424,896 parameters in 483 tensors" in first_run
+    assert (checkout / "runs" / "first" / "report.png").is_file()
