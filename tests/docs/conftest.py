@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.documentation import blocks, run_block
+from tests.docs.documentation import Shell, blocks
 from tests.runs import ROOT
 
 
@@ -33,7 +33,8 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def first_run(checkout) -> str:
-    """Run what the README shows after `make`: corpora/first and runs/first exist. What the commands printed."""
-    _, *others = blocks(ROOT / "README.md")
-    return "".join(run_block(block, checkout) for block in others)
+def shell(checkout) -> Shell:
+    """Has run what the README shows after `make`: corpora/first and runs/first exist."""
+    shell = Shell(checkout)
+    shell.printed = "".join(shell.run(block) for block in blocks(ROOT / "README.md")[1:])
+    return shell

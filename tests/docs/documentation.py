@@ -61,17 +61,33 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield from commands(word)
 
 
-def run_block(block: Block, checkout: Path, timeout: float = 400) -> str:
-    """Run the commands of `block` in `checkout`; returns what they print. Fails where one of them does."""
-    variables = environment() | {"PYTHONPATH": str(checkout)}
-    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=checkout,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, f"{block}\n{block.text}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+class Shell:
+    """Runs blocks of commands in a copy of the tree. A command that has run once is not run again."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        # What the README's commands have printed.
+        self.printed = ""
+        self._done: set[str] = set()
+
+    def run(self, block: Block, timeout: float = 400) -> str:
+        """What the commands of `block` print. Fails where one of them does."""
+        lines = [" ".join(line.split()) for line in block.text.replace("\\\n", " ").splitlines()]
+        plain = [line.replace(".venv/bin/python", "python") for line in lines]
+        text = "\n".join(line for line, same in zip(lines, plain, strict=True) if same not in self._done)
+        if "-c '" in block.text:
+            # Python's lines mean something by how they are indented.
+            text = block.text
+        self._done |= {line for line in plain if line.startswith("python -m ")}
+        variables = environment() | {"PYTHONPATH": str(self.checkout)}
+        variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.checkout,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout

@@ -7,7 +7,7 @@ import pytest
 
 from conf import compose
 from data_pipeline.config import PrepareConfig
-from tests.docs.documentation import NEEDS, PAGES, blocks, commands, name, run_block
+from tests.docs.documentation import NEEDS, PAGES, blocks, commands, name
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -26,12 +26,12 @@ LEFT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name)
-def test_commands_of_a_page_work_in_their_order(page, first_run, checkout):
+def test_commands_of_a_page_work_in_their_order(page, shell):
     for block in blocks(page):
         if block.needs is None:
-            run_block(block, checkout)
+            shell.run(block)
     for path in LEFT.get(name(page), []):
-        assert (checkout / path).exists(), path
+        assert (shell.checkout / path).exists(), path
 
 
 def test_the_pages_with_commands_are_found():

@@ -48,6 +48,6 @@ def test_make_demo_walks_every_stage_and_is_quick_the_second_time(checkout):
 
 
 @pytest.mark.slow
-def test_the_other_commands_work_in_their_order(first_run, checkout):
-    assert "6,865,424,896 parameters in 483 tensors" in first_run
-    assert (checkout / "runs" / "first" / "report.png").is_file()
+def test_the_other_commands_work_in_their_order(shell):
+    assert "6,865,424,896 parameters in 483 tensors" in shell.printed
+    assert (shell.checkout / "runs" / "first" / "report.png").is_file()
