@@ -8,7 +8,7 @@ INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --c
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: demo test test-gpu check clean
+.PHONY: demo test test-gpu check docs clean
 
 demo: .venv/installed
 	$(VENV)/python -m launch demo
@@ -22,6 +22,9 @@ test-gpu: .venv/installed
 check: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+
+docs: .venv/installed
+	$(VENV)/python docs/make_configuration_keys.py
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv

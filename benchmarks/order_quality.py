@@ -5,7 +5,7 @@
 n = 306,152,344: the samples of 2048 tokens in 627 billion. For every key the whole permutation is computed, and checked
 to be one (every index once); pairs of neighbours in it are counted by 6 bits of each, low and high ones, in 4096 cells.
 z = (chi-square - 4095) / sqrt(2 * 4095) should be within about 3 of zero; weak shuffles reach 25 to 34,000
-(docs/data.md).
+(docs/data_internals.md).
 """
 
 from __future__ import annotations

@@ -84,3 +84,11 @@ def test_nothing_names_a_path_of_one_machine():
         text = path.read_text(encoding="utf-8")
         for prefix in ("/work/", "/root/", "/home/"):
             assert prefix not in text, f"{path} names {prefix}"
+
+
+def test_tests_are_one_package_and_import_their_helpers_by_full_names():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    modules = {path.stem for path in files}
+    for path in files:
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} lacks an __init__.py"
+        assert not modules & set(imported_packages(path)), f"{path}: import helpers as tests.<folder>.<file>"

@@ -48,10 +48,11 @@ class OpenFiles:
         if found is None:
             if self.remote is None:
                 found = Descriptor(os.open(self.locate(row), os.O_RDONLY | os.O_CLOEXEC))
-                self._refuse_another(row, found)
             else:
                 found = Descriptor(self.remote.open(row))
             with self._lock:
+                if self.remote is None:
+                    self._refuse_another(row, found)
                 # Another thread may have been faster: one descriptor for all, with what was checked of it.
                 found = self._open.setdefault(row, found)
                 while len(self._open) > self._limit:

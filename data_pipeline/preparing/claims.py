@@ -72,9 +72,13 @@ class Claims:
             files.append(path)
         return files
 
+    def _have_ended(self, files: list[Path]) -> bool:
+        # Each is looked at: those of other machines are judged by how long they have been seen without a change.
+        return all([self._has_ended(file) for file in files])
+
     def _create(self, name: str) -> Path | None:
         files = self._files(name)
-        if files and not self._has_ended(files[-1]):
+        if not self._have_ended(files):
             return None
         path = self._folder / f"{name}.{len(files)}"
         # A second name of a file that is written: a kill never leaves a claim that does not tell its holder.
@@ -86,6 +90,10 @@ class Claims:
             return None
         finally:
             written.unlink()
+        # Since the first look the claims may have ended and begun anew from 0: then this number proves nothing.
+        if not self._have_ended([file for file in self._files(name) if file != path]):
+            path.unlink(missing_ok=True)
+            return None
         return path
 
     def _has_ended(self, path: Path) -> bool:

@@ -49,10 +49,10 @@ def confirm_finished(config: PrepareConfig, folder: Path, manifest: Manifest) ->
 def refuse_strangers(folder: Path) -> None:
     """Raises PrepareError when a folder without a plan holds something that is not a preparation's."""
     work = WorkFolder(folder)
-    if not work.plan.exists():
-        strangers = sorted(p.name for p in folder.iterdir() if p != work.path and p.suffix != ".partial")
-        if strangers:
-            raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
+    # Listed before the plan is looked for: a command that begins writes its plan before anything else.
+    strangers = sorted(p.name for p in folder.iterdir() if p != work.path and p.suffix != ".partial")
+    if strangers and not work.plan.exists():
+        raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
 
 
 def refuse_own_files_as_inputs(source: Source, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ from data_pipeline.preparing.plan import (
     refuse_strangers,
 )
 from data_pipeline.preparing.units import UnitRecord, cut_units, losses
-from data_pipeline.preparing.workers import Job, Log, WorkFolder, check_losses, run_workers, task_of
+from data_pipeline.preparing.workers import POLL_SECONDS, Job, Log, WorkFolder, check_losses, run_workers, task_of
 from data_pipeline.sources.sources import Document, InputFile, Source, open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
@@ -68,7 +69,7 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
             try:
                 return _prepare(config, folder, log, show_progress)
             except (PrepareError, FileNotFoundError):
-                # Unless another command has just finished the corpus, and removed what it was made with.
+                # Unless another command has finished the corpus meanwhile, and removed what it was made with.
                 if not (folder / MANIFEST_FILE).exists():
                     raise
         manifest = Manifest.read(folder)
@@ -96,6 +97,8 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)
         resumed = begin_preparation(config, folder, inputs, units, claims)
+        # What the plan is missing of a corpus that was finished meanwhile is no preparation that begins.
+        _refuse_finished(folder)
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
         if resumed:
             _drop_damaged(work, folder, [n for n in sorted(work.finished()) if n % count == index], config.workers)
@@ -110,25 +113,37 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
                 ]
                 run_workers(jobs, source, tokenizer, encoder, claims, log, show_progress)
             with claims.take("finish") as mine:
-                if (folder / MANIFEST_FILE).exists():
-                    return Manifest.read(folder)
-                records = work.records()
-                if not mine or len(records) < len(units):
-                    log(
-                        f"{folder}: {len(records)} of {len(units)} units are finished, other commands work on the "
-                        "rest; the last one to end finishes the corpus"
-                    )
-                    return None
-                suspects = [n for n, record in records.items() if record.encoder in work.refused_encoders()]
-                for number in suspects:
-                    work.record(number).unlink()
-                if suspects:
-                    continue
-                manifest = _finish(config, folder, tokenizer, [records[number] for number in range(len(units))])
-            break
+                _refuse_finished(folder)
+                if mine:
+                    expected = len(work.finished())
+                    records = work.sound_records()
+                    if len(records) == len(units):
+                        manifest = _finish(config, folder, tokenizer, [records[number] for number in range(len(units))])
+                        break
+                    if len(records) < expected:
+                        # What was removed is this command's to do again: nobody holds it.
+                        continue
+            # Looked at only now that the claim is given up: whoever writes the last record later finds it free, and
+            # whoever found it taken stays until the corpus is finished.
+            finished = len(work.finished())
+            if finished < len(units):
+                _refuse_finished(folder)
+                log(
+                    f"{folder}: {finished} of {len(units)} units are finished, other commands work on the rest; the "
+                    "last one to end finishes the corpus"
+                )
+                return None
+            if not mine:
+                time.sleep(POLL_SECONDS)
     _remove_leftovers(folder, manifest)
     _log_result(manifest, folder, log)
     return manifest
+
+
+def _refuse_finished(folder: Path) -> None:
+    """Raises PrepareError when another command has finished the corpus: `prepare` takes it as it is."""
+    if (folder / MANIFEST_FILE).exists():
+        raise PrepareError(f"{folder}: another command has finished this corpus")
 
 
 def _drop_damaged(work: WorkFolder, folder: Path, numbers: list[int], threads: int) -> None:
@@ -158,8 +173,8 @@ def _get_tokenizer(
 
 
 def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs: list[InputFile], log: Log) -> None:
-    partial = folder / f"{TOKENIZER_FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    # A name of its own: were two commands ever to be here at once, neither takes the other's files away.
+    partial = folder / f"{TOKENIZER_FOLDER}.{uuid.uuid4().hex[:12]}.partial"
     if config.tokenizer.kind == "file":
         load_tokenizer(config.tokenizer).save_to(partial)
     else:
@@ -175,7 +190,13 @@ def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs:
         trained = partial / "tokenizer.model"
         trained.write_bytes(model)
         Tokenizer.load(trained).save_to(partial)
-    partial.rename(folder / TOKENIZER_FOLDER)
+    try:
+        partial.rename(folder / TOKENIZER_FOLDER)
+    except OSError:
+        # Unless another command has put the same there.
+        if not (folder / TOKENIZER_FOLDER).is_dir():
+            raise
+        shutil.rmtree(partial)
     sync(folder)
 
 
@@ -278,7 +299,9 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     """Delete what only an unfinished preparation needs, and files that an interrupted one left behind."""
     shutil.rmtree(WorkFolder(folder).path, ignore_errors=True)
     for path in folder.glob("*.partial"):
-        if path.is_file():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
     known = {path_in(folder, manifest.shards.file(row)) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):

@@ -61,12 +61,13 @@ class WorkFolder:
         except FileNotFoundError:
             return set()
 
-    def records(self) -> dict[int, UnitRecord]:
-        """The finished units. A record that cannot be read is removed: its unit will be done again."""
+    def sound_records(self) -> dict[int, UnitRecord]:
+        """Records of the finished units. One that cannot be read, or whose encoder was refused since, is removed."""
         records = {}
+        refused = self.refused_encoders()
         for unit in sorted(self.finished()):
             record = UnitRecord.read(self.record(unit))
-            if record is None:
+            if record is None or record.encoder in refused:
                 self.record(unit).unlink(missing_ok=True)
             else:
                 records[unit] = record

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.sources import sources
 from data_pipeline.sources.archives import CHUNK_BYTES, OversizedLine, read_lines
 from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import Document, Rejection, open_source
+from tests.data_pipeline.small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
 TEXTS = [random_text(random.Random(1), 60) for _ in range(400)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

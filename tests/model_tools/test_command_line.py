@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CONFIGS, random_model
 
 import model.describe
 from data_pipeline.tokenizing.config import TokenizerConfig
@@ -17,6 +16,7 @@ from model.__main__ import main
 from model.generate import generate
 from model.locate import locate
 from model.weights import WeightsError, load_weights, save_model
+from tests.model_tools.small_models import CONFIGS, random_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)

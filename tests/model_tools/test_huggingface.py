@@ -12,13 +12,13 @@ import torch
 import transformers
 import transformers.initialization
 from safetensors.torch import load_file, save_file
-from small_models import CONFIGS, random_model
 
 import model.huggingface.exporting as exporting
 from model.config import MLSTMConfig, ModelConfig
 from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface
 from model.language_model import LanguageModel
 from model.weights import WeightsError, save_model
+from tests.model_tools.small_models import CONFIGS, random_model
 
 CONFIG = CONFIGS["mlstm"]
 REPOSITORY = Path(__file__).resolve().parents[2]

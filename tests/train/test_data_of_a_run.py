@@ -42,7 +42,7 @@ def run(root, name, *overrides):
 
 
 def test_the_documented_mixture_can_be_typed():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```sh.*?\n(.*?)```", (ROOT / "docs/guides/your_corpus.md").read_text(), re.DOTALL)
     (block,) = (block for block in blocks if "phases" in block)
     script = f"python() {{ printf '%s\\0' \"$@\"; }}\n{block}"
     typed = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout

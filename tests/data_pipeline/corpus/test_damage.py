@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_corpora import TOKENIZER, random_text
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file
@@ -28,6 +27,7 @@ from data_pipeline.reading.batch import MASKED, Columns
 from data_pipeline.reading.stream import SampleStream, sequential_batches
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import train_sentencepiece
+from tests.data_pipeline.small_corpora import TOKENIZER, random_text
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 from data_pipeline.__main__ import main
 from data_pipeline.corpus.corpus import Corpus
@@ -18,6 +17,7 @@ from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.corpus.regroup import merge_corpora, split_corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.tokenizing.config import TokenizerConfig
+from tests.data_pipeline.small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import zstandard
-from small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
@@ -21,6 +20,7 @@ from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import run_unit
 from data_pipeline.sources.config import DataConfig, SplitConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
+from tests.data_pipeline.small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from small_corpora import LABELS, TOKENIZER, quietly, random_text
-from test_prepare_workers import contents, finish, start
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
@@ -24,6 +22,8 @@ from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.columns import cut_row_groups
 from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import InputFile, open_source
+from tests.data_pipeline.commands import contents, finish, start
+from tests.data_pipeline.small_corpora import LABELS, TOKENIZER, quietly, random_text
 
 ROWS, ROWS_IN_A_GROUP = 330, 30
 

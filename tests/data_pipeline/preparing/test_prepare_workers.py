@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,39 +11,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import quietly, slimpajama_config, write_slimpajama
 
 from data_pipeline.corpus.inspection import verify_corpus
+from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing import claims as claims_module
+from data_pipeline.preparing import prepare as prepare_module
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.plan import refuse_strangers
+from data_pipeline.preparing.units import UnitRecord
 from data_pipeline.preparing.workers import WorkFolder, task_of
-
-ROOT = Path(__file__).parents[3]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def start(raw: Path, out: Path, *more: str, **environment: str) -> subprocess.Popen:
-    """The command, with a unit an input file."""
-    settings = ["data=slimpajama", f"source={raw}", f"output={out}", "tokenizer.vocab_size=400", *more]
-    settings += ["tokenizer.sample_bytes=200000", "unit_bytes=1", "shard_bytes=4000"]
-    command = [sys.executable, "-m", "data_pipeline", "prepare", *settings]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return out
+from tests.data_pipeline.commands import contents, finish, start
+from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 
 
 @pytest.fixture(scope="module")
@@ -258,17 +245,125 @@ def test_a_claim_of_another_machine_ends_when_nothing_touches_it(tmp_path, monke
             assert mine
 
 
-def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tmp_path, monkeypatch):
+def test_a_claim_that_came_and_went_between_look_and_act_is_not_taken_twice(tmp_path, monkeypatch):
+    write_claim(tmp_path)
+    with Claims(tmp_path) as slow, Claims(tmp_path) as fast, Claims(tmp_path) as third:
+        overtaken = contextlib.ExitStack()
 
+        def have_ended(files: list[Path]) -> bool:
+            """The dead claim has ended; before the claim after it is made, others take, release and take anew."""
+            monkeypatch.undo()
+            with fast.take("x") as mine:
+                assert mine and files == [tmp_path / "x.0"]
+            assert overtaken.enter_context(third.take("x"))
+            return True
+
+        monkeypatch.setattr(slow, "_have_ended", have_ended)
+        with overtaken, slow.take("x") as mine:
+            assert not mine
+            assert [p.name for p in tmp_path.iterdir()] == ["x.0"]
+        with slow.take("x") as mine:
+            assert mine
+
+
+def test_whoever_reads_the_records_before_the_last_one_is_written_does_not_leave_the_corpus_unfinished(
+    tmp_path, monkeypatch
+):
+    """One command holds the claim to finish and has read all records but the last, which another writes only now."""
+    write_slimpajama(tmp_path / "raw")
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+    folder = WorkFolder(tmp_path / "out")
+    create, records = Claims._create, WorkFolder.sound_records
+    found_taken = threading.Event()
+    results = []
+    last = threading.Thread(target=lambda: results.append(quietly(config)[0]))
+
+    def observed(claims: Claims, name: str) -> Path | None:
+        path = create(claims, name)
+        if name == "finish" and path is None:
+            found_taken.set()
+        return path
+
+    def overtaken(work: WorkFolder) -> dict[int, UnitRecord]:
+        read = records(work)
+        if len(read) < 6:
+            held.close()
+            last.start()
+            assert found_taken.wait(60)
+        return read
+
+    monkeypatch.setattr(Claims, "_create", observed)
+    monkeypatch.setattr(WorkFolder, "sound_records", overtaken)
+    held = contextlib.ExitStack()
+    assert held.enter_context(held.enter_context(Claims(folder.claims)).take("000002"))
+    results.append(quietly(config)[0])
+    last.join(60)
+    assert not last.is_alive() and len(folder.finished()) == 0 and not folder.path.exists()
+    assert results == [Manifest.read(tmp_path / "out")] * 2
+
+
+def test_a_record_that_cannot_be_read_is_made_again_by_whoever_finds_it(tmp_path, monkeypatch):
+    write_slimpajama(tmp_path / "raw")
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
+    run = prepare_module.run_workers
+    calls = []
+
+    def tear(*arguments):
+        """Run the workers; the first time, the machine's crash leaves an empty record."""
+        run(*arguments)
+        if not calls:
+            WorkFolder(tmp_path / "out").record(3).write_bytes(b"")
+        calls.append(1)
+
+    monkeypatch.setattr(prepare_module, "run_workers", tear)
+    manifest, _ = quietly(config)
+    assert manifest.inputs.documents == 180 and len(calls) == 2
+
+
+def test_a_folder_that_another_command_begins_to_fill_is_no_strangers(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    iterdir = Path.iterdir
+
+    def begun(path: Path) -> Iterator[Path]:
+        """Between two steps of this command the other one writes its plan and its tokenizer."""
+        WorkFolder(folder).create()
+        WorkFolder(folder).plan.write_text("{}")
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", begun)
+    refuse_strangers(folder)
+    WorkFolder(folder).plan.unlink()
+    monkeypatch.undo()
+    with pytest.raises(PrepareError, match="not empty"):
+        refuse_strangers(folder)
+
+
+@pytest.mark.parametrize("step", ["open_source", "cut_units", "begin_preparation", "run_workers"])
+def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tmp_path, monkeypatch, step):
     write_slimpajama(tmp_path / "raw")
     config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
     finished, _ = quietly(replace(config, output=str(tmp_path / "other")))
 
+    function = getattr(prepare_module, step)
+    done = []
+
     def overtaken(*arguments):
-        """The other command writes the manifest and removes the work folder between two steps of this one."""
+        """The other command writes the manifest and removes the work folder just before this step."""
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "other", tmp_path / "out")
+        # What this command has open and made before is what it would find.
+        if step in ("begin_preparation", "run_workers"):
+            WorkFolder(tmp_path / "out").claims.mkdir(parents=True)
+        monkeypatch.setattr(prepare_module, step, function)
+        return function(*arguments)
 
-    monkeypatch.setattr("data_pipeline.preparing.prepare.run_workers", overtaken)
+    def count(*arguments):
+        done.append(arguments)
+
+    monkeypatch.setattr("data_pipeline.preparing.workers.run_unit", count)
+    monkeypatch.setattr(prepare_module, step, overtaken)
     manifest, log = quietly(config)
     assert manifest == finished and "already prepared" in log
+    assert contents(tmp_path / "out") == contents(tmp_path / "other") and not done

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_corpora import slimpajama_config, write_slimpajama
 
 from data_pipeline.errors import CorpusError
 from data_pipeline.reading.batch import Columns
@@ -16,6 +15,7 @@ from data_pipeline.reading.loader import StepLoader
 from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
+from tests.data_pipeline.small_corpora import slimpajama_config, write_slimpajama
 
 LENGTH, LANES = 24, 12
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.config import PrepareConfig
@@ -19,6 +18,7 @@ from data_pipeline.preparing.units import cut_units
 from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import Document, Rejection, natural_key, open_source, split_by_name, split_by_text
 from data_pipeline.tokenizing.config import TokenizerConfig
+from tests.data_pipeline.small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 ALL_TRAIN = SplitConfig(validation_fraction=0)
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tokenizers
 import zstandard
-from small_corpora import quietly, random_text, sample_texts, slimpajama_config, write_slimpajama
 
 from data_pipeline.errors import TokenizerError
 from data_pipeline.tokenizing import encoders
@@ -28,6 +27,7 @@ from data_pipeline.tokenizing.encoders import (
     choose_encoder,
 )
 from data_pipeline.tokenizing.tokenizer import Tokenizer
+from tests.data_pipeline.small_corpora import quietly, random_text, sample_texts, slimpajama_config, write_slimpajama
 
 SPECIAL_TEXTS = ["<|endoftext|>", "a <|padding|> b<|endoftext|>", "</s><s>x<unk>", "plain", ""]
 

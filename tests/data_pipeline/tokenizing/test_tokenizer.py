@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from small_corpora import TOKENIZER, sample_texts
 
 from data_pipeline.errors import TokenizerError
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import PROBE, Tokenizer, train_sentencepiece
+from tests.data_pipeline.small_corpora import TOKENIZER, sample_texts
 
 HARD_TEXTS = [
     "",
