@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import keeping_chunk_states
 from model import statistics
-from model.attention import Attention
+from model.layers.attention import Attention
 from model.config import ModelConfig
-from model.feed_forward import GatedGELU, SwiGLU
-from model.mlstm import MLSTM, PreUpMLSTM
+from model.layers.feed_forward import GatedGELU, SwiGLU
+from model.layers.mlstm import MLSTM, PreUpMLSTM
 from model.norms import LayerNorm, RMSNorm
-from model.slstm import SLSTM
+from model.layers.slstm import SLSTM
 from model.state import BlockState
 
 ACTIVATION_CHECKPOINTING = ("none", "unit", "block")

@@ -1,0 +1,1 @@
+"""The kinds of layers that a block may have: one file each."""
