@@ -1,158 +1,235 @@
-"""The two mLSTM layers: of the 7B block, and of the NeurIPS block with its up-projection before the cell.
+"""The mLSTM layer of the 7B block.
 
-Axes: B batch, S sequence, D model width, E inner width, NH heads, DK query/key and DV value dimension of a head.
+Axes: B batch, S sequence, D model width, NH heads, DK query/key and DV value dimension of a head.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from kernels.mlstm import MLSTMState, mlstm, mlstm_statistics
-from kernels.mlstm.step import DecodingState, mlstm_step
+from kernels.mlstm.gates import GATES
 from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
-from model.config import ModelConfig
-from model.norms import GatedHeadNorm, HeadNorm
-from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear
-from model.state import ConvCellState
+from model.hardware import Hardware
+from model.initial_values import constant, reads_stream, spread, writes_stream
+from model.layers import base, mlstm_cell
+from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
+from model.layers.mlstm_cell import Cell, CellInputs, CellState
+from model.norms import GatedHeadNorm
+from model.problems import Problem, check_choice, check_heads, check_soft_cap
+from model.projections import GateLinear, Linear
+from model.sequence import LOCAL, SequenceContext
+
+if TYPE_CHECKING:
+    from kernels.preflight import Case
+    from model.config import ModelConfig
+
+FGATE_BIAS_RANGE = (3.0, 6.0)
+# transformers sizes the state of its cache with widths rounded up to this, and its weights with the widths themselves.
+HUGGINGFACE_CACHE_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class MLSTMConfig:
+    """The mLSTM layer of the 7B block (arXiv 2503.13427 §3)."""
+
+    n_heads: int = 8
+    # Total query/key and value widths as a share of d_model (7B: 2048 and 4096).
+    qk_dim_factor: float = 0.5
+    v_dim_factor: float = 1.0
+    # Input gate: "exp" (the 7B) or "sigmoid" (mLSTMsig, arXiv 2503.14376).
+    gate: str = "exp"
+    # Divide the read-out by max(|n q|, 1). Only gate=sigmoid may switch it off.
+    normaliser: bool = True
+    # a * tanh(x / a) on the gate pre-activations, after the bias; null: none.
+    gate_soft_cap: float | None = 15.0
+    igate_bias_init: float = -10.0
+    # Epsilon of the per-head LayerNorm; functionally part of the gating (a change of it changes the model).
+    head_norm_eps: float = 1e-6
+    # Added to the read-out's denominator after the max.
+    cell_eps: float = 1e-6
+    # Tokens per chunk of the reference backend; the kernels of a GPU choose theirs. The result does not depend on it.
+    reference_chunk_size: int = 64
+    backend: str = "auto"
+
+    def qk_width(self, d_model: int) -> int:
+        """Total query width, all heads together."""
+        return round(d_model * self.qk_dim_factor)
+
+    def v_width(self, d_model: int) -> int:
+        """Total value width, all heads together."""
+        return round(d_model * self.v_dim_factor)
+
+    def cell(self, d_model: int) -> Cell:
+        """The cell of this layer."""
+        return Cell(
+            heads=self.n_heads,
+            key_dim=self.qk_width(d_model) // self.n_heads,
+            value_dim=self.v_width(d_model) // self.n_heads,
+            gate=self.gate,
+            normaliser=self.normaliser,
+            eps=self.cell_eps,
+            backend=self.backend,
+            reference_chunk=self.reference_chunk_size,
+        )
 
 
 class MLSTM(nn.Module):
     """The mLSTM layer of xLSTM-7B (arXiv 2503.13427 §3.1): out(sigmoid(W_o x) * head_norm(cell(q, k, v, i, f)))."""
 
-    def __init__(self, config: ModelConfig, statistics_name: str):
+    def __init__(self, d_model: int, settings: MLSTMConfig, statistics_name: str):
         super().__init__()
-        self.settings = config.mlstm
+        self.settings = settings
+        self.cell = settings.cell(d_model)
         self.statistics_name = statistics_name
-        heads, d_model, v_dim = self.settings.n_heads, config.d_model, config.mlstm_v_dim
-        self.q_proj = Linear(d_model, config.mlstm_qk_dim)
-        self.k_proj = Linear(d_model, config.mlstm_qk_dim)
-        self.v_proj = Linear(d_model, v_dim)
-        self.output_gate = Linear(d_model, v_dim)
+        heads, v_width = self.cell.heads, self.cell.v_width
+        self.q_proj = Linear(d_model, self.cell.qk_width)
+        self.k_proj = Linear(d_model, self.cell.qk_width)
+        self.v_proj = Linear(d_model, v_width)
+        self.output_gate = Linear(d_model, v_width)
         self.igate = GateLinear(d_model, heads)
         self.fgate = GateLinear(d_model, heads)
-        self.head_norm = GatedHeadNorm(v_dim, self.settings.head_norm_eps, self.settings.backend)
-        self.out_proj = Linear(v_dim, d_model)
+        self.head_norm = GatedHeadNorm(v_width, settings.head_norm_eps, settings.backend)
+        self.out_proj = Linear(v_width, d_model)
 
     def forward(
-        self, x: Tensor, document_start: Tensor | None, state: MLSTMState | None, return_state: bool
-    ) -> tuple[Tensor, MLSTMState | None]:
+        self,
+        x: Tensor,
+        document_start: Tensor | None,
+        state: CellState | None,
+        return_state: bool,
+        sequence: SequenceContext = LOCAL,
+    ) -> tuple[Tensor, CellState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for."""
-        settings = self.settings
-        by_head = (settings.n_heads, -1)
+        cap = self.settings.gate_soft_cap
+        by_head = (self.cell.heads, -1)
         q, k, v = (project(x).unflatten(-1, by_head) for project in (self.q_proj, self.k_proj, self.v_proj))
         gate_input = x.to(compute_dtype(x, self.igate.weight))
         igate, fgate = self.igate(gate_input), self.fgate(gate_input)
-        igate_preact = soft_cap(igate, settings.gate_soft_cap)
-        fgate_preact = soft_cap(fgate, settings.gate_soft_cap)
-        h, new_state = _run_cell(
-            (q, k, v, igate_preact, fgate_preact),
-            document_start,
-            state,
-            return_state,
-            settings.chunk_size,
-            gate=settings.gate,
-            normaliser=settings.normaliser,
-            eps=settings.cell_eps,
-            backend=settings.backend,
-        )
+        inputs = CellInputs(q, k, v, soft_cap(igate, cap), soft_cap(fgate, cap), document_start)
+        entering = mlstm_cell.entering_state(self.cell, inputs, state, sequence)
+        # Computed while the state is on its way.
+        output_gate = self.output_gate(x)
+        h, new_state = mlstm_cell.run_cell(self.cell, inputs, entering.state(), return_state)
         if statistics.is_recording():
-            statistics.record_gate(f"{self.statistics_name}.igate", igate, igate_preact, settings.gate_soft_cap)
-            statistics.record_gate(f"{self.statistics_name}.fgate", fgate, fgate_preact, settings.gate_soft_cap)
-            if settings.normaliser:
-                _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, settings.gate)
-        return self.out_proj(self.head_norm(h, self.output_gate(x))), new_state
+            statistics.record_gate(f"{self.statistics_name}.igate", igate, inputs.igate_preact, cap)
+            statistics.record_gate(f"{self.statistics_name}.fgate", fgate, inputs.fgate_preact, cap)
+            if self.settings.normaliser:
+                mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
+        y = self.out_proj(self.head_norm(h, output_gate))
+        return y, sequence.outgoing(new_state) if return_state else None
 
 
-class PreUpMLSTM(nn.Module):
-    """The mLSTM layer of the NeurIPS block (arXiv 2405.04517, figure 11).
+class MLSTMKind(LayerKind):
+    name = "mlstm"
+    block = "mlstm"
+    families = ("xlstm_7b",)
+    settings_class = MLSTMConfig
+    speed_settings = ("backend", "reference_chunk_size")
 
-    u, z = W_up x; a = SiLU(conv(u)); q, k from a and v from u; y = W_down((head_norm(cell) + skip * a) * SiLU(z)).
-    """
+    def validate(self, config: ModelConfig, problem: Problem) -> None:
+        mlstm: MLSTMConfig = self.settings(config)
+        check_choice(problem, "gate", mlstm.gate, GATES)
+        if not mlstm.normaliser and mlstm.gate != "sigmoid":
+            problem(
+                "normaliser", f"is false with gate={mlstm.gate}; only gate=sigmoid works without it, set it to true"
+            )
+        check_soft_cap(problem, "gate_soft_cap", mlstm.gate_soft_cap)
+        mlstm_cell.check_cell(problem, mlstm.backend, mlstm.head_norm_eps, mlstm.cell_eps, mlstm.reference_chunk_size)
+        if mlstm.n_heads < 1:
+            problem("n_heads", f"is {mlstm.n_heads}; it must be a positive number")
+        widths = {"qk_dim_factor": mlstm.qk_width(config.d_model), "v_dim_factor": mlstm.v_width(config.d_model)}
+        for key, width in widths.items():
+            factor = getattr(mlstm, key)
+            if not width > 0:
+                problem(key, f"{factor} gives a width of {width}; choose a positive factor")
+            elif mlstm.n_heads > 0:
+                check_heads(problem, mlstm.n_heads, width, f"d_model {config.d_model} x {key} {factor}")
 
-    def __init__(self, config: ModelConfig, statistics_name: str):
-        super().__init__()
-        self.settings = config.preup_mlstm
-        self.statistics_name = statistics_name
-        width, block = config.preup_dim, self.settings.qkv_block_size
-        self.up_proj = Linear(config.d_model, 2 * width)
-        self.conv = CausalConv(width, self.settings.conv_kernel_size)
-        self.q_proj = BlockDiagonalLinear(width // block, block, block)
-        self.k_proj = BlockDiagonalLinear(width // block, block, block)
-        self.v_proj = BlockDiagonalLinear(width // block, block, block)
-        self.igate = GateLinear(3 * width, self.settings.n_heads)
-        self.fgate = GateLinear(3 * width, self.settings.n_heads)
-        self.head_norm = HeadNorm(width, self.settings.head_norm_eps, self.settings.backend)
-        self.learnable_skip = nn.Parameter(torch.empty(width))
-        self.down_proj = Linear(width, config.d_model)
+    def module(self, config: ModelConfig, statistics_name: str) -> MLSTM:
+        return MLSTM(config.d_model, self.settings(config), statistics_name)
 
-    def forward(
-        self, x: Tensor, document_start: Tensor | None, state: ConvCellState | None, return_state: bool
-    ) -> tuple[Tensor, ConvCellState | None]:
-        """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for."""
-        settings = self.settings
-        u, z = self.up_proj(x).chunk(2, dim=-1)
-        convolved, new_tail = self.conv(u, document_start, None if state is None else state.conv_tail)
-        a = F.silu(convolved)
-        q, k, v = self.q_proj(a), self.k_proj(a), self.v_proj(u)
-        gate_input = torch.cat([q, k, v], dim=-1)
-        gate_input = gate_input.to(compute_dtype(gate_input, self.igate.weight))
-        igate_preact, fgate_preact = self.igate(gate_input), self.fgate(gate_input)
-        q, k, v = (projected.unflatten(-1, (settings.n_heads, -1)) for projected in (q, k, v))
-        h, cell = _run_cell(
-            (q, k, v, igate_preact, fgate_preact),
-            document_start,
-            None if state is None else state.cell,
-            return_state,
-            settings.chunk_size,
-            eps=settings.cell_eps,
-            backend=settings.backend,
-        )
-        if statistics.is_recording():
-            statistics.record_gate(f"{self.statistics_name}.igate", igate_preact, igate_preact, None)
-            statistics.record_gate(f"{self.statistics_name}.fgate", fgate_preact, fgate_preact, None)
-            _record_cell(self.statistics_name, q, k, igate_preact, fgate_preact, document_start, "exp")
-        mixed = self.head_norm(h) + self.learnable_skip * a
-        return self.down_proj(mixed * F.silu(z)), ConvCellState(new_tail, cell) if return_state else None
+    def parameters(self, config: ModelConfig, block_index: int) -> dict[str, Parameter]:
+        settings: MLSTMConfig = self.settings(config)
+        cell, d_model = settings.cell(config.d_model), config.d_model
+        reads, zero = reads_stream(config), constant(0.0)
+
+        def matrix(width: int, group: str, initial: base.InitialValue) -> Parameter:
+            return Parameter((width, d_model), group, initial, base.PROJECTIONS)
+
+        biases = {"igate": constant(settings.igate_bias_init), "fgate": spread(*FGATE_BIAS_RANGE)}
+        parameters = {
+            "q_proj.weight": matrix(cell.qk_width, base.QUERY_AND_KEY, reads),
+            "k_proj.weight": matrix(cell.qk_width, base.QUERY_AND_KEY, reads),
+            "v_proj.weight": matrix(cell.v_width, base.VALUE_AND_OUTPUT, reads),
+            "output_gate.weight": matrix(cell.v_width, base.VALUE_AND_OUTPUT, zero),
+        }
+        for gate, bias in biases.items():
+            parameters[f"{gate}.weight"] = matrix(cell.heads, base.GATES, zero)
+            parameters[f"{gate}.bias"] = Parameter((cell.heads,), base.GATES, bias)
+        parameters["head_norm.weight"] = Parameter((cell.v_width,), base.NORMS, constant(1.0))
+        out = Parameter((d_model, cell.v_width), base.VALUE_AND_OUTPUT, writes_stream(config), base.PROJECTIONS)
+        return parameters | {"out_proj.weight": out}
+
+    def forward_flops(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> dict[str, float]:
+        cell = self._cell(config)
+        return {
+            # The product with the output gate.
+            base.PROJECTIONS: float(sequence_length * cell.v_width),
+            mlstm_cell.CELL_FLOPS: mlstm_cell.cell_forward_flops(cell, sequence_length, hardware),
+        }
+
+    def decoding_flops(self, config: ModelConfig, context: int) -> float:
+        cell = self._cell(config)
+        return cell.v_width + mlstm_cell.cell_step_flops(cell)
+
+    def activation_bytes(
+        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
+    ) -> float:
+        cell, c = self._cell(config), hardware.compute_bytes
+        gate_input = 4 * config.d_model if c < 4 else 0
+        around = c * (2 * config.d_model + 3 * cell.v_width) + gate_input
+        return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware, recomputed)
+
+    def state_elements(self, config: ModelConfig) -> StateElements:
+        return mlstm_cell.cell_state_elements(self._cell(config))
+
+    def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
+        from kernels.preflight import HeadNormCase
+
+        settings, cell = self.settings(config), self._cell(config)
+        norm = (use.dtype, use.weight_dtype, settings.head_norm_eps, True, settings.backend)
+        return [*mlstm_cell.cell_kernel_cases(cell, use), HeadNormCase(cell.heads, cell.value_dim, *norm)]
+
+    def huggingface_reasons(self, config: ModelConfig, positions: list[int]) -> list[str]:
+        mlstm: MLSTMConfig = self.settings(config)
+        reasons = []
+        if mlstm.gate != "exp":
+            reasons.append(f"model.mlstm.gate={mlstm.gate}: the input gate is always exponential there")
+        if not mlstm.normaliser:
+            reasons.append("model.mlstm.normaliser=false: the read-out is always normalised there")
+        if mlstm.gate_soft_cap is None:
+            reasons.append("model.mlstm.gate_soft_cap=null: the gates always have a soft cap there")
+        if mlstm.head_norm_eps != config.norm_eps:
+            reasons.append(
+                f"model.mlstm.head_norm_eps={mlstm.head_norm_eps} differs from model.norm_eps={config.norm_eps}: "
+                "both norms share one epsilon there"
+            )
+        widths = {"qk_dim_factor": mlstm.qk_width(config.d_model), "v_dim_factor": mlstm.v_width(config.d_model)}
+        return reasons + [
+            f"model.mlstm.{key} gives a width of {width}: it must be a multiple of {HUGGINGFACE_CACHE_ALIGNMENT} "
+            "there, else the cache for generation has another shape than the state"
+            for key, width in widths.items()
+            if width % HUGGINGFACE_CACHE_ALIGNMENT
+        ]
+
+    def _cell(self, config: ModelConfig) -> Cell:
+        settings: MLSTMConfig = self.settings(config)
+        return settings.cell(config.d_model)
 
 
-def _run_cell(
-    inputs: tuple[Tensor, ...],
-    document_start: Tensor | None,
-    state: MLSTMState | DecodingState | None,
-    return_state: bool,
-    chunk_size: int,
-    **options,
-) -> tuple[Tensor, MLSTMState | DecodingState | None]:
-    """The cell over a sequence, or its step where one token continues a state that it may overwrite."""
-    if isinstance(state, DecodingState):
-        if inputs[0].shape[1] == 1 and document_start is None and not torch.is_grad_enabled():
-            h = mlstm_step(*(x.squeeze(1) for x in inputs), state, **options)
-            return h[:, None], state
-        state = state.as_mlstm_state()
-    return mlstm(
-        *inputs,
-        document_start=document_start,
-        initial_state=state,
-        return_state=return_state,
-        chunk_size=chunk_size,
-        **options,
-    )
-
-
-def _record_cell(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    gate: str,
-) -> None:
-    """Record the stabiliser's range and how often the normaliser sits on its floor (first sequence of the batch)."""
-    measured = mlstm_statistics(q, k, igate_preact, fgate_preact, document_start=document_start, gate=gate)
-    for key, reduction in (("stabiliser_min", "min"), ("stabiliser_max", "max"), ("normaliser_floor_fraction", "mean")):
-        statistics.record(f"{name}.{key}", reduction, lambda key=key: measured[key])
+KIND = MLSTMKind()
