@@ -19,6 +19,7 @@ PACKAGES = set(MAY_IMPORT)
 # Where a package's command line or configuration meets the values; library code takes dataclasses.
 READ_VALUES = {
     "model/__main__.py",
+    "model/presets.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
     "train/preflight.py",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
+from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
 from train.config import RunConfig
 
@@ -104,6 +105,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     counted = count_parameters(config.model)
     total_tokens = config.total_steps * config.tokens_per_step
     compute_bytes = 2 if config.precision.compute == "bf16" else 4
+    hardware = Hardware(device, compute_bytes)
     # ZeRO-0 keeps fp32 weights also in bf16 and has no second copy for the optimizer.
     replicated = config.parallel.zero_stage == 0
     weight_bytes = 4 if replicated else compute_bytes
@@ -124,7 +126,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         parameter_tensors=counted.tensors,
         tokens_per_parameter=total_tokens / counted.total,
         flops_per_token_6n=six_n,
-        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length),
+        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length, hardware),
         weight_bytes=memory.weights,
         gradient_bytes=memory.gradients,
         optimizer_bytes=8.0 * counted.total if replicated else memory.optimizer,
@@ -133,7 +135,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
             training.micro_batch_size,
             training.sequence_length,
             config.parallel.activation_checkpointing,
-            compute_bytes,
+            hardware,
         ),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total,

@@ -19,6 +19,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
+from model.stored import what_is_computed
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
@@ -141,7 +142,7 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     before = OmegaConf.to_container(OmegaConf.load(directory.config))
     now = dataclasses.asdict(config)
     for values in (before, now):
-        values["model"] = _what_is_computed(values.get("model") or {})
+        values["model"] = what_is_computed(values.get("model") or {})
     problems = []
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old, new = before, now
@@ -153,16 +154,6 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
                 f"to {_difference(old, new)}"
             )
     return problems
-
-
-def _what_is_computed(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's settings without those that only choose how fast its layers compute the same."""
-    return {
-        key: {name: setting for name, setting in value.items() if name not in ("backend", "chunk_size")}
-        if isinstance(value, dict)
-        else value
-        for key, value in model.items()
-    }
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from model.config import validate_model
+from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.config import RunConfig
 from train.data import validate_corpus
 from train.optimizer import validate_optimizer
 from train.schedule import validate_schedule
 
 PRECISIONS = ("bf16", "fp32")
-ACTIVATION_CHECKPOINTING = ("none", "unit", "block")
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
