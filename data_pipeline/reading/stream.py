@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.problems import choice
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.manifest import FORMAT_VERSION, fingerprint_of
 from data_pipeline.errors import CorpusError
@@ -92,8 +93,8 @@ class SampleStream:
         pin: bool = False,
     ):
         _check_length(sequence_length)
-        if packing not in PACKINGS:
-            raise ValueError(f"packing: no such choice ({packing!r}); choose one of {', '.join(PACKINGS)}")
+        if problems := choice("packing", packing, PACKINGS):
+            raise ValueError(*problems)
         if lanes and (packing != "concatenate" or lanes.count < 1 or lanes.windows < 1):
             raise ValueError(f"lanes need packing=concatenate and positive numbers, got {packing} and {lanes}")
         if window_shards is not None and (window_shards < 1 or packing != "concatenate"):
