@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY_RUN, environment
+from tests.runs import PATIENCE, ROOT, TINY_RUN, environment
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def small_corpus(tmp_path_factory) -> Path:
         f"output={folder / 'corpus'}",
     ]
     command = [sys.executable, "-m", "data_pipeline", "prepare", *arguments]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder / "corpus"
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Seconds until a process that does not end is taken for one that hangs. No test is about speed: beside busy processes a
+# command may take many times as long as alone.
+PATIENCE = 500.0
 
 # A model of 60,000 parameters with both recurrences, for runs of seconds.
 TINY_RUN = [
@@ -58,7 +61,7 @@ def train_command(overrides: list[str], processes: int = 1) -> list[str]:
     return [sys.executable, "-m", *launcher, "-m", "train", *overrides]
 
 
-def run_train(overrides: list[str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         train_command(overrides, processes),
         env=environment(),
