@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 # Enough to walk every stage of the demo; a model of so few steps does not beat the n-grams, and the demo says so.
 SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.interval=0", "logging.interval=2"]
@@ -42,9 +42,9 @@ def test_the_readme_begins_with_the_two_commands():
     assert readme_commands()[:2] == ["make demo", "make test"]
 
 
-def run(command, checkout, timeout=400):
+def run(command, checkout):
     variables = {**environment(), "PYTHONPATH": str(checkout)}
-    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_make_test_runs_pytest(checkout):
