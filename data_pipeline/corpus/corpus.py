@@ -17,8 +17,32 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 CHECKS = ("none", "size", "hash")
 
 
+def open_corpus(
+    directory: str | Path,
+    *,
+    check: str = "size",
+    cache_directory: str | Path | None = None,
+    cache_gib: float = 100.0,
+) -> Corpus:
+    """Open a prepared corpus: the folder that `python -m data_pipeline prepare output=DIR` wrote, or its URL.
+
+        corpus = open_corpus("corpora/demo")
+        print(corpus.splits, corpus.sources("train"), corpus.tokens("train"))
+        text = corpus.tokenizer().decode([17, 4, 9])
+
+    `check` as in `Corpus.open`. A corpus at a URL (s3://..., any file system of fsspec) is read through
+    `cache_directory`, a folder on a local disk that may hold `cache_gib` GiB of it. Raises CorpusError that names the
+    file which is missing, altered, or of another version.
+    """
+    cache = None if cache_directory is None else CacheSettings(Path(cache_directory), int(cache_gib * 2**30))
+    return Corpus.open(directory, check, cache)
+
+
 class Corpus:
-    """A prepared corpus. Use `Corpus.open`."""
+    """A prepared corpus. Use `open_corpus`, or `Corpus.open`.
+
+    `directory`: its folder or URL, as it was given. `folder`: where its files but the shards lie on this machine.
+    """
 
     def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
         self.directory = directory

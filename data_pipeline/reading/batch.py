@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from conf.problems import choice
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.ordering.packing import PackingPlan
@@ -90,8 +91,8 @@ class DamagedSamples:
     """
 
     def __init__(self, on_corrupt: str):
-        if on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"on_corrupt: no such choice ({on_corrupt!r}); choose one of {', '.join(ON_CORRUPT)}")
+        if problems := choice("on_corrupt", on_corrupt, ON_CORRUPT):
+            raise ValueError(*problems)
         self.skip = on_corrupt == "skip"
         self.skipped = 0
         self._found: dict[str, Damage] = {}

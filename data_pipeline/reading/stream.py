@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.problems import choice
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.manifest import FORMAT_VERSION, fingerprint_of
 from data_pipeline.errors import CorpusError
@@ -65,9 +66,14 @@ def _check_length(sequence_length: int) -> None:
 class SampleStream:
     """The endless, seeded order of the samples of one split.
 
-    `packing`: "concatenate" or "best_fit" (its plan is kept in `packing_directory`). `on_corrupt`: "fail", or "skip" to
-    mask samples that touch a damaged shard. `window_shards`: read so many shards at a time (`windows.py`); None: all.
-    `pin`: batches in page-locked memory. Raises CorpusError when the split is
+        stream = SampleStream(corpus, "train", sequence_length=256, seed=0)
+        batch = stream.batch(0, 8)  # samples 0 to 7: batch.tokens, batch.targets int64 [8, 256], .document_start bool
+        print(stream.origin(5))  # source, epoch, shard and token range of sample 5
+
+    `mixture`: shares of the sources; None: all samples of all sources, each once a pass. `packing`: "concatenate" or
+    "best_fit" (its plan is kept in `packing_directory`). `lanes`: for training that carries state. `on_corrupt`:
+    "fail", or "skip" to mask samples that touch a damaged shard. `window_shards`: read so many shards at a time
+    (`ordering/windows.py`); None: all. `pin`: batches in page-locked memory. Raises CorpusError when the split is
     missing or shorter than one sample, ValueError for settings that cannot be used.
     """
 
@@ -87,8 +93,8 @@ class SampleStream:
         pin: bool = False,
     ):
         _check_length(sequence_length)
-        if packing not in PACKINGS:
-            raise ValueError(f"packing: no such choice ({packing!r}); choose one of {', '.join(PACKINGS)}")
+        if problems := choice("packing", packing, PACKINGS):
+            raise ValueError(*problems)
         if lanes and (packing != "concatenate" or lanes.count < 1 or lanes.windows < 1):
             raise ValueError(f"lanes need packing=concatenate and positive numbers, got {packing} and {lanes}")
         if window_shards is not None and (window_shards < 1 or packing != "concatenate"):
