@@ -14,11 +14,13 @@ PACKINGS = ("concatenate", "best_fit")
 class MixturePhaseConfig:
     """A later change of the mixture; exactly one of from_step and from_sample is set."""
 
-    # Optimizer step or sample of the run from which it holds.
+    # Optimizer step of the run from which it holds.
     from_step: int | None = None
+    # Sample of the run from which it holds.
     from_sample: int | None = None
-    # As in OrderConfig.
+    # As weights of the whole order.
     weights: dict[str, float] | None = None
+    # As temperature of the whole order.
     temperature: float | None = None
 
 
@@ -26,6 +28,7 @@ class MixturePhaseConfig:
 class OrderConfig:
     """The order in which a run reads a prepared corpus; its keys stand under `corpus` in the configuration of a run."""
 
+    # The part of the corpus that is read, as the preparation has named it.
     split: str = "train"
     # Share of each source by its label, in tokens; null: by `temperature`.
     weights: dict[str, float] | None = None

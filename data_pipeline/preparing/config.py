@@ -24,6 +24,7 @@ class PrepareConfig:
     # Which of how many commands that share the work this is, from 0; null: from SLURM_ARRAY_TASK_ID and its company,
     # else the only one.
     task_index: int | None = None
+    # How many commands share the work.
     task_count: int | None = None
     # A shard is closed when its token ids reach this size, in bytes.
     shard_bytes: int = 128 * 2**20

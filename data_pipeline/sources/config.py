@@ -23,7 +23,9 @@ class SplitConfig:
     # What the hash is of: "file" (its name; a whole file goes to one split) or "document" (its text, so that exact
     # duplicates stay together).
     unit: str = "file"
+    # Share that is held out for validation.
     validation_fraction: float = 0.02
+    # Share that is held out for tests.
     test_fraction: float = 0.0
     # Changes which files or documents are held out.
     seed: int = 0
@@ -63,8 +65,9 @@ class DataConfig:
     source: str = "unknown"
     # Records above this many bytes (text: characters) are rejected; a line of a file is never held beyond it.
     max_record_bytes: int = 256 * 2**20
-    # kind=datasets: configuration name and revision of the data set; null: its defaults.
+    # kind=datasets: configuration name of the data set; null: its default.
     subset: str | None = None
+    # kind=datasets: revision of the data set; null: its newest.
     revision: str | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
     tolerance: ToleranceConfig = field(default_factory=ToleranceConfig)

@@ -15,6 +15,7 @@ BACKENDS = ("auto", "reference", "gigatoken", "fastokens", "splintr")
 class TokenizerConfig:
     """The tokenizer: trained on the corpus (`kind=sentencepiece`) or read (`kind=file`)."""
 
+    # "sentencepiece": trained on the corpus. "file": read from path.
     kind: str = "sentencepiece"
     # kind=file: a SentencePiece .model, a Hugging Face tokenizer.json, or a folder with one of them.
     path: str | None = None
@@ -23,13 +24,17 @@ class TokenizerConfig:
     # Library that encodes: "auto" takes the fastest that is installed and gives the ids of the reference (sentencepiece
     # or tokenizers), "reference" the latter, a name that one or none.
     backend: str = "auto"
+    # kind=sentencepiece: token ids of the trained tokenizer.
     vocab_size: int = 4096
+    # kind=sentencepiece: "bpe" or "unigram".
     model_type: str = "bpe"
     # UTF-8 bytes of training documents that the tokenizer is trained on.
     sample_bytes: int = 6_000_000
+    # kind=sentencepiece: share of the sample's characters that get a piece of their own.
     character_coverage: float = 0.9999
     # Bytes stand in for characters without a piece, so that every text can be encoded and decoded exactly.
     byte_fallback: bool = True
+    # kind=sentencepiece: every digit is a token.
     split_digits: bool = True
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "layer_kinds",
     "register",
     "registered_kinds",
+    "sequence_problems",
 ]
 
 _BUILT_IN: tuple[LayerKind, ...] = (mlstm.KIND, preup_mlstm.KIND, slstm.KIND, attention.KIND)
@@ -101,3 +102,9 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
     names = config.block_kinds()
     kinds = {name: layer_kind(config, name) for name in dict.fromkeys(names)}
     return [kinds[name] for name in names]
+
+
+def sequence_problems(config: ModelConfig, ranks: int) -> list[str]:
+    """Why layers of a valid `config` cannot be spread over so many sequence ranks, each with the number to change."""
+    found = [kind.sequence_problem(config, ranks) for kind in dict.fromkeys(layer_kinds(config))]
+    return [problem for problem in found if problem is not None]

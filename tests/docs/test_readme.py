@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.docs.documentation import blocks
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 # Enough to walk every stage of the demo; a model of so few steps does not beat the n-grams, and the demo says so.
 SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.interval=0", "logging.interval=2"]
@@ -14,9 +14,9 @@ SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.int
 pytestmark = pytest.mark.xdist_group("documentation")
 
 
-def run(command, checkout, timeout=400):
+def run(command, checkout):
     variables = {**environment(), "PYTHONPATH": str(checkout)}
-    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_the_readme_is_short_and_begins_with_the_two_commands():
