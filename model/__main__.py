@@ -16,8 +16,7 @@ from conf.command_line import exit_code
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
     import torch
-
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 Settings = TypeVar("Settings")
 
@@ -159,7 +158,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from data_pipeline.errors import TokenizerError
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.generate import generate
     from model.loading import load
     from model.locate import locate
@@ -231,7 +230,7 @@ def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
 
     from data_pipeline.errors import TokenizerError
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.huggingface import export_huggingface
     from model.locate import locate
 

@@ -38,18 +38,25 @@ class ModelConfig:
     family: str = "xlstm_7b"
     # Rows of the embedding and of the head (a multiple of 64 keeps matmuls aligned).
     vocab_size: int = 50304
+    # Width of the residual stream.
     d_model: int = 4096
+    # Number of blocks.
     n_blocks: int = 32
     # The kind of every block that no list below names: mlstm | slstm | attention, or one of a plugin.
     block: str = "mlstm"
+    # Positions of sLSTM blocks, from 0.
     slstm_at: list[int] = field(default_factory=list)
+    # Positions of attention blocks, from 0.
     attention_at: list[int] = field(default_factory=list)
     # Positions of blocks of a plugin's kind, by its name.
     other_at: dict[str, list[int]] = field(default_factory=dict)
     # Inner width of the feed-forward layers; null where no block has one.
     ffn_dim: int | None = 10944
+    # Epsilon of the norms in front of the layers and of the last one.
     norm_eps: float = 1e-6
+    # a * tanh(x / a) on the logits; null: none.
     logit_soft_cap: float | None = 30.0
+    # The head has the weights of the embedding.
     tie_embeddings: bool = False
     # One section for each layer kind that the block list uses; the others stay null.
     mlstm: MLSTMConfig | None = None

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.files import hash_file, sync
+from data_pipeline.corpus.files import hash_file, sync
 from model.config import ModelConfig
 from model.weights import WeightsReader, save_fragments, write_model_json
 from train.config import CheckpointConfig

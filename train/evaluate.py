@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from data_pipeline.corpus import Corpus
-from data_pipeline.stream import Batch, WindowStream
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.stream import Batch, WindowStream
 from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
 from train.data import open_corpus
 

@@ -15,9 +15,9 @@ import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
-from data_pipeline.corpus import Corpus
-from data_pipeline.on_the_fly import LiveCorpus, LiveStream
-from data_pipeline.stream import SampleStream
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.live import LiveCorpus, LiveStream
+from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
 from model.stored import what_is_computed
 from train.config import RunConfig

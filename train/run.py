@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import SIDECAR
+from data_pipeline.tokenizing.tokenizer import SIDECAR
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing

@@ -13,8 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from data_pipeline.corpus import Corpus
-from data_pipeline.stream import Batch, SampleStream, StepLoader
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.stream import Batch, SampleStream, StepLoader
 from train.callbacks.base import Callback
 from train.checkpoint import CheckpointWriter, RunState
 from train.config import RunConfig

@@ -20,7 +20,7 @@ _SAMPLE = (
 
 
 class ExportedTokenizer(Protocol):
-    """What an export needs of a tokenizer; data_pipeline.tokenizer.Tokenizer has it."""
+    """What an export needs of a tokenizer; data_pipeline.tokenizing.tokenizer.Tokenizer has it."""
 
     # tokenizer.json of the tokenizers library, or a SentencePiece model.
     path: Path

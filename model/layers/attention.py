@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 class AttentionConfig:
     """Causal multi-head attention with rotary positions, as in Llama."""
 
+    # Query heads.
     n_heads: int = 32
+    # Key and value heads; fewer than n_heads share them (grouped queries).
     n_kv_heads: int = 32
+    # Base of the rotary frequencies.
     rope_theta: float = 500000.0
 
 

@@ -37,9 +37,11 @@ HUGGINGFACE_CACHE_ALIGNMENT = 64
 class MLSTMConfig:
     """The mLSTM layer of the 7B block (arXiv 2503.13427 §3)."""
 
+    # Heads, each with a memory of its own.
     n_heads: int = 8
-    # Total query/key and value widths as a share of d_model (7B: 2048 and 4096).
+    # Total query and key width as a share of d_model (7B: 2048 of 4096).
     qk_dim_factor: float = 0.5
+    # Total value width as a share of d_model.
     v_dim_factor: float = 1.0
     # Input gate: "exp" (the 7B) or "sigmoid" (mLSTMsig, arXiv 2503.14376).
     gate: str = "exp"
@@ -47,6 +49,7 @@ class MLSTMConfig:
     normaliser: bool = True
     # a * tanh(x / a) on the gate pre-activations, after the bias; null: none.
     gate_soft_cap: float | None = 15.0
+    # Initial bias of the input gate. Strongly negative: the memory is written to carefully at first.
     igate_bias_init: float = -10.0
     # Epsilon of the per-head LayerNorm; functionally part of the gating (a change of it changes the model).
     head_norm_eps: float = 1e-6
@@ -54,6 +57,7 @@ class MLSTMConfig:
     cell_eps: float = 1e-6
     # Tokens per chunk of the reference backend; the kernels of a GPU choose theirs. The result does not depend on it.
     reference_chunk_size: int = 64
+    # What computes the cell: auto, reference or triton (docs/kernels.md).
     backend: str = "auto"
 
     def qk_width(self, d_model: int) -> int:

@@ -38,15 +38,21 @@ IGATE_BIAS_STD = 0.1
 class PreUpMLSTMConfig:
     """The mLSTM layer of the NeurIPS block, "pre up-projection" (arXiv 2405.04517, figure 11)."""
 
+    # Heads, each with a memory of its own.
     n_heads: int = 4
+    # Inner width as a share of d_model, rounded up to a multiple of 64.
     projection_factor: float = 2.0
+    # Tokens that the causal convolution sees.
     conv_kernel_size: int = 4
     # q, k and v projections are block diagonal with blocks of this width.
     qkv_block_size: int = 4
+    # Epsilon of the per-head norm.
     head_norm_eps: float = 1e-5
+    # Added to the read-out's denominator after the max.
     cell_eps: float = 1e-6
     # Tokens per chunk of the reference backend; the kernels of a GPU choose theirs. The result does not depend on it.
     reference_chunk_size: int = 64
+    # What computes the cell: auto, reference or triton (docs/kernels.md).
     backend: str = "auto"
 
     def width(self, d_model: int) -> int:

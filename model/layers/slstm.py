@@ -40,11 +40,15 @@ _MEASURED_TOKENS = 256
 class SLSTMConfig:
     """The sLSTM layer (arXiv 2405.04517, figure 10)."""
 
+    # Heads; recurrent weights stay inside of a head.
     n_heads: int = 4
+    # Tokens that the causal convolution sees.
     conv_kernel_size: int = 4
+    # Epsilon of the per-head norm.
     head_norm_eps: float = 1e-5
     # null in the NeurIPS blocks; the 7B kind caps at 15 as its mLSTM does.
     gate_soft_cap: float | None = None
+    # What computes the cell: auto, reference or triton (docs/kernels.md).
     backend: str = "auto"
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_models import CONFIGS, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf import CONF_DIR, compose
@@ -20,6 +19,7 @@ from model.config import ModelOnlyConfig
 from model.language_model import LanguageModel
 from model.layers.mlstm_cell import mlstm_cell_flops
 from model.projections import BlockDiagonalLinear
+from tests.model_tools.small_models import CONFIGS, random_model
 
 PRESETS = sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml"))
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import CONFIGS, random_model
 
 from conf import compose
 from model.config import ModelOnlyConfig
 from model.hardware import Hardware
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from tests.model_tools.small_models import CONFIGS, random_model
 
 # Wide enough that activations outweigh the copies of weights that a CPU's kernels also keep.
 BATCH, LENGTH = 8, 128
