@@ -16,6 +16,7 @@ from conf.command_line import exit_code
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
     import torch
+
     from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 Settings = TypeVar("Settings")

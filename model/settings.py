@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from conf.problems import suggestion
 
 
 def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
@@ -21,9 +22,7 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
     problems = []
     for key, value in values.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            guess = f" (did you mean '{nearest[0]}'?)" if nearest else ""
-            problems.append((f".{key}", f"no such key{guess}"))
+            problems.append((f".{key}", f"no such key{suggestion(str(key), list(known))}"))
             continue
         try:
             OmegaConf.merge(OmegaConf.structured(schema), {key: value})

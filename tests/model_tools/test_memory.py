@@ -8,7 +8,12 @@ import torch
 from conf import compose
 from model.config import ModelOnlyConfig
 from model.hardware import Hardware
+from model.initialisation import initialise
+from model.language_model import LanguageModel
+from model.layers import feed_forward, layer_kinds
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from model.presets import preset
+from model.recomputation import ACTIVATION_CHECKPOINTING
 from tests.model_tools.small_models import CONFIGS, random_model
 
 # Wide enough that activations outweigh the copies of weights that a CPU's kernels also keep.
@@ -50,6 +55,32 @@ def test_activations_are_those_that_the_blocks_keep(config, dtype):
     if config.family == "xlstm_7b":
         norms = (2 * config.n_blocks + 1) * BATCH * LENGTH * config.d_model * (4 if dtype == torch.float32 else 6)
     assert estimate + norms == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["xlstm_160m", "neurips_125m_1_0"])
+def test_activations_on_a_gpu_are_those_of_its_kernels(name, dtype, mode):
+    batch, length = 4, 2048
+    config = dataclasses.replace(preset(name), n_blocks=4)
+    device = torch.device("cuda")
+    with device:
+        model = LanguageModel(config).to(dtype)
+    initialise(model, seed=0)
+    model.activation_checkpointing = mode
+    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    kept = kept_bytes(model, model.blocks, model.embedding(tokens), None)
+    hardware = Hardware(torch.cuda.get_device_name(), dtype.itemsize)
+    estimate = activation_bytes(dataclasses.replace(config, vocab_size=0), batch, length, mode, hardware)
+    if mode != "none":
+        # What lives at the peak of the backward pass is not there yet.
+        kinds = layer_kinds(config)
+        mixer = kinds[0].activation_bytes(config, length, hardware, recomputed=True)
+        ffn = feed_forward.activation_bytes(config, hardware) if kinds[0].has_feed_forward else 0
+        estimate -= batch * length * (max(mixer, ffn) if mode == "unit" else mixer + ffn)
+    assert estimate == pytest.approx(kept, rel=0.08)
 
 
 @pytest.mark.parametrize("mode", ["unit", "block"])
