@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from conf.problems import suggestion
 
 
@@ -16,6 +13,9 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
 
     The key is empty where `values` are no section at all.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not isinstance(values, dict):
         return [("", f"a section with keys is expected, not {values!r}")]
     known = {field.name: field for field in dataclasses.fields(schema)}
@@ -37,4 +37,6 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
 
 def build_settings(schema: type, values: dict[str, Any]) -> Any:
     """The instance of the dataclass `schema` with `values`, in which `settings_problems` finds nothing."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

@@ -8,7 +8,7 @@ import torch
 
 import model
 from conf import ConfigError
-from model import LanguageModel, ModelConfig, load, preset
+from model import LanguageModel, ModelConfig, generate, load, preset
 from model.config import MLSTMConfig
 from model.huggingface import export_huggingface
 from model.initialisation import initialise
@@ -66,6 +66,22 @@ def test_a_hugging_face_directory_loads(tmp_path):
     assert torch.equal(load(tmp_path / "exported")(tokens).logits, made(tokens).logits)
 
 
+def test_the_loss_is_the_mean_of_the_scored_tokens():
+    made, tokens = small(), torch.tensor([[1, 2, 3, 4]])
+    targets = torch.tensor([[2, 3, -100, 5]])
+    by_token = made(tokens, targets=targets)
+    scored = by_token.token_losses[targets != -100]
+    torch.testing.assert_close(by_token.loss, scored.mean())
+    torch.testing.assert_close(made(tokens, targets=targets, loss_reduction="sum").loss, scored.mean())
+    with pytest.raises(ValueError, match="no loss without targets"):
+        _ = made(tokens).loss
+
+
+def test_generate_continues_a_prompt():
+    tokens = generate(small(), [[1, 2, 3]], max_new_tokens=4, temperature=0)
+    assert tokens.shape == (1, 4)
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="does not exist; name a run directory"):
         load(tmp_path / "nothing")
@@ -74,7 +90,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 def test_names_are_found_when_asked_for_and_no_others():
-    assert {"LanguageModel", "ModelConfig", "load", "preset"} <= set(dir(model))
+    assert {"LanguageModel", "ModelConfig", "generate", "load", "preset"} <= set(dir(model))
     with pytest.raises(AttributeError, match="module 'model' has no attribute 'pretrained'"):
         _ = model.pretrained
 
