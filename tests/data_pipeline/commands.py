@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.preparing.workers import WorkFolder
-
 from tests.runs import PATIENCE, ROOT, environment
 
 
