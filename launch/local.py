@@ -14,7 +14,7 @@ import torch
 
 from conf import compose
 from train.config import RunConfig
-from train.preflight import preflight
+from train.requirements import preflight
 
 CPU_PROCESSES = 2
 # Signals that ask this command to stop, and what the training processes get: those that they answer with a checkpoint.

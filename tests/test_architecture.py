@@ -21,7 +21,7 @@ READ_VALUES = {
     "model/__main__.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
-    "train/preflight.py",
+    "train/requirements.py",
     "train/run.py",
     "launch/__main__.py",
     "launch/local.py",
@@ -64,7 +64,7 @@ def test_only_the_trainer_knows_process_groups(package):
 
 def test_only_fragments_and_the_engine_know_deepspeed():
     knowing = {path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))}
-    assert knowing == {"train/engine.py", "train/fragments.py"}
+    assert knowing == {"train/parallel/zero.py", "train/parallel/fragments.py"}
 
 
 def test_no_file_is_longer_than_500_lines():

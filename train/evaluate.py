@@ -17,7 +17,7 @@ from train.data import open_corpus
 
 if TYPE_CHECKING:
     # The trainer's: importing DeepSpeed takes seconds, and what only opens held-out sets does without.
-    from train.engine import Engine
+    from train.parallel.zero import Engine
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from train.callbacks.preemption import Preemption
 from train.callbacks.progress import Progress
 from train.callbacks.stability import Stability
 from train.callbacks.wandb_logger import WandbLogger
-from train.checkpoint import CheckpointError, RunState, load, newest_usable, read_state, remove_torn
+from train.checkpoints.writer import CheckpointError, RunState, load, newest_usable, read_state, remove_torn
 from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data, refuse_changed_data
-from train.engine import Engine, World, join_world, seed_everything
 from train.evaluate import open_sets
-from train.kernel_preflight import check_kernels
+from train.kernel_check import check_kernels
+from train.parallel.zero import Engine, World, join_world, seed_everything
 from train.plan import Plan, gib
-from train.preflight import Preflight, preflight
+from train.requirements import Preflight, preflight
 from train.run_directory import (
     EventLog,
     RunDirectory,

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from data_pipeline.corpus import Corpus
 from data_pipeline.stream import Batch, SampleStream, StepLoader
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointWriter, RunState
+from train.checkpoints.writer import CheckpointWriter, RunState
 from train.config import RunConfig
-from train.engine import Engine
+from train.parallel.zero import Engine
 from train.plan import Plan
 from train.run_directory import EventLog, RunDirectory
 from train.schedule import learning_rate

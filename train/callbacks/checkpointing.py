@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError
+from train.checkpoints.writer import CheckpointError
 
 
 class Checkpointing(Callback):

@@ -22,7 +22,7 @@ from model.statistics import Statistics, recording
 from train.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from train.fragments import Fragment
+    from train.parallel.fragments import Fragment
 
 # Steps that the running median looks back on, and how many there must be before anything counts as a spike.
 WINDOW = 128

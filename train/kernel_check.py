@@ -16,7 +16,7 @@ from kernels import preflight
 from kernels.preflight import Case, Finding, HeadNormCase, LossCase, MLSTMCase, SLSTMCase
 from model.config import ModelConfig
 from train.config import RunConfig
-from train.engine import World
+from train.parallel.zero import World
 from train.run_directory import EventLog
 from train.trainer import RunError
 

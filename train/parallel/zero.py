@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from model.initialisation import initialise_parameter
 from model.language_model import LanguageModel
 from train.config import RunConfig
-from train.fragments import Fragment, fill_weights, parameter_fragments, prepare_moments
 from train.optimizer import build_optimizer
+from train.parallel.fragments import Fragment, fill_weights, parameter_fragments, prepare_moments
 from train.plan import Plan
 
 

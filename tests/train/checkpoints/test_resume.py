@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import ROOT, environment, run_train, train_command
-from train.checkpoint import MARKER, _describe, complete_checkpoints, remove_torn
+from train.checkpoints.writer import MARKER, _describe, complete_checkpoints, remove_torn
 
 STEPS = 24
 
@@ -163,7 +163,7 @@ def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_
 SLOW_DISK = """
 import sys, time
 from train.__main__ import end_process, main
-from train.checkpoint import _Snapshot
+from train.checkpoints.writer import _Snapshot
 
 write = _Snapshot.write
 

@@ -35,8 +35,8 @@ from data_pipeline.files import hash_file, sync
 from model.config import ModelConfig
 from model.weights import WeightsReader, save_fragments, write_model_json
 from train.config import CheckpointConfig
-from train.engine import Engine, World
-from train.fragments import MOMENTS, base_optimizer
+from train.parallel.fragments import MOMENTS, base_optimizer
+from train.parallel.zero import Engine, World
 from train.run_directory import write_atomically
 
 FORMAT_VERSION = 1
