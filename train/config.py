@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from data_pipeline.config import DataConfig, OrderConfig, TokenizerConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
@@ -81,6 +83,23 @@ class PrecisionConfig:
     """bf16: matrix products in bf16, master weights, moments, gates, norms and loss in fp32. fp32: everything."""
 
     compute: str = "bf16"
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.compute == "bf16"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return torch.bfloat16 if self.is_bf16 else torch.float32
+
+    def uses_autocast(self, zero_stage: int) -> bool:
+        """Whether weights stay fp32 and products cast them. Without sharding there is no second, fp32 copy."""
+        return self.is_bf16 and zero_stage == 0
+
+    def weight_dtype(self, zero_stage: int) -> torch.dtype:
+        """The dtype of the weights that a forward pass reads."""
+        return torch.float32 if self.uses_autocast(zero_stage) else self.compute_dtype
 
 
 @dataclass(frozen=True)
@@ -166,4 +185,5 @@ class RunConfig:
         """Optimizer steps of the run."""
         if self.training.total_steps is not None:
             return self.training.total_steps
+        assert self.training.total_tokens is not None, "validate() wants one of the two"
         return -(-self.training.total_tokens // self.tokens_per_step)

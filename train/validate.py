@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+from model.blocks import ACTIVATION_CHECKPOINTING
 from model.config import validate_model
 from train.config import RunConfig
 from train.data import validate_corpus
 from train.optimizer import validate_optimizer
+from train.parallel.mesh import MeshShape
 from train.schedule import validate_schedule
 
 PRECISIONS = ("bf16", "fp32")
-ACTIVATION_CHECKPOINTING = ("none", "unit", "block")
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
@@ -66,10 +67,11 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
-    per_pass = training.micro_batch_size * world_size
+    replicas = MeshShape.of_world(world_size).data
+    per_pass = training.micro_batch_size * replicas
     if not problems and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
-                   if training.global_batch_size % (size * world_size) == 0]  # fmt: skip
+                   if training.global_batch_size % (size * replicas) == 0]  # fmt: skip
         nearest = max(per_pass, round(training.global_batch_size / per_pass) * per_pass)
         advice = f"or training.micro_batch_size={max(fitting)}" if fitting else "or another number of processes"
         problems.append(
