@@ -24,23 +24,25 @@ from train.context import RunContext, open_run
 from train.errors import RunError
 from train.evaluate import open_sets
 from train.kernel_check import check_kernels
+from train.parallel.engine import EngineFactory, make_engine
 from train.restore import restore
 from train.trainer import Trainer
 
 
-def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
+def train(config: RunConfig, callbacks: Sequence[Callback] = (), factory: EngineFactory = make_engine) -> int:
     """Run or resume; returns the process's exit code: 0 complete or stopped on request, 1 failed.
 
     Where it fails it says why on standard error, and in the run's events where there is a folder. Afterwards the
     process is as it was before: no lock, process group, log file or signal handler is left. Only where the run has
     several processes and one of them fails is its process group left; that process should end, and with it the others.
 
-    `callbacks`: more of them, behind those that watch the run and before those that evaluate and save.
+    `callbacks`: more of them, behind those that watch the run and before those that evaluate and save. `factory`: what
+    makes the engine.
     Raises ConfigError for a configuration that cannot work.
     """
     try:
         with open_run(config, make_callbacks(config, callbacks)) as context:
-            return _train(context)
+            return _train(context, factory)
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -48,13 +50,13 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> int:
         return 1
 
 
-def _train(context: RunContext) -> int:
+def _train(context: RunContext, factory: EngineFactory) -> int:
     config, events = context.config, context.events
     if context.is_complete:
         context.say(f"The run '{config.name}' is complete: {config.total_steps} steps in {context.directory.path}.")
         return 0
     check_kernels(config, context.mesh, events)
-    state = restore(context)
+    state = restore(context, factory)
     for name, windows in open_sets(config, context.evaluation_corpora).items():
         events.append("evaluation_set", set=name, fingerprint=windows.fingerprint, tokens=windows.targets)
     with contextlib.closing(state.engine):
