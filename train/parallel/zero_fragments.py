@@ -121,10 +121,13 @@ def fill_weights(engine: DeepSpeedEngine, fragments: Sequence[Fragment], read: R
     """Set every weight that this rank holds, compute copy and fp32 copy alike."""
     by_name = {fragment.name: fragment for fragment in fragments}
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # Between two steps, small parameters are kept whole as well: those copies are let go, and gathered anew.
+        engine.optimizer.checkpoint_event_prologue()
         for fragment in fragments:
             part = read(fragment.name, fragment.offset, fragment.numel)
             fragment.compute.copy_(part)
             fragment.master.copy_(part)
+        engine.optimizer.checkpoint_event_epilogue()
         return
     for engine_name, parameter in engine.module.named_parameters():
         name = model_name(engine_name)
