@@ -34,16 +34,17 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_pipeline import sources
-from data_pipeline.archives import read_lines
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
-from data_pipeline.encoders import BACKENDS, DISTRIBUTIONS, Encode, build_encoder, choose_encoder
 from data_pipeline.errors import TokenizerError
-from data_pipeline.progress import METER_LENGTH, Meter
-from data_pipeline.shards import token_dtype
-from data_pipeline.sources import Document, InputFile, Source, open_source
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.units import BATCH_BYTES, run_unit
+from data_pipeline.preparing.config import PrepareConfig
+from data_pipeline.preparing.progress import METER_LENGTH, Meter
+from data_pipeline.preparing.units import BATCH_BYTES, run_unit
+from data_pipeline.sources import sources
+from data_pipeline.sources.archives import read_lines
+from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.sources.sources import Document, InputFile, Source, open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
+from data_pipeline.tokenizing.encoders import BACKENDS, DISTRIBUTIONS, Encode, build_encoder, choose_encoder
+from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_DOCUMENTS = 256

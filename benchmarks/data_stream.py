@@ -100,9 +100,9 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def make_corpus(work: Path, tokens: int) -> None:
     """A corpus of shards and the same tokens as one flat file; left alone when it is there already."""
-    from data_pipeline.manifest import Manifest, ShardEntry, ShardTable
-    from data_pipeline.shards import Shard, ShardBuilder
-    from data_pipeline.token_sequence import shard_metadata
+    from data_pipeline.corpus.manifest import Manifest, ShardEntry, ShardTable
+    from data_pipeline.corpus.shards import Shard, ShardBuilder
+    from data_pipeline.corpus.token_sequence import shard_metadata
 
     folder = work / "corpus"
     if (folder / "manifest.json").exists() and sum(Manifest.read(folder).shards.tokens) >= tokens:
@@ -126,8 +126,8 @@ def make_corpus(work: Path, tokens: int) -> None:
 
 
 def manifest(table):
-    from data_pipeline.files import BLOCK_BYTES
-    from data_pipeline.manifest import InputsEntry, Manifest, ReportEntry, TokenizerEntry
+    from data_pipeline.corpus.files import BLOCK_BYTES
+    from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry, TokenizerEntry
 
     tokenizer = TokenizerEntry("t", "sentencepiece", "", "benchmark", "", "", VOCAB_SIZE, 0, "", "")
     inputs, lines = InputsEntry("inputs.jsonl", "", 1, 1, 1, {}, {}), ReportEntry("report.jsonl", "", 0)
@@ -138,7 +138,7 @@ def make_large_manifest(work: Path) -> None:
     """A manifest of 627 billion tokens and 600 million documents in a million shards, without the shards."""
     import pyarrow as pa
 
-    from data_pipeline.shard_table import SCHEMA, ShardTable
+    from data_pipeline.corpus.shard_table import SCHEMA, ShardTable
 
     count = 1_000_000
     folder = work / "large"
@@ -190,9 +190,9 @@ def resident_mib() -> float:
 
 
 def open_ours(work: Path):
-    from data_pipeline.corpus import Corpus
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.stream import SampleStream
+    from data_pipeline.corpus.corpus import Corpus
+    from data_pipeline.corpus.manifest import Manifest
+    from data_pipeline.reading.stream import SampleStream
 
     return SampleStream(Corpus(work / "corpus", Manifest.read(work / "corpus")), "train", LENGTH, seed=0)
 
@@ -208,7 +208,7 @@ def read_ours(work: Path, cold: bool) -> dict[str, Any]:
 
 
 def read_ours_sparse(work: Path, cold: bool) -> dict[str, Any]:
-    from data_pipeline import token_sequence
+    from data_pipeline.corpus import token_sequence
 
     # As for a source of more than INDEXED_DOCUMENTS documents.
     token_sequence.INDEXED_DOCUMENTS = 0
@@ -276,7 +276,7 @@ def read_mosaicml(work: Path, cold: bool) -> dict[str, Any]:
 def start(work: Path, _: bool, share: float = 0.0) -> dict[str, Any]:
     import torch  # noqa: F401
 
-    import data_pipeline.stream  # noqa: F401
+    import data_pipeline.reading.stream  # noqa: F401
 
     started = time.perf_counter()
     stream = open_ours(work)
@@ -289,10 +289,10 @@ def start_late(work: Path, cold: bool) -> dict[str, Any]:
 
 
 def open_large(work: Path, _: bool) -> dict[str, Any]:
-    from data_pipeline.corpus import Corpus
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.mixture import MixtureConfig
-    from data_pipeline.stream import SampleStream
+    from data_pipeline.corpus.corpus import Corpus
+    from data_pipeline.corpus.manifest import Manifest
+    from data_pipeline.ordering.mixture import MixtureConfig
+    from data_pipeline.reading.stream import SampleStream
 
     imports = resident_mib()
     started = time.perf_counter()

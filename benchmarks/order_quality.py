@@ -1,11 +1,11 @@
-"""Is the order of `data_pipeline.order` random enough at SlimPajama's size? About two minutes on one core.
+"""Is the order of `data_pipeline.ordering.order` random enough at SlimPajama's size? About two minutes on one core.
 
     python benchmarks/order_quality.py [--output benchmarks/results/DATE-order-quality.md]
 
 n = 306,152,344: the samples of 2048 tokens in 627 billion. For every key the whole permutation is computed, and checked
 to be one (every index once); pairs of neighbours in it are counted by 6 bits of each, low and high ones, in 4096 cells.
 z = (chi-square - 4095) / sqrt(2 * 4095) should be within about 3 of zero; weak shuffles reach 25 to 34,000
-(docs/data.md).
+(docs/data_internals.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.order import derive_key, permute  # noqa: E402
+from data_pipeline.ordering.order import derive_key, permute  # noqa: E402
 
 N = 306_152_344
 CHUNK = 1 << 20

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from conf import ConfigError
+from conf.problems import ConfigError
 
 
 def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...], interrupted: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from model.accounting import (
     count_parameters,
     decoding_bytes_per_step,
@@ -12,9 +14,10 @@ from model.accounting import (
 )
 from model.config import ModelConfig
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from model.recomputation import ACTIVATION_CHECKPOINTING
 
 
-def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, ranks: int) -> dict:
+def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, ranks: int) -> dict[str, Any]:
     """Everything that the table shows, as JSON values. Memory assumes bf16 compute and fp32 optimizer states."""
     counted = count_parameters(config)
     kinds = config.block_kinds()
@@ -53,13 +56,13 @@ def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, r
             "micro_batch_size": micro_batch_size,
             "activations": {
                 mode: activation_bytes(config, micro_batch_size, sequence_length, mode)
-                for mode in ("none", "unit", "block")
+                for mode in ACTIVATION_CHECKPOINTING
             },
         },
     }
 
 
-def as_table(description: dict) -> str:
+def as_table(description: dict[str, Any]) -> str:
     """The description as lines of text."""
     model, parameters = description["model"], description["parameters"]
     flops, decoding, memory = description["training_flops"], description["decoding"], description["training_memory"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, ModelOutput
 from model.state import ModelState
 
 # Prompt tokens that go through the model at a time: bounds the logits in memory, of which only the last are used.
@@ -91,7 +91,7 @@ def _prefill(model: LanguageModel, prompts: list[Tensor], device: torch.device) 
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         document_start[row, length - len(prompt)] = True
-    output = None
+    output: ModelOutput | None = None
     for start in range(0, length, PREFILL_TOKENS):
         part = slice(start, start + PREFILL_TOKENS)
         output = model(
@@ -100,6 +100,7 @@ def _prefill(model: LanguageModel, prompts: list[Tensor], device: torch.device) 
             state=None if output is None else output.state,
             return_state=True,
         )
+    assert output is not None and output.logits is not None and output.state is not None
     return output.logits[:, -1], output.state
 
 

@@ -17,6 +17,7 @@ def use_own_kernels() -> None:
     loaded = sys.modules.get("kernels")
     if loaded is None:
         spec = importlib.util.spec_from_file_location("kernels", directory / "__init__.py")
+        assert spec is not None and spec.loader is not None
         package = importlib.util.module_from_spec(spec)
         sys.modules["kernels"] = package
         spec.loader.exec_module(package)

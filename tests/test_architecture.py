@@ -19,6 +19,7 @@ PACKAGES = set(MAY_IMPORT)
 # Where a package's command line or configuration meets the values; library code takes dataclasses.
 READ_VALUES = {
     "model/__main__.py",
+    "model/presets.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
     "train/requirements.py",
@@ -28,20 +29,36 @@ READ_VALUES = {
     "launch/local.py",
     "launch/demo.py",
 }
+# How to speak of values that are wrong; imports nothing, so that every package may import it.
+SHARED = "conf.problems"
 # The command line of the model turns text into tokens; the library does not.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline")}
+# The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.
+DATA_ROOMS = {
+    "tokenizing": set(),
+    "sources": set(),
+    "corpus": {"tokenizing"},
+    "ordering": {"corpus"},
+    "preparing": {"tokenizing", "sources", "corpus", "ordering"},
+    "reading": {"tokenizing", "sources", "corpus", "ordering"},
+}
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imported_packages(path):
+def imported_modules(path):
+    """Names of the modules that a file imports, wherever in it; what `from package import module` names included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        yield from (name.split(".")[0] for name in names)
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_packages(path):
+    names = (name for name in imported_modules(path) if name != SHARED and not name.startswith(f"{SHARED}."))
+    yield from (name.split(".")[0] for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -54,6 +71,20 @@ def test_imports_run_one_way(path):
         assert imported in MAY_IMPORT[package], f"{relative} imports {imported}"
         if imported == "conf":
             assert relative in READ_VALUES, f"{relative} reads configuration values; pass it dataclasses"
+
+
+def test_the_words_for_problems_import_no_package():
+    assert not set(imported_packages(ROOT / "conf" / "problems.py")) & PACKAGES
+
+
+def test_the_rooms_of_the_data_pipeline_are_layers():
+    assert {path.parent.name for path in (ROOT / "data_pipeline").glob("*/__init__.py")} == set(DATA_ROOMS)
+    for room, others in DATA_ROOMS.items():
+        for path in (ROOT / "data_pipeline" / room).rglob("*.py"):
+            modules = (name.split(".") for name in imported_modules(path) if name.startswith("data_pipeline."))
+            found = {parts[1] for parts in modules} - {room, "errors"}
+            assert found <= others, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found - others))}"
+    assert not [name for name in imported_modules(ROOT / "data_pipeline/errors.py") if name.startswith("data_pipeline")]
 
 
 @pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])
@@ -107,3 +138,11 @@ def test_nothing_names_a_path_of_one_machine():
         text = path.read_text(encoding="utf-8")
         for prefix in ("/work/", "/root/", "/home/"):
             assert prefix not in text, f"{path} names {prefix}"
+
+
+def test_tests_are_one_package_and_import_their_helpers_by_full_names():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    modules = {path.stem for path in files}
+    for path in files:
+        assert (path.parent / "__init__.py").is_file(), f"{path.parent} lacks an __init__.py"
+        assert not modules & set(imported_packages(path)), f"{path}: import helpers as tests.<folder>.<file>"

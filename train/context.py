@@ -21,10 +21,10 @@ import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
-from data_pipeline.corpus import Corpus
-from data_pipeline.on_the_fly import LiveStream
-from data_pipeline.stream import SampleStream
-from data_pipeline.tokenizer import SIDECAR
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.live import LiveStream
+from data_pipeline.reading.stream import SampleStream
+from data_pipeline.tokenizing.tokenizer import SIDECAR
 from train.callbacks.base import Callback
 from train.checkpoints.layout import remove_torn
 from train.checkpoints.reader import newest_usable

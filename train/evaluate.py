@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.corpus import Corpus
-from data_pipeline.stream import Batch, WindowStream
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.stream import Batch, WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
 from train.parallel.engine import Engine

@@ -11,15 +11,12 @@ import time
 import torch
 
 from kernels import preflight
-from kernels.preflight import Case, Finding, HeadNormCase, LossCase, MLSTMCase, SLSTMCase
-from model.config import ModelConfig
+from kernels.preflight import Case, Finding, LossCase
+from model.layers import KernelUse, layer_kinds
 from train.config import RunConfig
+from train.errors import RunError
 from train.parallel.mesh import Mesh
 from train.run_directory import EventLog
-from train.trainer import RunError
-
-# Sequences that are enough for the mLSTM's kernels to choose the tiles of any larger batch.
-_LARGEST_BATCH = 32
 
 
 def check_kernels(config: RunConfig, mesh: Mesh, events: EventLog) -> None:
@@ -50,50 +47,16 @@ def kernel_cases(config: RunConfig) -> list[Case]:
     # Autocast casts what enters a product; weights that enter none stay float32.
     weight_dtype = config.precision.weight_dtype(config.parallel.zero_stage)
     model = config.model
-    cases: list[Case] = []
-    kinds = set(model.block_kinds())
-    if "mlstm" in kinds:
-        batch = min(config.training.micro_batch_size, _LARGEST_BATCH)
-        evaluated = min(config.evaluation.batch_size, _LARGEST_BATCH) if config.evaluation.sets else batch
-        cases += _mlstm_cases(model, dtype, weight_dtype, batch, evaluated)
-    if "slstm" in kinds:
-        cases += _slstm_cases(model, dtype, weight_dtype)
+    batches = {config.training.micro_batch_size: True}
+    if config.evaluation.sets:
+        # The batch of an evaluation may have other tiles.
+        batches.setdefault(config.evaluation.batch_size, False)
+    use = KernelUse(dtype, weight_dtype, batches)
+    kinds = {kind.name: kind for kind in layer_kinds(model)}
+    cases = [case for kind in kinds.values() for case in kind.kernel_cases(model, use)]
     loss = (model.d_model, model.vocab_size, dtype, weight_dtype, model.logit_soft_cap)
     cases.append(LossCase(*loss, z_loss_weight=config.training.z_loss_weight))
     return [case for case in cases if case.backend != "reference"]
-
-
-def _mlstm_cases(
-    model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype, batch: int, evaluated: int
-) -> list[Case]:
-    if model.family == "neurips":
-        layer, key_width, value_width = model.preup_mlstm, model.preup_dim, model.preup_dim
-        options = {}
-    else:
-        layer, key_width, value_width = model.mlstm, model.mlstm_qk_dim, model.mlstm_v_dim
-        options = {"gate": layer.gate, "normaliser": layer.normaliser}
-    heads, value_dim = layer.n_heads, value_width // layer.n_heads
-    is_gated = model.family == "xlstm_7b"
-    shape = (heads, key_width // heads, value_dim, dtype)
-    return [
-        *(
-            MLSTMCase(*shape, bias, eps=layer.cell_eps, batch=size, backend=layer.backend, trains=trains, **options)
-            # The batch of an evaluation may have other tiles.
-            for size, trains in {batch: True, evaluated: evaluated == batch}.items()
-            for bias in (2.0, -10.0)
-        ),
-        HeadNormCase(heads, value_dim, dtype, weight_dtype, layer.head_norm_eps, is_gated, layer.backend),
-    ]
-
-
-def _slstm_cases(model: ModelConfig, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Case]:
-    layer = model.slstm
-    heads, head_dim = layer.n_heads, model.d_model // layer.n_heads
-    return [
-        SLSTMCase(heads, head_dim, dtype, layer.gate_soft_cap, layer.backend),
-        # The cell puts out what its gates are: float32.
-        HeadNormCase(heads, head_dim, torch.float32, weight_dtype, layer.head_norm_eps, False, layer.backend),
-    ]
 
 
 def largest_errors(findings: list[Finding]) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.stream import MASKED, Batch, WindowStream
+from data_pipeline.reading.stream import MASKED, Batch, WindowStream
 from train.config import RunConfig
 from train.data import open_corpus
 from train.evaluate import open_evaluation_corpora, parts_of_set

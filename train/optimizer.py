@@ -22,6 +22,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-4
     # Decay of the first and of the second moment, per step.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # Added to the root of the second moment before it divides.
     eps: float = 1e-8
     # Per step, times the learning rate; on dense weights only (see `is_decayed`).
     weight_decay: float = 0.1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
+from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
 from train.config import RunConfig
 from train.parallel.mesh import MeshShape
@@ -107,6 +108,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     shape = MeshShape.of_world(world_size)
     zero_stage = config.parallel.zero_stage
     compute_bytes = config.precision.compute_dtype.itemsize
+    hardware = Hardware(device, compute_bytes)
     weight_bytes = config.precision.weight_dtype(zero_stage).itemsize
     # ZeRO-0 has no second copy of the weights for the optimizer.
     replicated = zero_stage == 0
@@ -127,7 +129,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         parameter_tensors=counted.tensors,
         tokens_per_parameter=total_tokens / counted.total,
         flops_per_token_6n=six_n,
-        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length),
+        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length, hardware),
         weight_bytes=memory.weights,
         gradient_bytes=memory.gradients,
         optimizer_bytes=8.0 * counted.total if replicated else memory.optimizer,
@@ -136,7 +138,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
             training.micro_batch_size,
             training.sequence_length,
             config.parallel.activation_checkpointing,
-            compute_bytes,
+            hardware,
         ),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total,

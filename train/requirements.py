@@ -17,10 +17,12 @@ import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
-from data_pipeline.corpus import Corpus
-from data_pipeline.on_the_fly import LiveCorpus, LiveStream
-from data_pipeline.stream import SampleStream
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.live import LiveCorpus, LiveStream
+from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
+from model.config import ModelConfig
+from model.stored import what_is_computed, with_current_keys
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
@@ -140,10 +142,11 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     """Where the folder holds a run that differs in what must not change."""
     if not directory.config.exists():
         return []
-    before = _with_defaults(RunConfig, OmegaConf.to_container(OmegaConf.load(directory.config)))
+    stored: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
+    model = _with_defaults(ModelConfig, with_current_keys(stored.get("model") or {}))
+    before = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
     now = dataclasses.asdict(config)
-    for values in (before, now):
-        values["model"] = _what_is_computed(values["model"] or {})
+    now["model"] = what_is_computed(now["model"])
     problems = []
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old, new = before, now
@@ -179,17 +182,6 @@ def _with_defaults(schema: type, values: Any) -> Any:
 def _is_schema(kind: Any) -> bool:
     """Whether `kind` is a dataclass, and not an instance of one."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def _what_is_computed(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's settings without those that only choose how fast its layers compute the same."""
-    only_speed = ("backend", "chunk_size", "reference_chunk_size")
-    return {
-        key: {name: setting for name, setting in value.items() if name not in only_speed}
-        if isinstance(value, dict)
-        else value
-        for key, value in model.items()
-    }
 
 
 def _difference(old: Any, new: Any) -> str:

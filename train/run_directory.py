@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from data_pipeline import files
+from data_pipeline.corpus import files
 
 EVENTS_FORMAT_VERSION = 1
 

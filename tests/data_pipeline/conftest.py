@@ -6,11 +6,19 @@ import random
 
 import pytest
 import tokenizers
-from small_corpora import TOKENIZER, quietly, random_text, sample_texts, slimpajama_config, write_slimpajama
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig
-from data_pipeline.corpus import Corpus
-from data_pipeline.tokenizer import train_sentencepiece
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.preparing.config import PrepareConfig
+from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.tokenizing.tokenizer import train_sentencepiece
+from tests.data_pipeline.small_corpora import (
+    TOKENIZER,
+    quietly,
+    random_text,
+    sample_texts,
+    slimpajama_config,
+    write_slimpajama,
+)
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
-from data_pipeline import sources
-from data_pipeline.archives import CHUNK_BYTES, OversizedLine, read_lines
-from data_pipeline.config import DataConfig, SplitConfig, ToleranceConfig
-from data_pipeline.inspection import verify_corpus
-from data_pipeline.sources import Document, Rejection, open_source
+from data_pipeline.corpus.inspection import verify_corpus
+from data_pipeline.sources import sources
+from data_pipeline.sources.archives import CHUNK_BYTES, OversizedLine, read_lines
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.sources.sources import Document, Rejection, open_source
+from tests.data_pipeline.small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
 TEXTS = [random_text(random.Random(1), 60) for _ in range(400)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -249,7 +249,7 @@ def test_large_and_binary_files_of_a_text_tree(tmp_path):
 
 def test_dclm_is_read_as_it_is_laid_out(tmp_path):
     from conf import compose
-    from data_pipeline.config import PrepareConfig, resolve_source
+    from data_pipeline.preparing.config import PrepareConfig, resolve_source
 
     folder = tmp_path / "global-shard_01_of_10" / "local-shard_0_of_10"
     folder.mkdir(parents=True)
@@ -275,7 +275,7 @@ def test_the_tolerance_is_looked_at_while_it_runs(tmp_path, monkeypatch):
     settings = slimpajama_config(tmp_path / "raw", tmp_path / "out")
     tolerance = ToleranceConfig(rejected_fraction=0.05)
     settings = replace(settings, data=replace(settings.data, tolerance=tolerance))
-    monkeypatch.setattr("data_pipeline.workers.TOLERANCE_RECORDS", 100)
+    monkeypatch.setattr("data_pipeline.preparing.workers.TOLERANCE_RECORDS", 100)
     with pytest.raises(sources.PrepareError, match=r"30 of 4\d\d records \(.*30 x malformed.*allows 5\.000%") as error:
         quietly(settings)
     assert "example_train_0.jsonl.zst, record 1: malformed" in str(error.value)

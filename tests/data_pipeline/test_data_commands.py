@@ -12,19 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpora import random_text, write_slimpajama
 
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main
-from data_pipeline.config import (
-    DataConfig,
-    PrepareConfig,
-    SplitConfig,
-    TokenizerConfig,
-    ToleranceConfig,
-    validate_prepare,
-)
-from data_pipeline.manifest import Manifest
+from data_pipeline.corpus.manifest import Manifest
+from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
+from tests.data_pipeline.small_corpora import random_text, write_slimpajama
 from tests.documented import has_type, keys_and_types, table
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +196,7 @@ def test_the_manifest_reads_back_and_every_key_is_documented(corpus):
     # Beyond these, keys are labels, reasons, or the settings of conf/.
     free = r"^(settings|splits|inputs\.rejected|inputs\.repaired)\..*"
     written = {re.sub(free, r"\1", key) for key in keys}
-    documented = keys_and_types(table("data.md", "key of `manifest.json`"))
+    documented = keys_and_types(table("data_formats.md", "key of `manifest.json`"))
     assert written == documented.keys()
     for key, words in documented.items():
         assert has_type(value_at(document, key), words), f"{key} is not {words}"
@@ -229,7 +224,7 @@ def test_every_key_of_the_lines_beside_the_manifest(tmp_path):
     settings = [f"data.path={tmp_path / 'raw'}", f"output={tmp_path / 'out'}", "tokenizer.vocab_size=400"]
     assert main(["prepare", "data=text", *settings]) == 0
     for name in ("inputs.jsonl", "report.jsonl"):
-        documented = keys_and_types(table("data.md", f"key of `{name}`"))
+        documented = keys_and_types(table("data_formats.md", f"key of `{name}`"))
         lines = [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
         assert lines
         for line in lines:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mlstm_cases import DOCUMENTS, FORMS, GATE_KINDS, INPUT_NAMES, B, S, make_inputs, make_state
+
+from tests.kernels.mlstm_cases import DOCUMENTS, FORMS, GATE_KINDS, INPUT_NAMES, B, S, make_inputs, make_state
 
 START, END = 11, 24
 

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from mlstm_cases import (
+
+from kernels.mlstm import MLSTMState, mlstm
+from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
+from tests.kernels.cases import assert_close
+from tests.kernels.mlstm_cases import (
     DOCUMENTS,
     FORMS,
     GATE_KINDS,
@@ -15,10 +19,6 @@ from mlstm_cases import (
     outputs_and_gradients,
     starts_at,
 )
-
-from kernels.mlstm import MLSTMState, mlstm
-from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
-from tests.kernels.cases import assert_close
 
 OTHER_FORMS = [name for name in FORMS if name != "recurrent"]
 

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from mlstm_cases import (
+
+from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm.reference import mlstm_quadratic
+from tests.kernels.cases import assert_close
+from tests.kernels.mlstm_cases import (
     FORMS,
     GATE_KINDS,
     REGIMES,
@@ -13,10 +17,6 @@ from mlstm_cases import (
     outputs_and_gradients,
     starts_at,
 )
-
-from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
-from kernels.mlstm.reference import mlstm_quadratic
-from tests.kernels.cases import assert_close
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import CONFIGS, random_model
 
 import model.generate as generate_module
 from model.generate import generate
+from tests.model_tools.small_models import CONFIGS, random_model
 
 PROMPT = torch.randint(96, (2, 23), generator=torch.Generator().manual_seed(1))
 

@@ -9,12 +9,12 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from small_models import CONFIGS, random_model
 
-from data_pipeline.config import TokenizerConfig
-from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.config import TokenizerConfig
+from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.huggingface import HuggingFaceError, export_huggingface
 from model.huggingface.tokenizer import export_tokenizer
+from tests.model_tools.small_models import CONFIGS, random_model
 
 TEXTS = [
     "def f(x):\n\treturn x ** 2\n\n\n",

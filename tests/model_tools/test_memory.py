@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import CONFIGS, random_model
 
 from conf import compose
 from model.config import ModelOnlyConfig
+from model.hardware import Hardware
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from tests.model_tools.small_models import CONFIGS, random_model
 
 # Wide enough that activations outweigh the copies of weights that a CPU's kernels also keep.
 BATCH, LENGTH = 8, 128
+FP32 = Hardware(compute_bytes=4)
 ACTIVATION_CONFIGS = {name: CONFIGS[name] for name in ("mlstm", "hybrid", "attention", "neurips")}
 
 
@@ -42,7 +44,7 @@ def test_activations_are_those_that_the_blocks_keep(config, dtype):
     document_start[:, 0] = True
     kept = kept_bytes(model, model.blocks, model.embedding(tokens), document_start)
     no_logits = dataclasses.replace(config, vocab_size=0)
-    estimate = activation_bytes(no_logits, BATCH, LENGTH, compute_bytes=dtype.itemsize)
+    estimate = activation_bytes(no_logits, BATCH, LENGTH, hardware=Hardware(compute_bytes=dtype.itemsize))
     # A CPU's rms_norm keeps two fp32 tensors where a GPU's keeps its input.
     norms = 0
     if config.family == "xlstm_7b":
@@ -62,11 +64,11 @@ def test_checkpointing_keeps_the_inputs_of_units_or_blocks(mode):
     out_norm = 2 * per_input
     assert kept == pytest.approx((inputs + 2) * per_input, rel=0.05)
     one_block = dataclasses.replace(config, n_blocks=1, vocab_size=0)
-    largest = activation_bytes(one_block, BATCH, LENGTH, "none", compute_bytes=4) - out_norm
+    largest = activation_bytes(one_block, BATCH, LENGTH, "none", hardware=FP32) - out_norm
     if mode == "unit":
         largest -= 4 * (2 * config.d_model + 4 * config.ffn_dim) * BATCH * LENGTH
     no_logits = dataclasses.replace(config, vocab_size=0)
-    estimate = activation_bytes(no_logits, BATCH, LENGTH, mode, compute_bytes=4)
+    estimate = activation_bytes(no_logits, BATCH, LENGTH, mode, hardware=FP32)
     assert estimate == inputs * per_input + largest + out_norm
 
 

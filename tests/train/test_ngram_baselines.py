@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conf import compose
-from data_pipeline.corpus import Corpus
-from data_pipeline.stream import Batch
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.stream import Batch
 from tests.runs import TINY_RUN
 from train import ngram_baselines
 from train.config import RunConfig

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import hash_file
+from data_pipeline.corpus.files import hash_file
 from model.locate import COMPLETE as MARKER
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.files import sync
+from data_pipeline.corpus.files import sync
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
 from model.weights import save_fragments, write_model_json

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.runs import ROOT, environment, run_train, train_command
+from tests.runs import PATIENCE, ROOT, environment, paused_train_command, run_train, train_command
 from train.checkpoints.layout import MARKER, complete_checkpoints, describe_file, remove_torn
 
 STEPS = 24
@@ -33,17 +33,17 @@ def events(run_directory, kind):
 
 
 def start_and_kill_at(command, run_directory, step):
-    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL all its processes."""
+    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL all its processes.
+
+    The command must not end by itself: it stands still some steps later.
+    """
     process = psutil.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
     metrics = run_directory / "metrics.jsonl"
     try:
-        while time.monotonic() < deadline and process.poll() is None:
-            saved = any(run_directory.glob("checkpoints/*/complete.json"))
-            if saved and f'"step": {step},' in metrics.read_text():
-                break
+        wait_for_step(process, metrics, step)
+        while not any(run_directory.glob("checkpoints/*/complete.json")):
+            assert process.poll() is None
             time.sleep(0.01)
-        assert process.poll() is None, "the run ended before it could be killed"
     finally:
         # torchrun's workers are sessions of their own: a signal to its process group would not reach them.
         family = [*process.children(recursive=True), process]
@@ -70,7 +70,8 @@ def test_sigkill_at_a_random_step_leaves_no_trace(stage, tiny_run, tmp_path):
     # Generated at run time, so that every run of the suite tries another step; printed when the test fails.
     step = random.Random().randint(4, STEPS - 6)
     print(f"killed at step {step}")
-    command = train_command(["name=killed", *overrides], processes=2)
+    never = tmp_path / "never"
+    command = paused_train_command(STEPS - 4, never, ["name=killed", *overrides], processes=2)
     start_and_kill_at(command, tmp_path / "killed", step)
     again = run_train(["name=killed", *overrides], processes=2)
     assert again.returncode == 0, again.stderr
@@ -111,13 +112,13 @@ def wait_for_step(process, metrics, step):
 
 @pytest.mark.slow
 def test_a_complete_run_says_so_and_sigterm_stops_with_a_checkpoint(tiny_run, tmp_path):
-    overrides = [*tiny_run, "training.total_steps=400"]
+    overrides = [*tiny_run, "training.total_steps=4000"]
     process = subprocess.Popen(
         train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert "Stopped by SIGTERM" in stderr
     (stop,) = events(tmp_path / "run", "stop")
@@ -138,7 +139,7 @@ def test_a_signal_to_one_rank_stops_all_and_is_named(tiny_run, tmp_path):
     wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
     (rank_1,) = [child for child in process.children(recursive=True) if child.environ().get("RANK") == "1"]
     rank_1.send_signal(signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert "Stopped by SIGUSR1" in stderr
     assert events(tmp_path / "run", "stop")[0]["reason"] == "SIGUSR1"
@@ -156,7 +157,7 @@ def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_
     while process.poll() is None and not any(checkpoints.glob("*/complete.json")):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.005)
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE)
     assert any(checkpoints.glob("*/complete.json"))
 
 
@@ -185,7 +186,7 @@ def test_a_failed_run_finishes_the_checkpoint_that_it_is_writing(processes, tiny
     command = train_command(overrides, processes)
     module = command.index("train")
     command[module - 1 : module + 1] = [str(tmp_path / "slow_disk.py")]
-    failed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    failed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert failed.returncode == 1
     assert "training.max_skipped_steps" in failed.stderr
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -195,11 +196,13 @@ def test_a_failed_run_finishes_the_checkpoint_that_it_is_writing(processes, tiny
 @pytest.mark.slow
 def test_a_run_goes_on_when_wandb_dies(tiny_run, tmp_path):
     overrides = [*tiny_run, "training.total_steps=60", "logging.wandb.mode=offline"]
-    process = psutil.Popen(train_command(overrides), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = paused_train_command(2, tmp_path / "go on", overrides)
+    process = psutil.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 2)
     for service in process.children(recursive=True):
         service.kill()
-    _, stderr = process.communicate(timeout=120)
+    (tmp_path / "go on").touch()
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert stderr.count("W&B has failed (") == 1 and "the run goes on without it" in stderr
     assert losses(tmp_path / "run")[-2][0] == 60
@@ -263,7 +266,7 @@ def test_another_model_or_corpus_under_the_same_name_is_refused(tiny_run, tmp_pa
     assert "model:" in changed.stderr and "logit_soft_cap=30.0" in changed.stderr
     assert "seed:" in changed.stderr
     # How the same is computed may change: the check of the kernels advises it.
-    faster = ["model.mlstm.backend=reference", "model.mlstm.chunk_size=8", "training.total_steps=3"]
+    faster = ["model.mlstm.backend=reference", "model.mlstm.reference_chunk_size=8", "training.total_steps=3"]
     resumed = run_train([*tiny_run, *faster])
     assert resumed.returncode == 0, resumed.stderr
     assert events(tmp_path / "run", "resume")[0]["step"] == 2

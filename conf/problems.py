@@ -1,0 +1,65 @@
+"""What is wrong with configured values, in the words that every part of the project uses. Imports no package.
+
+A validating function returns a list with one line for each problem: the key, what is wrong, the value in brackets, what
+to change. The functions below return such lists, empty when the value is fine, so that callers add them up:
+
+    problems = choice("corpus.packing", config.packing, PACKINGS) + at_least("corpus.workers", config.workers, 1)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+
+class ConfigError(ValueError):
+    """A configuration that the user must change; `problems` holds one line for each, with its key path."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        heading = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{heading} in the configuration:\n" + "\n".join(f"  - {line}" for line in self.problems))
+
+
+def choice(key: str, value: object, choices: Iterable[object], noun: str = "choice") -> list[str]:
+    """`value` is none of `choices`; `noun` names what is chosen."""
+    choices = tuple(choices)
+    if value in choices:
+        return []
+    return [f"{key}: no such {noun} ({value!r}); choose one of {', '.join(map(str, choices))}"]
+
+
+def at_least(key: str, value: float | None, low: float) -> list[str]:
+    """`value` is below `low`, or no number; None (null: not set) is fine."""
+    if value is None or value >= low:
+        return []
+    return [f"{key}: must be at least {low} ({value})"]
+
+
+def between(key: str, value: float, low: float, high: float, measure: str = "") -> list[str]:
+    """`value` lies outside of `low`..`high`, both included; `measure`: what is counted, for the message."""
+    if low <= value <= high:
+        return []
+    return [f"{key}: must be between {low} and {high}{' ' if measure else ''}{measure} ({value})"]
+
+
+def positive(key: str, value: float) -> list[str]:
+    """`value` is 0, negative or no number."""
+    if value > 0:
+        return []
+    return [f"{key}: must be positive ({value})"]
+
+
+def exactly_one(key: str, values: Mapping[str, object]) -> list[str]:
+    """None or several of two values are set, where one must be; `values` maps their names to what they are."""
+    if sum(value is not None for value in values.values()) == 1:
+        return []
+    shown = " and ".join(f"{name} ({value})" for name, value in values.items())
+    return [f"{key}: set exactly one of {shown}, the other to null"]
+
+
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """What to append to a message about `key`: the name of `known` that it nearly is; empty when it resembles none."""
+    nearest = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean '{nearest[0]}'?)" if nearest else ""

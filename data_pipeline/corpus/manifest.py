@@ -1,0 +1,180 @@
+"""`manifest.json`: what a prepared corpus consists of, with sizes and checksums; the corpus' identity is its hash.
+
+It stays small at any size of corpus: the shards are rows of `shards.arrow` (shard_table.py), whose checksum it holds.
+Written last and atomically: a folder without a manifest is not a corpus. It holds no clock time, no host name and no
+absolute path: the same input and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.corpus.files import write_whole
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable, ShardTableEntry
+from data_pipeline.errors import CorpusError
+
+__all__ = [
+    "InputsEntry",
+    "Manifest",
+    "ReportEntry",
+    "ShardEntry",
+    "ShardTable",
+    "TokenizerEntry",
+    "canonical_json",
+    "fingerprint_of",
+]
+
+FORMAT = "xlstm-pretrain corpus"
+FORMAT_VERSION = 2
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The corpus' own copy of its tokenizer and what identifies it."""
+
+    file: str
+    kind: str
+    sha256: str
+    fingerprint: str
+    library: str
+    library_version: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    probe_sha256: str
+
+
+@dataclass(frozen=True)
+class InputsEntry:
+    """`inputs.jsonl` (one line an input file), and its sums: records = documents + all rejected."""
+
+    file: str
+    sha256: str
+    files: int
+    records: int
+    documents: int
+    rejected: dict[str, int]
+    repaired: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ReportEntry:
+    """`report.jsonl`: one line for each record rejected or repaired (the first of each unit), and its hash."""
+
+    file: str
+    sha256: str
+    lines: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest; `shards` is the table of shards, one `ShardEntry` a row."""
+
+    settings: dict[str, Any]
+    tokenizer: TokenizerEntry
+    token_dtype: str
+    block_bytes: int
+    shards: ShardTable
+    inputs: InputsEntry
+    report: ReportEntry
+
+    @cached_property
+    def splits(self) -> dict[str, dict[str, dict[str, int]]]:
+        """split -> source -> {"documents", "tokens", "text_bytes"}, sums over `shards`."""
+        return self.shards.sums()
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "token_dtype": self.token_dtype,
+            "block_bytes": self.block_bytes,
+            "splits": self.splits,
+            "shards": dataclasses.asdict(self.shards.entry),
+            "inputs": dataclasses.asdict(self.inputs),
+            "report": dataclasses.asdict(self.report),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON of everything above, the checksum of the table of shards included."""
+        return fingerprint_of(self._document())
+
+    def write(self, folder: Path) -> None:
+        """Write `shards.arrow`, then `manifest.json`, into `folder`, each atomically."""
+        self.shards.write(folder)
+        document = {**self._document(), "fingerprint": self.fingerprint}
+        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+        write_whole(folder / MANIFEST_FILE, text.encode())
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Read and check `manifest.json` and map `shards.arrow`.
+
+        Raises CorpusError when one is missing, altered or of another version, naming the file.
+        """
+        path = folder / MANIFEST_FILE
+        if not folder.is_dir():
+            raise CorpusError(f"{folder}: no such folder; prepare a corpus with `python -m data_pipeline prepare`")
+        if not path.is_file():
+            raise CorpusError(
+                f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; run (again) "
+                f"`python -m data_pipeline prepare ... output={folder}`"
+            )
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CorpusError(f"{path}: altered or damaged, not JSON ({error}); {_ADVICE}") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CorpusError(f"{path}: not a corpus manifest (its 'format' is not '{FORMAT}')")
+        if document.get("format_version") != FORMAT_VERSION:
+            raise CorpusError(
+                f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION} "
+                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again or use the "
+                "release that wrote it"
+            )
+        recorded = document.pop("fingerprint", None)
+        if fingerprint_of(document) != recorded:
+            raise CorpusError(f"{path}: altered after it was written (its fingerprint does not match); {_ADVICE}")
+        try:
+            manifest = _from_document(document, folder)
+        except (TypeError, KeyError) as error:
+            raise CorpusError(f"{path}: keys missing or unknown ({error}); {_ADVICE}") from None
+        if manifest.token_dtype not in ("uint16", "uint32") or manifest.block_bytes < 1:
+            raise CorpusError(
+                f"{path}: token_dtype '{manifest.token_dtype}' or block_bytes {manifest.block_bytes} cannot be; "
+                f"{_ADVICE}"
+            )
+        if manifest.fingerprint != recorded:
+            raise CorpusError(f"{path}: its sums are not those of {manifest.shards.entry.file}; {_ADVICE}")
+        return manifest
+
+
+_ADVICE = "restore the file or prepare the corpus again"
+
+
+def _from_document(document: dict[str, Any], folder: Path) -> Manifest:
+    fields = {key: value for key, value in document.items() if key not in ("format", "format_version", "splits")}
+    parts = {"tokenizer": TokenizerEntry, "inputs": InputsEntry, "report": ReportEntry, "shards": ShardTableEntry}
+    fields |= {key: kind(**document[key]) for key, kind in parts.items()}
+    fields["shards"] = ShardTable.read(folder, fields["shards"])
+    return Manifest(**fields)
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of `value` that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint_of(value: Any) -> str:
+    """Identity of `value`: the hex sha256 of its canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

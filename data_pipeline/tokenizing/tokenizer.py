@@ -1,0 +1,299 @@
+"""Text to token ids and back: SentencePiece models and Hugging Face `tokenizer.json` files behind one interface.
+
+A special token spelled in a text is encoded as text: no document can contain the end-of-document id. Encoding adds
+neither a beginning- nor an end-of-document id; the shard writer appends the latter.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data_pipeline.errors import TokenizerError
+from data_pipeline.tokenizing.config import TokenizerConfig
+
+EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
+# Beside a tokenizer.json whose end-of-document token is not evident from the file alone.
+SIDECAR = "end_of_document.json"
+# SentencePiece writes a space as this character, so the character itself has no piece of its own.
+META_SPACE = "\u2581"
+META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
+# Text that libraries and versions disagree on most; its ids are recorded in the manifest.
+PROBE = (
+    "The quick brown fox\n\tdef f(x):\r\n        return x  # 1234567890\n\n\n"
+    "</s><s><unk><|endoftext|> e\u0301 \u00e9 \u4e2d\u6587 \u0627\u0644 \ufeff \u2581 "
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \x00 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa    "
+)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 when every id below `vocab_size` fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+class Tokenizer(abc.ABC):
+    """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document.
+
+    `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
+    what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
+    """
+
+    kind: str
+    library: str
+    canonical_name: str
+    path: Path
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    special_ids: list[int]
+    added_tokens: list[str]
+    rewritten_text: str = ""
+
+    @staticmethod
+    def load(path: str | Path, eod_token: str | None = None) -> Tokenizer:
+        """Read a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
+
+        `eod_token` names the end-of-document token where the file leaves it open. Raises TokenizerError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = _file_in(path)
+        if not path.is_file():
+            raise TokenizerError(f"{path}: no such tokenizer file; give a .model or tokenizer.json (tokenizer.path)")
+        sidecar = path.parent / SIDECAR
+        if eod_token is None and sidecar.is_file():
+            try:
+                eod_token = json.loads(sidecar.read_bytes())["eod_token"]
+            except (ValueError, KeyError, TypeError):
+                raise TokenizerError(
+                    f"{sidecar}: damaged, names no eod_token; delete it and set tokenizer.eod_token, or restore it"
+                ) from None
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(path, eod_token)
+        return SentencePieceTokenizer(path, eod_token)
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without begin or end of document."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as an int64 array."""
+        return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; end of document and other control ids give no text."""
+
+    @property
+    def file_sha256(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what ids mean: sha256 over the file's content, the end-of-document id and the specials policy."""
+        identity = ["xlstm-pretrain tokenizer", 1, self.kind, self.file_sha256, self.eod_id, "specials as text"]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @property
+    def probe_sha256(self) -> str:
+        """sha256 of the ids of a fixed text: differs when another library version encodes differently."""
+        return hashlib.sha256(json.dumps([int(i) for i in self.encode(PROBE)]).encode()).hexdigest()
+
+    @property
+    def library_version(self) -> str:
+        return version(self.library)
+
+    def save_to(self, folder: str | Path) -> Path:
+        """Copy the tokenizer's file, and what `load` needs beside it, into `folder`; returns the copy's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / self.canonical_name
+        if target.resolve() != self.path.resolve():
+            target.write_bytes(self.path.read_bytes())
+        (folder / SIDECAR).write_text(json.dumps({"format_version": 1, "eod_token": self.eod_token}) + "\n", "utf-8")
+        return target
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` (kind=file) names. Raises TokenizerError."""
+    if config.path is None:
+        raise TokenizerError("tokenizer.path: kind=file needs a path; set tokenizer.path=FILE")
+    return Tokenizer.load(config.path, config.eod_token)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (SentencePieceTokenizer.canonical_name, HuggingFaceTokenizer.canonical_name):
+        if (folder / name).is_file():
+            return folder / name
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    raise TokenizerError(f"{folder}: holds no tokenizer.model or tokenizer.json; name the file (tokenizer.path)")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Control pieces are never parsed from text."""
+
+    kind = "sentencepiece"
+    library = "sentencepiece"
+    canonical_name = "tokenizer.model"
+
+    def __init__(self, path: Path, eod_token: str | None = None):
+        self.path = path
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except Exception as error:
+            raise TokenizerError(f"{path}: not a SentencePiece model ({error})") from None
+        self.vocab_size = self._model.vocab_size()
+        if eod_token is None:
+            self.eod_id = self._model.eos_id()
+        else:
+            self.eod_id = self._model.piece_to_id(eod_token)
+        if self.eod_id < 0 or eod_token is not None and self._model.id_to_piece(self.eod_id) != eod_token:
+            raise TokenizerError(f"{path}: has no end-of-document piece {eod_token or '</s>'}; set tokenizer.eod_token")
+        if not self._model.is_control(self.eod_id):
+            raise TokenizerError(
+                f"{path}: {self._model.id_to_piece(self.eod_id)!r} is an ordinary piece that text can spell; "
+                "set tokenizer.eod_token to a control piece"
+            )
+        self.eod_token = self._model.id_to_piece(self.eod_id)
+        ids = range(self.vocab_size)
+        self.special_ids = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.added_tokens = [self._model.id_to_piece(i) for i in self.special_ids]
+        self._meta_space_ids = self._find_meta_space_ids()
+        if self._meta_space_ids:
+            self.rewritten_text = META_SPACE
+
+    def _find_meta_space_ids(self) -> list[int]:
+        """Byte pieces that spell META_SPACE; empty when the model cannot keep it apart from a space."""
+        ids = [self._model.piece_to_id(piece) for piece in META_SPACE_BYTES]
+        adds_prefix = self._model.encode("a", out_type=str)[0].startswith(META_SPACE)
+        keeps_spaces = self._model.decode(self._model.encode("  a  ")) == "  a  "
+        usable = all(self._model.is_byte(i) for i in ids) and keeps_spaces and not adds_prefix
+        return ids if usable else []
+
+    def encode(self, text: str) -> list[int]:
+        if self._meta_space_ids and META_SPACE in text:
+            first, *rest = text.split(META_SPACE)
+            ids = self._model.encode(first)
+            for part in rest:
+                ids += [*self._meta_space_ids, *self._model.encode(part)]
+            return ids
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = [int(i) for i in ids]
+        _check_ids(ids, self.vocab_size)
+        return self._model.decode(ids)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the Hugging Face tokenizers library."""
+
+    kind = "huggingface"
+    library = "tokenizers"
+    canonical_name = "tokenizer.json"
+
+    def __init__(self, path: Path, eod_token: str | None = None):
+        import tokenizers
+
+        self.path = path
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise TokenizerError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
+        self._model.no_truncation()
+        self._model.no_padding()
+        # Special tokens spelled in a text are split like any text.
+        self._model.encode_special_tokens = True
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        added = self._model.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        self.special_ids = sorted(special.values())
+        self.added_tokens = [token.content for token in added.values()]
+        found = [eod_token] if eod_token is not None else [t for t in EOD_CANDIDATES if t in special]
+        if len(found) != 1 or found[0] not in special:
+            raise TokenizerError(
+                f"{path}: cannot tell its end-of-document token (candidates {found}, its special tokens are "
+                f"{sorted(special)[:20]}); set tokenizer.eod_token to one of them"
+            )
+        self.eod_token = found[0]
+        self.eod_id = special[self.eod_token]
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = [int(i) for i in ids]
+        _check_ids(ids, self.vocab_size)
+        return self._model.decode(ids, skip_special_tokens=True)
+
+
+def _check_ids(ids: list[int], vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"decode: ids must be in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}")
+
+
+def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """Train a SentencePiece model on `texts` and return its file's content; the same texts give the same bytes.
+
+    Text is kept exactly: no normalisation, every space and line break encoded, bytes for characters without a piece.
+    Raises TokenizerError.
+    """
+    model = io.BytesIO()
+    pieces = (piece for text in texts for piece in _pieces(text))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces,
+            model_writer=model,
+            vocab_size=config.vocab_size,
+            model_type=config.model_type,
+            character_coverage=config.character_coverage,
+            byte_fallback=config.byte_fallback,
+            split_digits=config.split_digits,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 24,
+            num_threads=1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(
+            f"training the SentencePiece model failed: {str(error).strip()} (tokenizer.vocab_size={config.vocab_size}, "
+            f"tokenizer.model_type={config.model_type}): choose a smaller vocabulary or more text"
+        ) from None
+    return model.getvalue()
+
+
+def _pieces(text: str, target: int = 2000) -> Iterator[str]:
+    """`text` in parts of about `target` characters, cut after line ends: the longest part bounds the memory."""
+    part: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), 1 << 18):
+            part.append(line[start : start + (1 << 18)])
+            length += len(part[-1])
+            if length >= target:
+                yield "".join(part)
+                part, length = [], 0
+    if part:
+        yield "".join(part)

@@ -1,0 +1,41 @@
+"""Settings of a plugin's kind of layer: from the plain values of a configuration to the kind's own dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
+    """(".key", what is wrong with it) for everything in which `values` are no settings of the dataclass `schema`.
+
+    The key is empty where `values` are no section at all.
+    """
+    if not isinstance(values, dict):
+        return [("", f"a section with keys is expected, not {values!r}")]
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            guess = f" (did you mean '{nearest[0]}'?)" if nearest else ""
+            problems.append((f".{key}", f"no such key{guess}"))
+            continue
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+        except OmegaConfBaseException as error:
+            problems.append((f".{key}", str(error).strip().splitlines()[0]))
+    for name, field in known.items():
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and name not in values:
+            problems.append((f".{name}", "a value is required"))
+    return problems
+
+
+def build_settings(schema: type, values: dict[str, Any]) -> Any:
+    """The instance of the dataclass `schema` with `values`, in which `settings_problems` finds nothing."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

@@ -1,0 +1,48 @@
+"""docs/make_configuration_keys.py as a module, and the keys that it finds."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from types import ModuleType
+
+from conf import compose
+from data_pipeline.preparing.config import PrepareConfig
+from tests.runs import ROOT
+from train.config import RunConfig
+
+
+@functools.cache
+def generator() -> ModuleType:
+    path = ROOT / "docs" / "make_configuration_keys.py"
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def some_run() -> RunConfig:
+    return compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
+
+
+@functools.cache
+def run_keys() -> tuple[str, ...]:
+    """Every key of a run that holds a value and no section."""
+    return _keys(some_run())
+
+
+@functools.cache
+def all_keys() -> tuple[str, ...]:
+    return run_keys() + _keys(compose(PrepareConfig, "prepare", ["output=DIR"]))
+
+
+def _keys(tree: object) -> tuple[str, ...]:
+    return tuple(
+        f"{section.path}{field}"
+        for section in generator().sections(tree)
+        for field, annotation in generator().field_types(section.schema).items()
+        if generator().section_type(annotation) is None
+    ) + tuple(section.path.rstrip(".").removesuffix("[I]") for section in generator().sections(tree) if section.path)

@@ -1,0 +1,93 @@
+"""The pages, and the commands that they show."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.runs import ROOT, environment
+
+# What a block of commands may need that a test does not have; anything else is a mistake in a page.
+NEEDS = {"gpu", "cluster", "data", "account", "network", "time"}
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of shell commands in a page."""
+
+    page: Path
+    line: int
+    # What it needs to be run; None: tests run it.
+    needs: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{name(self.page)}:{self.line}"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text[: found.start()].count("\n") + 1, found["needs"], found["text"])
+        for found in re.finditer(r"^```sh(?: needs=(?P<needs>\w+))?\n(?P<text>.*?)^```$", text, flags=re.M | re.S)
+    ]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command, those inside of `bash -c '...'` too."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        yield words
+        for word in words:
+            if " -m " in word:
+                yield from commands(word)
+
+
+class Shell:
+    """Runs blocks of commands in a copy of the tree. A command that has run once is not run again."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        # What the README's commands have printed.
+        self.printed = ""
+        self._done: set[str] = set()
+
+    def run(self, block: Block, timeout: float = 400) -> str:
+        """What the commands of `block` print. Fails where one of them does."""
+        lines = [" ".join(line.split()) for line in block.text.replace("\\\n", " ").splitlines()]
+        plain = [line.replace(".venv/bin/python", "python") for line in lines]
+        text = "\n".join(line for line, same in zip(lines, plain, strict=True) if same not in self._done)
+        if "-c '" in block.text:
+            # Python's lines mean something by how they are indented.
+            text = block.text
+        self._done |= {line for line in plain if line.startswith("python -m ")}
+        variables = environment() | {"PYTHONPATH": str(self.checkout)}
+        variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.checkout,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
