@@ -3,11 +3,12 @@
 For programs and notebooks:
 
     import torch
-    from model import LanguageModel, load, preset
+    from model import LanguageModel, generate, load, preset
 
     model = load("runs/first")                          # a run, a checkpoint, weights, a Hugging Face directory
     fresh = LanguageModel(preset("tiny", n_blocks=2))   # without values: model.initialisation.initialise(fresh, seed=0)
     logits = model(torch.tensor([[1, 2, 3]])).logits
+    tokens = generate(model, [[1, 2, 3]], max_new_tokens=10)
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from model.kernels_package import use_own_kernels
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+    from model.generation import generate
     from model.language_model import LanguageModel
     from model.loading import load
     from model.presets import preset
 
-__all__ = ["LanguageModel", "ModelConfig", "load", "preset"]
+__all__ = ["LanguageModel", "ModelConfig", "generate", "load", "preset"]
 
 use_own_kernels()
 
@@ -31,6 +33,7 @@ use_own_kernels()
 _HOMES = {
     "LanguageModel": "model.language_model",
     "ModelConfig": "model.config",
+    "generate": "model.generation",
     "load": "model.loading",
     "preset": "model.presets",
 }

@@ -160,7 +160,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.generate import generate
+    from model.generation import generate
     from model.loading import load
     from model.locate import locate
 

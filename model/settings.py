@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from conf.problems import suggestion
 
 
 def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
@@ -15,15 +13,16 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
 
     The key is empty where `values` are no section at all.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not isinstance(values, dict):
         return [("", f"a section with keys is expected, not {values!r}")]
     known = {field.name: field for field in dataclasses.fields(schema)}
     problems = []
     for key, value in values.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            guess = f" (did you mean '{nearest[0]}'?)" if nearest else ""
-            problems.append((f".{key}", f"no such key{guess}"))
+            problems.append((f".{key}", f"no such key{suggestion(str(key), list(known))}"))
             continue
         try:
             OmegaConf.merge(OmegaConf.structured(schema), {key: value})
@@ -38,4 +37,6 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
 
 def build_settings(schema: type, values: dict[str, Any]) -> Any:
     """The instance of the dataclass `schema` with `values`, in which `settings_problems` finds nothing."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
 from kernels.precision import compute_dtype, has_autocast
 from kernels.soft_cap import soft_cap
 from model import statistics
@@ -40,7 +40,17 @@ class ModelOutput:
     token_losses: Tensor | None = None
     # Their sum, 0-d, from a pass that makes its gradients at once (kernels.cross_entropy.linear_cross_entropy_sum).
     loss_sum: Tensor | None = None
+    # [B, S], the targets that the losses are for.
+    targets: Tensor | None = None
     state: ModelState | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss of the scored tokens, 0-d, nats (with a z-loss if the pass had one); needs targets."""
+        total = self.loss_sum if self.token_losses is None else self.token_losses.sum()
+        if total is None or self.targets is None:
+            raise ValueError("there is no loss without targets: give them to the model")
+        return total / (self.targets != MASKED).sum()
 
 
 class Embedding(nn.Embedding):
@@ -176,7 +186,7 @@ class Stage(nn.Module):
         measures = self.sequence.rank == 0
         result = self.lm_head(self.out_norm(x), targets, loss_reduction, z_loss_weight, measures)
         kind = "logits" if targets is None else {"none": "token_losses", "sum": "loss_sum"}[loss_reduction]
-        return ModelOutput(**{kind: result}, state=new_model_state)
+        return ModelOutput(**{kind: result}, targets=targets, state=new_model_state)
 
     def _check_inputs(
         self, inputs: Tensor, targets: Tensor | None, document_start: Tensor | None, state: ModelState | None

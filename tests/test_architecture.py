@@ -87,6 +87,38 @@ def test_the_rooms_of_the_data_pipeline_are_layers():
     assert not [name for name in imported_modules(ROOT / "data_pipeline/errors.py") if name.startswith("data_pipeline")]
 
 
+def runtime_imports(path):
+    """The modules of this tree that a file imports but for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            # What a package's file is asked for may be one of its modules.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if module_file(name) else node.module for name in names)
+
+
+def module_file(name):
+    path = ROOT / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@pytest.mark.parametrize("package", ["model"])
+def test_no_module_imports_itself_by_way_of_others(package):
+    files = [path for path in FILES if path.is_relative_to(ROOT / package)]
+    imports = {path: {file for name in runtime_imports(path) if (file := module_file(name))} for path in files}
+    for path in files:
+        reached, ahead = set(), set(imports[path])
+        while ahead:
+            reached |= ahead
+            ahead = {further for file in ahead for further in imports.get(file, ())} - reached
+        assert path not in reached, f"{path} imports itself by way of {sorted(map(str, reached & set(files)))}"
+
+
 @pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])
 def test_only_the_trainer_knows_process_groups(package):
     for path in (ROOT / package).rglob("*.py"):

@@ -227,7 +227,11 @@ class SLSTMKind(LayerKind):
         self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
     ) -> float:
         settings: SLSTMConfig = self.settings(config)
-        return 4 * hardware.compute_bytes * config.d_model + (48 + 4 * settings.conv_kernel_size) * config.d_model
+        c, taps = hardware.compute_bytes, 4 * settings.conv_kernel_size
+        if not hardware.runs_kernels(settings.backend):
+            return (4 * c + 48 + taps) * config.d_model
+        gate_inputs = 8 if c < 4 else 0
+        return (11 * c + 4 + taps + gate_inputs) * config.d_model
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: SLSTMConfig = self.settings(config)

@@ -13,7 +13,7 @@ import model.describe
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.__main__ import main
-from model.generate import generate
+from model.generation import generate
 from model.locate import locate
 from model.weights import WeightsError, load_weights, save_model
 from tests.model_tools.small_models import CONFIGS, random_model
