@@ -77,7 +77,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     _refuse(
         [
             *_misfits_of_backends(config),
-            *_changes_of_run(config, directory),
+            *changes_of_run(config, directory),
             *_misfits_of_corpus(config, corpus),
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
@@ -138,7 +138,7 @@ def _no_such_split(key: str, split: str, corpus: Corpus | LiveCorpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
 
 
-def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
+def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     """Where the folder holds a run that differs in what must not change."""
     if not directory.config.exists():
         return []
