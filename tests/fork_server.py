@@ -57,7 +57,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
-    for name in ("train.parallel.zero", "train.run", "pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+    for name in ("train.parallel.zero", "train.run", *in_passing):
         importlib.import_module(name)
     for line in sys.stdin:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
