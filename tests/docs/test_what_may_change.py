@@ -6,10 +6,10 @@ import re
 
 import pytest
 from omegaconf import OmegaConf
-from train.requirements import changes_of_run
 
 from tests.docs.configuration_keys import run_keys, some_run
 from tests.documented import quoted, table
+from train.requirements import changes_of_run
 from train.run_directory import RunDirectory
 
 REFUSED, REASON, FREE, TAKEN = "refused", "needs a reason", "free", "taken as it is"
