@@ -138,7 +138,7 @@ def _run_cell(
         document_start=document_start,
         initial_state=state,
         return_state=return_state,
-        chunk_size=chunk_size,
+        reference_chunk_size=chunk_size,
         **options,
     )
 

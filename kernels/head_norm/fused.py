@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import ceil_div, next_power_of_two
+from kernels.integers import ceil_div, next_power_of_two
 
 TOKENS_PER_PARTIAL = 32
 # 16 elements of each tensor in a thread. A warp that has a whole row sums it without a barrier; the backward pass has

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.integers import next_power_of_two
 from kernels.precision import autocast_disabled
 from kernels.slstm.inputs import check, stabiliser
 from kernels.slstm.state import SLSTMState
 from kernels.slstm.triton_backward import slstm_backward_kernel
 from kernels.slstm.triton_forward import slstm_forward_kernel
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles
-from kernels.triton_support import multiprocessors, next_power_of_two
+from kernels.triton_support import multiprocessors
 
 
 def unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:

@@ -35,14 +35,16 @@ def head_norms(head_dim, dtype):
 
 def step(key_dim, value_dim, dtype, gate, normaliser):
     from kernels.mlstm import MLSTMState, step_fused
-    from kernels.mlstm.step import DecodingState
+    from kernels.mlstm.inputs import CellSettings
+    from kernels.mlstm.step import DecodingState, StepInputs
 
     q, k = (torch.empty(B, NH, key_dim, dtype=getattr(torch, dtype)) for _ in range(2))
     v = torch.empty(B, NH, value_dim, dtype=getattr(torch, dtype))
     i, f = (torch.empty(B, NH) for _ in range(2))
     empty = MLSTMState.empty(B, NH, key_dim, value_dim, device=q.device, dtype=torch.float32)
     state = DecodingState.of(empty)
-    step_fused.launch_step(q, k, v, i, f, state.C, state.n, state.m, gate, normaliser, 1e-6)
+    inputs = StepInputs(q, k, v, i, f, state.C, state.n, state.m)
+    step_fused.mlstm_step.function(inputs, CellSettings(gate, normaliser))
 
 
 def test_loss():

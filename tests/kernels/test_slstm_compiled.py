@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+from kernels.integers import next_power_of_two  # noqa: E402
 from kernels.slstm.triton_op import launch_backward, launch_forward  # noqa: E402
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles  # noqa: E402
-from kernels.triton_support import next_power_of_two  # noqa: E402
 from tests.kernels.compile_gate import assert_lean, compile_launches  # noqa: E402
 
 B, S, NH = 2, 3, 4
