@@ -22,7 +22,6 @@ import triton.language as tl
 
 # Rows of the packed weights.
 ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR, ROW_REST, COL_REST = range(7)
-WEIGHT_ROWS = 7
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Least log forget gate: its weight is 0, and sums with it are finite and keep their precision.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels.integers import ceil_div, next_power_of_two
-from kernels.mlstm.chunkwise.gates import WEIGHT_ROWS, chunk_totals_kernel, weights_kernel
+from kernels.mlstm.accounting import WEIGHT_ROWS
+from kernels.mlstm.chunkwise.gates import chunk_totals_kernel, weights_kernel
 from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import read_out_kernel
 from kernels.mlstm.chunkwise.scores import scores_kernel

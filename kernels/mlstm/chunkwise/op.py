@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.mlstm.accounting import WEIGHT_ROWS
 from kernels.mlstm.chunkwise import launch, launch_backward
-from kernels.mlstm.chunkwise.gates import ADDED, WEIGHT_ROWS
+from kernels.mlstm.chunkwise.gates import ADDED
 from kernels.mlstm.chunkwise.launch import Ends, Factors, States, nothing
 from kernels.mlstm.chunkwise.launch_backward import Reading
 from kernels.mlstm.chunkwise.problem import Documents, Problem
