@@ -79,7 +79,7 @@ def _sent_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class CellInputs(NamedTuple):
-    """gates_x, recurrent_kernel, document_start as kernels.slstm.slstm; initial state h, c, n, m [B, NH, DH] float32."""
+    """gates_x, recurrent_kernel, document_start as kernels.slstm.slstm; state h, c, n, m [B, NH, DH] float32."""
 
     gates_x: Tensor
     recurrent_kernel: Tensor
