@@ -72,6 +72,7 @@ def test_any_fsspec_file_system_will_do(corpus, cache):
         memory.rm("/corpora", recursive=True)
 
 
+@pytest.mark.slow
 def test_many_processes_share_a_cache_that_is_too_small(large_store, tmp_path):
     url, expected = large_store
     cache = CacheSettings(tmp_path / "small cache", 9 * MIB)
@@ -312,6 +313,7 @@ except CorpusError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_stops_a_run_that_skips_damage(url, cache):
     command = [sys.executable, "-c", FULL, url, str(cache.directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
@@ -351,6 +353,7 @@ print(sequence.shard(int(wanted)).documents)
 """
 
 
+@pytest.mark.slow
 def test_threads_of_two_ranks_wait_for_blocks_that_the_other_rank_fetches(large_store, tmp_path):
     url, _ = large_store
     command = [sys.executable, "-c", CROSSED, url, str(tmp_path / "crossed"), str(tmp_path)]
@@ -391,6 +394,7 @@ class Slow(Flaky):
         return self.system.cat_file(*arguments)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_fills_the_cache_leaves_nothing_that_is_read(large_store, tmp_path):
     url, expected = large_store
     cache = CacheSettings(tmp_path / "killed", 64 * MIB)

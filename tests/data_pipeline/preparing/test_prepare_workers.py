@@ -132,6 +132,7 @@ def test_the_input_on_which_a_worker_dies_is_named(tmp_path):
     assert re.search(r"one of 2 workers was killed by signal 6 while it read \S+/example_\S+ \(out of memory", errors)
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_the_error_of_the_command(tmp_path):
     write_slimpajama(tmp_path / "raw")
     path = tmp_path / "raw" / "train" / "chunk1" / "example_train_1.jsonl.zst"
