@@ -139,16 +139,13 @@ class MLSTMSummary:
         if isinstance(before, DecodingState):
             before = before.as_mlstm_state()
         if before is None:
-            before = MLSTMState(*(torch.zeros_like(part) for part in (self._state.C, self._state.n, self._state.m)))
+            own = self.slice.state
+            before = MLSTMState(torch.zeros_like(own.C), torch.zeros_like(own.n), torch.zeros_like(own.m))
         return combine(SliceSummary.of_state(before), self.slice).state
 
     def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
         """The summary of this slice and `later` as one slice."""
         return MLSTMSummary(combine(self.slice, later.slice))
-
-    @property
-    def _state(self) -> MLSTMState:
-        return self.slice.state
 
 
 def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
