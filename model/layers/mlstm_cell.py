@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
-from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm.accounting import CellShape, triton_kept_bytes
+from kernels.mlstm.chunkwise.tiles import chunk_tokens
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
@@ -117,7 +118,7 @@ def run_cell(
         gate=cell.gate,
         normaliser=cell.normaliser,
         eps=cell.eps,
-        chunk_size=cell.reference_chunk,
+        reference_chunk_size=cell.reference_chunk,
         backend=cell.backend,
     )
 
@@ -129,74 +130,41 @@ def _(state: MLSTMState) -> DecodingState:
 
 @dataclass
 class MLSTMSummary:
-    """What a slice does to the memory that enters it (a model.sequence.SliceSummary).
+    """What a slice does to the memory that enters it: kernels.mlstm's summary as a model.sequence.SliceSummary."""
 
-    Attributes:
-        state: behind the slice alone, from an empty memory whose stabiliser is below every other.
-        log_forget_sum: [B, NH], the sum of log sigmoid(fgate_preact).
-        document_started: [B] bool, whether a document starts in the slice, which then forgets everything before.
-    """
-
-    state: MLSTMState
-    log_forget_sum: Tensor
-    document_started: Tensor
-    exponential: bool
+    slice: SliceSummary
 
     def after(self, before: CellState | None) -> MLSTMState:
         """The state behind the slice where `before` enters it."""
         if isinstance(before, DecodingState):
             before = before.as_mlstm_state()
         if before is None:
-            before = MLSTMState(*(torch.zeros_like(part) for part in (self.state.C, self.state.n, self.state.m)))
-        started = self.document_started[:, None]
-        decayed = self.log_forget_sum + before.m
-        m = torch.maximum(decayed, self.state.m) if self.exponential else torch.zeros_like(self.state.m)
-        m = torch.where(started, self.state.m, m).detach()
-        old = torch.exp(decayed - m).masked_fill(started, 0)
-        new = torch.exp(self.state.m - m)
-        return MLSTMState(
-            old[..., None, None] * before.C + new[..., None, None] * self.state.C,
-            old[..., None] * before.n + new[..., None] * self.state.n,
-            m,
-        )
+            before = MLSTMState(*(torch.zeros_like(part) for part in (self._state.C, self._state.n, self._state.m)))
+        return combine(SliceSummary.of_state(before), self.slice).state
 
     def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
         """The summary of this slice and `later` as one slice."""
-        return MLSTMSummary(
-            later.after(self.state),
-            self.log_forget_sum + later.log_forget_sum,
-            self.document_started | later.document_started,
-            self.exponential,
-        )
+        return MLSTMSummary(combine(self.slice, later.slice))
 
-
-# Below every stabiliser that can occur; exp of a difference to it is 0, not NaN as with infinities.
-_NEVER = -1e30
+    @property
+    def _state(self) -> MLSTMState:
+        return self.slice.state
 
 
 def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
     """The summary of a slice, at the cost of the recurrence between its chunks."""
-    k, v, igate, fgate = inputs.k, inputs.v, inputs.igate_preact, inputs.fgate_preact
-    dtype = torch.promote_types(fgate.dtype, torch.float32)
-    empty = MLSTMState.empty(k.shape[0], cell.heads, cell.key_dim, cell.value_dim, device=k.device, dtype=dtype)
-    exponential = cell.gate == "exp"
-    if exponential:
-        empty = MLSTMState(empty.C, empty.n, torch.full_like(empty.m, _NEVER))
-    state = mlstm_state(
-        k,
-        v,
-        igate,
-        fgate,
-        document_start=inputs.document_start,
-        initial_state=empty,
-        gate=cell.gate,
-        normaliser=cell.normaliser,
-        backend=cell.backend,
+    return MLSTMSummary(
+        mlstm_state(
+            inputs.k,
+            inputs.v,
+            inputs.igate_preact,
+            inputs.fgate_preact,
+            document_start=inputs.document_start,
+            gate=cell.gate,
+            normaliser=cell.normaliser,
+            backend=cell.backend,
+        )
     )
-    started = torch.zeros(k.shape[0], dtype=torch.bool, device=k.device)
-    if inputs.document_start is not None:
-        started = inputs.document_start.any(dim=1)
-    return MLSTMSummary(state, F.logsigmoid(fgate.to(dtype)).sum(dim=1), started, exponential)
 
 
 def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:
@@ -224,7 +192,7 @@ def mlstm_chunk_tokens(cell: Cell, hardware: Hardware) -> int:
     """Tokens per chunk: of the kernels on a GPU, else of the reference."""
     if not hardware.runs_kernels(cell.backend):
         return cell.reference_chunk
-    return 128 if hardware.compute_bytes < 4 else 64
+    return chunk_tokens(cell.key_dim, cell.value_dim, hardware.compute_dtype, hardware.device_name)
 
 
 def cell_forward_flops(cell: Cell, sequence_length: int, hardware: Hardware) -> float:
@@ -274,10 +242,11 @@ def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, 
         fp32_values = 8 * cell.v_width
         tokens_part = 24 * heads * dk + 8 * heads * (dv + 1) + 12 * heads * chunk
         return fp32_values + tokens_part + 8 * heads * dk * (dv + 1) / chunk
-    c = hardware.compute_bytes
-    kept = c * (2 * cell.qk_width + cell.v_width) + 40 * heads + 4 * heads / chunk
+    shape = CellShape(1, sequence_length, heads, dk, dv)
     # Only what is computed again keeps the memory that enters each chunk (kernels.mlstm.keeping_chunk_states).
-    return kept + heads * dk * (c * dv + 4) / chunk if recomputed else kept
+    kept = triton_kept_bytes(shape, hardware.compute_dtype, torch.float32, chunk, keep_chunk_states=recomputed)
+    output = sequence_length * heads * dv * hardware.compute_bytes
+    return (sum(kept) - output) / sequence_length
 
 
 def cell_state_elements(cell: Cell, convolution: int = 0) -> StateElements:
