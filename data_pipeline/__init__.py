@@ -6,7 +6,8 @@
     batch = stream.batch(first_sample=0, count=8)  # batch.tokens and batch.targets: int64 [8, 256]
 
 Sample i of a stream is the same for ever, so a position in it is one number. `mixture=None` takes all sources as they
-are. `StepLoader` reads the batches of optimizer steps ahead. A corpus is written by `python -m data_pipeline prepare`.
+are. `StepLoader` reads the batches of optimizer steps ahead. A corpus is written by `python -m data_pipeline prepare`,
+or here by `prepare`.
 
 The rooms, each of which imports only from rooms above it:
 
@@ -27,11 +28,23 @@ if TYPE_CHECKING:
     from data_pipeline.corpus.corpus import Corpus, open_corpus
     from data_pipeline.errors import DataError
     from data_pipeline.ordering.mixture import MixtureConfig
+    from data_pipeline.preparing.config import PrepareConfig
+    from data_pipeline.preparing.prepare import prepare
     from data_pipeline.reading.batch import Batch
     from data_pipeline.reading.loader import StepLoader
     from data_pipeline.reading.stream import SampleStream
 
-__all__ = ["Batch", "Corpus", "DataError", "MixtureConfig", "SampleStream", "StepLoader", "open_corpus"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "DataError",
+    "MixtureConfig",
+    "PrepareConfig",
+    "SampleStream",
+    "StepLoader",
+    "open_corpus",
+    "prepare",
+]
 
 # Imported when asked for: the command line's --help and the workers of a preparation do without torch.
 _HOMES = {
@@ -39,9 +52,11 @@ _HOMES = {
     "Corpus": "corpus.corpus",
     "DataError": "errors",
     "MixtureConfig": "ordering.mixture",
+    "PrepareConfig": "preparing.config",
     "SampleStream": "reading.stream",
     "StepLoader": "reading.loader",
     "open_corpus": "corpus.corpus",
+    "prepare": "preparing.prepare",
 }
 
 

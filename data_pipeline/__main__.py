@@ -110,14 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> int:
     from conf import compose
-    from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+    from data_pipeline.preparing.config import PrepareConfig
     from data_pipeline.preparing.prepare import prepare
 
-    config = compose(PrepareConfig, "prepare", options.overrides)
-    problems = validate_prepare(config)
-    if problems:
-        raise ConfigError(problems)
-    prepare(config)
+    prepare(compose(PrepareConfig, "prepare", options.overrides))
     return 0
 
 

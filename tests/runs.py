@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.fork_server import ForkServer
+
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds until a process that does not end is taken for one that hangs. No test is about speed: beside busy processes a
 # command may take many times as long as alone.
@@ -69,10 +71,21 @@ def paused_train_command(step: int, go_on: Path, overrides: list[str], processes
     return train_command([str(step), str(go_on), *overrides], processes, "tests.paused_train")
 
 
+_SERVERS: list[ForkServer] = []
+
+
 def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """A run of `python -m train` from start to end: exit code and output."""
+    variables = environment()
+    # Another value with every test; what a run imports does not depend on it.
+    variables.pop("PYTEST_CURRENT_TEST", None)
+    if not _SERVERS and sys.platform == "linux":
+        _SERVERS.append(ForkServer(variables, ROOT))
+    if _SERVERS and _SERVERS[0].suits(variables):
+        return _SERVERS[0].run(overrides, processes, timeout)
     return subprocess.run(
         train_command(overrides, processes),
-        env=environment(),
+        env=variables,
         cwd=ROOT,
         capture_output=True,
         text=True,

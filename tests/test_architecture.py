@@ -22,7 +22,8 @@ READ_VALUES = {
     "model/presets.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
-    "train/preflight.py",
+    "train/requirements.py",
+    "train/context.py",
     "train/run.py",
     "launch/__main__.py",
     "launch/local.py",
@@ -125,9 +126,37 @@ def test_only_the_trainer_knows_process_groups(package):
         assert "torch.distributed" not in text and "deepspeed" not in text.lower().replace("deepspeed's", ""), path
 
 
-def test_only_fragments_and_the_engine_know_deepspeed():
+def test_only_the_engine_of_zero_knows_deepspeed():
     knowing = {path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))}
-    assert knowing == {"train/engine.py", "train/fragments.py"}
+    assert knowing == {"train/parallel/zero.py", "train/parallel/zero_fragments.py"}
+
+
+def names_used(path):
+    """Every name that the code of a file imports, reads or sets: modules, variables, attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def test_no_other_file_reaches_for_what_the_engine_wraps():
+    """Attributes count as imports do: `engine.deepspeed.x` would tie a file to one engine."""
+    for path in FILES:
+        relative = path.relative_to(ROOT).as_posix()
+        reaching = {name for name in names_used(path) if "deepspeed" in name.lower()}
+        assert relative.startswith("train/parallel/zero") or not reaching, f"{relative}: {reaching}"
+
+
+def test_every_collective_goes_through_the_mesh():
+    for path in FILES:
+        relative = path.relative_to(ROOT).as_posix()
+        used = {name for name in names_used(path) if name.startswith(("torch.distributed", "dist."))}
+        assert relative == "train/parallel/mesh.py" or not used, f"{relative}: {used}"
 
 
 def test_no_file_is_longer_than_500_lines():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
@@ -34,6 +36,11 @@ class TrainingConfig:
     max_skipped_steps: int = 20
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
     cpu_threads: int | None = None
+
+
+# What matrix products are computed in, by the name that a configuration gives it.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = tuple(_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,24 @@ class PrecisionConfig:
 
     # bf16 or fp32.
     compute: str = "bf16"
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether matrix products are less precise than the weights' fp32 copies."""
+        return self.compute_dtype is torch.bfloat16
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return _DTYPES[self.compute]
+
+    def uses_autocast(self, zero_stage: int) -> bool:
+        """Whether weights stay fp32 and products cast them. Without sharding there is no second, fp32 copy."""
+        return self.is_bf16 and zero_stage == 0
+
+    def weight_dtype(self, zero_stage: int) -> torch.dtype:
+        """The dtype of the weights that a forward pass reads."""
+        return torch.float32 if self.uses_autocast(zero_stage) else self.compute_dtype
 
 
 @dataclass(frozen=True)
@@ -188,4 +213,5 @@ class RunConfig:
         """Optimizer steps of the run."""
         if self.training.total_steps is not None:
             return self.training.total_steps
+        assert self.training.total_tokens is not None, "validate() wants one of the two"
         return -(-self.training.total_tokens // self.tokens_per_step)

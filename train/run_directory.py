@@ -33,7 +33,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.plan = path / "plan.json"
-        self.deepspeed = path / "deepspeed.json"
+        self.engine_settings = path / "deepspeed.json"
         self.code = path / "code.json"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"

@@ -16,7 +16,9 @@ from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
-from data_pipeline.sources.sources import FileSource, InputFile, Source, open_source
+from data_pipeline.sources.file_sources import FileSource
+from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.problems import ConfigError
 from data_pipeline.corpus.corpus import check_shard_file
 from data_pipeline.corpus.files import BLOCK_BYTES, path_in, sync, write_whole
 from data_pipeline.corpus.input_list import INPUTS_FILE, count_files, sum_counts
@@ -33,7 +34,7 @@ from data_pipeline.corpus.manifest import (
 from data_pipeline.errors import PrepareError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
-from data_pipeline.preparing.config import PrepareConfig, resolve_source
+from data_pipeline.preparing.config import PrepareConfig, resolve_source, validate_prepare
 from data_pipeline.preparing.plan import (
     begin_preparation,
     confirm_finished,
@@ -43,7 +44,8 @@ from data_pipeline.preparing.plan import (
 )
 from data_pipeline.preparing.units import UnitRecord, cut_units, losses
 from data_pipeline.preparing.workers import POLL_SECONDS, Job, Log, WorkFolder, check_losses, run_workers, task_of
-from data_pipeline.sources.sources import Document, InputFile, Source, open_source
+from data_pipeline.sources.source import Document, InputFile, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
 
@@ -57,10 +59,12 @@ COMPARED_CHARACTERS = 20_000
 def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True) -> Manifest | None:
     """Prepare the corpus that `config` describes, or finish or confirm one begun before.
 
-    Returns None when other commands still work on it; the last one of them finishes it. Raises PrepareError when it
-    cannot start or go on (other settings, no input, too much of it damaged, no disk space) and TokenizerError; what was
-    finished stays, and running it again goes on from there.
+    Returns None when other commands still work on it; the last one of them finishes it. Raises ConfigError with every
+    problem of `config`, PrepareError when it cannot start or go on (other settings, no input, too much of it damaged,
+    no disk space) and TokenizerError; what was finished stays, and running it again goes on from there.
     """
+    if problems := validate_prepare(config):
+        raise ConfigError(problems)
     config = resolve_source(config)
     folder = Path(config.output)
     try:

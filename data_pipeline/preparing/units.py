@@ -19,7 +19,7 @@ from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import Meter
-from data_pipeline.sources.sources import Document, InputFile, Rejection, Source
+from data_pipeline.sources.source import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizing.encoders import Encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 

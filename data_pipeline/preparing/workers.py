@@ -24,7 +24,8 @@ from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
 from data_pipeline.preparing.units import UnitRecord, losses, run_unit
 from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig
-from data_pipeline.sources.sources import InputFile, Source, open_source
+from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, EncoderMismatchError, ReferenceEncoder, build_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 

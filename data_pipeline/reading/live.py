@@ -28,7 +28,8 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.reading.batch import Batch, Columns, DamagedSamples, sample_numbers
 from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig, ToleranceConfig
-from data_pipeline.sources.sources import Document, Rejection, Source, open_source
+from data_pipeline.sources.source import Document, Rejection, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import choose_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import data_pipeline
-from data_pipeline import DataError, MixtureConfig, SampleStream, StepLoader, open_corpus
+from conf import ConfigError
+from data_pipeline import DataError, MixtureConfig, PrepareConfig, SampleStream, StepLoader, open_corpus, prepare
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.sources.config import DataConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 
 
 def test_a_corpus_a_stream_and_a_batch(corpus: Corpus):
@@ -37,6 +40,19 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         open_corpus(tmp_path / "nowhere")
     with pytest.raises(DataError, match="needs a cache on a local disk"):
         open_corpus("memory://nowhere")
+
+
+def test_a_preparation_with_wrong_settings_names_them_all_and_makes_no_folder(tmp_path):
+    config = PrepareConfig(DataConfig(kind="jsonl"), TokenizerConfig(kind="file"), str(tmp_path / "new"), workers=0)
+    with pytest.raises(ConfigError, match="4 problems") as caught:
+        prepare(config)
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {
+        "data.path",
+        "data.files",
+        "tokenizer.path",
+        "workers",
+    }
+    assert not (tmp_path / "new").exists()
 
 
 def test_every_name_is_there_and_documented():

@@ -1,4 +1,4 @@
-"""The README's commands are run, in a copy of the tree."""
+"""The README's two commands (the others: test_documented_commands.py), in a copy of the tree."""
 
 import subprocess
 import sys
@@ -10,8 +10,6 @@ from tests.runs import PATIENCE, ROOT, environment
 
 # Enough to walk every stage of the demo; a model of so few steps does not beat the n-grams, and the demo says so.
 SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.interval=0", "logging.interval=2"]
-
-pytestmark = pytest.mark.xdist_group("documentation")
 
 
 def run(command, checkout):
@@ -45,9 +43,3 @@ def test_make_demo_walks_every_stage_and_is_quick_the_second_time(checkout):
     second = run(command, checkout)
     assert "is complete" in second.stderr
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
-
-
-@pytest.mark.slow
-def test_the_other_commands_work_in_their_order(shell):
-    assert "6,865,424,896 parameters in 483 tensors" in shell.printed
-    assert (shell.checkout / "runs" / "first" / "report.png").is_file()

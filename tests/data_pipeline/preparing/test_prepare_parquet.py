@@ -21,7 +21,8 @@ from data_pipeline.preparing.units import cut_units
 from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.columns import cut_row_groups
 from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
-from data_pipeline.sources.sources import InputFile, open_source
+from data_pipeline.sources.source import InputFile
+from data_pipeline.sources.sources import open_source
 from tests.data_pipeline.commands import contents, finish, never_finished, start
 from tests.data_pipeline.small_corpora import LABELS, TOKENIZER, quietly, random_text
 

@@ -5,7 +5,7 @@ import torch
 from model.config import MLSTMConfig, ModelConfig
 from model.initialisation import initialise
 from model.language_model import LanguageModel
-from train.engine import TokenLossSum
+from train.parallel.token_loss import TokenLossSum
 
 
 def test_the_z_loss_is_trained_on_and_not_evaluated():

@@ -1,27 +1,25 @@
 """Before a run on GPUs: do the kernels compute there what the references do, in the shapes of the run's model?
 
-Not to be confused with train/preflight.py, which looks at the configuration and files and needs no GPU.
+What a run needs of its configuration and files is looked at in train/requirements.py and needs no GPU.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kernels import preflight
 from kernels.preflight import Case, Finding, LossCase
 from model.layers import KernelUse, layer_kinds
 from train.config import RunConfig
-from train.engine import World
+from train.errors import RunError
+from train.parallel.mesh import Mesh
 from train.run_directory import EventLog
-from train.trainer import RunError
 
 
-def check_kernels(config: RunConfig, world: World, events: EventLog) -> None:
+def check_kernels(config: RunConfig, mesh: Mesh, events: EventLog) -> None:
     """Compare every kernel of the run with its reference on this rank's GPU and log the errors. Collective.
 
     Does nothing without a GPU, where the references run, or with training.kernel_preflight=false.
@@ -29,14 +27,13 @@ def check_kernels(config: RunConfig, world: World, events: EventLog) -> None:
     Raises:
         RunError: on every rank, if a kernel disagrees on any, or the installed Triton is one that was not tested.
     """
-    if world.device.type != "cuda" or not config.training.kernel_preflight:
+    if mesh.device.type != "cuda" or not config.training.kernel_preflight:
         return
     started = time.perf_counter()
-    findings = [finding for case in kernel_cases(config) for finding in preflight.compare(case, world.device)]
+    findings = [finding for case in kernel_cases(config) for finding in preflight.compare(case, mesh.device)]
     # The reference's float64 buffers are of no use to the engine.
     torch.cuda.empty_cache()
-    reports: list[Any] = [None] * world.size
-    dist.all_gather_object(reports, (torch.cuda.get_device_name(world.device), findings))
+    reports = mesh.gather_objects((torch.cuda.get_device_name(mesh.device), findings), group="world")
     worst = largest_errors([finding for _, of_rank in reports for finding in of_rank])
     events.append("kernel_preflight", seconds=round(time.perf_counter() - started, 3), errors=worst)
     problems = kernel_problems(reports)
@@ -46,10 +43,9 @@ def check_kernels(config: RunConfig, world: World, events: EventLog) -> None:
 
 def kernel_cases(config: RunConfig) -> list[Case]:
     """Every kernel call that differs in shape, dtype or setting, where the configuration leaves kernels the choice."""
-    is_bf16 = config.precision.compute == "bf16"
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
-    # Under ZeRO 0 autocast casts what enters a product; weights that enter none stay float32.
-    weight_dtype = torch.float32 if config.parallel.zero_stage == 0 else dtype
+    dtype = config.precision.compute_dtype
+    # Autocast casts what enters a product; weights that enter none stay float32.
+    weight_dtype = config.precision.weight_dtype(config.parallel.zero_stage)
     model = config.model
     batches = {config.training.micro_batch_size: True}
     if config.evaluation.sets:

@@ -1,4 +1,5 @@
-"""Why a run cannot start, as far as it takes files to see: its corpus, held-out sets, an earlier run of its name.
+"""What a run needs, opened and found fit: its corpus, held-out sets, the folder of an earlier start. Or why it cannot
+start.
 
 Reads only (the plan of packing=best_fit and the cache of a remote corpus apart), and needs no process group: each rank
 calls it before the ranks meet, `launch local` before they exist.
@@ -7,6 +8,7 @@ calls it before the ranks meet, `launch local` before they exist.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
-from model.stored import what_is_computed
+from model.config import ModelConfig
+from model.stored import what_is_computed, with_current_keys
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.evaluate import open_evaluation_corpora
@@ -47,7 +50,7 @@ _FIXED_DATA = tuple(
 
 
 @dataclass(frozen=True)
-class Preflight:
+class Requirements:
     """What a run needs, opened and found fit for it."""
 
     plan: Plan
@@ -57,7 +60,7 @@ class Preflight:
     stream: SampleStream | LiveStream
 
 
-def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") -> Preflight:
+def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "size") -> Requirements:
     """Check `config` on `world_size` processes against the files that it names.
 
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
@@ -74,7 +77,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
     _refuse(
         [
             *_misfits_of_backends(config),
-            *_changes_of_run(config, directory),
+            *changes_of_run(config, directory),
             *_misfits_of_corpus(config, corpus),
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
@@ -84,7 +87,7 @@ def preflight(config: RunConfig, world_size: int, corpus_check: str = "size") ->
     except ValueError as error:
         raise ConfigError([f"corpus.{error}"]) from None
     _refuse(too_little_data(config, plan, stream))
-    return Preflight(plan, directory, corpus, evaluation_corpora, stream)
+    return Requirements(plan, directory, corpus, evaluation_corpora, stream)
 
 
 def _misfits_of_backends(config: RunConfig) -> list[str]:
@@ -135,14 +138,15 @@ def _no_such_split(key: str, split: str, corpus: Corpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
 
 
-def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
+def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     """Where the folder holds a run that differs in what must not change."""
     if not directory.config.exists():
         return []
-    before = OmegaConf.to_container(OmegaConf.load(directory.config))
+    stored: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
+    model = _with_defaults(ModelConfig, with_current_keys(stored.get("model") or {}))
+    before = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
     now = dataclasses.asdict(config)
-    for values in (before, now):
-        values["model"] = what_is_computed(values.get("model") or {})
+    now["model"] = what_is_computed(now["model"])
     problems = []
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old, new = before, now
@@ -154,6 +158,30 @@ def _changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
                 f"to {_difference(old, new)}"
             )
     return problems
+
+
+def _with_defaults(schema: type, values: Any) -> Any:
+    """`values` of the dataclass `schema` with the default of every key that they lack.
+
+    The folder of a run that an earlier version of this program started has none of the keys that came since.
+    """
+    if not isinstance(values, dict):
+        return values
+    filled = dict(values)
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if field.name not in filled:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+        nested = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if _is_schema(kind)]
+        if nested and isinstance(filled[field.name], dict) and typing.get_origin(hints[field.name]) is not dict:
+            filled[field.name] = _with_defaults(nested[0], filled[field.name])
+    return filled
+
+
+def _is_schema(kind: Any) -> bool:
+    """Whether `kind` is a dataclass, and not an instance of one."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -18,7 +18,7 @@ from train.config import (
     RunConfig,
     TrainingConfig,
 )
-from train.kernel_preflight import kernel_cases, kernel_problems, largest_errors
+from train.kernel_check import kernel_cases, kernel_problems, largest_errors
 from train.run_directory import read_events
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.runs import PATIENCE, ROOT, environment, paused_train_command, run_train, train_command
-from train.checkpoint import MARKER, _describe, complete_checkpoints, remove_torn
+from train.checkpoints.layout import MARKER, complete_checkpoints, describe_file, remove_torn
 
 STEPS = 24
 
@@ -164,7 +164,7 @@ def test_signals_that_keep_coming_do_not_tear_the_last_checkpoint(tiny_run, tmp_
 SLOW_DISK = """
 import sys, time
 from train.__main__ import end_process, main
-from train.checkpoint import _Snapshot
+from train.checkpoints.writer import _Snapshot
 
 write = _Snapshot.write
 
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     content = state.read_text()
     state.write_text(content.replace('"format_version": 1', '"format_version": 2, "new": 0'))
     marker = json.loads((state.parent / "complete.json").read_text())
-    marker["files"]["state.json"] = _describe(state)
+    marker["files"]["state.json"] = describe_file(state)
     (state.parent / "complete.json").write_text(json.dumps(marker))
     newer = run_train(shorter)
     assert newer.returncode == 1
