@@ -56,8 +56,9 @@ def _serve() -> None:
     # Where runs write what the imports print here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # The run first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
-    for name in ("train.run", "pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
+    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+    for name in ("train.parallel.zero", "train.run", *in_passing):
         importlib.import_module(name)
     for line in sys.stdin:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

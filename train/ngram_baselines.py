@@ -122,7 +122,8 @@ def ngram_baselines(
     everything = train + tuning
     baselines: dict[str, Any] = {"tokens": scored.total}
     for name, loss in (("unigram", unigram_loss), ("bigram", bigram_loss)):
-        k = min(SMOOTHING_GRID, key=lambda k, loss=loss: loss(train, tuning, k))
+        losses = {k: loss(train, tuning, k) for k in SMOOTHING_GRID}
+        k = min(losses, key=lambda k: losses[k])  # noqa: B023 - called at once
         baselines[name] = {"loss": loss(everything, scored, k), "k": k}
     return baselines
 

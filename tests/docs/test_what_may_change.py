@@ -1,19 +1,21 @@
 """The table of docs/guides/resume.md against what a run refuses when its folder has another configuration."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
 from omegaconf import OmegaConf
-from train.requirements import changes_of_run
 
 from tests.docs.configuration_keys import run_keys, some_run
 from tests.documented import quoted, table
+from train.requirements import changes_of_run
 from train.run_directory import RunDirectory
 
 REFUSED, REASON, FREE, TAKEN = "refused", "needs a reason", "free", "taken as it is"
 
 
+@functools.cache
 def rows():
     """Key, or `section.*`, -> what the table says of another value."""
     return {key: row[1] for row in table("guides/resume.md", "keys") for key in quoted(row[0])}
@@ -22,7 +24,8 @@ def rows():
 def said_of(key):
     """What the table says of `key`: the row that names it, or the closest section above it."""
     documented = rows()
-    parts = key.split(".")
+    # The entries of a list go with the list.
+    parts = key.replace("[I]", "").split(".")
     for length in range(len(parts), 0, -1):
         for name in (".".join(parts[:length]), f"{'.'.join(parts[:length])}.*"):
             if name in documented:
