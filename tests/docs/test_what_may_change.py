@@ -22,7 +22,7 @@ def rows():
 def said_of(key):
     """What the table says of `key`: the row that names it, or the closest section above it."""
     documented = rows()
-    parts = key.split(".")
+    parts = key.replace("[I]", "").split(".")
     for length in range(len(parts), 0, -1):
         for name in (".".join(parts[:length]), f"{'.'.join(parts[:length])}.*"):
             if name in documented:
