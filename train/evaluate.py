@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.live import LiveCorpus
-from data_pipeline.reading.stream import Batch, WindowStream
+from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
 from train.parallel.engine import Engine

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.reading.stream import MASKED, Batch, WindowStream
+from data_pipeline.reading.batch import MASKED, Batch
+from data_pipeline.reading.stream import WindowStream
 from train.config import RunConfig
 from train.data import open_corpus
 from train.evaluate import open_evaluation_corpora, parts_of_set

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
 from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state, mlstm_statistics
-from kernels.mlstm.accounting import CellShape, triton_kept_bytes
-from kernels.mlstm.chunkwise.tiles import chunk_tokens
+from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
@@ -61,8 +60,11 @@ class Cell:
         return self.heads * self.value_dim
 
     def chunk_tokens(self, hardware: Hardware) -> int:
-        """L of the chunkwise form on `hardware`."""
-        return mlstm_chunk_tokens(self, hardware)
+        """L of the chunkwise form: of the kernels on a GPU, else of the reference."""
+        if not hardware.runs_kernels(self.backend):
+            return self.reference_chunk
+        dtype = torch.bfloat16 if hardware.compute_bytes < 4 else torch.float32
+        return tiles.chunk_tokens(self.key_dim, self.value_dim, dtype, hardware.device_name)
 
 
 @dataclass
@@ -130,25 +132,23 @@ def _(state: MLSTMState) -> DecodingState:
 
 @dataclass
 class MLSTMSummary:
-    """What a slice does to the memory that enters it: kernels.mlstm's summary as a model.sequence.SliceSummary."""
+    """What a slice does to the memory that enters it: a model.sequence.SliceSummary."""
 
-    slice: SliceSummary
+    summary: SliceSummary
+
+    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
+        """The summary of this slice and `later` as one slice."""
+        return MLSTMSummary(combine(self.summary, later.summary))
 
     def after(self, before: CellState | None) -> MLSTMState:
         """The state behind the slice where `before` enters it."""
         if isinstance(before, DecodingState):
             before = before.as_mlstm_state()
         if before is None:
-            before = MLSTMState(*(torch.zeros_like(part) for part in (self._state.C, self._state.n, self._state.m)))
-        return combine(SliceSummary.of_state(before), self.slice).state
-
-    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
-        """The summary of this slice and `later` as one slice."""
-        return MLSTMSummary(combine(self.slice, later.slice))
-
-    @property
-    def _state(self) -> MLSTMState:
-        return self.slice.state
+            own = self.summary.state
+            # What the cell begins with: its stabiliser is 0, below which that of `own` may lie.
+            before = MLSTMState(torch.zeros_like(own.C), torch.zeros_like(own.n), torch.zeros_like(own.m))
+        return combine(SliceSummary.of_state(before), self.summary).state
 
 
 def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
@@ -186,13 +186,6 @@ def check_cell(problem: Problem, backend: str, head_norm_eps: float, cell_eps: f
     check_positive(problem, "head_norm_eps", head_norm_eps)
     check_positive(problem, "cell_eps", cell_eps)
     check_positive(problem, "reference_chunk_size", reference_chunk)
-
-
-def mlstm_chunk_tokens(cell: Cell, hardware: Hardware) -> int:
-    """Tokens per chunk: of the kernels on a GPU, else of the reference."""
-    if not hardware.runs_kernels(cell.backend):
-        return cell.reference_chunk
-    return chunk_tokens(cell.key_dim, cell.value_dim, hardware.compute_dtype, hardware.device_name)
 
 
 def cell_forward_flops(cell: Cell, sequence_length: int, hardware: Hardware) -> float:
@@ -242,11 +235,10 @@ def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, 
         fp32_values = 8 * cell.v_width
         tokens_part = 24 * heads * dk + 8 * heads * (dv + 1) + 12 * heads * chunk
         return fp32_values + tokens_part + 8 * heads * dk * (dv + 1) / chunk
-    shape = CellShape(1, sequence_length, heads, dk, dv)
+    c = hardware.compute_bytes
+    kept = c * (2 * cell.qk_width + cell.v_width) + 40 * heads + 4 * heads / chunk
     # Only what is computed again keeps the memory that enters each chunk (kernels.mlstm.keeping_chunk_states).
-    kept = triton_kept_bytes(shape, hardware.compute_dtype, torch.float32, chunk, keep_chunk_states=recomputed)
-    output = sequence_length * heads * dv * hardware.compute_bytes
-    return (sum(kept) - output) / sequence_length
+    return kept + heads * dk * (c * dv + 4) / chunk if recomputed else kept
 
 
 def cell_state_elements(cell: Cell, convolution: int = 0) -> StateElements:
