@@ -9,8 +9,8 @@ total query and value widths, DK and DV those of a head, E the inner width of th
     mLSTM (NeurIPS) c (2D + 7E) + (4K + 12) E + cell(E, E)
     cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L, and what is computed again also NH DK (c DV + 4) / L;
                     reference: 24 QK + 16 V + 8 NH + 12 NH L + 8 NH DK (DV + 1) / L
-    sLSTM           kernels: (11 c + 4K + 4 + u') D, u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop:
-                    (4 c + 4K + 48) D
+    sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;
+                    u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop: (4 c + 4K + 48) D
     attention       c (4D + 2 KV) + 8 D / NH + c S        KV: total width of the keys; the last term: the document mask
     SwiGLU          c (2D + 4F);    gated GELU: the same
     head            2 c D, and once (8 + c) V for each of at most 2048 tokens of the chunk of logits in work

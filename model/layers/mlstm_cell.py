@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
-from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm import MLSTMState, SliceSummary, accounting, combine, mlstm, mlstm_state, mlstm_statistics
 from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
@@ -230,15 +230,16 @@ def cell_step_flops(cell: Cell) -> float:
 def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, recomputed: bool) -> float:
     """Bytes per token that the cell keeps, its output excepted (model/memory.py has the formulas)."""
     heads, dk, dv = cell.heads, cell.key_dim, cell.value_dim
-    chunk = min(cell.chunk_tokens(hardware), sequence_length)
+    chunk = cell.chunk_tokens(hardware)
     if not hardware.runs_kernels(cell.backend):
+        chunk = min(chunk, sequence_length)
         fp32_values = 8 * cell.v_width
         tokens_part = 24 * heads * dk + 8 * heads * (dv + 1) + 12 * heads * chunk
         return fp32_values + tokens_part + 8 * heads * dk * (dv + 1) / chunk
-    c = hardware.compute_bytes
-    kept = c * (2 * cell.qk_width + cell.v_width) + 40 * heads + 4 * heads / chunk
+    shape, dtype = accounting.CellShape(1, sequence_length, heads, dk, dv), hardware.compute_dtype
     # Only what is computed again keeps the memory that enters each chunk (kernels.mlstm.keeping_chunk_states).
-    return kept + heads * dk * (c * dv + 4) / chunk if recomputed else kept
+    kept = accounting.triton_kept_bytes(shape, dtype, torch.float32, chunk, keep_chunk_states=recomputed)
+    return sum(kept) / sequence_length - hardware.compute_bytes * cell.v_width
 
 
 def cell_state_elements(cell: Cell, convolution: int = 0) -> StateElements:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels.backend_choice import BACKENDS
 from kernels.precision import autocast_disabled
 from kernels.slstm import SLSTMState, slstm
+from kernels.slstm.accounting import triton_kept_bytes
 from kernels.soft_cap import soft_cap
 from model import statistics
 from model.hardware import Hardware
@@ -231,7 +232,8 @@ class SLSTMKind(LayerKind):
         if not hardware.runs_kernels(settings.backend):
             return (4 * c + 48 + taps) * config.d_model
         gate_inputs = 8 if c < 4 else 0
-        return (11 * c + 4 + taps + gate_inputs) * config.d_model
+        cell = triton_kept_bytes(1, config.d_model, hardware.compute_dtype, settings.gate_soft_cap is not None)
+        return cell + (3 * c + 4 + taps + gate_inputs) * config.d_model
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: SLSTMConfig = self.settings(config)
