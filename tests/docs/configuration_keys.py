@@ -24,6 +24,7 @@ def generator() -> ModuleType:
     return module
 
 
+@functools.cache
 def some_run() -> RunConfig:
     return compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
 
