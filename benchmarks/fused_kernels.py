@@ -22,7 +22,7 @@ from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from kernels.head_norm import fused as norm_fused
 from kernels.head_norm import gated_head_norm
 from kernels.mlstm import MLSTMState, step_fused
-from kernels.mlstm.step import DecodingState, mlstm_step, mlstm_step_reference
+from kernels.mlstm.step import DecodingState, mlstm_step
 
 DEVICE = "cuda"
 # Several times the L2 cache of an H200.
@@ -208,14 +208,14 @@ def step(bandwidth: float) -> None:
         *inputs, state = sets[0]
         states = [DecodingState(*(x.clone() for x in vars(state).values())) for _ in range(2)]
         h = mlstm_step(*inputs, states[0], backend="triton")
-        expected = mlstm_step_reference(*inputs, states[1], "exp", True, 1e-6)
+        expected = mlstm_step(*inputs, states[1], backend="reference")
         check("  step", {"h": h, **vars(states[0])}, {"h": expected, **vars(states[1])}, 4e-3)
         moved = 2 * (state.C.nbytes + state.n.nbytes // state.n.shape[2])
         ours = graph_milliseconds([lambda x=x: mlstm_step(*x, backend="triton") for x in sets])
         targets = [torch.empty_like(x[-1].C) for x in sets[: max(2, len(sets) // 2)]]
         pairs = [(target, x[-1].C) for target, x in zip(targets, sets, strict=False)]
         copies = graph_milliseconds([lambda t=t, s=s: t.copy_(s) for t, s in pairs])
-        plain = graph_milliseconds([lambda x=x: mlstm_step_reference(*x, "exp", True, 1e-6) for x in sets])
+        plain = graph_milliseconds([lambda x=x: mlstm_step(*x, backend="reference") for x in sets])
         rate, shape = moved / (1e-3 * ours), f"{batch} {heads} {key_dim} {value_dim}"
         print(
             f"{shape:>18} {1e3 * ours:9.2f} {rate / 1e9:6.0f} {rate / bandwidth:6.0%} {copies / ours:9.0%} "

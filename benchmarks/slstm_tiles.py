@@ -140,14 +140,16 @@ def one(head_dim: int, tiles: tuple[int, int, int, int, bool], compile_only: boo
     state = [torch.zeros_like(x) for x in state]
     grad_h = torch.randn(batch, length, *kernel.shape[:2], device="cuda", dtype=dtype)
     tiles = Tiles(*tiles)
+    inputs = triton_op.CellInputs(gates_x, kernel, None, *state)
 
     def forward():
-        return triton_op.launch_forward(tiles, gates_x, kernel, None, *state, None, True)
+        return triton_op.launch_forward(tiles, inputs, None, True)
 
-    derivatives = forward()[2]
+    derivatives = forward().derivatives
+    grads = triton_op.OutputGradients(grad_h, *state[:3])
 
     def backward():
-        return triton_op.launch_backward(tiles, grad_h, kernel, None, derivatives, *state[:3], dtype, False)
+        return triton_op.launch_backward(tiles, grads, kernel, None, derivatives, dtype, False)
 
     backward()
     torch.cuda.synchronize()
@@ -160,10 +162,12 @@ def one(head_dim: int, tiles: tuple[int, int, int, int, bool], compile_only: boo
     alone = [x[: tiles.rows, ..., :1, :].contiguous() for x in (gates_x, *state)]
 
     def without_derivatives():
-        return triton_op.launch_forward(tiles, gates_x, kernel, None, *state, None, False)
+        return triton_op.launch_forward(tiles, inputs, None, False)
 
     def one_team():
-        return triton_op.launch_forward(tiles, alone[0], kernel[:1], None, *alone[1:], None, False)
+        return triton_op.launch_forward(
+            tiles, triton_op.CellInputs(alone[0], kernel[:1], None, *alone[1:]), None, False
+        )
 
     calls = {"forward": forward, "backward": backward, "forward only": without_derivatives, "one team": one_team}
     times = {name: milliseconds(call) for name, call in calls.items()}

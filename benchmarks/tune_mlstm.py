@@ -29,11 +29,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import ROOT
+from kernels.mlstm import mlstm
 from kernels.mlstm.chunkwise import launch, launch_backward, problem, tiles
 from kernels.mlstm.chunkwise.gates import ADDED
+from kernels.mlstm.chunkwise.launch import Ends, Factors
 from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles
+from kernels.mlstm.inputs import CellSettings, cell_inputs
 
 FORWARD = ("states", "scores", "read_out")
 # The recurrence runs again for the states, and once against time for their gradients.
@@ -90,14 +93,15 @@ class Stages:
         if device == "cuda":
             self.igate -= 10
             self.fgate += 4.5
+        self.inputs = cell_inputs(self.k, self.v, self.igate, self.fgate)
         self.documents = Documents(None, None)
         fitted = tiles.fit(base, key_dim, value_dim)
-        self.problem = Problem(batch, length, heads, key_dim, value_dim, fitted, True, True, 1e-6)
+        self.problem = Problem(batch, length, heads, key_dim, value_dim, fitted, CellSettings())
 
     def prepare(self) -> None:
         """Run everything once, so that each stage has its inputs."""
         p = self.problem
-        self.packed, self.decay, _ = launch.weights(p, self.igate, self.fgate, self.documents, None)
+        self.packed, self.decay, _ = self.weights(p)
         self.entering = self.states(p)
         self.scores_, self.normaliser = launch.scores(
             p, self.q, self.k, self.packed, self.entering.vectors, self.documents
@@ -107,13 +111,16 @@ class Stages:
         self.leaving = self.gradient_states(p)
         self.scaled, self.grad_scores, _ = self.score_gradients(p)
 
+    def weights(self, p):
+        return launch.weights(p, self.inputs, self.documents, 0.0)
+
     def states(self, p):
         w = self.packed[ADDED]
-        return launch.states(p, self.k, self.v, w, w, self.decay, (None, None))
+        return launch.states(p, Factors(self.k, self.v, w, w), self.decay, Ends(None, None))
 
     def gradient_states(self, p):
-        w = (self.rows[MATRIX_WEIGHT], self.rows[VECTOR_WEIGHT])
-        return launch.states(p, self.q, self.grad_h, *w, self.decay, (None, None), backwards=True)
+        factors = Factors(self.q, self.grad_h, self.rows[MATRIX_WEIGHT], self.rows[VECTOR_WEIGHT])
+        return launch.states(p, factors, self.decay, Ends(None, None), backwards=True)
 
     def scores(self, p):
         return launch.scores(p, self.q, self.k, self.packed, self.entering.vectors, self.documents)
@@ -123,13 +130,13 @@ class Stages:
 
     def score_gradients(self, p):
         return launch_backward.score_gradients(
-            p, self.q, self.k, self.v, self.grad_h, self.packed, self.rows, self.documents
+            p, self.q, self.inputs, self.grad_h, self.packed, self.rows, self.documents
         )
 
     def gradients(self, p):
         reading = launch_backward.Reading(self.q, self.grad_h, self.rows, self.scaled, self.grad_scores)
         return launch_backward.token_gradients(
-            p, self.k, self.v, reading, self.packed, self.decay, self.entering, self.leaving
+            p, self.inputs, reading, self.packed, self.decay, self.entering, self.leaving
         )
 
     def run(self, stage: str, tile: Tile):
@@ -239,17 +246,15 @@ def time_whole(base: Tiles, best: dict[str, Tile], stages: Stages) -> tuple[floa
     """ms of the operator's forward pass, and of both passes, with the best tiles."""
     from triton.testing import do_bench
 
-    from kernels.mlstm.chunkwise import mlstm_triton
-
     cut = dataclasses.replace(base, **best)
     inputs = [x.clone().requires_grad_() for x in (stages.q, stages.k, stages.v, stages.igate, stages.fgate)]
 
     def forward():
         with torch.no_grad():
-            mlstm_triton(*inputs)
+            mlstm(*inputs, backend="triton")
 
     def both():
-        h, _ = mlstm_triton(*inputs)
+        h, _ = mlstm(*inputs, backend="triton")
         torch.autograd.grad(h, inputs, stages.grad_h)
 
     choose = problem.choose_tiles
@@ -264,7 +269,7 @@ def other_kernels(stages: Stages) -> dict:
     """The kernels without a choice of tiles."""
     p = stages.problem
     return {
-        "weights": lambda: launch.weights(p, stages.igate, stages.fgate, stages.documents, None),
+        "weights": lambda: stages.weights(p),
         "row_weights": lambda: launch_backward.row_weights(
             p, stages.h, stages.grad_h, stages.packed, stages.normaliser
         ),
@@ -286,20 +291,17 @@ def _check_inputs(dims):
 
 def check(cut: Tiles, shape: tuple[int, ...]) -> bool:
     """Whether forward and backward with these tiles agree with the reference in float64."""
-    from kernels.mlstm.chunkwise import mlstm_triton
-    from kernels.mlstm.reference import mlstm_chunkwise
-
     dims = shape[3:]
     inputs, grad, starts = _check_inputs(dims)
     if dims not in _expected:
         doubles = [x.detach().double().requires_grad_() for x in inputs]
-        h, _ = mlstm_chunkwise(*doubles, document_start=starts)
+        h, _ = mlstm(*doubles, document_start=starts, backend="reference")
         _expected[dims] = [h.detach(), *torch.autograd.grad(h, doubles, grad.double())]
     fitted = tiles.fit(cut, *dims)
     choose = problem.choose_tiles
     problem.choose_tiles = lambda *_: fitted
     try:
-        h, _ = mlstm_triton(*inputs, document_start=starts)
+        h, _ = mlstm(*inputs, document_start=starts, backend="triton")
         actual = [h.detach(), *torch.autograd.grad(h, inputs, grad)]
     finally:
         problem.choose_tiles = choose

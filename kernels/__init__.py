@@ -4,60 +4,49 @@ Nothing in here knows a module, a process group or a file. Each operation has a 
 specification.
 
 Hugging Face distributes another package of this name, which `transformers` imports where it is installed. Both work in
-one process: what this package does not have is looked up in that one (model/kernels_package.py handles the case that
-the other one comes first on sys.path).
+one process: the modules of both are found here, and what this file does not have is looked up in the other package's
+(model/kernels_package.py handles the case that the other one comes first on sys.path).
 """
 
 import importlib.metadata
 import importlib.util
 import sys
-from pathlib import Path
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_OWN_DIRECTORY = Path(__file__).resolve().parent
-_ALIAS = "_huggingface_kernels"
+_OWN_PATH = list(__path__)
+_other: ModuleType | None = None
 
 
-def _huggingface_directory() -> Path | None:
+def _find_other() -> ModuleSpec | None:
+    """The other package: the first `kernels` on sys.path with a module `layer`, which no other has."""
     for entry in sys.path:
-        directory = Path(entry).resolve() / "kernels"
-        has_layers = (directory / "layer").is_dir() or (directory / "layer.py").is_file()
-        if has_layers and (directory / "__init__.py").is_file() and directory != _OWN_DIRECTORY:
-            return directory
+        spec = PathFinder.find_spec(__name__, [entry])
+        if spec and spec.origin and PathFinder.find_spec(f"{__name__}.layer", spec.submodule_search_locations):
+            return spec
     return None
 
 
-def _huggingface_package() -> ModuleType | None:
-    """The other package's __init__, run under an alias; its submodules are submodules of this package."""
-    if _ALIAS in sys.modules:
-        return sys.modules[_ALIAS]
-    directory = _huggingface_directory()
-    if directory is None:
-        return None
-    if str(directory) not in __path__:
-        __path__.append(str(directory))
-    spec = importlib.util.spec_from_file_location(_ALIAS, directory / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    # Its submodules ask for its version while it is still being loaded.
-    sys.modules[_ALIAS] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[_ALIAS]
-        raise
-    return module
-
-
-def _is_own(name: str) -> bool:
-    return (_OWN_DIRECTORY / f"{name}.py").is_file() or (_OWN_DIRECTORY / name / "__init__.py").is_file()
+def _load_other() -> ModuleType | None:
+    global _other
+    spec = _find_other() if _other is None else None
+    if spec and spec.loader:
+        # Set before it runs: its submodules ask for its version while it does.
+        _other = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(_other)
+        except BaseException:
+            _other = None
+            raise
+    return _other
 
 
 def __getattr__(name: str) -> object:
     is_special = name.startswith("__") and name != "__version__"
-    if not is_special and not _is_own(name):
-        package = _huggingface_package()
-        if package is not None:
-            return getattr(package, name)
+    if not is_special and PathFinder.find_spec(f"{__name__}.{name}", _OWN_PATH) is None:
+        other = _load_other()
+        if other is not None:
+            return getattr(other, name)
         _refuse_overwritten_package(name)
     raise AttributeError(f"module 'kernels' of xlstm-pretrain has no attribute {name!r}")
 
@@ -69,10 +58,10 @@ def _refuse_overwritten_package(name: str) -> None:
         return
     raise ImportError(
         f"'{name}' was asked of the Hugging Face package 'kernels' {version}, whose files share the directory "
-        f"{_OWN_DIRECTORY} with the package 'kernels' of xlstm-pretrain and were overwritten. Uninstall both and "
+        f"{_OWN_PATH[0]} with the package 'kernels' of xlstm-pretrain and were overwritten. Uninstall both and "
         "install xlstm-pretrain again, with 'pip install -e' if the Hugging Face package is needed beside it"
     )
 
 
-if _found := _huggingface_directory():
-    __path__.append(str(_found))
+if _found := _find_other():
+    __path__.extend(_found.submodule_search_locations or [])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,8 @@ class MLSTMCase(Case):
 
     def output(self, document_start: Tensor, backend: str, **inputs: Tensor) -> dict[str, Tensor]:
         settings = {"gate": self.gate, "normaliser": self.normaliser, "eps": self.eps, "backend": backend}
-        return {"h": mlstm(**inputs, document_start=document_start, **settings)[0]}
+        arguments: dict[str, Any] = {**inputs, **settings}
+        return {"h": mlstm(**arguments, document_start=document_start)[0]}
 
     def limit(self, tensor: str) -> float:
         if self.dtype == torch.float32:
@@ -149,8 +151,8 @@ class SLSTMCase(Case):
         return {"gates_x": gates_x, "recurrent_kernel": kernel.to(self.dtype)}
 
     def output(self, document_start: Tensor, backend: str, **inputs: Tensor) -> dict[str, Tensor]:
-        settings = {"gate_soft_cap": self.gate_soft_cap, "backend": backend}
-        return {"h": slstm(**inputs, document_start=document_start, **settings)[0]}
+        arguments: dict[str, Any] = {**inputs, "gate_soft_cap": self.gate_soft_cap, "backend": backend}
+        return {"h": slstm(**arguments, document_start=document_start)[0]}
 
     def limit(self, tensor: str) -> float:
         output, gradient = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 2e-3)}.get(self.dtype, (4e-3, 1e-2))
@@ -218,7 +220,8 @@ class LossCase(Case):
         ids = torch.arange(BATCH * LENGTH, device=document_start.device).view(BATCH, LENGTH) * 7919 % self.vocabulary
         settings = {"soft_cap": self.soft_cap, "z_loss_weight": self.z_loss_weight, "backend": backend}
         function = linear_cross_entropy_sum if self.is_sum else linear_cross_entropy
-        return {"loss": function(**inputs, targets=ids.masked_fill(document_start, MASKED), **settings)}
+        arguments: dict[str, Any] = {**inputs, **settings}
+        return {"loss": function(**arguments, targets=ids.masked_fill(document_start, MASKED))}
 
     def limit(self, tensor: str) -> float:
         if self.dtype == torch.float32:

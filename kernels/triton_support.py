@@ -5,7 +5,6 @@ Nothing outside them may import Triton at module level: there is none on a Mac, 
 
 import torch
 import triton
-import triton.language as tl
 
 from kernels import backend_choice
 
@@ -19,23 +18,6 @@ def triton_version() -> tuple[int, int]:
     """Major and minor version of the Triton that is installed."""
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-@triton.jit
-def dot(a, b, accumulator):
-    """accumulator + a @ b in float32: exact products for float32 operands (no TF32), tensor cores for 16-bit ones."""
-    return tl.dot(a, b, accumulator, input_precision="ieee")
-
-
-def next_power_of_two(value: int) -> int:
-    """The smallest power of two that is at least `value`; Triton's blocks have such sizes."""
-    # Triton's own function takes longer on the host than a launch.
-    return 1 << (value - 1).bit_length()
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up: how many tiles of a size cover a dimension."""
-    return -(-dividend // divisor)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -53,8 +53,9 @@ def _run(command: Sequence[str], processes: int) -> int:
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             workers = psutil.Process(process.pid).children() if processes > 1 else []
-            for one in workers or [process]:
-                one.send_signal(_PASSED_ON[number])
+            receivers: Sequence[psutil.Process | subprocess.Popen[bytes]] = workers or [process]
+            for one in receivers:
+                one.send_signal(_PASSED_ON[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
     try:

@@ -124,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--sequence-length", type=_positive, default=8192, metavar="S", help="tokens (default: 8192)")
     describe.add_argument("--micro-batch-size", type=_positive, default=1, metavar="B", help="sequences (default: 1)")
     describe.add_argument("--ranks", type=_positive, default=8, metavar="N", help="that ZeRO shards over (default: 8)")
+    describe.add_argument(
+        "--device", default="CPU", metavar="NAME", help="GPU whose kernels count, such as 'NVIDIA H200' (default: CPU)"
+    )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
     command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
@@ -145,7 +148,7 @@ def _describe(options: argparse.Namespace) -> int:
     problems = validate_model(config)
     if problems:
         raise ConfigError(problems)
-    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks)
+    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
     print(json.dumps(description, indent=2) if options.json else as_table(description))
     return 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 CPU = "CPU"
 
 
@@ -22,3 +24,8 @@ class Hardware:
     def runs_kernels(self, backend: str) -> bool:
         """Whether a layer with this `backend` (kernels.backend_choice.BACKENDS) computes with kernels here."""
         return backend == "triton" or (backend == "auto" and self.device_name != CPU)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations that enter matrix products."""
+        return torch.bfloat16 if self.compute_bytes < 4 else torch.float32

@@ -1,9 +1,7 @@
 """That `kernels` is this project's package, wherever the Hugging Face package of that name stands on sys.path."""
 
-from __future__ import annotations
-
-import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
@@ -13,13 +11,13 @@ def use_own_kernels() -> None:
     Where no `kernels` is loaded yet, the project's is, which passes on what only the other one has. Where the other one
     is loaded already, the project's modules become its submodules.
     """
-    directory = Path(__file__).resolve().parent.parent / "kernels"
-    loaded = sys.modules.get("kernels")
-    if loaded is None:
-        spec = importlib.util.spec_from_file_location("kernels", directory / "__init__.py")
-        assert spec is not None and spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules["kernels"] = package
-        spec.loader.exec_module(package)
-    elif str(directory) not in loaded.__path__:
-        loaded.__path__.insert(0, str(directory))
+    root = Path(__file__).resolve().parent.parent
+    if "kernels" not in sys.modules:
+        sys.path.insert(0, str(root))
+        try:
+            import_module("kernels")
+        finally:
+            sys.path.remove(str(root))
+    paths = sys.modules["kernels"].__path__
+    if str(root / "kernels") not in map(str, paths):
+        paths.insert(0, str(root / "kernels"))

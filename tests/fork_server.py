@@ -15,9 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+# From the failure of one process of a run to the end of the others, which may wait for it.
+TERM_SECONDS = 30.0
 
 
 class ForkServer:
@@ -56,8 +60,9 @@ def _serve() -> None:
     # Where runs write what the imports print here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # The run first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
-    for name in ("train.run", "pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
+    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+    for name in ("train.parallel.zero", "train.run", *in_passing):
         importlib.import_module(name)
     for line in sys.stdin:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
@@ -78,15 +83,24 @@ def _run(overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         ranks = {_start(overrides, world | place, stdout, stderr) for place in places}
-        failed = False
+        deadline = None
         while ranks:
-            ended, status = os.wait()
-            ranks.remove(ended)
-            if status and not failed:
-                failed = True
-                for rank in ranks:
-                    os.kill(rank, signal.SIGTERM)
-    return int(failed)
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            ranks.discard(ended)
+            if ended and status and deadline is None:
+                # As torchrun: the others are asked to end, and made to where they do not.
+                deadline = time.monotonic() + TERM_SECONDS
+                _signal(ranks, signal.SIGTERM)
+            elif deadline is not None and time.monotonic() > deadline:
+                _signal(ranks, signal.SIGKILL)
+            if not ended:
+                time.sleep(0.01)
+    return int(deadline is not None)
+
+
+def _signal(processes: set[int], number: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, number)
 
 
 def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:

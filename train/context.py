@@ -61,8 +61,8 @@ class RunContext:
     callbacks: Sequence[Callback]
     # The newest usable checkpoint; None when the run begins.
     checkpoint: Path | None = None
-    # What is put back when the context is closed, last first.
-    _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    # What is closed with the context, last first.
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def is_complete(self) -> bool:
@@ -84,17 +84,20 @@ class RunContext:
             write_atomically(self.directory.engine_settings, json.dumps(settings, indent=1))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Give up the lock, the log file and the process group. `error`: what the run failed of; None: nothing."""
+        """Close the engine, give up the lock, the log file and the process group.
+
+        `error`: what the run failed of; None: nothing.
+        """
         if isinstance(error, Exception) and not isinstance(error, ConfigError):
             # The folder may be what is wrong: not there, not writable, full.
             with contextlib.suppress(OSError):
                 self.events.append("error", message=str(error) or repr(error))
         if error is not None and self.mesh.size > 1:
-            # Peers may wait in a collective that this rank will not join: to leave the process group, it would wait
-            # for them. The process ends, and its launcher ends them.
-            self._closing.pop_all()
+            # Peers may wait in a collective that this rank will not join, and this rank would wait for them with its
+            # engine and its process group. The process ends, and its launcher ends them.
+            self.closing.pop_all()
             return
-        self._closing.close()
+        self.closing.close()
 
     def __enter__(self) -> RunContext:
         return self
@@ -128,7 +131,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
         data_identity=data_identity(found.stream),
         callbacks=callbacks,
     )
-    context._closing.callback(mesh.close)
+    context.closing.callback(mesh.close)
     try:
         _enter(context, found)
     except BaseException as error:
@@ -139,7 +142,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
 
 def _enter(context: RunContext, found: Requirements) -> None:
     """Take the folder into use, on all ranks alike."""
-    config, mesh, directory, closing = context.config, context.mesh, context.directory, context._closing
+    config, mesh, directory, closing = context.config, context.mesh, context.directory, context.closing
     if mesh.is_main:
         directory.create()
     _check_same_on_all_ranks(context)

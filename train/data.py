@@ -60,8 +60,9 @@ def _validate_live(config: CorpusConfig) -> list[str]:
             "corpus.max_epochs: text that is tokenized while it is read is read in whole passes "
             f"({config.max_epochs}); set it to a whole number"
         )
-    asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
-    asked |= {"window_shards": None, "on_corrupt": "fail", "cache_directory": None, "workers": 1}
+    asked: dict[str, Any] = {"weights": None, "temperature": None, "epoch_caps": None, "phases": []}
+    asked |= {"packing": "concatenate", "window_shards": None, "on_corrupt": "fail"}
+    asked |= {"cache_directory": None, "workers": 1}
     return problems + [
         f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
         f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"

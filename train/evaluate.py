@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.stream import Batch, WindowStream
+from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.live import LiveCorpus
+from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
 from train.parallel.engine import Engine
@@ -24,12 +26,15 @@ class EvaluationResult:
     tokens: int
 
 
-def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "size") -> dict[str, Corpus]:
+def open_evaluation_corpora(config: RunConfig, corpus: Corpus | LiveCorpus, check: str = "size") -> dict[str, Corpus]:
     """The corpus of every evaluation set by set name. Raises ValueError when one cannot be read by the run's model."""
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():
-        own = evaluation_set.directory is None
-        corpora[name] = corpus if own else open_corpus(config, evaluation_set.directory, check)
+        if evaluation_set.directory is None:
+            assert isinstance(corpus, Corpus), "validate() wants a directory where nothing is prepared"
+            corpora[name] = corpus
+        else:
+            corpora[name] = open_corpus(config, evaluation_set.directory, check)
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "

@@ -107,7 +107,7 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def _misfits_of_corpus(config: RunConfig, corpus: Corpus) -> list[str]:
+def _misfits_of_corpus(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[str]:
     problems = []
     if corpus.vocab_size > config.model.vocab_size:
         problems.append(
@@ -134,7 +134,7 @@ def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corp
     return problems
 
 
-def _no_such_split(key: str, split: str, corpus: Corpus) -> str:
+def _no_such_split(key: str, split: str, corpus: Corpus | LiveCorpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
 
 
@@ -144,12 +144,13 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
         return []
     stored: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
     model = _with_defaults(ModelConfig, with_current_keys(stored.get("model") or {}))
-    before = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
+    before: dict[str, Any] = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
     now = dataclasses.asdict(config)
     now["model"] = what_is_computed(now["model"])
     problems = []
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
-        old, new = before, now
+        old: Any = before
+        new: Any = now
         for part in key.split("."):
             old, new = (old or {}).get(part), new[part]
         if old != new:
@@ -160,28 +161,35 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     return problems
 
 
-def _with_defaults(schema: type, values: Any) -> Any:
-    """`values` of the dataclass `schema` with the default of every key that they lack.
+def _with_defaults(annotation: Any, value: Any) -> Any:
+    """`value` of a field of type `annotation`, with the default of every key that the sections in it lack.
 
     The folder of a run that an earlier version of this program started has none of the keys that came since.
     """
-    if not isinstance(values, dict):
-        return values
-    filled = dict(values)
-    hints = typing.get_type_hints(schema)
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is list and isinstance(value, list):
+        return [_with_defaults(inner[0], item) for item in value]
+    if typing.get_origin(annotation) is dict and isinstance(value, dict):
+        return {key: _with_defaults(inner[1], item) for key, item in value.items()}
+    # X or X | None.
+    for schema in (annotation, *inner):
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema) and isinstance(value, dict):
+            return _section_with_defaults(schema, value)
+    return value
+
+
+def _section_with_defaults(schema: type, values: dict[str, Any]) -> dict[str, Any]:
+    hints, filled = typing.get_type_hints(schema), dict(values)
     for field in dataclasses.fields(schema):
-        if field.name not in filled:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-        nested = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if _is_schema(kind)]
-        if nested and isinstance(filled[field.name], dict) and typing.get_origin(hints[field.name]) is not dict:
-            filled[field.name] = _with_defaults(nested[0], filled[field.name])
+        if field.name not in filled and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            is_section = dataclasses.is_dataclass(default) and not isinstance(default, type)
+            filled[field.name] = dataclasses.asdict(default) if is_section else default
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+        if field.name in filled:
+            filled[field.name] = _with_defaults(hints[field.name], filled[field.name])
     return filled
-
-
-def _is_schema(kind: Any) -> bool:
-    """Whether `kind` is a dataclass, and not an instance of one."""
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -30,22 +30,19 @@ class RunState:
 def restore(context: RunContext, factory: EngineFactory = make_engine) -> RunState:
     """Make the engine and fill it from the run's newest usable checkpoint or, when there is none, from its seed.
 
-    Collective. Logs `start`, or `resume` and whether the data changed. Raises CheckpointError when the checkpoint is of
-    another model, CorpusError when it was trained on other data.
+    Collective. The engine is closed with the context. Logs `start`, or `resume` and whether the data changed. Raises
+    CheckpointError when the checkpoint is of another model, CorpusError when it was trained on other data.
     """
     config, events, mesh = context.config, context.events, context.mesh
     seed_everything(config.seed, mesh.rank)
     engine = factory(config, context.plan, mesh)
-    try:
-        context.save_engine_settings(engine.describe())
-        state = _bring_to(context, engine, context.checkpoint)
-        if context.checkpoint is None:
-            events.append("start", world_size=mesh.size, steps=config.total_steps)
-        else:
-            _accept(context, context.checkpoint, state)
-    except BaseException:
-        engine.close()
-        raise
+    context.closing.callback(engine.close)
+    context.save_engine_settings(engine.describe())
+    state = _bring_to(context, engine, context.checkpoint)
+    if context.checkpoint is None:
+        events.append("start", world_size=mesh.size, steps=config.total_steps)
+    else:
+        _accept(context, context.checkpoint, state)
     return RunState(engine, state)
 
 

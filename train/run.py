@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -59,12 +58,11 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
     state = restore(context, factory)
     for name, windows in open_sets(config, context.evaluation_corpora).items():
         events.append("evaluation_set", set=name, fingerprint=windows.fingerprint, tokens=windows.targets)
-    with contextlib.closing(state.engine):
-        trainer = Trainer(context, state)
-        outcome = trainer.run()
-        events.append(outcome if outcome == "complete" else "stop", step=trainer.step, reason=trainer.stop_reason)
-        if outcome == "stopped":
-            context.say(f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
+    trainer = Trainer(context, state)
+    outcome = trainer.run()
+    events.append(outcome if outcome == "complete" else "stop", step=trainer.step, reason=trainer.stop_reason)
+    if outcome == "stopped":
+        context.say(f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
     return 0
 
 

@@ -14,7 +14,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from data_pipeline.reading.stream import Batch, StepLoader
+from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.loader import StepLoader
 from train.checkpoints.writer import CheckpointWriter
 from train.context import RunContext
 from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from data_pipeline.corpus.blocks import RESTORE
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
-from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, ShardEntry
+from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
+from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ import numpy as np
 from data_pipeline.corpus.corpus import Corpus, check_shard_file
 from data_pipeline.corpus.files import path_in
 from data_pipeline.corpus.input_list import count_files
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry
+from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.token_sequence import open_shard
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer

@@ -16,19 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import write_whole
-from data_pipeline.corpus.shard_table import ShardEntry, ShardTable, ShardTableEntry
+from data_pipeline.corpus.shard_table import ShardTable, ShardTableEntry
 from data_pipeline.errors import CorpusError
-
-__all__ = [
-    "InputsEntry",
-    "Manifest",
-    "ReportEntry",
-    "ShardEntry",
-    "ShardTable",
-    "TokenizerEntry",
-    "canonical_json",
-    "fingerprint_of",
-]
 
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2

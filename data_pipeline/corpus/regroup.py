@@ -14,7 +14,8 @@ from typing import Any
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import path_in, write_whole
 from data_pipeline.corpus.input_list import count_files, sum_counts
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry, ShardTable
+from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
 from data_pipeline.errors import CorpusError
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.

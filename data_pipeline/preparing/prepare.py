@@ -27,10 +27,10 @@ from data_pipeline.corpus.manifest import (
     InputsEntry,
     Manifest,
     ReportEntry,
-    ShardTable,
     TokenizerEntry,
     canonical_json,
 )
+from data_pipeline.corpus.shard_table import ShardTable
 from data_pipeline.errors import PrepareError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims

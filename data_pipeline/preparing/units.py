@@ -13,7 +13,8 @@ from typing import Any
 
 from data_pipeline.corpus.files import hash_file, write_whole
 from data_pipeline.corpus.input_list import sum_counts
-from data_pipeline.corpus.manifest import ShardEntry, canonical_json
+from data_pipeline.corpus.manifest import canonical_json
+from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.shards import MAX_TOKENS, ShardBuilder
 from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import PrepareError

@@ -25,10 +25,7 @@ from data_pipeline.ordering.mixture import Mixture, MixtureConfig
 from data_pipeline.ordering.order import ORDER_VERSION
 from data_pipeline.ordering.packing import open_packing_plan
 from data_pipeline.ordering.windows import WINDOWS_VERSION
-from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples, sample_numbers
-from data_pipeline.reading.loader import StepLoader
-
-__all__ = ["MASKED", "Batch", "Lanes", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
+from data_pipeline.reading.batch import Assembly, Batch, Columns, DamagedSamples, sample_numbers
 
 # Neighbouring samples whose places are computed in one go: the cost of a call is that of a thousand.
 LOCATED_TOGETHER = 1024

@@ -53,7 +53,8 @@ def linear_cross_entropy(
     else:
         from kernels.cross_entropy import fused
 
-        losses = fused.linear_cross_entropy(tokens, weight, flat_targets, soft_cap, z_loss_weight, chunk_tokens)
+        settings = fused.LossSettings(soft_cap, z_loss_weight, chunk_tokens)
+        losses = fused.linear_cross_entropy(tokens, weight, flat_targets, settings)
     return losses.view(targets.shape)
 
 
@@ -85,10 +86,8 @@ def linear_cross_entropy_sum(
         return losses.sum()
     from kernels.cross_entropy import fused
 
-    needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    return fused.linear_cross_entropy_sum(
-        tokens, weight, flat_targets, soft_cap, z_loss_weight, chunk_tokens, needs_hidden, needs_weight
-    )[0]
+    settings = fused.LossSettings(soft_cap, z_loss_weight, chunk_tokens)
+    return fused.linear_cross_entropy_sum(tokens, weight, flat_targets, settings)
 
 
 def _chosen(backend: str, hidden: Tensor, weight: Tensor) -> str:
@@ -97,7 +96,14 @@ def _chosen(backend: str, hidden: Tensor, weight: Tensor) -> str:
     return backend_choice.choose("cross-entropy", backend, hidden, lambda: reason)
 
 
-def _check(hidden, weight, targets, soft_cap, z_loss_weight, chunk_tokens) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    soft_cap: float | None,
+    z_loss_weight: float,
+    chunk_tokens: int | None,
+) -> None:
     if hidden.shape[:-1] != targets.shape or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             "linear_cross_entropy needs hidden [B, S, D], weight [V, D] and targets [B, S], got "

@@ -6,11 +6,17 @@ logits twice), `linear_cross_entropy_sum` three.
 Axes: N tokens, D model dimension, V vocabulary.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernels.cross_entropy.reference import MASKED
 from kernels.cross_entropy.rows import store_gradients, store_losses, store_losses_and_gradients
+from kernels.operators import operator
 from kernels.precision import autocast_disabled
 
 # Enough rows for the products of a narrow model to fill a GPU; 0.4 GB of logits in bfloat16 at V = 50304.
@@ -35,9 +41,9 @@ class _Chunks:
         padded = -(-weight.shape[0] // 16) * 16
         self.buffer = hidden.new_empty(self.size, padded)[:, : weight.shape[0]]
         # float32; None before the first token.
-        self._grad_weight = None
+        self._grad_weight: Tensor | None = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[slice]:
         """The slices of the tokens; none is empty."""
         for start in range(0, len(self.hidden), self.size):
             yield slice(start, min(start + self.size, len(self.hidden)))
@@ -69,11 +75,32 @@ class _Chunks:
         return self._grad_weight
 
 
-@torch.library.custom_op("xlstm_pretrain::linear_cross_entropy", mutates_args=())
-def _forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, z_loss_weight: float, chunk_tokens: int | None
-) -> tuple[Tensor, Tensor]:
+class LossSettings(NamedTuple):
+    """The soft cap of the logits, the weight of the z-loss, and tokens per chunk (None: CHUNK_TOKENS)."""
+
+    cap: float | None
+    z_loss_weight: float
+    chunk_tokens: int | None
+
+
+class Losses(NamedTuple):
     """Losses and log-sum-exps [N] float32."""
+
+    losses: Tensor
+    log_sums: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of hidden and weight; one that is not needed is empty."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+@operator("linear_cross_entropy")
+def losses_of_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings) -> Losses:
+    """For hidden [N, D], weight [V, D] and targets [N]."""
+    cap, z_loss_weight, chunk_tokens = settings
     _check_targets(targets, weight.shape[0])
     losses, log_sums = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     with autocast_disabled(hidden):
@@ -81,29 +108,28 @@ def _forward(
         for tokens in chunks:
             logits = chunks.logits(tokens)
             store_losses(logits, targets[tokens], losses[tokens], log_sums[tokens], cap, z_loss_weight)
-    return losses, log_sums
+    return Losses(losses, log_sums)
 
 
-@_forward.register_fake
-def _(hidden, weight, targets, cap, z_loss_weight, chunk_tokens):
+@losses_of_tokens.fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings) -> Losses:
     # Not len(hidden): that is a number, and would tie what torch.compile makes to it.
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    return Losses(*(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2)))
 
 
-@torch.library.custom_op("xlstm_pretrain::linear_cross_entropy_backward", mutates_args=())
-def _backward(
+@operator("linear_cross_entropy_backward")
+def gradients_of_losses(
     grad_losses: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     log_sums: Tensor,
-    cap: float | None,
-    z_loss_weight: float,
-    chunk_tokens: int | None,
+    settings: LossSettings,
     needs_hidden: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight; one that is not needed is empty."""
+) -> Gradients:
+    """From the gradients [N] of the losses."""
+    cap, z_loss_weight, chunk_tokens = settings
     grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
     grad_losses = grad_losses.contiguous()
     with autocast_disabled(hidden):
@@ -115,49 +141,62 @@ def _backward(
                 torch.mm(logits, chunks.weight, out=grad_hidden[tokens])
             if needs_weight:
                 chunks.add_grad_weight(tokens, logits)
-    return grad_hidden, chunks.grad_weight().to(weight.dtype) if needs_weight else weight.new_empty(0)
+    return Gradients(grad_hidden, chunks.grad_weight().to(weight.dtype) if needs_weight else weight.new_empty(0))
 
 
-@_backward.register_fake
-def _(grad_losses, hidden, weight, targets, log_sums, cap, z_loss_weight, chunk_tokens, needs_hidden, needs_weight):
-    return hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
-
-
-def _keep(ctx, inputs, output):
-    hidden, weight, targets, *ctx.settings = inputs
-    ctx.save_for_backward(hidden, weight, targets, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_losses, _):
-    needs = ctx.needs_input_grad[:2]
-    gradients = _backward(grad_losses, *ctx.saved_tensors, *ctx.settings, *needs)
-    kept = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return *kept, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, z_loss_weight: float, chunk_tokens: int | None
-) -> Tensor:
-    """As kernels.cross_entropy.linear_cross_entropy, for hidden [N, D] and targets [N] -> losses [N]."""
-    return _forward(hidden, weight, targets, cap, z_loss_weight, chunk_tokens)[0]
-
-
-@torch.library.custom_op("xlstm_pretrain::linear_cross_entropy_sum", mutates_args=())
-def linear_cross_entropy_sum(
+@gradients_of_losses.fake
+def _(
+    grad_losses: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    cap: float | None,
-    z_loss_weight: float,
-    chunk_tokens: int | None,
+    log_sums: Tensor,
+    settings: LossSettings,
     needs_hidden: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, its gradients of hidden (in hidden's dtype) and weight (float32); empty where not needed."""
+) -> Gradients:
+    return Gradients(
+        hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
+    )
+
+
+def _keep(ctx: Any, arguments: tuple[Any, ...], results: Losses) -> None:
+    hidden, weight, targets, ctx.settings = arguments
+    ctx.save_for_backward(hidden, weight, targets, results.log_sums)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grads: Losses) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:2]
+    hidden, weight, targets, log_sums = ctx.saved_tensors
+    gradients = gradients_of_losses(grads.losses, hidden, weight, targets, log_sums, ctx.settings, *needs)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+
+
+losses_of_tokens.differentiate(_keep, _differentiate)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
+    """As kernels.cross_entropy.linear_cross_entropy, for hidden [N, D] and targets [N] -> losses [N]."""
+    return losses_of_tokens(hidden, weight, targets, settings).losses
+
+
+class SumResults(NamedTuple):
+    """The summed loss [] float32, its gradients of hidden (in hidden's dtype) and weight (float32); empty where not
+    needed.
+    """
+
+    loss: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+
+
+@operator("linear_cross_entropy_sum")
+def summed_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings, needs_hidden: bool, needs_weight: bool
+) -> SumResults:
+    """Losses and gradients in one pass: for hidden [N, D], weight [V, D] and targets [N]."""
+    cap, z_loss_weight, chunk_tokens = settings
     _check_targets(targets, weight.shape[0])
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
@@ -175,29 +214,38 @@ def linear_cross_entropy_sum(
                 torch.mm(logits, chunks.weight, out=grad_hidden[tokens])
             if needs_weight:
                 chunks.add_grad_weight(tokens, logits)
-    return losses.sum(), grad_hidden, chunks.grad_weight() if needs_weight else losses.new_empty(0)
+    return SumResults(losses.sum(), grad_hidden, chunks.grad_weight() if needs_weight else losses.new_empty(0))
 
 
-@linear_cross_entropy_sum.register_fake
-def _(hidden, weight, targets, cap, z_loss_weight, chunk_tokens, needs_hidden, needs_weight):
+@summed_loss.fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings, needs_hidden: bool, needs_weight: bool
+) -> SumResults:
     loss_sum = torch.empty((), dtype=torch.float32, device=hidden.device)
     grad_weight = loss_sum.new_empty(weight.shape if needs_weight else 0)
-    return loss_sum, hidden.new_empty(hidden.shape if needs_hidden else 0), grad_weight
+    return SumResults(loss_sum, hidden.new_empty(hidden.shape if needs_hidden else 0), grad_weight)
 
 
-def _keep_gradients(ctx, inputs, output):
-    ctx.weight_dtype = inputs[1].dtype
-    ctx.save_for_backward(*output[1:])
+def _keep_gradients(ctx: Any, arguments: tuple[Any, ...], results: SumResults) -> None:
+    ctx.weight_dtype = arguments[1].dtype
+    ctx.save_for_backward(results.grad_hidden, results.grad_weight)
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx, grad_sum, *_):
+def _scale_gradients(ctx: Any, grads: SumResults) -> tuple[Tensor | None, Tensor | None]:
+    grad_sum = grads.loss
     grad_hidden, grad_weight = ctx.saved_tensors
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     # In float32: a factor such as 1 / (tokens of the batch), rounded to bfloat16, would be off by up to 0.4 %.
     scaled_hidden = (grad_hidden.float() * grad_sum).to(grad_hidden.dtype) if needs_hidden else None
     scaled_weight = (grad_weight * grad_sum).to(ctx.weight_dtype) if needs_weight else None
-    return scaled_hidden, scaled_weight, None, None, None, None, None, None
+    return scaled_hidden, scaled_weight
 
 
-linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+summed_loss.differentiate(_keep_gradients, _scale_gradients)
+
+
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, settings: LossSettings) -> Tensor:
+    """As kernels.cross_entropy.linear_cross_entropy_sum, for hidden [N, D] and targets [N] -> the sum []."""
+    needs_hidden, needs_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return summed_loss(hidden, weight, targets, settings, needs_hidden, needs_weight).loss

@@ -3,6 +3,8 @@
 Axes: N tokens, D model dimension, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,7 +26,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """hidden [N, D], weight [V, D], targets [N] -> losses [N]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, z_loss_weight, chunk_tokens):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        z_loss_weight: float,
+        chunk_tokens: int,
+    ) -> Tensor:
         ctx.cap, ctx.z_loss_weight, ctx.chunk_tokens = cap, z_loss_weight, chunk_tokens
         losses, log_sums = [], []
         with autocast_disabled(hidden):
@@ -44,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_sums = ctx.saved_tensors
         size = ctx.chunk_tokens
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -67,11 +77,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_logits.mul_(logits.div_(ctx.cap).square_().neg_().add_(1))
                 grad_logits.mul_(grad_losses[tokens].masked_fill(masked, 0)[:, None])
                 grad_product = grad_logits.to(hidden.dtype)
-                if needs_hidden:
+                if grad_hidden is not None:
                     torch.mm(grad_product, weight_for_product, out=grad_hidden[tokens])
-                if needs_weight:
+                if grad_weight is not None:
                     grad_weight += grad_product.t() @ chunk.masked_fill(masked[:, None], 0)
-        if needs_weight:
+        if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 

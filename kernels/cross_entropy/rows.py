@@ -1,159 +1,21 @@
-"""The Triton kernels of the loss: one program turns one token's logits into its loss, and into their gradient in place.
+"""Launches of the Triton kernels of the loss (row_kernels.py).
 
 Axes: N tokens of a chunk, V vocabulary.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.reference import MASKED
+from kernels.cross_entropy.row_kernels import gradients_kernel, losses_and_gradients_kernel, losses_kernel
 
-_MASKED = tl.constexpr(MASKED)
 # A tile is LINES x LANES logits of one token. Every lane keeps a running maximum and sum of its own: the threads meet
 # once for each token, not once for each tile.
 TILE = {"LINES": 2, "LANES": 2048, "num_warps": 8}
 
 
-@triton.jit
-def _squash(logits, cap, HAS_CAP: tl.constexpr):
-    """Logits behind the soft cap, and the derivative of the cap there."""
-    slope = 1.0
-    if HAS_CAP:
-        # tanh and 1 - tanh^2 from exp(-2|x|), which never overflows and leaves the latter its precision near 0.
-        decay = tl.exp(-2.0 / cap * tl.abs(logits))
-        share = 1.0 / (1.0 + decay)
-        magnitude = cap * (1.0 - decay) * share
-        logits = tl.where(logits < 0.0, -magnitude, magnitude)
-        slope = 4.0 * decay * share * share
-    return logits, slope
-
-
-@triton.jit
-def _tile(LINES: tl.constexpr, LANES: tl.constexpr):
-    return tl.arange(0, LINES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-
-
-@triton.jit
-def _log_sum_exp(row, V, cap, HAS_CAP: tl.constexpr, LINES: tl.constexpr, LANES: tl.constexpr):
-    largest = tl.full([LANES], -1e30, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    for first in range(0, V, LINES * LANES):
-        column = first + _tile(LINES, LANES)
-        logits, _ = _squash(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
-        logits = tl.where(column < V, logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, 0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[None, :]), 0)
-        largest = larger
-    maximum = tl.max(largest, 0)
-    return maximum + tl.log(tl.sum(total * tl.exp(largest - maximum), 0))
-
-
-@triton.jit
-def _store_loss(row, target, log_sum, loss, cap, z_loss_weight, HAS_CAP: tl.constexpr):
-    target_logit, _ = _squash(tl.load(row + target).to(tl.float32), cap, HAS_CAP)
-    tl.store(loss, log_sum - target_logit + z_loss_weight * log_sum * log_sum)
-
-
-@triton.jit
-def _store_gradient(
-    row, target, log_sum, scale, V, cap, z_loss_weight, HAS_CAP: tl.constexpr, LINES: tl.constexpr, LANES: tl.constexpr
-):
-    softmax_scale = 1.0 + 2.0 * z_loss_weight * log_sum
-    for first in range(0, V, LINES * LANES):
-        column = first + _tile(LINES, LANES)
-        logits, slope = _squash(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
-        gradient = softmax_scale * tl.exp(logits - log_sum) - tl.where(column == target, 1.0, 0.0)
-        tl.store(row + column, gradient * slope * scale, column < V)
-
-
-@triton.jit
-def _store_zeros(row, V, LINES: tl.constexpr, LANES: tl.constexpr):
-    for first in range(0, V, LINES * LANES):
-        column = first + _tile(LINES, LANES)
-        tl.store(row + column, tl.zeros([LINES, LANES], tl.float32), column < V)
-
-
-@triton.jit
-def _own_token(logits, targets, row_stride):
-    """The token of this program, its logits and its target."""
-    token = tl.program_id(0)
-    return token, logits + token.to(tl.int64) * row_stride, tl.load(targets + token)
-
-
-@triton.jit
-def _losses(
-    logits,
-    targets,
-    losses,
-    log_sums,
-    V,
-    row_stride,
-    cap,
-    z_loss_weight,
-    HAS_CAP: tl.constexpr,
-    LINES: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    token, row, target = _own_token(logits, targets, row_stride)
-    if target == _MASKED:
-        tl.store(losses + token, 0.0)
-        tl.store(log_sums + token, 0.0)
-    else:
-        log_sum = _log_sum_exp(row, V, cap, HAS_CAP, LINES, LANES)
-        tl.store(log_sums + token, log_sum)
-        _store_loss(row, target, log_sum, losses + token, cap, z_loss_weight, HAS_CAP)
-
-
-@triton.jit
-def _gradients(
-    logits,
-    targets,
-    log_sums,
-    scales,
-    V,
-    row_stride,
-    cap,
-    z_loss_weight,
-    HAS_CAP: tl.constexpr,
-    LINES: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    token, row, target = _own_token(logits, targets, row_stride)
-    if target == _MASKED:
-        _store_zeros(row, V, LINES, LANES)
-    else:
-        log_sum, scale = tl.load(log_sums + token), tl.load(scales + token)
-        _store_gradient(row, target, log_sum, scale, V, cap, z_loss_weight, HAS_CAP, LINES, LANES)
-
-
-@triton.jit
-def _losses_and_gradients(
-    logits,
-    targets,
-    losses,
-    V,
-    row_stride,
-    cap,
-    z_loss_weight,
-    HAS_CAP: tl.constexpr,
-    LINES: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    token, row, target = _own_token(logits, targets, row_stride)
-    if target == _MASKED:
-        tl.store(losses + token, 0.0)
-        _store_zeros(row, V, LINES, LANES)
-    else:
-        log_sum = _log_sum_exp(row, V, cap, HAS_CAP, LINES, LANES)
-        _store_loss(row, target, log_sum, losses + token, cap, z_loss_weight, HAS_CAP)
-        # The target's logit is read before any thread overwrites it.
-        tl.debug_barrier()
-        _store_gradient(row, target, log_sum, 1.0, V, cap, z_loss_weight, HAS_CAP, LINES, LANES)
-
-
-def _launch(kernel, logits: Tensor, *of_tokens: Tensor, cap: float | None, z_loss_weight: float) -> None:
+def _launch(kernel: Any, logits: Tensor, *of_tokens: Tensor, cap: float | None, z_loss_weight: float) -> None:
     """One program for each row of `logits`; `of_tokens`: the kernel's other tensors, in its order."""
     tokens, vocabulary = logits.shape
     with torch.cuda.device_of(logits):
@@ -180,18 +42,18 @@ def store_losses(
         losses, log_sums: [N] float32, written.
         cap, z_loss_weight: as for linear_cross_entropy.
     """
-    _launch(_losses, logits, targets, losses, log_sums, cap=cap, z_loss_weight=z_loss_weight)
+    _launch(losses_kernel, logits, targets, losses, log_sums, cap=cap, z_loss_weight=z_loss_weight)
 
 
 def store_gradients(
     logits: Tensor, targets: Tensor, log_sums: Tensor, scales: Tensor, cap: float | None, z_loss_weight: float
 ) -> None:
     """Overwrite logits (as above) with scales [N] float32 times the gradient of each token's loss; 0 where masked."""
-    _launch(_gradients, logits, targets, log_sums, scales, cap=cap, z_loss_weight=z_loss_weight)
+    _launch(gradients_kernel, logits, targets, log_sums, scales, cap=cap, z_loss_weight=z_loss_weight)
 
 
 def store_losses_and_gradients(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None, z_loss_weight: float
 ) -> None:
     """Both in one launch: write losses [N] float32 and overwrite logits (as above) with their gradient."""
-    _launch(_losses_and_gradients, logits, targets, losses, cap=cap, z_loss_weight=z_loss_weight)
+    _launch(losses_and_gradients_kernel, logits, targets, losses, cap=cap, z_loss_weight=z_loss_weight)

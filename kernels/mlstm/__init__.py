@@ -10,11 +10,27 @@ import torch
 from torch import Tensor
 
 from kernels import backend_choice
-from kernels.mlstm.inputs import check
-from kernels.mlstm.reference import mlstm_chunkwise, mlstm_recurrent, read_statistics
+from kernels.mlstm.inputs import CellInputs, CellSettings, cell_inputs, check
+from kernels.mlstm.reference import (
+    REFERENCE_CHUNK_SIZE,
+    chunkwise_state,
+    mlstm_chunkwise,
+    mlstm_recurrent,
+    read_statistics,
+)
+from kernels.mlstm.slices import SliceSummary, combine, summarise
 from kernels.mlstm.state import MLSTMState
 
-__all__ = ["MLSTMState", "keeping_chunk_states", "mlstm", "mlstm_state", "mlstm_statistics"]
+__all__ = [
+    "REFERENCE_CHUNK_SIZE",
+    "MLSTMState",
+    "SliceSummary",
+    "combine",
+    "keeping_chunk_states",
+    "mlstm",
+    "mlstm_state",
+    "mlstm_statistics",
+]
 
 
 _keeping_chunk_states = False
@@ -33,7 +49,7 @@ def mlstm(
     gate: str = "exp",
     normaliser: bool = True,
     eps: float = 1e-6,
-    chunk_size: int = 64,
+    reference_chunk_size: int = REFERENCE_CHUNK_SIZE,
     keep_chunk_states: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState | None]:
@@ -62,8 +78,8 @@ def mlstm(
         gate: "exp" or "sigmoid".
         normaliser: False returns C^T q' itself; only with gate="sigmoid".
         eps: added to the denominator after the max.
-        chunk_size: tokens per chunk of the reference; changes the speed, not the result. The Triton kernels choose
-            their own (kernels/mlstm/chunkwise/tiles.py).
+        reference_chunk_size: tokens per chunk of the reference; changes the speed, not the result. The Triton kernels
+            choose their own (kernels.mlstm.chunkwise.tiles.chunk_tokens).
         keep_chunk_states: of the Triton kernels: keep the memory that enters each chunk for the backward pass (DK * DV
             numbers a chunk and head) rather than compute it again there. None: inside `keeping_chunk_states()` only.
             The reference keeps everything.
@@ -78,24 +94,17 @@ def mlstm(
     Raises:
         ValueError: shapes or settings that do not fit together, or what the backend cannot do.
     """
-    check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
-    settings = {
-        "document_start": document_start,
-        "initial_state": initial_state,
-        "return_state": return_state,
-        "gate": gate,
-        "normaliser": normaliser,
-        "eps": eps,
-    }
-    inputs = (q, k, v, igate_preact, fgate_preact)
-    if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(*inputs, initial_state)) == "triton":
-        from kernels.mlstm.chunkwise import mlstm_triton
+    inputs = cell_inputs(k, v, igate_preact, fgate_preact, document_start, initial_state)
+    settings = CellSettings(gate, normaliser, eps)
+    check(q, inputs, settings)
+    if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(q, inputs)) == "triton":
+        from kernels.mlstm.chunkwise.cell import mlstm_triton
 
         keep = _keeping_chunk_states if keep_chunk_states is None else keep_chunk_states
-        return mlstm_triton(*inputs, keep_chunk_states=keep, **settings)
+        return mlstm_triton(q, inputs, settings, return_state=return_state, keep_chunk_states=keep)
     if q.shape[1] == 1:
-        return mlstm_recurrent(*inputs, **settings)
-    return mlstm_chunkwise(*inputs, chunk_size=chunk_size, **settings)
+        return mlstm_recurrent(q, inputs, settings, return_state=return_state)
+    return mlstm_chunkwise(q, inputs, settings, return_state=return_state, chunk_size=reference_chunk_size)
 
 
 @contextlib.contextmanager
@@ -125,30 +134,36 @@ def mlstm_state(
     gate: str = "exp",
     normaliser: bool = True,
     backend: str = "auto",
-) -> MLSTMState:
-    """The state behind the last token alone, at the cost of the recurrence between chunks.
+) -> SliceSummary:
+    """What a slice of a sequence does to the memory, at the cost of the recurrence between chunks.
 
-    Arguments and errors as for `mlstm`. It is what ranks that share a sequence have to exchange.
+    It is what ranks that share a sequence have to exchange: `combine` makes the summary of two neighbouring slices.
+
+    Args:
+        k, v, igate_preact, fgate_preact, document_start, gate, normaliser, backend: as for `mlstm`.
+        initial_state: what the slice continues; the summary's state is then that behind all tokens so far, which only
+            the first of several slices may have. None: nothing, so that the state is of the slice's own tokens, and m
+            the largest log weight of any. (`mlstm` begins with an empty memory of m = 0: MLSTMState.empty.)
+
+    Raises:
+        ValueError: as `mlstm`.
     """
-    check(k, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser, first="k")
-    settings = {"document_start": document_start, "initial_state": initial_state, "gate": gate}
-    inputs = (k, v, igate_preact, fgate_preact)
-    if backend_choice.choose("mLSTM", backend, k, lambda: _unsupported(k, *inputs, initial_state)) == "triton":
-        from kernels.mlstm.chunkwise import mlstm_state_triton
+    inputs = cell_inputs(k, v, igate_preact, fgate_preact, document_start, initial_state)
+    settings = CellSettings(gate, normaliser)
+    check(k, inputs, settings, first="k")
+    if backend_choice.choose("mLSTM", backend, k, lambda: _unsupported(k, inputs)) == "triton":
+        from kernels.mlstm.chunkwise.cell import mlstm_state_triton
 
-        return mlstm_state_triton(*inputs, normaliser=normaliser, **settings)
-    # The state does not depend on the queries.
-    return mlstm_chunkwise(k, *inputs, normaliser=normaliser, return_state=True, **settings)[1]
+        return summarise(inputs, mlstm_state_triton(inputs, settings))
+    return summarise(inputs, chunkwise_state(inputs, settings))
 
 
-def _unsupported(
-    q: Tensor, k: Tensor, v: Tensor, igate_preact: Tensor, fgate_preact: Tensor, initial_state: MLSTMState | None
-) -> str | None:
+def _unsupported(q: Tensor, inputs: CellInputs) -> str | None:
     """Why the Triton kernels cannot take these inputs; None if they can."""
+    k, v, igate_preact, fgate_preact, _, *state = inputs
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v have different dtypes ({q.dtype}, {k.dtype}, {v.dtype})"
-    state = () if initial_state is None else (initial_state.C, initial_state.n, initial_state.m)
-    if any(x.dtype == torch.float64 for x in (q, igate_preact, fgate_preact, *state)):
+    if any(x is not None and x.dtype == torch.float64 for x in (q, igate_preact, fgate_preact, *state)):
         return "there are float64 inputs"
     return None
 
@@ -176,8 +191,9 @@ def mlstm_statistics(
         read-out is not normalised.
     """
     start = None if document_start is None else document_start[:1, :max_tokens]
-    inputs = (x[:1, :max_tokens] for x in (q, k, igate_preact, fgate_preact))
-    stabiliser, query_normaliser = read_statistics(*inputs, document_start=start, gate=gate)
+    q, k, igate_preact, fgate_preact = (x[:1, :max_tokens] for x in (q, k, igate_preact, fgate_preact))
+    inputs = cell_inputs(k, k[..., :0], igate_preact, fgate_preact, start)
+    stabiliser, query_normaliser = read_statistics(q, inputs, CellSettings(gate))
     at_floor = query_normaliser.abs() <= torch.exp(-stabiliser)
     return {
         "stabiliser_min": stabiliser.min().float(),

@@ -1,4 +1,5 @@
-"""What every form of the mLSTM does to its arguments first: check, raise the precision, put heads before time.
+"""The arguments of the mLSTM as every form of it takes them, and what each does to them first: check, raise the
+precision, put heads before time.
 
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
@@ -6,6 +7,7 @@ Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,48 @@ from kernels.mlstm.state import MLSTMState
 from kernels.precision import compute_dtype
 
 
+class CellInputs(NamedTuple):
+    """What the memory is made of; the queries that read it stand beside. Or gradients of that, None where none is.
+
+    k [B, S, NH, DK], v [B, S, NH, DV], igate_preact and fgate_preact [B, S, NH], document_start [B, S] bool, and the
+    parts of the initial state: C [B, NH, DK, DV], n [B, NH, DK] and m [B, NH], all there or all None.
+    """
+
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    document_start: Tensor | None
+    C_initial: Tensor | None
+    n_initial: Tensor | None
+    m_initial: Tensor | None
+
+
+class CellSettings(NamedTuple):
+    """Which mLSTM: the arguments of kernels.mlstm.mlstm of these names."""
+
+    gate: str = "exp"
+    normaliser: bool = True
+    eps: float = 1e-6
+
+
+def cell_inputs(
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    document_start: Tensor | None = None,
+    initial_state: MLSTMState | None = None,
+) -> CellInputs:
+    """From the public arguments, unchecked. m takes no part in any gradient."""
+    tokens = (k, v, igate_preact, fgate_preact, document_start)
+    if initial_state is None:
+        return CellInputs(*tokens, None, None, None)
+    return CellInputs(*tokens, initial_state.C, initial_state.n, initial_state.m.detach())
+
+
 @dataclass
-class MLSTMInputs:
+class PreparedInputs:
     """Inputs in float32 (float64 if any was).
 
     Attributes:
@@ -38,73 +80,52 @@ class MLSTMInputs:
     state: MLSTMState
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    initial_state: MLSTMState | None,
-    gate: str,
-    normaliser: bool,
-) -> MLSTMInputs:
-    """Check the public arguments and bring them into the form above.
+def prepare(q: Tensor, inputs: CellInputs, settings: CellSettings) -> PreparedInputs:
+    """Check the arguments and bring them into the form above.
 
     Raises:
         ValueError: shapes or settings that do not fit together.
     """
-    check(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    check(q, inputs, settings)
+    k, v, igate_preact, fgate_preact, document_start, C, n, m = inputs
     batch, length, heads, key_dim = q.shape
     dtype = compute_dtype(q, k, v, igate_preact, fgate_preact)
 
     def heads_first(x: Tensor) -> Tensor:
         return x.transpose(1, 2).to(dtype)
 
-    log_input, log_forget = log_gates(heads_first(igate_preact), heads_first(fgate_preact), gate)
+    log_input, log_forget = log_gates(heads_first(igate_preact), heads_first(fgate_preact), settings.gate)
     no_start = q.new_zeros(batch, length, dtype=torch.bool)
     document = (no_start if document_start is None else document_start).cumsum(1)
-    if initial_state is None:
+    if C is None or n is None or m is None:
         state = MLSTMState.empty(batch, heads, key_dim, v.shape[-1], device=q.device, dtype=dtype)
     else:
-        state = MLSTMState(initial_state.C.to(dtype), initial_state.n.to(dtype), initial_state.m.detach().to(dtype))
-    return MLSTMInputs(
+        state = MLSTMState(C.to(dtype), n.to(dtype), m.to(dtype))
+    return PreparedInputs(
         heads_first(q) * key_dim**-0.5, heads_first(k), heads_first(v), log_input, log_forget, document, state
     )
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    initial_state: MLSTMState | None,
-    gate: str,
-    normaliser: bool,
-    *,
-    first: str = "q",
-) -> None:
+def check(q: Tensor, inputs: CellInputs, settings: CellSettings, *, first: str = "q") -> None:
     """Raise ValueError for arguments of `mlstm` that do not fit together; `first` is what the caller calls its q."""
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
-    if gate == "exp" and not normaliser:
+    if settings.gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, not {settings.gate!r}")
+    if settings.gate == "exp" and not settings.normaliser:
         raise ValueError("gate=exp needs the normaliser: set normaliser=true, or gate=sigmoid to go without")
     if q.dim() != 4 or q.shape[1] == 0:
         raise ValueError(f"{first} must be [B, S, NH, DK] with at least one token, got {tuple(q.shape)}")
     batch, length, heads, key_dim = q.shape
-    expected = {
-        "k": (k, (batch, length, heads, key_dim)),
-        "v": (v, (batch, length, heads, v.shape[-1])),
-        "igate_preact": (igate_preact, (batch, length, heads)),
-        "fgate_preact": (fgate_preact, (batch, length, heads)),
+    value_dim = inputs.v.shape[-1]
+    check_bool(inputs.document_start)
+    shapes = {
+        "k": (batch, length, heads, key_dim),
+        "v": (batch, length, heads, value_dim),
+        "igate_preact": (batch, length, heads),
+        "fgate_preact": (batch, length, heads),
+        "document_start": (batch, length),
+        "initial_state.C": (batch, heads, key_dim, value_dim),
+        "initial_state.n": (batch, heads, key_dim),
+        "initial_state.m": (batch, heads),
     }
-    check_bool(document_start)
-    if document_start is not None:
-        expected["document_start"] = (document_start, (batch, length))
-    if initial_state is not None:
-        expected["initial_state.C"] = (initial_state.C, (batch, heads, key_dim, v.shape[-1]))
-        expected["initial_state.n"] = (initial_state.n, (batch, heads, key_dim))
-        expected["initial_state.m"] = (initial_state.m, (batch, heads))
-    check_shapes(first, q, expected)
+    given = zip(shapes.items(), inputs, strict=True)
+    check_shapes(first, q, {name: (x, shape) for (name, shape), x in given if x is not None})

@@ -4,6 +4,8 @@ All three return the same outputs, states and gradients up to rounding, and the 
 the stabiliser m is a constant in the backward pass, because the output depends on it through eps alone.
 
 Sources: xLSTM-7B (arXiv 2503.13427), section 2 and appendix; TFLA (arXiv 2503.14376), section 2.
+Their arguments are explained in kernels/mlstm/inputs.py, their result is that of kernels.mlstm.mlstm.
+
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head, NC chunks, L tokens of a chunk.
 """
 
@@ -12,42 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mlstm.gates import bounded_below, log_carry, log_weights, read_out, same_document
-from kernels.mlstm.inputs import MLSTMInputs, prepare
-from kernels.mlstm.state import MLSTMState
-from kernels.precision import autocast_disabled
+from kernels.mlstm.inputs import CellInputs, CellSettings, PreparedInputs, prepare
+from kernels.mlstm.state import NOTHING, MLSTMState
+from kernels.precision import autocast_disabled, compute_dtype
+
+# Tokens per chunk of mlstm_chunkwise, unless told otherwise.
+REFERENCE_CHUNK_SIZE = 64
 
 
 def mlstm_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    *,
-    document_start: Tensor | None = None,
-    initial_state: MLSTMState | None = None,
-    return_state: bool = False,
-    gate: str = "exp",
-    normaliser: bool = True,
-    eps: float = 1e-6,
+    q: Tensor, inputs: CellInputs, settings: CellSettings, *, return_state: bool = False
 ) -> tuple[Tensor, MLSTMState | None]:
-    """One token after the other: the definition, and the way to decode. Arguments and result as kernels.mlstm.mlstm.
+    """One token after the other: the definition, and the way to decode.
 
     Source: arXiv 2405.04517, equations 19 to 27, with the stabiliser of appendix A.3.
     """
     with autocast_disabled(q):
-        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+        x = prepare(q, inputs, settings)
         C, n, m = x.state.C, x.state.n, x.state.m
         outputs = []
         for t in range(q.shape[1]):
-            if document_start is not None:
-                starts = document_start[:, t, None]
+            if inputs.document_start is not None:
+                starts = inputs.document_start[:, t, None]
                 C = C.masked_fill(starts[..., None, None], 0)
                 n = n.masked_fill(starts[..., None], 0)
                 m = m.masked_fill(starts, 0)
             log_input, log_forget = x.log_input[:, :, t], x.log_forget[:, :, t]
             m_before = m
-            if gate == "exp":
+            if settings.gate == "exp":
                 m = bounded_below(torch.maximum(log_forget + m_before, log_input)).detach()
             forget = torch.exp(log_forget + m_before - m)[..., None]
             key = x.k[:, :, t] * torch.exp(log_input - m)[..., None]
@@ -55,36 +49,29 @@ def mlstm_recurrent(
             n = forget * n + key
             query = x.q[:, :, t]
             numerator = (query[..., None, :] @ C).squeeze(-2)
-            outputs.append(read_out(numerator, (n * query).sum(-1), m, normaliser, eps))
-        h = torch.stack(outputs, dim=1).to(v.dtype)
+            outputs.append(read_out(numerator, (n * query).sum(-1), m, settings.normaliser, settings.eps))
+        h = torch.stack(outputs, dim=1).to(inputs.v.dtype)
         return h, MLSTMState(C, n, m) if return_state else None
 
 
 def mlstm_quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    *,
-    document_start: Tensor | None = None,
-    initial_state: MLSTMState | None = None,
-    return_state: bool = False,
-    gate: str = "exp",
-    normaliser: bool = True,
-    eps: float = 1e-6,
+    q: Tensor, inputs: CellInputs, settings: CellSettings, *, return_state: bool = False
 ) -> tuple[Tensor, MLSTMState | None]:
-    """Every token against every earlier one, as in attention. Arguments and result as kernels.mlstm.mlstm.
+    """Every token against every earlier one, as in attention.
 
     Source: arXiv 2405.04517, appendix A.3 ("parallel mLSTM forward pass"), with an initial state added.
     """
     with autocast_disabled(q):
-        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
-        weights, carried, m = _quadratic_weights(x, gate)
+        x = prepare(q, inputs, settings)
+        weights, carried, m = _quadratic_weights(x, settings.gate)
         scores = (x.q @ x.k.transpose(-1, -2)) * weights
         numerator = scores @ x.v + carried[..., None] * (x.q @ x.state.C)
         query_normaliser = scores.sum(-1) + carried * (x.q @ x.state.n[..., None]).squeeze(-1)
-        h = read_out(numerator, query_normaliser, m, normaliser, eps).transpose(1, 2).to(v.dtype)
+        h = (
+            read_out(numerator, query_normaliser, m, settings.normaliser, settings.eps)
+            .transpose(1, 2)
+            .to(inputs.v.dtype)
+        )
         if not return_state:
             return h, None
         keys = x.k * weights[:, :, -1, :, None]
@@ -93,7 +80,7 @@ def mlstm_quadratic(
         return h, MLSTMState(C, kept * x.state.n + keys.sum(-2), m[:, :, -1])
 
 
-def _quadratic_weights(x: MLSTMInputs, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quadratic_weights(x: PreparedInputs, gate: str) -> tuple[Tensor, Tensor, Tensor]:
     """Stabilised weights of the tokens [B, NH, S, S] and of the initial state [B, NH, S], and the stabiliser."""
     readable = same_document(x.document)[:, None]
     log_weight = log_weights(x.log_input, x.log_forget, readable)
@@ -107,39 +94,30 @@ def _quadratic_weights(x: MLSTMInputs, gate: str) -> tuple[Tensor, Tensor, Tenso
     return torch.exp(log_weight - m[..., None]), carried, m
 
 
-def read_statistics(
-    q: Tensor, k: Tensor, igate_preact: Tensor, fgate_preact: Tensor, *, document_start: Tensor | None, gate: str
-) -> tuple[Tensor, Tensor]:
-    """The stabiliser m and the product n^T q' of every token, both [B, NH, S], from an empty initial state."""
+def read_statistics(q: Tensor, inputs: CellInputs, settings: CellSettings) -> tuple[Tensor, Tensor]:
+    """The stabiliser m and the product n^T q' of every token, both [B, NH, S]."""
     with autocast_disabled(q):
-        x = prepare(q, k, k[..., :0], igate_preact, fgate_preact, document_start, None, gate, True)
-        weights, _, m = _quadratic_weights(x, gate)
+        x = prepare(q, inputs, settings)
+        weights, _, m = _quadratic_weights(x, settings.gate)
         return m, ((x.q @ x.k.transpose(-1, -2)) * weights).sum(-1)
 
 
 def mlstm_chunkwise(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
+    inputs: CellInputs,
+    settings: CellSettings,
     *,
-    document_start: Tensor | None = None,
-    initial_state: MLSTMState | None = None,
     return_state: bool = False,
-    gate: str = "exp",
-    normaliser: bool = True,
-    eps: float = 1e-6,
-    chunk_size: int = 64,
+    chunk_size: int = REFERENCE_CHUNK_SIZE,
 ) -> tuple[Tensor, MLSTMState | None]:
-    """Quadratic inside chunks, recurrent between them: the form to train with. Arguments as kernels.mlstm.mlstm.
+    """Quadratic inside chunks, recurrent between them: the form to train with.
 
     Source: arXiv 2503.13427, section 2 ("chunkwise-parallel form"); arXiv 2503.14376, section 2.
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+        raise ValueError(f"reference_chunk_size must be at least 1, not {chunk_size}")
     with autocast_disabled(q):
-        x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+        x = prepare(q, inputs, settings)
         batch, length, heads, _ = q.shape
         chunk = min(chunk_size, length)
         padding = -length % chunk
@@ -161,7 +139,7 @@ def mlstm_chunkwise(
         log_weight = log_weights(log_input, log_forget, readable)
         log_kept = log_carry(log_forget, readable)
         continues = document == document_before[..., None]
-        m, m_before = _chunk_stabilisers(log_weight, log_kept, continues, x.state.m, gate)
+        m, m_before = _chunk_stabilisers(log_weight, log_kept, continues, x.state.m, settings.gate)
         weights = torch.exp(log_weight - m[..., None])
         carried = torch.exp((log_kept + m_before[..., None] - m).masked_fill(~continues, -torch.inf))
 
@@ -176,10 +154,25 @@ def mlstm_chunkwise(
 
         scores = (queries @ keys.transpose(-1, -2)) * weights
         read = scores @ values + (queries * carried[..., None]) @ torch.stack(memories, dim=2)
-        h = read_out(read[..., :-1], read[..., -1], m, normaliser, eps)
-        h = h.flatten(2, 3)[:, :, :length].transpose(1, 2).to(v.dtype)
+        h = read_out(read[..., :-1], read[..., -1], m, settings.normaliser, settings.eps)
+        h = h.flatten(2, 3)[:, :, :length].transpose(1, 2).to(inputs.v.dtype)
         state = MLSTMState(memory[..., :-1], memory[..., -1], m[:, :, -1, -1]) if return_state else None
         return h, state
+
+
+def chunkwise_state(inputs: CellInputs, settings: CellSettings) -> MLSTMState:
+    """The state behind the last token; without an initial state, of the tokens alone: m begins below that of any."""
+    if inputs.C_initial is None:
+        batch, _, heads, key_dim = inputs.k.shape
+        dtype = compute_dtype(inputs.k, inputs.v, inputs.igate_preact, inputs.fgate_preact)
+        value_dim, device = inputs.v.shape[-1], inputs.k.device
+        nothing = MLSTMState.empty(batch, heads, key_dim, value_dim, device=device, dtype=dtype)
+        m = nothing.m.fill_(NOTHING if settings.gate == "exp" else 0.0)
+        inputs = inputs._replace(C_initial=nothing.C, n_initial=nothing.n, m_initial=m)
+    # The state does not depend on the queries.
+    state = mlstm_chunkwise(inputs.k, inputs, settings, return_state=True)[1]
+    assert state is not None
+    return state
 
 
 @torch.no_grad()

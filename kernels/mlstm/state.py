@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Stabiliser of a memory that nothing was ever put into, not even the empty memory of a document's beginning (m = 0).
+NOTHING = -1e30
+
 
 @dataclass
 class MLSTMState:

@@ -6,12 +6,13 @@ Axes: B batch, NH heads, DK query/key and DV value dimension of a head, T groups
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import backend_choice
-from kernels.mlstm.inputs import check
+from kernels.mlstm.inputs import CellInputs, CellSettings, cell_inputs, check
 from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.state import MLSTMState
 
@@ -59,6 +60,19 @@ class DecodingState:
         return MLSTMState(self.C, self.n[:, :, 0], self.m[:, :, 0])
 
 
+class StepInputs(NamedTuple):
+    """Everything of one step: q and k [B, NH, DK], v [B, NH, DV], gates [B, NH], and the parts of a DecodingState."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    C: Tensor
+    n: Tensor
+    m: Tensor
+
+
 @torch.no_grad()
 def mlstm_step(
     q: Tensor,
@@ -93,46 +107,37 @@ def mlstm_step(
     """
     if q.dim() != 3:
         raise ValueError(f"q must be [B, NH, DK], got {tuple(q.shape)}")
-    check(*_as_sequence(q, k, v, igate_preact, fgate_preact), None, state.as_mlstm_state(), gate, normaliser)
-    tensors = (q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
-    if backend_choice.choose("mLSTM step", backend, q, lambda: _unsupported(tensors)) == "reference":
-        return mlstm_step_reference(q, k, v, igate_preact, fgate_preact, state, gate, normaliser, eps)
+    inputs = StepInputs(q, k, v, igate_preact, fgate_preact, state.C, state.n, state.m)
+    settings = CellSettings(gate, normaliser, eps)
+    check(q[:, None], _as_sequence(inputs), settings)
+    if backend_choice.choose("mLSTM step", backend, q, lambda: _unsupported(inputs)) == "reference":
+        return mlstm_step_reference(inputs, settings)
     from kernels.mlstm import step_fused
 
-    return step_fused.mlstm_step(*tensors, gate, normaliser, eps)
+    return step_fused.mlstm_step(inputs, settings)
 
 
-def mlstm_step_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    state: DecodingState,
-    gate: str,
-    normaliser: bool,
-    eps: float,
-) -> Tensor:
+def mlstm_step_reference(inputs: StepInputs, settings: CellSettings) -> Tensor:
     """The specification: the recurrent form of one token, and its state written over the old one."""
-    inputs = _as_sequence(q, k, v, igate_preact, fgate_preact)
-    options = {"return_state": True, "gate": gate, "normaliser": normaliser, "eps": eps}
-    h, new = mlstm_recurrent(*inputs, initial_state=state.as_mlstm_state(), **options)
-    for old, value in ((state.C, new.C), (state.n, new.n[:, :, None]), (state.m, new.m[:, :, None])):
+    h, new = mlstm_recurrent(inputs.q[:, None], _as_sequence(inputs), settings, return_state=True)
+    assert new is not None
+    for old, value in ((inputs.C, new.C), (inputs.n, new.n[:, :, None]), (inputs.m, new.m[:, :, None])):
         old.copy_(value)
     return h[:, 0]
 
 
-def _as_sequence(*token: Tensor) -> tuple[Tensor, ...]:
-    """[B, ...] -> [B, 1, ...]: a sequence of one token."""
-    return tuple(x[:, None] for x in token)
+def _as_sequence(inputs: StepInputs) -> CellInputs:
+    """A sequence of one token: [B, ...] -> [B, 1, ...]."""
+    k, v, igate_preact, fgate_preact = (x[:, None] for x in inputs[1:5])
+    state = DecodingState(inputs.C, inputs.n, inputs.m).as_mlstm_state()
+    return cell_inputs(k, v, igate_preact, fgate_preact, None, state)
 
 
-def _unsupported(tensors: tuple[Tensor, ...]) -> str | None:
-    q, *_, C, n, m = tensors
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+def _unsupported(inputs: StepInputs) -> str | None:
+    if any(tensor.dtype == torch.float64 for tensor in inputs):
         return "the kernel computes in float32 and a tensor is float64"
-    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (C, n, m)):
+    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (inputs.C, inputs.n, inputs.m)):
         return "the state must be float32 and contiguous"
-    if q.shape[-1] > MAX_KEY_DIM:
-        return f"key dimension {q.shape[-1]} is above {MAX_KEY_DIM}"
+    if inputs.q.shape[-1] > MAX_KEY_DIM:
+        return f"key dimension {inputs.q.shape[-1]} is above {MAX_KEY_DIM}"
     return None

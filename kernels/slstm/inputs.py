@@ -89,7 +89,9 @@ def check(
     if gate_soft_cap is not None and gate_soft_cap <= 0:
         raise ValueError(f"gate_soft_cap must be positive, not {gate_soft_cap}; use null for no cap")
     batch, length, _, heads, head_dim = gates_x.shape
-    expected = {"recurrent_kernel": (recurrent_kernel, (heads, head_dim, 4, head_dim))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "recurrent_kernel": (recurrent_kernel, (heads, head_dim, 4, head_dim))
+    }
     check_bool(document_start)
     if document_start is not None:
         expected["document_start"] = (document_start, (batch, length))

@@ -6,6 +6,10 @@ buffers, and the backward loop does only what truly depends on the next token; a
 Axes: S sequence, NH heads, B batch, DH dimension of a head; gates i, f, z, o in this order.
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +40,35 @@ def slstm_loop(
         return h, final_state(outputs[-1], c, n, m) if return_state else None
 
 
+class _Kept(NamedTuple):
+    """What the forward loop keeps of each token.
+
+    gates [S, NH, B, 4 * DH]: i and f after the soft cap, tanh(z) and sigmoid(o). weights [S, 2, NH, B, DH]: exp(i - m)
+    and the weight of the old memory. memory [S + 1, 2, NH, B, DH]: c and n before the first token and after each.
+    outputs [S, NH, B, DH].
+    """
+
+    gates: Tensor
+    weights: Tensor
+    memory: Tensor
+    outputs: Tensor
+
+
 class _Loop(torch.autograd.Function):
     """Fields of SLSTMInputs -> h [S, NH, B, DH] and the last c, n, m [NH, B, DH]."""
 
     @staticmethod
-    def forward(ctx, gates_x, kernel, starts, h, c, n, m, cap):
+    def forward(
+        ctx: Any,
+        gates_x: Tensor,
+        kernel: Tensor,
+        starts: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        n: Tensor,
+        m: Tensor,
+        cap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length, heads, batch, width = gates_x.shape
         head_dim = width // 4
         # Holds pre-activations at first, then i and f after the soft cap, tanh(z) and sigmoid(o).
@@ -88,31 +116,28 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_outputs, grad_c, grad_n, _):
+    def backward(ctx: Any, grad_outputs: Tensor, grad_c: Tensor, grad_n: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         kernel, starts, initial_h, *saved = ctx.saved_tensors
         with autocast_disabled(kernel):
             grad_memory = torch.stack([grad_c, grad_n])
-            grad_gates, grad_h, (grad_c, grad_n) = _backwards(
-                kernel, starts, *saved, ctx.cap, grad_outputs, grad_memory
-            )
+            kept = _Kept(*saved)
+            grad_gates, grad_h, (grad_c, grad_n) = _backwards(kernel, starts, kept, ctx.cap, grad_outputs, grad_memory)
             grad_kernel = None
             if ctx.needs_input_grad[1]:
-                grad_kernel = _kernel_gradient(initial_h, saved[-1], starts, grad_gates)
+                grad_kernel = _kernel_gradient(initial_h, kept.outputs, starts, grad_gates)
         return grad_gates, grad_kernel, None, grad_h, grad_c, grad_n, None, None
 
 
 def _backwards(
     kernel: Tensor,
     starts: Tensor | None,
-    gates: Tensor,
-    weights: Tensor,
-    memory: Tensor,
-    outputs: Tensor,
+    kept: _Kept,
     cap: float | None,
     grad_outputs: Tensor,
     grad_memory: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the pre-activations [S, NH, B, 4 * DH], the initial h and the initial (c, n)."""
+    gates, weights, _, outputs = kept
     length, _, _, head_dim = outputs.shape
     grad_gates = torch.empty_like(gates)
     kernel_transposed = kernel.transpose(1, 2).contiguous()
@@ -122,7 +147,7 @@ def _backwards(
         block = slice(first, first + STEPS_AT_ONCE)
         by_gate = grad_gates[block].unflatten(-1, (4, head_dim))
         steps = zip(
-            *(x.unbind(0) for x in _derivatives(block, gates, weights, memory, outputs, cap)),
+            *(x.unbind(0) for x in _derivatives(block, kept, cap)),
             grad_gates[block].unbind(0),
             by_gate[..., :3, :].unbind(0),
             by_gate[..., :2, :].unbind(0),
@@ -145,9 +170,7 @@ def _backwards(
     return grad_gates, grad_h, grad_memory
 
 
-def _derivatives(
-    block: slice, gates: Tensor, weights: Tensor, memory: Tensor, outputs: Tensor, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _derivatives(block: slice, kept: _Kept, cap: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything in the backward step that does not depend on the next token, for a block of S tokens.
 
     Returns:
@@ -156,6 +179,7 @@ def _derivatives(
         [S, NH, B, 2, DH]: d(n) / d(i, f).
         [S, NH, B, DH]: d(h) / d(o).
     """
+    gates, weights, memory, outputs = kept
     i, f, z, o = gates[block].chunk(4, dim=-1)
     input_weight, memory_weight = weights[block].unbind(1)
     c_before, n_before = memory[:-1][block].unbind(1)

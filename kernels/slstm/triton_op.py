@@ -5,16 +5,21 @@ Axes: B batch, S sequence, NH heads, DH dimension of a head.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from kernels.integers import next_power_of_two
+from kernels.operators import operator
 from kernels.precision import autocast_disabled
+from kernels.slstm.accounting import kinds_of_derivatives
 from kernels.slstm.inputs import check, stabiliser
 from kernels.slstm.state import SLSTMState
 from kernels.slstm.triton_backward import slstm_backward_kernel
 from kernels.slstm.triton_forward import slstm_forward_kernel
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles
-from kernels.triton_support import multiprocessors, next_power_of_two
+from kernels.triton_support import multiprocessors
 
 
 def unsupported(gates_x: Tensor, recurrent_kernel: Tensor) -> str | None:
@@ -57,18 +62,10 @@ def slstm_triton(
         is_differentiated = torch.is_grad_enabled() and any(
             x.requires_grad for x in (gates_x, recurrent_kernel, state.h, state.c, state.n)
         )
-        h, _, _, *last = torch.ops.xlstm_pretrain.slstm(
-            gates_x,
-            recurrent_kernel,
-            document_start,
-            state.h,
-            state.c,
-            state.n,
-            state.m.detach(),
-            gate_soft_cap,
-            is_differentiated,
-        )
-    return h, SLSTMState(*last) if return_state else None
+        inputs = CellInputs(gates_x, recurrent_kernel, document_start, state.h, state.c, state.n, state.m.detach())
+        results = slstm_cell(inputs, gate_soft_cap, is_differentiated)
+    last = SLSTMState(results.last_h, results.last_c, results.last_n, results.last_m)
+    return results.outputs, last if return_state else None
 
 
 def _product_dtype(gates_x: Tensor, recurrent_kernel: Tensor) -> torch.dtype:
@@ -81,34 +78,59 @@ def _sent_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype == torch.bfloat16 else torch.int32
 
 
-def _kinds_of_derivatives(cap: float | None, with_derivatives: bool) -> int:
-    """How many the kernels of triton_forward.py and triton_backward.py keep of each unit and token."""
-    if not with_derivatives:
-        return 0
-    return 7 if cap is None else 8
+class CellInputs(NamedTuple):
+    """gates_x, recurrent_kernel, document_start as kernels.slstm.slstm; state h, c, n, m [B, NH, DH] float32."""
+
+    gates_x: Tensor
+    recurrent_kernel: Tensor
+    document_start: Tensor | None
+    h: Tensor
+    c: Tensor
+    n: Tensor
+    m: Tensor
 
 
-def launch_forward(
-    tiles: Tiles,
-    gates_x: Tensor,
-    recurrent_kernel: Tensor,
-    document_start: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    n: Tensor,
-    m: Tensor,
-    cap: float | None,
-    with_derivatives: bool,
-) -> tuple[Tensor, ...]:
-    """h [B, S, NH, DH] in gates_x's dtype, the same as the next token sees it, derivatives, last h, c, n, m.
+class CellResults(NamedTuple):
+    """outputs h [B, S, NH, DH] in gates_x's dtype; `mixed`, the same in the weights' dtype, as the next token sees it
+    (empty where the dtypes are equal); derivatives [B, S, kinds, NH, DH], likewise; the last state [B, NH, DH] float32.
+    """
+
+    outputs: Tensor
+    mixed: Tensor
+    derivatives: Tensor
+    last_h: Tensor
+    last_c: Tensor
+    last_n: Tensor
+    last_m: Tensor
+
+
+class OutputGradients(NamedTuple):
+    """Gradients of h [B, S, NH, DH], and of h, c / n and m + log n behind the last token, [B, NH, DH] float32."""
+
+    h: Tensor
+    last_h: Tensor
+    last_average: Tensor
+    last_log_n: Tensor
+
+
+class InputGradients(NamedTuple):
+    """Gradients of gates_x, and of c / n and m + log n of the initial state."""
+
+    gates_x: Tensor
+    average: Tensor
+    log_n: Tensor
+
+
+def launch_forward(tiles: Tiles, inputs: CellInputs, cap: float | None, with_derivatives: bool) -> CellResults:
+    """One launch.
 
     Args:
         tiles: the division of the work.
-        gates_x, recurrent_kernel, document_start: as kernels.slstm.slstm.
-        h, c, n, m: [B, NH, DH] float32, the initial state.
+        inputs: of the cell.
         cap: the soft cap of i and f, or None.
         with_derivatives: whether a backward pass follows; without, `derivatives` has no element.
     """
+    gates_x, recurrent_kernel, document_start, h, c, n, m = inputs
     batch, length, _, heads, head_dim = gates_x.shape
     device, dtype = gates_x.device, recurrent_kernel.dtype
     if gates_x.stride(-1) != 1:
@@ -116,7 +138,7 @@ def launch_forward(
     starts = gates_x if document_start is None else document_start.contiguous().view(torch.int8)
     mixed = torch.empty(batch, length, heads, head_dim, device=device, dtype=dtype)
     outputs = mixed if gates_x.dtype == dtype else torch.empty_like(mixed, dtype=gates_x.dtype)
-    kinds = _kinds_of_derivatives(cap, with_derivatives)
+    kinds = kinds_of_derivatives(cap is not None) if with_derivatives else 0
     derivatives = torch.empty(batch, length, kinds, heads, head_dim, device=device, dtype=dtype)
     last = [torch.empty(batch, heads, head_dim, device=device, dtype=torch.float32) for _ in range(4)]
     team, teams, width = tiles.team(head_dim), tiles.teams(batch, heads, head_dim, device), tiles.width(head_dim)
@@ -155,32 +177,30 @@ def launch_forward(
             num_stages=1,
             launch_cooperative_grid=team > 1,
         )
-    return outputs, mixed, derivatives, *last
+    # Results of an operator must not share memory.
+    return CellResults(outputs, mixed.new_empty(0) if mixed is outputs else mixed, derivatives, *last)
 
 
 def launch_backward(
     tiles: Tiles,
-    grad_h: Tensor,
+    grads: OutputGradients,
     recurrent_kernel: Tensor,
     document_start: Tensor | None,
     derivatives: Tensor,
-    last_grad_h: Tensor,
-    last_grad_average: Tensor,
-    last_grad_log_n: Tensor,
     gates_dtype: torch.dtype,
     with_cap: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gates_x, of c / n and of m + log n of the initial state.
+) -> InputGradients:
+    """One launch.
 
     Args:
         tiles: the division of the work, not necessarily that of the forward pass.
-        grad_h: [B, S, NH, DH].
+        grads: of the results.
         recurrent_kernel, document_start: as kernels.slstm.slstm.
         derivatives: of the forward pass.
-        last_grad_h, last_grad_average, last_grad_log_n: [B, NH, DH] float32, of the state after the last token.
         gates_dtype: of gates_x.
         with_cap: whether i and f have a soft cap.
     """
+    grad_h = grads.h
     batch, length, heads, head_dim = grad_h.shape
     device = grad_h.device
     starts = derivatives if document_start is None else document_start.contiguous().view(torch.int8)
@@ -197,9 +217,9 @@ def launch_backward(
             recurrent_kernel.contiguous(),
             starts,
             derivatives,
-            last_grad_h.contiguous(),
-            last_grad_average.contiguous(),
-            last_grad_log_n.contiguous(),
+            grads.last_h.contiguous(),
+            grads.last_average.contiguous(),
+            grads.last_log_n.contiguous(),
             messages,
             grad_gates,
             *first,
@@ -221,116 +241,80 @@ def launch_backward(
             num_stages=1,
             launch_cooperative_grid=team > 1,
         )
-    return grad_gates, *first
+    return InputGradients(grad_gates, *first)
 
 
-@torch.library.custom_op("xlstm_pretrain::slstm", mutates_args=())
-def _slstm(
-    gates_x: Tensor,
-    recurrent_kernel: Tensor,
-    document_start: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    n: Tensor,
-    m: Tensor,
-    cap: float | None,
-    with_derivatives: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tiles = default_tiles(gates_x.shape[-1], recurrent_kernel.dtype)
-    outputs, mixed, *rest = launch_forward(
-        tiles, gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivatives
-    )
-    # Results of an operator must not share memory.
-    return outputs, mixed.new_empty(0) if mixed is outputs else mixed, *rest
+@operator("slstm")
+def slstm_cell(inputs: CellInputs, cap: float | None, with_derivatives: bool) -> CellResults:
+    """As launch_forward, with the tiles of the shape."""
+    tiles = default_tiles(inputs.gates_x.shape[-1], inputs.recurrent_kernel.dtype)
+    return launch_forward(tiles, inputs, cap, with_derivatives)
 
 
-@_slstm.register_fake
-def _(gates_x, recurrent_kernel, document_start, h, c, n, m, cap, with_derivatives):
+@slstm_cell.fake
+def _(inputs: CellInputs, cap: float | None, with_derivatives: bool) -> CellResults:
+    gates_x, recurrent_kernel, h = inputs.gates_x, inputs.recurrent_kernel, inputs.h
     batch, length, _, heads, head_dim = gates_x.shape
     outputs = gates_x.new_empty(batch, length, heads, head_dim)
     is_same = gates_x.dtype == recurrent_kernel.dtype
     mixed = outputs.new_empty(0) if is_same else torch.empty_like(outputs, dtype=recurrent_kernel.dtype)
-    kinds = _kinds_of_derivatives(cap, with_derivatives)
+    kinds = kinds_of_derivatives(cap is not None) if with_derivatives else 0
     derivatives = recurrent_kernel.new_empty(batch, length, kinds, heads, head_dim)
-    return outputs, mixed, derivatives, *(h.new_empty(h.shape) for _ in range(4))
+    return CellResults(outputs, mixed, derivatives, *(h.new_empty(h.shape) for _ in range(4)))
 
 
-@torch.library.custom_op("xlstm_pretrain::slstm_backward", mutates_args=())
-def _slstm_backward(
-    grad_h: Tensor,
+@operator("slstm_backward")
+def slstm_backward(
+    grads: OutputGradients,
     recurrent_kernel: Tensor,
     document_start: Tensor | None,
     derivatives: Tensor,
-    last_grad_h: Tensor,
-    last_grad_average: Tensor,
-    last_grad_log_n: Tensor,
     gates_dtype: torch.dtype,
     with_cap: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = default_tiles(grad_h.shape[-1], recurrent_kernel.dtype)
-    return launch_backward(
-        tiles,
-        grad_h,
-        recurrent_kernel,
-        document_start,
-        derivatives,
-        last_grad_h,
-        last_grad_average,
-        last_grad_log_n,
-        gates_dtype,
-        with_cap,
-    )
+) -> InputGradients:
+    """As launch_backward, with the tiles of the shape."""
+    tiles = default_tiles(grads.h.shape[-1], recurrent_kernel.dtype)
+    return launch_backward(tiles, grads, recurrent_kernel, document_start, derivatives, gates_dtype, with_cap)
 
 
-@_slstm_backward.register_fake
+@slstm_backward.fake
 def _(
-    grad_h,
-    recurrent_kernel,
-    document_start,
-    derivatives,
-    last_grad_h,
-    last_grad_average,
-    last_grad_log_n,
-    gates_dtype,
-    with_cap,
-):
-    batch, length, heads, head_dim = grad_h.shape
-    grad_gates = grad_h.new_empty(batch, length, 4, heads, head_dim, dtype=gates_dtype)
-    return grad_gates, *(last_grad_h.new_empty(last_grad_h.shape) for _ in range(2))
+    grads: OutputGradients,
+    recurrent_kernel: Tensor,
+    document_start: Tensor | None,
+    derivatives: Tensor,
+    gates_dtype: torch.dtype,
+    with_cap: bool,
+) -> InputGradients:
+    batch, length, heads, head_dim = grads.h.shape
+    grad_gates = grads.h.new_empty(batch, length, 4, heads, head_dim, dtype=gates_dtype)
+    like = grads.last_h
+    return InputGradients(grad_gates, like.new_empty(like.shape), like.new_empty(like.shape))
 
 
-def _setup_context(ctx, inputs, output):
-    gates_x, recurrent_kernel, document_start, h, c, n, _, cap, _ = inputs
-    outputs, mixed, derivatives, _, last_c, last_n, last_m = output
-    mixed = mixed if mixed.numel() else outputs
-    ctx.save_for_backward(recurrent_kernel, document_start, h, c, n, mixed, derivatives, last_c, last_n)
-    ctx.gates_dtype, ctx.with_cap = gates_x.dtype, cap is not None
-    ctx.mark_non_differentiable(output[1], derivatives, last_m)
+def _keep(ctx: Any, arguments: tuple[Any, ...], results: CellResults) -> None:
+    inputs, cap, _ = arguments
+    mixed = results.mixed if results.mixed.numel() else results.outputs
+    ctx.save_for_backward(*inputs[1:6], mixed, results.derivatives, results.last_c, results.last_n)
+    ctx.gates_dtype, ctx.with_cap = inputs.gates_x.dtype, cap is not None
+    ctx.mark_non_differentiable(results.mixed, results.derivatives, results.last_m)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_outputs, _mixed, _derivatives, grad_last_h, grad_last_c, grad_last_n, _m):
+def _differentiate(ctx: Any, grads: CellResults) -> tuple[Tensor | None, ...]:
     kernel, starts, h, c, n, mixed, derivatives, last_c, last_n = ctx.saved_tensors
     with autocast_disabled(kernel):
         zeros = torch.zeros_like(last_c)
         grad_last_h, grad_last_c, grad_last_n = (
-            zeros if x is None else x for x in (grad_last_h, grad_last_c, grad_last_n)
+            zeros if x is None else x for x in (grads.last_h, grads.last_c, grads.last_n)
         )
-        if grad_outputs is None:
-            grad_outputs = torch.zeros_like(mixed)
+        grad_outputs = torch.zeros_like(mixed) if grads.outputs is None else grads.outputs
         # The kernel carries y = c / n and l = m + log n: c = y n, and both are scaled by exp(l).
-        grad_gates, grad_average, grad_log_n = torch.ops.xlstm_pretrain.slstm_backward(
-            grad_outputs,
-            kernel,
-            starts,
-            derivatives,
-            grad_last_h,
-            grad_last_c * last_n,
-            grad_last_c * last_c + grad_last_n * last_n,
-            ctx.gates_dtype,
-            ctx.with_cap,
+        of_outputs = OutputGradients(
+            grad_outputs, grad_last_h, grad_last_c * last_n, grad_last_c * last_c + grad_last_n * last_n
         )
-        mixed_grads = grad_gates.to(kernel.dtype)
+        found = slstm_backward(of_outputs, kernel, starts, derivatives, ctx.gates_dtype, ctx.with_cap)
+        mixed_grads = found.gates_x.to(kernel.dtype)
         grad_kernel = grad_h = grad_c = grad_n = None
         if ctx.needs_input_grad[1]:
             grad_kernel = _kernel_gradient(h, mixed, starts, mixed_grads)
@@ -340,10 +324,11 @@ def _backward(ctx, grad_outputs, _mixed, _derivatives, grad_last_h, grad_last_c,
                 grad_h = grad_h.masked_fill(starts[:, 0, None, None], 0)
         is_empty = n == 0
         if ctx.needs_input_grad[4]:
-            grad_c = (grad_average / n).masked_fill(is_empty, 0)
+            grad_c = (found.average / n).masked_fill(is_empty, 0)
         if ctx.needs_input_grad[5]:
-            grad_n = ((grad_log_n - grad_average * c / n) / n).masked_fill(is_empty, 0)
-    return grad_gates, grad_kernel, None, grad_h, grad_c, grad_n, None, None, None
+            grad_n = ((found.log_n - found.average * c / n) / n).masked_fill(is_empty, 0)
+    # In the order of CellInputs.
+    return found.gates_x, grad_kernel, None, grad_h, grad_c, grad_n
 
 
 def _kernel_gradient(h: Tensor, mixed: Tensor, starts: Tensor | None, grad_gates: Tensor) -> Tensor:
@@ -356,4 +341,4 @@ def _kernel_gradient(h: Tensor, mixed: Tensor, starts: Tensor | None, grad_gates
     return torch.stack(gates, dim=2)
 
 
-_slstm.register_autograd(_backward, setup_context=_setup_context)
+slstm_cell.differentiate(_keep, _differentiate)

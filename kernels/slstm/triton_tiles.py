@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.triton_support import INTERPRETED, ceil_div, multiprocessors, next_power_of_two
+from kernels.integers import ceil_div, next_power_of_two
+from kernels.triton_support import INTERPRETED, multiprocessors
 
 # The weights of larger heads do not fit on chip.
 MAX_HEAD_DIM = {torch.float32: 256, torch.float16: 512, torch.bfloat16: 512}

@@ -120,7 +120,6 @@ class LayerKind(ABC):
         has_feed_forward: whether the block has a feed-forward layer behind it.
         settings_class: frozen dataclass of its settings.
         speed_settings: settings that choose how fast the same is computed; a run may resume with others.
-        by_heads: the layer is spread over sequence ranks by heads, not by slices (model/sequence.py).
     """
 
     name: ClassVar[str]
@@ -171,8 +170,11 @@ class LayerKind(ABC):
         """How large the state of one sequence is."""
 
     def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
-        """Why so many ranks cannot share a sequence, with the number to change; None if they can."""
-        return None
+        """Why so many ranks cannot share a sequence, with what to change; None if they can.
+
+        A kind that does not say how it uses its SequenceContext is refused.
+        """
+        return None if ranks == 1 else f"{self.block} blocks cannot share a sequence among {ranks} ranks; use one"
 
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         """Every kernel call of the layer that differs in shape, dtype or setting, to be compared with its reference."""

@@ -202,6 +202,10 @@ class MLSTMKind(LayerKind):
     def state_elements(self, config: ModelConfig) -> StateElements:
         return mlstm_cell.cell_state_elements(self._cell(config))
 
+    def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
+        """Any number: each hands on the state behind its slice."""
+        return None
+
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         from kernels.preflight import HeadNormCase
 

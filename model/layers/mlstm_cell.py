@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
-from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
@@ -60,8 +60,11 @@ class Cell:
         return self.heads * self.value_dim
 
     def chunk_tokens(self, hardware: Hardware) -> int:
-        """L of the chunkwise form on `hardware`."""
-        return mlstm_chunk_tokens(self, hardware)
+        """L of the chunkwise form: of the kernels on a GPU, else of the reference."""
+        if not hardware.runs_kernels(self.backend):
+            return self.reference_chunk
+        dtype = torch.bfloat16 if hardware.compute_bytes < 4 else torch.float32
+        return tiles.chunk_tokens(self.key_dim, self.value_dim, dtype, hardware.device_name)
 
 
 @dataclass
@@ -117,7 +120,7 @@ def run_cell(
         gate=cell.gate,
         normaliser=cell.normaliser,
         eps=cell.eps,
-        chunk_size=cell.reference_chunk,
+        reference_chunk_size=cell.reference_chunk,
         backend=cell.backend,
     )
 
@@ -129,74 +132,39 @@ def _(state: MLSTMState) -> DecodingState:
 
 @dataclass
 class MLSTMSummary:
-    """What a slice does to the memory that enters it (a model.sequence.SliceSummary).
+    """What a slice does to the memory that enters it: a model.sequence.SliceSummary."""
 
-    Attributes:
-        state: behind the slice alone, from an empty memory whose stabiliser is below every other.
-        log_forget_sum: [B, NH], the sum of log sigmoid(fgate_preact).
-        document_started: [B] bool, whether a document starts in the slice, which then forgets everything before.
-    """
+    summary: SliceSummary
 
-    state: MLSTMState
-    log_forget_sum: Tensor
-    document_started: Tensor
-    exponential: bool
+    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
+        """The summary of this slice and `later` as one slice."""
+        return MLSTMSummary(combine(self.summary, later.summary))
 
     def after(self, before: CellState | None) -> MLSTMState:
         """The state behind the slice where `before` enters it."""
         if isinstance(before, DecodingState):
             before = before.as_mlstm_state()
         if before is None:
-            before = MLSTMState(*(torch.zeros_like(part) for part in (self.state.C, self.state.n, self.state.m)))
-        started = self.document_started[:, None]
-        decayed = self.log_forget_sum + before.m
-        m = torch.maximum(decayed, self.state.m) if self.exponential else torch.zeros_like(self.state.m)
-        m = torch.where(started, self.state.m, m).detach()
-        old = torch.exp(decayed - m).masked_fill(started, 0)
-        new = torch.exp(self.state.m - m)
-        return MLSTMState(
-            old[..., None, None] * before.C + new[..., None, None] * self.state.C,
-            old[..., None] * before.n + new[..., None] * self.state.n,
-            m,
-        )
-
-    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
-        """The summary of this slice and `later` as one slice."""
-        return MLSTMSummary(
-            later.after(self.state),
-            self.log_forget_sum + later.log_forget_sum,
-            self.document_started | later.document_started,
-            self.exponential,
-        )
-
-
-# Below every stabiliser that can occur; exp of a difference to it is 0, not NaN as with infinities.
-_NEVER = -1e30
+            own = self.summary.state
+            # What the cell begins with: its stabiliser is 0, below which that of `own` may lie.
+            before = MLSTMState(torch.zeros_like(own.C), torch.zeros_like(own.n), torch.zeros_like(own.m))
+        return combine(SliceSummary.of_state(before), self.summary).state
 
 
 def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
     """The summary of a slice, at the cost of the recurrence between its chunks."""
-    k, v, igate, fgate = inputs.k, inputs.v, inputs.igate_preact, inputs.fgate_preact
-    dtype = torch.promote_types(fgate.dtype, torch.float32)
-    empty = MLSTMState.empty(k.shape[0], cell.heads, cell.key_dim, cell.value_dim, device=k.device, dtype=dtype)
-    exponential = cell.gate == "exp"
-    if exponential:
-        empty = MLSTMState(empty.C, empty.n, torch.full_like(empty.m, _NEVER))
-    state = mlstm_state(
-        k,
-        v,
-        igate,
-        fgate,
-        document_start=inputs.document_start,
-        initial_state=empty,
-        gate=cell.gate,
-        normaliser=cell.normaliser,
-        backend=cell.backend,
+    return MLSTMSummary(
+        mlstm_state(
+            inputs.k,
+            inputs.v,
+            inputs.igate_preact,
+            inputs.fgate_preact,
+            document_start=inputs.document_start,
+            gate=cell.gate,
+            normaliser=cell.normaliser,
+            backend=cell.backend,
+        )
     )
-    started = torch.zeros(k.shape[0], dtype=torch.bool, device=k.device)
-    if inputs.document_start is not None:
-        started = inputs.document_start.any(dim=1)
-    return MLSTMSummary(state, F.logsigmoid(fgate.to(dtype)).sum(dim=1), started, exponential)
 
 
 def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:
@@ -218,13 +186,6 @@ def check_cell(problem: Problem, backend: str, head_norm_eps: float, cell_eps: f
     check_positive(problem, "head_norm_eps", head_norm_eps)
     check_positive(problem, "cell_eps", cell_eps)
     check_positive(problem, "reference_chunk_size", reference_chunk)
-
-
-def mlstm_chunk_tokens(cell: Cell, hardware: Hardware) -> int:
-    """Tokens per chunk: of the kernels on a GPU, else of the reference."""
-    if not hardware.runs_kernels(cell.backend):
-        return cell.reference_chunk
-    return 128 if hardware.compute_bytes < 4 else 64
 
 
 def cell_forward_flops(cell: Cell, sequence_length: int, hardware: Hardware) -> float:

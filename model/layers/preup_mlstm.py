@@ -212,6 +212,10 @@ class PreUpMLSTMKind(LayerKind):
         tail = (settings.conv_kernel_size - 1) * settings.width(config.d_model)
         return mlstm_cell.cell_state_elements(self._cell(config), tail)
 
+    def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
+        """Any number: each hands on the state behind its slice."""
+        return None
+
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         from kernels.preflight import HeadNormCase
 

@@ -22,6 +22,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_benchmark_writes_a_table_and_says_why_a_peer_is_missing(tmp_path):
     cases = ["--cases", "tiny_mlstm,tiny_slstm", "--peers", "xl_chunk,lstm", "--backend", "reference"]
     done = run(*cases, "--output", str(tmp_path))

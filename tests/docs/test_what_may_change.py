@@ -1,6 +1,7 @@
 """The table of docs/guides/resume.md against what a run refuses when its folder has another configuration."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from train.run_directory import RunDirectory
 REFUSED, REASON, FREE, TAKEN = "refused", "needs a reason", "free", "taken as it is"
 
 
+@functools.cache
 def rows():
     """Key, or `section.*`, -> what the table says of another value."""
     return {key: row[1] for row in table("guides/resume.md", "keys") for key in quoted(row[0])}
@@ -22,6 +24,7 @@ def rows():
 def said_of(key):
     """What the table says of `key`: the row that names it, or the closest section above it."""
     documented = rows()
+    # The entries of a list go with the list.
     parts = key.replace("[I]", "").split(".")
     for length in range(len(parts), 0, -1):
         for name in (".".join(parts[:length]), f"{'.'.join(parts[:length])}.*"):

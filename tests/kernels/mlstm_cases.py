@@ -3,9 +3,27 @@
 import torch
 from torch import Tensor
 
-from kernels.mlstm import MLSTMState
-from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
+from kernels.mlstm import MLSTMState, reference
+from kernels.mlstm.inputs import CellSettings, cell_inputs
 from tests.kernels import cases
+
+
+def with_public_arguments(form):
+    """A form of the mLSTM, of kernels.mlstm.inputs' arguments, as a function of those of kernels.mlstm.mlstm."""
+
+    def cell(
+        q, k, v, igate_preact, fgate_preact, *, document_start=None, initial_state=None, gate="exp", normaliser=True,
+        eps=1e-6, **options,
+    ):  # fmt: skip
+        inputs = cell_inputs(k, v, igate_preact, fgate_preact, document_start, initial_state)
+        return form(q, inputs, CellSettings(gate, normaliser, eps), **options)
+
+    return cell
+
+
+mlstm_chunkwise = with_public_arguments(reference.mlstm_chunkwise)
+mlstm_quadratic = with_public_arguments(reference.mlstm_quadratic)
+mlstm_recurrent = with_public_arguments(reference.mlstm_recurrent)
 
 B, S, NH, DK, DV = 2, 37, 3, 6, 5
 INPUT_NAMES = ("q", "k", "v", "igate_preact", "fgate_preact")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.mlstm.gates import bounded_below, log_carry, log_weights, same_document
-from kernels.mlstm.inputs import prepare
+from kernels.mlstm.inputs import CellSettings, cell_inputs, prepare
 from kernels.mlstm.reference import _chunk_stabilisers
 from kernels.mlstm.state import MLSTMState
 
@@ -64,7 +64,8 @@ def mlstm_rounded(
 ) -> tuple[Tensor, MLSTMState | None]:
     """Arguments and result as kernels.mlstm.mlstm."""
     dtype = v.dtype
-    x = prepare(q, k, v, igate_preact, fgate_preact, document_start, initial_state, gate, normaliser)
+    inputs = cell_inputs(k, v, igate_preact, fgate_preact, document_start, initial_state)
+    x = prepare(q, inputs, CellSettings(gate, normaliser, eps))
     length = q.shape[1]
     padding = -length % chunk_size
 

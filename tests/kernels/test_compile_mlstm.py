@@ -5,8 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from kernels.mlstm.chunkwise import launch, op, problem  # noqa: E402
+from kernels.integers import ceil_div  # noqa: E402
+from kernels.mlstm.chunkwise import op, problem  # noqa: E402
 from kernels.mlstm.chunkwise.tiles import SIXTEEN_BIT, TABLES, fit, tuned  # noqa: E402
+from kernels.mlstm.inputs import CellSettings, cell_inputs  # noqa: E402
 from tests.kernels.compile_gate import assert_lean, compile_launches  # noqa: E402
 
 PRODUCTS = {
@@ -30,14 +32,10 @@ def launch_both_passes(key_dim, value_dim, device=None, few_sequences=False, sta
     start = torch.zeros(batch, length, dtype=torch.bool) if starts else None
     cut = SIXTEEN_BIT if device is None else tuned(device)[key_dim, value_dim, few_sequences]
     problem.choose_tiles = lambda *_: fit(cut, key_dim, value_dim)
-    forward = op.mlstm_chunkwise._init_fn
-    h, _, _, _, packed, decay, normaliser, _, _ = forward(
-        q, q, v, gate, gate, start, None, None, None, False, "exp", True, 1e-6, False
-    )
-    op.mlstm_chunkwise_backward._init_fn(
-        v, None, None, q, q, v, gate, gate, start, None, None, h, packed, decay, normaliser, None, None,
-        "exp", True, 1e-6,
-    )  # fmt: skip
+    inputs, settings = cell_inputs(q, v, gate, gate, start), CellSettings()
+    results = op.mlstm_chunkwise.function(q, inputs, settings, False, False)
+    kept = op.Kept(results.packed, results.chunk_decay, results.query_normaliser, None, None)
+    op.mlstm_chunkwise_backward.function(v, op.Ends(None, None), q, inputs, results.h, kept, settings)
 
 
 @pytest.mark.slow
@@ -68,7 +66,7 @@ def test_every_tuned_table_is_readable():
             assert fit(tiles, key_dim, value_dim) == tiles
             rows = [tile.rows for name, tile in vars(tiles).items() if name not in ("chunk", "states")]
             assert all(tiles.chunk % count == 0 for count in rows)
-            assert launch.ceil_div(tiles.chunk, tiles.states.tokens) * tiles.states.tokens == tiles.chunk
+            assert ceil_div(tiles.chunk, tiles.states.tokens) * tiles.states.tokens == tiles.chunk
 
 
 def test_few_sequences_are_summed_in_the_order_of_many():

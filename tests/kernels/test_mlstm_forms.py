@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels.mlstm import MLSTMState, mlstm
-from kernels.mlstm.reference import mlstm_chunkwise, mlstm_quadratic, mlstm_recurrent
 from tests.kernels.cases import assert_close
 from tests.kernels.mlstm_cases import (
     DOCUMENTS,
@@ -16,6 +15,9 @@ from tests.kernels.mlstm_cases import (
     S,
     make_inputs,
     make_state,
+    mlstm_chunkwise,
+    mlstm_quadratic,
+    mlstm_recurrent,
     outputs_and_gradients,
     starts_at,
 )
@@ -100,7 +102,7 @@ def test_equals_the_recurrent_form_for_every_document_layout(form, documents, wi
 def test_any_length(length):
     inputs, state = make_inputs(length=length), make_state()
     expected = outputs_and_gradients(mlstm_recurrent, inputs, state)
-    assert_close(outputs_and_gradients(mlstm, inputs, state, chunk_size=16), expected, 1e-9)
+    assert_close(outputs_and_gradients(mlstm, inputs, state, reference_chunk_size=16), expected, 1e-9)
 
 
 @pytest.mark.parametrize("split", [1, 8, 19, 36])
@@ -127,13 +129,15 @@ def test_two_parts_with_a_passed_state_equal_one_pass(regime, documents, split):
         return torch.cat([h, rest], dim=1), final
 
     whole = outputs_and_gradients(mlstm_quadratic, inputs, state, document_start=starts)
-    assert_close(outputs_and_gradients(in_two, inputs, state, document_start=starts, chunk_size=8), whole, 1e-9)
+    assert_close(
+        outputs_and_gradients(in_two, inputs, state, document_start=starts, reference_chunk_size=8), whole, 1e-9
+    )
 
 
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
 def test_prefill_then_single_steps_equal_one_pass(gate, normaliser):
     inputs, starts = make_inputs(), starts_at([3, 25])
-    kind = {"gate": gate, "normaliser": normaliser, "return_state": True, "chunk_size": 8}
+    kind = {"gate": gate, "normaliser": normaliser, "return_state": True, "reference_chunk_size": 8}
     with torch.no_grad():
         expected, last = mlstm(*inputs, document_start=starts, **kind)
         h, state = mlstm(*(x[:, :20] for x in inputs), document_start=starts[:, :20], **kind)
@@ -181,8 +185,8 @@ def test_gradients_equal_finite_differences(form, gate, normaliser):
 def test_a_packed_document_equals_the_document_alone():
     inputs, starts = make_inputs(), starts_at([6, 15])
     starts[1] = starts[0]
-    h, _ = mlstm(*inputs, document_start=starts, initial_state=make_state(), chunk_size=8)
-    alone, _ = mlstm(*(x[:, 6:15] for x in inputs), chunk_size=4)
+    h, _ = mlstm(*inputs, document_start=starts, initial_state=make_state(), reference_chunk_size=8)
+    alone, _ = mlstm(*(x[:, 6:15] for x in inputs), reference_chunk_size=4)
     assert_close({"h": h[:, 6:15]}, {"h": alone}, 1e-12)
 
 

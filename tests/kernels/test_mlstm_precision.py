@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels.mlstm import MLSTMState, mlstm, mlstm_state, mlstm_statistics
-from kernels.mlstm.reference import mlstm_quadratic
 from tests.kernels.cases import assert_close
 from tests.kernels.mlstm_cases import (
     FORMS,
@@ -14,6 +13,7 @@ from tests.kernels.mlstm_cases import (
     S,
     make_inputs,
     make_state,
+    mlstm_quadratic,
     outputs_and_gradients,
     starts_at,
 )
@@ -113,8 +113,8 @@ def test_zero_queries_and_keys_give_zeros(form):
 
 def test_two_runs_are_bitwise_equal():
     inputs, state = make_inputs(dtype=torch.float32), make_state(dtype=torch.float32)
-    first = outputs_and_gradients(mlstm, inputs, state, chunk_size=8)
-    second = outputs_and_gradients(mlstm, inputs, state, chunk_size=8)
+    first = outputs_and_gradients(mlstm, inputs, state, reference_chunk_size=8)
+    second = outputs_and_gradients(mlstm, inputs, state, reference_chunk_size=8)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -128,7 +128,7 @@ def test_state_can_be_detached_and_converted():
 
 
 def test_shapes_can_be_inferred_on_the_meta_device():
-    h, state = mlstm(*(x.detach().to("meta") for x in make_inputs()), return_state=True, chunk_size=8)
+    h, state = mlstm(*(x.detach().to("meta") for x in make_inputs()), return_state=True, reference_chunk_size=8)
     assert h.shape == (B, S, 3, 5)
     assert state.C.shape == (B, 3, 6, 5)
 
@@ -167,7 +167,7 @@ def test_statistics_take_bfloat16_under_autocast():
     [
         ({"gate": "tanh"}, "gate must be one of exp, sigmoid, not 'tanh'"),
         ({"normaliser": False}, "gate=exp needs the normaliser: set normaliser=true, or gate=sigmoid"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
+        ({"reference_chunk_size": 0}, "reference_chunk_size must be at least 1, not 0"),
         ({"backend": "cuda"}, "unknown mLSTM backend 'cuda'; use one of auto, reference"),
         ({"document_start": torch.zeros(B, S + 1, dtype=torch.bool)}, r"document_start must have shape \(2, 37\)"),
         ({"document_start": torch.zeros(B, S)}, "document_start must be bool, got torch.float32"),

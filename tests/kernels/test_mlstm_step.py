@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from kernels.mlstm import MLSTMState
-from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.step import DecodingState, mlstm_step
 from tests.kernels.cases import assert_close
-from tests.kernels.mlstm_cases import GATE_KINDS, make_inputs, make_state
+from tests.kernels.mlstm_cases import GATE_KINDS, make_inputs, make_state, mlstm_recurrent
 
 
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from kernels.slstm.triton_op import launch_backward, launch_forward  # noqa: E402
+from kernels.integers import next_power_of_two  # noqa: E402
+from kernels.slstm.triton_op import CellInputs, OutputGradients, launch_backward, launch_forward  # noqa: E402
 from kernels.slstm.triton_tiles import MAX_HEAD_DIM, Tiles, default_tiles  # noqa: E402
-from kernels.triton_support import next_power_of_two  # noqa: E402
 from tests.kernels.compile_gate import assert_lean, compile_launches  # noqa: E402
 
 B, S, NH = 2, 3, 4
@@ -33,10 +33,13 @@ def launch_both(head_dim, weights="bfloat16", gates="bfloat16", cap=None, starts
     kernel = torch.empty(NH, head_dim, 4, head_dim, dtype=weights)
     state = [torch.zeros(B, NH, head_dim) for _ in range(4)]
     document_start = torch.zeros(B, S, dtype=torch.bool) if starts else None
-    h, _, derivatives, *_ = launch_forward(tiles, gates_x, kernel, document_start, *state, cap, True)
-    launch_backward(tiles, h, kernel, document_start, derivatives, *state[:3], gates, cap is not None)
+    inputs = CellInputs(gates_x, kernel, document_start, *state)
+    results = launch_forward(tiles, inputs, cap, True)
+    grads = OutputGradients(results.outputs, *state[:3])
+    launch_backward(tiles, grads, kernel, document_start, results.derivatives, gates, cap is not None)
 
 
+@pytest.mark.slow
 def test_compile_for_hopper_without_spilling_in_a_step():
     calls = [(launch_both, {"head_dim": head_dim} | kind) for head_dim, kind in CASES]
     for (head_dim, kind), kernels in zip(CASES, compile_launches(calls), strict=True):

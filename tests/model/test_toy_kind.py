@@ -13,7 +13,7 @@ from model import load
 from model.config import MLSTMConfig, ModelConfig, validate_model
 from model.initialisation import initialise
 from model.language_model import LanguageModel
-from model.layers import layer_kind
+from model.layers import layer_kind, sequence_problems
 from model.locate import locate
 from model.parameters import parameter_shapes
 from tests.runs import ROOT, environment, run_train
@@ -176,6 +176,11 @@ def test_settings_that_are_not_given_have_the_defaults_of_the_kind():
     config = dataclasses.replace(CONFIG, layers={})
     assert validate_model(config) == []
     assert layer_kind(config, "toy").settings(config).width == 4
+
+
+def test_a_kind_that_does_not_share_sequences_is_refused_there():
+    assert sequence_problems(CONFIG, 1) == []
+    assert sequence_problems(CONFIG, 2) == ["toy blocks cannot share a sequence among 2 ranks; use one"]
 
 
 def test_a_plugin_that_is_missing_later_is_named():

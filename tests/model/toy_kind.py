@@ -100,9 +100,6 @@ class ToyKind(LayerKind):
     def state_elements(self, config: ModelConfig) -> StateElements:
         return StateElements(recurrent=self.settings(config).width)
 
-    def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
-        return f"toy blocks cannot be spread over {ranks} sequence ranks; use one"
-
     def huggingface_reasons(self, config: ModelConfig, positions: list[int]) -> list[str]:
         return [f"toy blocks at {positions}: nobody but this test has them"]
 

@@ -15,6 +15,7 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.__main__ import main
 from model.generation import generate
 from model.locate import locate
+from model.presets import preset
 from model.weights import WeightsError, load_weights, save_model
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
@@ -72,6 +73,11 @@ def test_describe_json_holds_what_the_table_shows(capsys):
     assert description["training_flops"]["sequence_length"] == 2048
     assert main([argument for argument in arguments if argument != "--json"]) == 0
     assert capsys.readouterr().out == model.describe.as_table(description) + "\n"
+    assert main([*arguments[:-1], "--device", "NVIDIA H200"]) == 0
+    assert "2048 tokens (kernels of NVIDIA H200), by what is recomputed" in capsys.readouterr().out
+    on_gpu = model.describe.describe(preset("neurips_125m_7_1"), 2048, 1, 4, "NVIDIA H200")
+    by_mode = (entry["training_memory"]["activations"] for entry in (on_gpu, description))
+    assert all(ours < theirs for ours, theirs in zip(*(modes.values() for modes in by_mode), strict=True))
 
 
 @pytest.mark.parametrize("preset", ["llama_7b", "xlstm_7b_mixed", "tiny"])
@@ -165,8 +171,12 @@ def test_export_import_and_generate_again(run_directory, tmp_path, capsys):
     settings = ["prompt=import json", "max_new_tokens=9", "seed=1"]
     assert main(["generate", f"checkpoint={run_directory}", *settings]) == 0
     expected = capsys.readouterr().out
-    assert main(["generate", f"checkpoint={imported}", *settings]) == 0
+    # Bytes that make no character read differently in the tokenizer.json of the export, whose ids are the same.
+    tokenizer = f"tokenizer={run_directory / 'tokenizer'}"
+    assert main(["generate", f"checkpoint={imported}", tokenizer, *settings]) == 0
     assert capsys.readouterr().out == expected
+    assert main(["generate", f"checkpoint={imported}", *settings]) == 0
+    assert capsys.readouterr().out.startswith("import json")
     assert main(["import", f"source={exported}", f"output={imported}"]) == 1
 
 

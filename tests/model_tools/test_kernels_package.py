@@ -102,7 +102,7 @@ def test_without_theirs(tmp_path):
 
 
 def test_our_names_do_not_load_theirs(viable, tmp_path):
-    code = "from kernels import mlstm, head_norm\nimport sys\nassert '_huggingface_kernels' not in sys.modules"
+    code = "from kernels import mlstm, head_norm\nimport sys\nassert 'kernels.layer' not in sys.modules"
     run(code, [REPOSITORY, viable], tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.reading.stream import Batch
+from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 from train.config import RunConfig
 from train.optimizer import build_optimizer

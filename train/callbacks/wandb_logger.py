@@ -54,7 +54,7 @@ class WandbLogger(Callback):
                 id=self._id,
                 # An offline run cannot ask the server for its past; the id alone ties its parts together.
                 resume=None if self._offline else "allow",
-                mode=mode,
+                mode="offline" if self._offline else "online",
                 dir=str(trainer.run_directory),
                 config=dataclasses.asdict(trainer.config),
                 settings=wandb.Settings(silent=True, console="off"),

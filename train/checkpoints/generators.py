@@ -26,6 +26,7 @@ def _python_generator_state() -> list[Any]:
 def generator_states(device: torch.device) -> dict[str, Any]:
     """The state of every generator of this process, as JSON values."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     states = {
         "python": _python_generator_state(),
         "numpy": [name, keys.tolist(), position, has_gauss, cached],

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from data_pipeline.reading.stream import Batch
+from data_pipeline.reading.batch import Batch
 from train.config import RunConfig
 from train.parallel.fragments import Fragment
 from train.parallel.mesh import Mesh

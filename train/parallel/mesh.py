@@ -215,8 +215,9 @@ def join_mesh(timeout: timedelta, pipeline: int = 1, sequence: int = 1) -> Mesh:
 def _initialise(device: torch.device, timeout: timedelta, alone: bool) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:
-        # A store in this process: no port is opened.
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        # On a port that the system chooses: a second run beside this one gets another.
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
         return
     # A bound device lets NCCL start its communicators at once, and split later ones off.
     bound = device if backend == "nccl" and launched_processes() > 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.reading.stream import Batch
+from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 
 

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import groups as deepspeed_groups
 
-from data_pipeline.reading.stream import Batch
+from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 from train.config import RunConfig
 from train.optimizer import build_optimizer

@@ -133,7 +133,8 @@ def fill_weights(engine: DeepSpeedEngine, fragments: Sequence[Fragment], read: R
         name = model_name(engine_name)
         whole = read(name, 0, parameter.numel())
         parameter.data.copy_(whole.view_as(parameter))
-        if (fragment := by_name.get(name)) is not None:
-            part = whole.narrow(0, fragment.offset, fragment.numel)
-            fragment.compute.copy_(part)
-            fragment.master.copy_(part)
+        held = by_name.get(name)
+        if held is not None:
+            part = whole.narrow(0, held.offset, held.numel)
+            held.compute.copy_(part)
+            held.master.copy_(part)

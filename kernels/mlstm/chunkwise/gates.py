@@ -22,7 +22,6 @@ import triton.language as tl
 
 # Rows of the packed weights.
 ROW_LOG, COL_LOG, CARRY, ADDED, FLOOR, ROW_REST, COL_REST = range(7)
-WEIGHT_ROWS = 7
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Least log forget gate: its weight is 0, and sums with it are finite and keep their precision.
@@ -142,10 +141,14 @@ def weights_kernel(
     row_stride,
     HAS_STARTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    M_BEFORE: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
     L: tl.constexpr,
 ):
-    """The weights of every token, the decay of every chunk [BH, NC], and the last stabiliser [BH]."""
+    """The weights of every token, the decay of every chunk [BH, NC], and the last stabiliser [BH].
+
+    M_BEFORE is the stabiliser before the first token where no initial one is given.
+    """
     pid = tl.program_id(0)
     sequence = pid // NC
     chunk = pid % NC
@@ -157,7 +160,7 @@ def weights_kernel(
     log_input, starts, decay, largest = _scan_chunk(
         igate + gate_offset, fgate + gate_offset, document_start, chunk * L, S, NH, HAS_STARTS, EXPONENTIAL, L
     )
-    m_before = tl.zeros([], dtype=tl.float64)
+    m_before = tl.full([], M_BEFORE, dtype=tl.float64)
     if HAS_INITIAL:
         m_before = tl.load(m_initial + sequence).to(tl.float64) * LOG2_E
     totals += sequence.to(tl.int64) * NC

@@ -7,28 +7,49 @@ a chunk; SP = NC * L, the sequence padded to whole chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.mlstm.chunkwise.gates import WEIGHT_ROWS, chunk_totals_kernel, weights_kernel
+from kernels.integers import ceil_div, next_power_of_two
+from kernels.mlstm.accounting import WEIGHT_ROWS
+from kernels.mlstm.chunkwise.gates import chunk_totals_kernel, weights_kernel
 from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import read_out_kernel
 from kernels.mlstm.chunkwise.scores import scores_kernel
 from kernels.mlstm.chunkwise.states import states_kernel, weigh_kernel
-from kernels.triton_support import ceil_div, next_power_of_two
+from kernels.mlstm.inputs import CellInputs
 
 
-def weights(
-    problem: Problem, igate_preact: Tensor, fgate_preact: Tensor, documents: Documents, m_initial: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed weights [7, BH, SP], decay of each chunk [BH, NC] and the last stabiliser [B, NH]; all float32."""
-    options = {"dtype": torch.float32, "device": igate_preact.device}
-    packed = torch.empty(WEIGHT_ROWS, problem.sequences, problem.padded, **options)
-    chunk_decay = torch.empty(problem.sequences, problem.chunks, **options)
-    m_final = torch.empty(problem.batch, problem.heads, **options)
+def float32_contiguous(state: Tensor | None) -> Tensor | None:
+    """A part of a state as the kernels read it."""
+    return None if state is None else state.float().contiguous()
+
+
+def nothing(like: Tensor, count: int) -> list[Tensor]:
+    """Tensors in the place of results that were not asked for: operators return no None, nor shared memory."""
+    return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
+
+
+class Weights(NamedTuple):
+    """packed [7, BH, SP] (the rows of gates.py), decay of each chunk [BH, NC], the last m [B, NH]; all float32."""
+
+    packed: Tensor
+    chunk_decay: Tensor
+    m: Tensor
+
+
+def weights(problem: Problem, inputs: CellInputs, documents: Documents, m_before: float) -> Weights:
+    """What depends on the gates alone; m_before is the stabiliser to start from where there is no initial state."""
+    igate_preact, fgate_preact = inputs.igate_preact, inputs.fgate_preact
+    device = igate_preact.device
+    m_initial = float32_contiguous(inputs.m_initial)
+    packed = torch.empty(WEIGHT_ROWS, problem.sequences, problem.padded, dtype=torch.float32, device=device)
+    chunk_decay = torch.empty(problem.sequences, problem.chunks, dtype=torch.float32, device=device)
+    m_final = torch.empty(problem.batch, problem.heads, dtype=torch.float32, device=device)
     grid = (problem.sequences * problem.chunks,)
-    totals = torch.empty(3, *chunk_decay.shape, dtype=torch.float64, device=igate_preact.device)
+    totals = torch.empty(3, *chunk_decay.shape, dtype=torch.float64, device=device)
     sizes = (problem.length, problem.heads, problem.chunks, chunk_decay.numel())
     constants = {
         "HAS_STARTS": documents.start is not None,
@@ -49,9 +70,29 @@ def weights(
         *sizes,
         problem.row_stride,
         HAS_INITIAL=m_initial is not None,
+        M_BEFORE=m_before,
         **constants,
     )
-    return packed, chunk_decay, m_final
+    return Weights(packed, chunk_decay, m_final)
+
+
+class Factors(NamedTuple):
+    """What the recurrence between chunks adds up: outer products of x [B, S, NH, DK] and y [B, S, NH, DV].
+
+    matrix_weight and vector_weight [BH, SP] float32: weight of each token in the matrix, of its x in the vector.
+    """
+
+    x: Tensor
+    y: Tensor
+    matrix_weight: Tensor
+    vector_weight: Tensor
+
+
+class Ends(NamedTuple):
+    """A state at one end of the sequence: matrix [B, NH, DK, DV] and vector [B, NH, DK], both None for zeros."""
+
+    matrix: Tensor | None
+    vector: Tensor | None
 
 
 @dataclass
@@ -67,21 +108,30 @@ class States:
     matrix: Tensor | None
     vector: Tensor | None
 
+    def at_chunks(self) -> tuple[Tensor, Tensor]:
+        """matrices and vectors, which were asked for."""
+        assert self.matrices is not None and self.vectors is not None
+        return self.matrices, self.vectors
+
+    def behind(self) -> tuple[Tensor, Tensor]:
+        """matrix and vector, which were asked for."""
+        assert self.matrix is not None and self.vector is not None
+        return self.matrix, self.vector
+
 
 def states(
     problem: Problem,
-    x: Tensor,
-    y: Tensor,
-    matrix_weight: Tensor,
-    vector_weight: Tensor,
+    factors: Factors,
     chunk_decay: Tensor,
-    before: tuple[Tensor | None, Tensor | None],
+    before: Ends,
     *,
     backwards: bool = False,
     store_chunks: bool = True,
     store_after: bool = False,
 ) -> States:
-    """Run the recurrence over x [B, S, NH, DK] and y [B, S, NH, DV], weighted by [BH, SP], from the state `before`."""
+    """Run the recurrence from the state `before`."""
+    x, y, matrix_weight, vector_weight = factors
+    before = Ends(float32_contiguous(before.matrix), float32_contiguous(before.vector))
     tile = problem.tiles.states
     sequences, chunks, key_dim, value_dim = problem.sequences, problem.chunks, problem.key_dim, problem.value_dim
     result = States(None, None, None, None)
@@ -117,7 +167,8 @@ def states(
         sums,
         y,
         chunk_decay,
-        *before,
+        before.matrix,
+        before.vector,
         result.matrices,
         result.vectors,
         result.matrix,
@@ -134,7 +185,7 @@ def states(
         BT=tile.tokens,
         BACKWARDS=backwards,
         VECTOR=problem.normaliser,
-        HAS_BEFORE=before[0] is not None,
+        HAS_BEFORE=before.matrix is not None,
         STORE_CHUNKS=store_chunks,
         STORE_AFTER=store_after,
         num_warps=tile.warps,
@@ -202,7 +253,7 @@ def read_out(
         problem.heads,
         problem.chunks,
         problem.row_stride,
-        problem.eps,
+        problem.settings.eps,
         *strides(q),
         *strides(v),
         SCALE=problem.scale,

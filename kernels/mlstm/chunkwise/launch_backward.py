@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.integers import ceil_div, next_power_of_two
 from kernels.mlstm.chunkwise.backward import token_gradients_kernel
 from kernels.mlstm.chunkwise.gates import gate_gradients_kernel
 from kernels.mlstm.chunkwise.launch import States
 from kernels.mlstm.chunkwise.problem import Documents, Problem, strides
 from kernels.mlstm.chunkwise.read_out import ROW_WEIGHT_ROWS, row_weights_kernel
 from kernels.mlstm.chunkwise.scores import score_gradients_kernel
-from kernels.triton_support import ceil_div, next_power_of_two
+from kernels.mlstm.inputs import CellInputs
 
 
 def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, query_normaliser: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, que
         problem.heads,
         problem.chunks,
         problem.row_stride,
-        problem.eps,
+        problem.settings.eps,
         *strides(h),
         *strides(grad_h),
         SCALE=problem.scale,
@@ -51,8 +52,7 @@ def row_weights(problem: Problem, h: Tensor, grad_h: Tensor, packed: Tensor, que
 def score_gradients(
     problem: Problem,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: CellInputs,
     grad_h: Tensor,
     packed: Tensor,
     rows: Tensor,
@@ -62,6 +62,7 @@ def score_gradients(
     the log weights [2 + L / tile rows, BH, SP], see the kernel.
     """
     tiles, tile = problem.tiles, problem.tiles.score_gradients
+    k, v = inputs.k, inputs.v
     scores = q.new_empty(problem.sequences, problem.padded, tiles.chunk)
     grad_scores = torch.empty_like(scores)
     weight_sums = packed.new_empty(2 + tiles.chunk // tile.rows, problem.sequences, problem.padded)
@@ -130,8 +131,7 @@ class TokenGradients:
 
 def token_gradients(
     problem: Problem,
-    k: Tensor,
-    v: Tensor,
+    inputs: CellInputs,
     reading: Reading | None,
     packed: Tensor,
     chunk_decay: Tensor,
@@ -140,6 +140,7 @@ def token_gradients(
 ) -> TokenGradients:
     """entering: the memory before each chunk; leaving: the gradient of the memory behind each."""
     tiles, tile = problem.tiles, problem.tiles.gradients
+    k, v = inputs.k, inputs.v
     key_dim, value_dim = problem.key_dim, problem.value_dim
     key_tiles, value_tiles = ceil_div(key_dim, tile.columns), ceil_div(value_dim, tile.columns)
     row_tiles = tiles.chunk // tile.rows
@@ -198,15 +199,10 @@ def token_gradients(
 
 
 def gate_gradients(
-    problem: Problem,
-    weight_sums: Tensor,
-    tokens: TokenGradients,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    documents: Documents,
-    has_initial: bool,
+    problem: Problem, weight_sums: Tensor, tokens: TokenGradients, inputs: CellInputs, documents: Documents
 ) -> tuple[Tensor, Tensor]:
     """Gradients of igate_preact and fgate_preact [B, S, NH], float32."""
+    igate_preact, fgate_preact = inputs.igate_preact, inputs.fgate_preact
     grads = [torch.empty_like(gate, dtype=torch.float32) for gate in (igate_preact, fgate_preact)]
     gate_gradients_kernel[(problem.sequences * problem.chunks,)](
         weight_sums,
@@ -226,7 +222,7 @@ def gate_gradients(
         KEY_PARTS=len(tokens.key_products),
         STATE_PARTS=len(tokens.state_products),
         HAS_STARTS=documents.start is not None,
-        HAS_INITIAL=has_initial,
+        HAS_INITIAL=inputs.C_initial is not None,
         EXPONENTIAL=problem.exponential,
         L=problem.tiles.chunk,
         num_warps=2,

@@ -1,4 +1,4 @@
-"""The chunkwise mLSTM as operators of torch.library, so that torch.compile and checkpointing see single operations.
+"""The chunkwise mLSTM as operators, so that torch.compile and checkpointing see single operations.
 
 Two operators with gradients: `mlstm_chunkwise`, the whole cell, and `mlstm_chunkwise_state`, the state behind the last
 token alone.
@@ -9,89 +9,278 @@ a chunk, SP = NC * L.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from kernels.mlstm.accounting import WEIGHT_ROWS
 from kernels.mlstm.chunkwise import launch, launch_backward
-from kernels.mlstm.chunkwise.gates import ADDED, WEIGHT_ROWS
-from kernels.mlstm.chunkwise.launch import States
+from kernels.mlstm.chunkwise.gates import ADDED
+from kernels.mlstm.chunkwise.launch import Ends, Factors, States, nothing
 from kernels.mlstm.chunkwise.launch_backward import Reading
 from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
+from kernels.mlstm.inputs import CellInputs, CellSettings
+from kernels.mlstm.state import NOTHING
+from kernels.operators import operator, unflatten
 
 
-def _flat(state: Tensor | None) -> Tensor | None:
-    """A part of a state as the kernels read it: float32, contiguous."""
-    return None if state is None else state.float().contiguous()
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward one.
 
-
-def _no_state(like: Tensor, count: int) -> list[Tensor]:
-    # Operators return tensors, never None, and no two of them may share memory.
-    return [like.new_empty(0, dtype=torch.float32) for _ in range(count)]
-
-
-@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise", mutates_args=())
-def mlstm_chunkwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    C_initial: Tensor | None,
-    n_initial: Tensor | None,
-    m_initial: Tensor | None,
-    return_state: bool,
-    gate: str,
-    normaliser: bool,
-    eps: float,
-    keep_chunk_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The cell; inputs with a contiguous last axis, contiguous gates.
-
-    Returns:
-        h [B, S, NH, DV]; C, n, m behind the last token (empty unless return_state); and what the backward pass needs:
-        packed weights [7, BH, SP], chunk decays [BH, NC], query normaliser [BH, SP], and the states that enter the
-        chunks: matrices [BH, NC, DK, DV] and vectors [BH, NC, DK] (empty unless keep_chunk_states).
+    packed weights [7, BH, SP], chunk decays [BH, NC] and query normaliser [BH, SP], float32; and the states that enter
+    the chunks, None where they are to be computed again: matrices [BH, NC, DK, DV] in k's dtype and vectors
+    [BH, NC, DK] float32.
     """
-    with torch.cuda.device_of(k):
-        problem = Problem.of(k, v, gate, normaliser, eps)
-        documents = Documents.of(document_start)
-        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-        states = launch.states(
-            problem,
-            k,
-            v,
-            packed[ADDED],
-            packed[ADDED],
-            chunk_decay,
-            (_flat(C_initial), _flat(n_initial)),
-            store_after=return_state,
-        )
-        scores, query_normaliser = launch.scores(problem, q, k, packed, states.vectors, documents)
-        h = launch.read_out(problem, q, v, packed, query_normaliser, states.matrices, scores)
-        final = [states.matrix, states.vector, m] if return_state else _no_state(packed, 3)
-        kept = [states.matrices, states.vectors] if keep_chunk_states else _no_state(packed, 2)
-        return h, *final, packed, chunk_decay, query_normaliser, *kept
+
+    packed: Tensor
+    chunk_decay: Tensor
+    query_normaliser: Tensor
+    matrices: Tensor | None
+    vectors: Tensor | None
 
 
-@mlstm_chunkwise.register_fake
+class CellResults(NamedTuple):
+    """h [B, S, NH, DV]; C, n, m behind the last token (empty unless return_state); parts of Kept, empty for None."""
+
+    h: Tensor
+    C: Tensor
+    n: Tensor
+    m: Tensor
+    packed: Tensor
+    chunk_decay: Tensor
+    query_normaliser: Tensor
+    matrices: Tensor
+    vectors: Tensor
+
+
+class CellGradients(NamedTuple):
+    """Of the inputs of these names; of the initial state empty where there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    C_initial: Tensor
+    n_initial: Tensor
+
+
+@operator("mlstm_chunkwise")
+def mlstm_chunkwise(
+    q: Tensor, inputs: CellInputs, settings: CellSettings, return_state: bool, keep_chunk_states: bool
+) -> CellResults:
+    """The cell; inputs with a contiguous last axis, contiguous gates."""
+    with torch.cuda.device_of(q):
+        problem = Problem.of(inputs, settings)
+        documents = Documents.of(inputs.document_start)
+        packed, chunk_decay, m = launch.weights(problem, inputs, documents, 0.0)
+        factors = Factors(inputs.k, inputs.v, packed[ADDED], packed[ADDED])
+        states = launch.states(problem, factors, chunk_decay, _initial(inputs), store_after=return_state)
+        matrices, vectors = states.at_chunks()
+        scores, query_normaliser = launch.scores(problem, q, inputs.k, packed, vectors, documents)
+        h = launch.read_out(problem, q, inputs.v, packed, query_normaliser, matrices, scores)
+        if not keep_chunk_states:
+            matrices, vectors = nothing(packed, 2)
+        C, n, m = (*states.behind(), m) if return_state else nothing(packed, 3)
+        return CellResults(h, C, n, m, packed, chunk_decay, query_normaliser, matrices, vectors)
+
+
+@mlstm_chunkwise.fake
 def _(
-    q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, m_initial,
-    return_state, gate, normaliser, eps, keep_chunk_states,
-):  # fmt: skip
-    problem = Problem.of(k, v, gate, normaliser, eps)
+    q: Tensor, inputs: CellInputs, settings: CellSettings, return_state: bool, keep_chunk_states: bool
+) -> CellResults:
+    problem = Problem.of(inputs, settings)
     sequences, chunks = problem.sequences, problem.chunks
-    packed = k.new_empty(WEIGHT_ROWS, sequences, problem.padded, dtype=torch.float32)
-    final = _fake_state(problem, packed) if return_state else _no_state(packed, 3)
-    kept = _no_state(packed, 2)
+    packed = q.new_empty(WEIGHT_ROWS, sequences, problem.padded, dtype=torch.float32)
+    C, n, m = _fake_state(problem, packed) if return_state else nothing(packed, 3)
+    matrices, vectors = nothing(packed, 2)
     if keep_chunk_states:
-        kept = [
-            k.new_empty(sequences, chunks, problem.key_dim, problem.value_dim),
-            packed.new_empty(sequences, chunks, problem.key_dim),
-        ]
-    h = v.new_empty(v.shape)
-    return h, *final, packed, packed.new_empty(sequences, chunks), packed.new_empty(sequences, problem.padded), *kept
+        matrices = q.new_empty(sequences, chunks, problem.key_dim, problem.value_dim)
+        vectors = packed.new_empty(sequences, chunks, problem.key_dim)
+    h, decay = inputs.v.new_empty(inputs.v.shape), packed.new_empty(sequences, chunks)
+    query_normaliser = packed.new_empty(sequences, problem.padded)
+    return CellResults(h, C, n, m, packed, decay, query_normaliser, matrices, vectors)
+
+
+@operator("mlstm_chunkwise_backward")
+def mlstm_chunkwise_backward(
+    grad_h: Tensor, grad_final: Ends, q: Tensor, inputs: CellInputs, h: Tensor, kept: Kept, settings: CellSettings
+) -> CellGradients:
+    """From the gradients of h and of the final state."""
+    with torch.cuda.device_of(q):
+        problem = Problem.of(inputs, settings)
+        documents = Documents.of(inputs.document_start)
+        has_initial = inputs.C_initial is not None
+        packed, chunk_decay, query_normaliser, matrices, vectors = kept
+        entering = States(matrices, vectors, None, None)
+        if matrices is None:
+            factors = Factors(inputs.k, inputs.v, packed[ADDED], packed[ADDED])
+            entering = launch.states(problem, factors, chunk_decay, _initial(inputs))
+        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
+        factors = Factors(q, grad_h, rows[MATRIX_WEIGHT], rows[VECTOR_WEIGHT])
+        leaving = launch.states(problem, factors, chunk_decay, grad_final, backwards=True, store_after=has_initial)
+        scores, grad_scores, sums = launch_backward.score_gradients(problem, q, inputs, grad_h, packed, rows, documents)
+        reading = Reading(q, grad_h, rows, scores, grad_scores)
+        tokens = launch_backward.token_gradients(problem, inputs, reading, packed, chunk_decay, entering, leaving)
+        del entering
+        grad_gates = launch_backward.gate_gradients(problem, sums, tokens, inputs, documents)
+        assert tokens.q is not None
+        grad_initial = leaving.behind() if has_initial else nothing(packed, 2)
+        return CellGradients(tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial)
+
+
+@mlstm_chunkwise_backward.fake
+def _(
+    grad_h: Tensor, grad_final: Ends, q: Tensor, inputs: CellInputs, h: Tensor, kept: Kept, settings: CellSettings
+) -> CellGradients:
+    return CellGradients(q.new_empty(q.shape), *_fake_gradients(inputs, settings))
+
+
+def _keep(ctx: Any, arguments: tuple[Any, ...], results: CellResults) -> None:
+    q, inputs, ctx.settings, ctx.return_state, ctx.keep_chunk_states = arguments
+    ctx.save_for_backward(q, *inputs, results.h, *results[CellResults._fields.index("packed") :])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grads: CellResults) -> tuple[Tensor | None, CellInputs]:
+    q, inputs, h, kept = unflatten((Tensor, CellInputs, Tensor, Kept), ctx.saved_tensors)
+    if not ctx.keep_chunk_states:
+        kept = kept._replace(matrices=None, vectors=None)
+    grad_h = torch.zeros_like(h) if grads.h is None else grads.h
+    # Without return_state, those of the empty tensors in the state's place.
+    grad_final = Ends(grads.C, grads.n) if ctx.return_state else Ends(None, None)
+    if any(grad is not None for grad in grad_final):
+        grad_final = _without_gaps(grad_final, inputs)
+    found = mlstm_chunkwise_backward(readable(grad_h.to(h.dtype)), grad_final, q, inputs, h, kept, ctx.settings)
+    return found.q, _as_inputs(found, inputs)
+
+
+mlstm_chunkwise.differentiate(_keep, _differentiate)
+
+
+class StateResults(NamedTuple):
+    """C, n and m behind the last token, and for the backward pass the packed weights and the chunk decays."""
+
+    C: Tensor
+    n: Tensor
+    m: Tensor
+    packed: Tensor
+    chunk_decay: Tensor
+
+
+class StateGradients(NamedTuple):
+    """Of the inputs of these names; of the initial state empty where there is none."""
+
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    C_initial: Tensor
+    n_initial: Tensor
+
+
+@operator("mlstm_chunkwise_state")
+def mlstm_chunkwise_state(inputs: CellInputs, settings: CellSettings) -> StateResults:
+    """Without an initial state, of the tokens alone: m begins below that of any token."""
+    with torch.cuda.device_of(inputs.k):
+        problem = Problem.of(inputs, settings)
+        documents = Documents.of(inputs.document_start)
+        packed, chunk_decay, m = launch.weights(problem, inputs, documents, NOTHING)
+        factors = Factors(inputs.k, inputs.v, packed[ADDED], packed[ADDED])
+        states = launch.states(problem, factors, chunk_decay, _initial(inputs), store_chunks=False, store_after=True)
+        return StateResults(*states.behind(), m, packed, chunk_decay)
+
+
+@mlstm_chunkwise_state.fake
+def _(inputs: CellInputs, settings: CellSettings) -> StateResults:
+    problem = Problem.of(inputs, settings)
+    packed = inputs.k.new_empty(WEIGHT_ROWS, problem.sequences, problem.padded, dtype=torch.float32)
+    C, n, m = _fake_state(problem, packed)
+    return StateResults(C, n, m, packed, packed.new_empty(problem.sequences, problem.chunks))
+
+
+@operator("mlstm_chunkwise_state_backward")
+def mlstm_chunkwise_state_backward(
+    grad_final: Ends, inputs: CellInputs, packed: Tensor, chunk_decay: Tensor, settings: CellSettings
+) -> StateGradients:
+    """From the gradients of the state."""
+    with torch.cuda.device_of(inputs.k):
+        problem = Problem.of(inputs, settings)
+        documents = Documents.of(inputs.document_start)
+        has_initial = inputs.C_initial is not None
+        unread = torch.zeros_like(packed[ADDED])
+        factors = Factors(inputs.k, inputs.v, packed[ADDED], packed[ADDED])
+        entering = launch.states(problem, factors, chunk_decay, _initial(inputs))
+        # Without a read-out, the gradient of the memory only decays from chunk to chunk.
+        factors = Factors(inputs.k, inputs.v, unread, unread)
+        leaving = launch.states(problem, factors, chunk_decay, grad_final, backwards=True, store_after=has_initial)
+        no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
+        tokens = launch_backward.token_gradients(problem, inputs, None, packed, chunk_decay, entering, leaving)
+        grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, inputs, documents)
+        grad_initial = leaving.behind() if has_initial else nothing(packed, 2)
+        return StateGradients(tokens.k, tokens.v, *grad_gates, *grad_initial)
+
+
+@mlstm_chunkwise_state_backward.fake
+def _(
+    grad_final: Ends, inputs: CellInputs, packed: Tensor, chunk_decay: Tensor, settings: CellSettings
+) -> StateGradients:
+    return _fake_gradients(inputs, settings)
+
+
+def _keep_of_state(ctx: Any, arguments: tuple[Any, ...], results: StateResults) -> None:
+    inputs, ctx.settings = arguments
+    ctx.save_for_backward(*inputs, results.packed, results.chunk_decay)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_state(ctx: Any, grads: StateResults) -> tuple[CellInputs]:
+    inputs, packed, chunk_decay = unflatten((CellInputs, Tensor, Tensor), ctx.saved_tensors)
+    grad_final = _without_gaps(Ends(grads.C, grads.n), inputs)
+    found = mlstm_chunkwise_state_backward(grad_final, inputs, packed, chunk_decay, ctx.settings)
+    return (_as_inputs(found, inputs),)
+
+
+mlstm_chunkwise_state.differentiate(_keep_of_state, _differentiate_state)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x as the kernels can read it: the last axis contiguous, no axis expanded."""
+    # Not x.contiguous(), which leaves the strides of what is empty, or of an axis of one element, as they are.
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
+
+
+def _initial(inputs: CellInputs) -> Ends:
+    return Ends(inputs.C_initial, inputs.n_initial)
+
+
+def _without_gaps(grad: Ends, inputs: CellInputs) -> Ends:
+    """Gradients of the final state; zero where there is none."""
+    k, v = inputs.k, inputs.v
+    batch, _, heads, key_dim = k.shape
+    grad_C, grad_n = grad
+    if grad_C is None:
+        grad_C = k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=torch.float32)
+    if grad_n is None:
+        grad_n = k.new_zeros(batch, heads, key_dim, dtype=torch.float32)
+    return Ends(grad_C, grad_n)
+
+
+def _as_inputs(found: CellGradients | StateGradients, inputs: CellInputs) -> CellInputs:
+    """Gradients in the inputs' precision."""
+    C_initial, n_initial = inputs.C_initial, inputs.n_initial
+    return CellInputs(
+        k=found.k,
+        v=found.v,
+        igate_preact=found.igate_preact.to(inputs.igate_preact.dtype),
+        fgate_preact=found.fgate_preact.to(inputs.fgate_preact.dtype),
+        document_start=None,
+        C_initial=None if C_initial is None else found.C_initial.to(C_initial.dtype),
+        n_initial=None if n_initial is None else found.n_initial.to(n_initial.dtype),
+        m_initial=None,
+    )
 
 
 def _fake_state(problem: Problem, like: Tensor) -> list[Tensor]:
@@ -103,251 +292,10 @@ def _fake_state(problem: Problem, like: Tensor) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise_backward", mutates_args=())
-def mlstm_chunkwise_backward(
-    grad_h: Tensor,
-    grad_C: Tensor | None,
-    grad_n: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    C_initial: Tensor | None,
-    n_initial: Tensor | None,
-    h: Tensor,
-    packed: Tensor,
-    chunk_decay: Tensor,
-    query_normaliser: Tensor,
-    matrices: Tensor | None,
-    vectors: Tensor | None,
-    gate: str,
-    normaliser: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    with torch.cuda.device_of(k):
-        problem = Problem.of(k, v, gate, normaliser, eps)
-        documents = Documents.of(document_start)
-        has_initial = C_initial is not None
-        if matrices is None:
-            before = (_flat(C_initial), _flat(n_initial))
-            entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-        else:
-            entering = States(matrices, vectors, None, None)
-        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
-        leaving = launch.states(
-            problem,
-            q,
-            grad_h,
-            rows[MATRIX_WEIGHT],
-            rows[VECTOR_WEIGHT],
-            chunk_decay,
-            (_flat(grad_C), _flat(grad_n)),
-            backwards=True,
-            store_after=has_initial,
-        )
-        scores, grad_scores, sums = launch_backward.score_gradients(problem, q, k, v, grad_h, packed, rows, documents)
-        reading = Reading(q, grad_h, rows, scores, grad_scores)
-        tokens = launch_backward.token_gradients(problem, k, v, reading, packed, chunk_decay, entering, leaving)
-        del entering
-        gates = (igate_preact, fgate_preact)
-        grad_gates = launch_backward.gate_gradients(problem, sums, tokens, *gates, documents, has_initial)
-        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
-        return tokens.q, tokens.k, tokens.v, *grad_gates, *grad_initial
-
-
-@mlstm_chunkwise_backward.register_fake
-def _(
-    grad_h, grad_C, grad_n, q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
-    packed, chunk_decay, query_normaliser, matrices, vectors, gate, normaliser, eps,
-):  # fmt: skip
-    problem = Problem.of(k, v, gate, normaliser, eps)
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    grads += [packed.new_empty(gate.shape) for gate in (igate_preact, fgate_preact)]
-    return *grads, *(_no_state(packed, 2) if C_initial is None else _fake_state(problem, packed)[:2])
-
-
-def _setup_context(ctx, inputs, output):
-    (
-        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, _,
-        return_state, gate, normaliser, eps, keep_chunk_states,
-    ) = inputs  # fmt: skip
-    h, _, _, _, packed, chunk_decay, query_normaliser, matrices, vectors = output
-    ctx.settings = (return_state, gate, normaliser, eps, keep_chunk_states)
-    ctx.save_for_backward(
-        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
-        packed, chunk_decay, query_normaliser, matrices, vectors,
-    )  # fmt: skip
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_h, grad_C, grad_n, *_):
-    (
-        q, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, h,
-        packed, chunk_decay, query_normaliser, matrices, vectors,
-    ) = ctx.saved_tensors  # fmt: skip
-    return_state, gate, normaliser, eps, keep_chunk_states = ctx.settings
-    grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-    if not return_state:
-        # Those of the empty tensors in the state's place.
-        grad_C = grad_n = None
-    elif grad_C is not None or grad_n is not None:
-        grad_C, grad_n = _without_gaps(grad_C, grad_n, k, v)
-    grads = mlstm_chunkwise_backward(
-        readable(grad_h.to(h.dtype)),
-        grad_C,
-        grad_n,
-        q,
-        k,
-        v,
-        igate_preact,
-        fgate_preact,
-        document_start,
-        C_initial,
-        n_initial,
-        h,
-        packed,
-        chunk_decay,
-        query_normaliser,
-        matrices if keep_chunk_states else None,
-        vectors if keep_chunk_states else None,
-        gate,
-        normaliser,
-        eps,
-    )
-    return *_as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial), None, None, None, None, None, None
-
-
-def _without_gaps(grad_C: Tensor | None, grad_n: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the final state; zero where there is none."""
-    batch, _, heads, key_dim = k.shape
-    if grad_C is None:
-        grad_C = k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=torch.float32)
-    if grad_n is None:
-        grad_n = k.new_zeros(batch, heads, key_dim, dtype=torch.float32)
-    return grad_C, grad_n
-
-
-def _as_inputs(grads, igate_preact, fgate_preact, C_initial, n_initial) -> list[Tensor | None]:
-    """Gradients of (q, k, v, gates, no document starts, C, n, no m) in the inputs' precision."""
-    grad_q, grad_k, grad_v, grad_i, grad_f, grad_C, grad_n = grads
-    initial = [None, None]
-    if C_initial is not None:
-        initial = [grad_C.to(C_initial.dtype), grad_n.to(n_initial.dtype)]
-    gates = [grad_i.to(igate_preact.dtype), grad_f.to(fgate_preact.dtype)]
-    return [grad_q, grad_k, grad_v, *gates, None, *initial, None]
-
-
-def readable(x: Tensor) -> Tensor:
-    """x as the kernels can read it: the last axis contiguous, no axis expanded."""
-    # Not x.contiguous(), which leaves the strides of what is empty, or of an axis of one element, as they are.
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
-
-
-mlstm_chunkwise.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise_state", mutates_args=())
-def mlstm_chunkwise_state(
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    C_initial: Tensor | None,
-    n_initial: Tensor | None,
-    m_initial: Tensor | None,
-    gate: str,
-    normaliser: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """C, n and m behind the last token, and for the backward pass the packed weights and the chunk decays."""
-    with torch.cuda.device_of(k):
-        problem = Problem.of(k, v, gate, normaliser, 0.0)
-        documents = Documents.of(document_start)
-        packed, chunk_decay, m = launch.weights(problem, igate_preact, fgate_preact, documents, _flat(m_initial))
-        before = (_flat(C_initial), _flat(n_initial))
-        states = launch.states(
-            problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before, store_chunks=False, store_after=True
-        )
-        return states.matrix, states.vector, m, packed, chunk_decay
-
-
-@mlstm_chunkwise_state.register_fake
-def _(
-    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, m_initial, gate, normaliser
-):  # fmt: skip
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    packed = k.new_empty(WEIGHT_ROWS, problem.sequences, problem.padded, dtype=torch.float32)
-    return *_fake_state(problem, packed), packed, packed.new_empty(problem.sequences, problem.chunks)
-
-
-@torch.library.custom_op("xlstm_pretrain::mlstm_chunkwise_state_backward", mutates_args=())
-def mlstm_chunkwise_state_backward(
-    grad_C: Tensor,
-    grad_n: Tensor,
-    k: Tensor,
-    v: Tensor,
-    igate_preact: Tensor,
-    fgate_preact: Tensor,
-    document_start: Tensor | None,
-    C_initial: Tensor | None,
-    n_initial: Tensor | None,
-    packed: Tensor,
-    chunk_decay: Tensor,
-    gate: str,
-    normaliser: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, igate_preact, fgate_preact, C_initial and n_initial (the last two empty without them)."""
-    with torch.cuda.device_of(k):
-        problem = Problem.of(k, v, gate, normaliser, 0.0)
-        documents = Documents.of(document_start)
-        has_initial = C_initial is not None
-        nothing = torch.zeros_like(packed[ADDED])
-        before = (_flat(C_initial), _flat(n_initial))
-        entering = launch.states(problem, k, v, packed[ADDED], packed[ADDED], chunk_decay, before)
-        # Without a read-out, the gradient of the memory only decays from chunk to chunk.
-        behind = (_flat(grad_C), _flat(grad_n))
-        leaving = launch.states(
-            problem, k, v, nothing, nothing, chunk_decay, behind, backwards=True, store_after=has_initial
-        )
-        no_sums = packed.new_zeros(2, problem.sequences, problem.padded)
-        tokens = launch_backward.token_gradients(problem, k, v, None, packed, chunk_decay, entering, leaving)
-        gates = (igate_preact, fgate_preact)
-        grad_gates = launch_backward.gate_gradients(problem, no_sums, tokens, *gates, documents, has_initial)
-        grad_initial = [leaving.matrix, leaving.vector] if has_initial else _no_state(packed, 2)
-        return tokens.k, tokens.v, *grad_gates, *grad_initial
-
-
-@mlstm_chunkwise_state_backward.register_fake
-def _(
-    grad_C, grad_n, k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay,
-    gate, normaliser,
-):  # fmt: skip
-    problem = Problem.of(k, v, gate, normaliser, 0.0)
-    grads = [x.new_empty(x.shape) for x in (k, v)] + [packed.new_empty(x.shape) for x in (igate_preact, fgate_preact)]
-    return *grads, *(_no_state(packed, 2) if C_initial is None else _fake_state(problem, packed)[:2])
-
-
-def _setup_state_context(ctx, inputs, output):
-    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, _, gate, normaliser = inputs
-    *_, packed, chunk_decay = output
-    ctx.settings = (gate, normaliser)
-    ctx.save_for_backward(
-        k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay
-    )  # fmt: skip
-    ctx.set_materialize_grads(False)
-
-
-def _state_backward(ctx, grad_C, grad_n, *_):
-    k, v, igate_preact, fgate_preact, document_start, C_initial, n_initial, packed, chunk_decay = ctx.saved_tensors
-    gates = (igate_preact, fgate_preact)
-    grads = mlstm_chunkwise_state_backward(
-        *_without_gaps(grad_C, grad_n, k, v), k, v, *gates, document_start, C_initial, n_initial, packed, chunk_decay,
-        *ctx.settings,
-    )  # fmt: skip
-    return *_as_inputs((None, *grads), *gates, C_initial, n_initial)[1:], None, None
-
-
-mlstm_chunkwise_state.register_autograd(_state_backward, setup_context=_setup_state_context)
+def _fake_gradients(inputs: CellInputs, settings: CellSettings) -> StateGradients:
+    gates = [gate.new_empty(gate.shape, dtype=torch.float32) for gate in (inputs.igate_preact, inputs.fgate_preact)]
+    like = gates[0]
+    initial = nothing(like, 2)
+    if inputs.C_initial is not None:
+        initial = _fake_state(Problem.of(inputs, settings), like)[:2]
+    return StateGradients(inputs.k.new_empty(inputs.k.shape), inputs.v.new_empty(inputs.v.shape), *gates, *initial)

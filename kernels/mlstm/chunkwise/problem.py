@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.integers import ceil_div
 from kernels.mlstm.chunkwise.tiles import Tile, Tiles, choose_tiles
-from kernels.triton_support import ceil_div
+from kernels.mlstm.inputs import CellInputs, CellSettings
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and settings of one call. `eps` is added to the denominator."""
+    """Sizes and settings of one call."""
 
     batch: int
     length: int
@@ -25,17 +26,23 @@ class Problem:
     key_dim: int
     value_dim: int
     tiles: Tiles
-    exponential: bool
-    normaliser: bool
-    eps: float
+    settings: CellSettings
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, gate: str, normaliser: bool, eps: float) -> Problem:
-        """The problem that k [B, S, NH, DK] and v [B, S, NH, DV] pose."""
-        batch, length, heads, key_dim = k.shape
-        value_dim = v.shape[-1]
-        tiles = choose_tiles(k.dtype, key_dim, value_dim, batch * heads, k.device)
-        return cls(batch, length, heads, key_dim, value_dim, tiles, gate == "exp", normaliser, eps)
+    def of(cls, inputs: CellInputs, settings: CellSettings) -> Problem:
+        """The problem that the inputs pose."""
+        batch, length, heads, key_dim = inputs.k.shape
+        value_dim = inputs.v.shape[-1]
+        tiles = choose_tiles(inputs.k.dtype, key_dim, value_dim, batch * heads, inputs.k.device)
+        return cls(batch, length, heads, key_dim, value_dim, tiles, settings)
+
+    @property
+    def exponential(self) -> bool:
+        return self.settings.gate == "exp"
+
+    @property
+    def normaliser(self) -> bool:
+        return self.settings.normaliser
 
     @property
     def sequences(self) -> int:

@@ -6,7 +6,7 @@ Axes: BM rows and BN columns of the tile that a program owns, BK inner positions
 import triton
 import triton.language as tl
 
-from kernels.triton_support import dot
+from kernels.triton_dot import dot
 
 
 @triton.jit

@@ -12,7 +12,7 @@ of a program, BT tokens that one step takes.
 import triton
 import triton.language as tl
 
-from kernels.triton_support import dot
+from kernels.triton_dot import dot
 
 
 @triton.jit(do_not_specialize=["S", "NH", "NC"])

@@ -10,10 +10,12 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kernels.triton_support import INTERPRETED, next_power_of_two
+from kernels.backend_choice import INTERPRETED
+from kernels.integers import next_power_of_two
 
 # One file for each GPU that was tuned.
 TABLES = Path(__file__).parent / "tuned"
@@ -99,6 +101,23 @@ def _choose(dtype: torch.dtype, key_dim: int, value_dim: int, few_sequences: boo
     return fit(tuned(name).get((key_dim, value_dim, few_sequences), SIXTEEN_BIT), key_dim, value_dim)
 
 
+def chunk_tokens(key_dim: int, value_dim: int, dtype: torch.dtype, device_name: str) -> int:
+    """Tokens of a chunk of the Triton kernels on a GPU, which need not be here.
+
+    Args:
+        key_dim, value_dim: DK and DV of the heads.
+        dtype: of q, k and v.
+        device_name: as torch.cuda.get_device_name returns it, such as "NVIDIA H200"; one without a table has the chunk
+            of all that were not tuned.
+    """
+    if dtype == torch.float32:
+        return THIRTY_TWO_BIT.chunk
+    # Few sequences and many have the same chunk, or else a batch would be summed in another order than its rows.
+    table = tuned(device_name)
+    found = table.get((key_dim, value_dim, False)) or table.get((key_dim, value_dim, True)) or SIXTEEN_BIT
+    return found.chunk
+
+
 @lru_cache(maxsize=8)
 def tuned(device_name: str) -> dict[tuple[int, int, bool], Tiles]:
     """What benchmarks/tune_mlstm.py found for a GPU: (DK, DV, are the sequences few) -> tiles; empty if untuned."""
@@ -114,9 +133,10 @@ def table_path(device_name: str) -> Path:
     return TABLES / f"{device_name.replace(' ', '_')}.json"
 
 
-def parse_tiles(values: dict) -> Tiles:
+def parse_tiles(values: dict[str, Any]) -> Tiles:
     """Tiles from the form that dataclasses.asdict gives."""
-    return Tiles(**{key: Tile(**value) if isinstance(value, dict) else value for key, value in values.items()})
+    cuts = {name: Tile(**cut) for name, cut in values.items() if name != "chunk"}
+    return Tiles(chunk=values["chunk"], **cuts)
 
 
 def fit(tiles: Tiles, key_dim: int, value_dim: int) -> Tiles:

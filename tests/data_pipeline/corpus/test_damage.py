@@ -18,8 +18,9 @@ import torch
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file
 from data_pipeline.corpus.inspection import verify_corpus
-from data_pipeline.corpus.manifest import Manifest, ShardEntry, ShardTable
+from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.corpus.open_files import OpenFiles
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
 from data_pipeline.corpus.shards import Shard, ShardBuilder
 from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import CorpusError

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from data_pipeline.corpus.manifest import Manifest, ShardTable
-from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.manifest import Manifest
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
 from data_pipeline.errors import CorpusError
 from tests.runs import PATIENCE, ROOT, environment
 

@@ -115,7 +115,7 @@ def _read_large(url: str, cache: CacheSettings, seed: int) -> int:
 @pytest.fixture
 def large_store(corpus, tmp_path) -> tuple[str, int]:
     """A corpus of 20 shards of 1 MiB, and the sum of its tokens."""
-    from data_pipeline.corpus.manifest import ShardEntry, ShardTable
+    from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
     from data_pipeline.corpus.shards import ShardBuilder
     from data_pipeline.corpus.token_sequence import shard_metadata
 

@@ -13,8 +13,8 @@ from data_pipeline.errors import CorpusError
 from data_pipeline.ordering import packing
 from data_pipeline.ordering.mixture import MixtureConfig
 from data_pipeline.ordering.packing import document_blocks, open_packing_plan, pack_block
-from data_pipeline.reading.batch import Columns
-from data_pipeline.reading.stream import MASKED, SampleStream
+from data_pipeline.reading.batch import MASKED, Columns
+from data_pipeline.reading.stream import SampleStream
 
 
 @pytest.fixture

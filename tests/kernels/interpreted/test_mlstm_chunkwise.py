@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
 from kernels.mlstm.chunkwise import launch, tiles
-from kernels.mlstm.reference import mlstm_chunkwise
 from tests.kernels.cases import assert_close, relative_error
-from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates
+from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates, mlstm_chunkwise
 from tests.kernels.mlstm_rounded import mlstm_rounded
 from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, far_heads, padded, strided
 
@@ -227,18 +226,21 @@ def test_state_alone_equals_the_state_of_a_pass(device, dtype):
     settings = {"document_start": make_starts(shape, device, 0.01)}
 
     def triton_state(*inputs, **settings):
-        return mlstm_state(*inputs, backend="triton", **settings)
+        return mlstm_state(*inputs, backend="triton", **settings).state
+
+    def reference_state(*inputs, **settings):
+        return mlstm_state(*inputs, **settings).state
 
     actual = run(triton_state, inputs, state, dtype, **settings)
     doubles = MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
-    expected = run(mlstm_state, [double(x) for x in inputs], doubles, dtype, **settings)
+    expected = run(reference_state, [double(x) for x in inputs], doubles, dtype, **settings)
     assert_close(actual, expected, tolerances(expected, dtype))
 
 
 def test_without_normaliser_there_is_no_n(device):
     inputs, settings = make_inputs((1, 5, 1, 16, 16), torch.float32, device), {"gate": "sigmoid", "normaliser": False}
     _, state = triton_cell(*inputs, initial_state=make_state((1, 5, 1, 16, 16), device), return_state=True, **settings)
-    assert not state.n.any() and not mlstm_state(*inputs[1:], backend="triton", **settings).n.any()
+    assert not state.n.any() and not mlstm_state(*inputs[1:], backend="triton", **settings).state.n.any()
 
 
 @bitwise
@@ -298,16 +300,16 @@ def test_is_a_well_behaved_operator(device):
     shape = (1, 70, 2, 16, 32)
     inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
     starts = make_starts(shape, device)
-    cell = (*inputs, starts, state.C, state.n, state.m, True, "exp", True, 1e-6, True)
+    cell = (*inputs, starts, state.C, state.n, state.m, "exp", True, 1e-6, True, True)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
-    cell = (*inputs, None, None, None, None, False, "sigmoid", True, 1e-6, False)
+    cell = (*inputs, None, None, None, None, "sigmoid", True, 1e-6, False, False)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
-    alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True)
+    alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True, 1e-6)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone)
     with torch.no_grad():
         C, n, _, *kept = torch.ops.xlstm_pretrain.mlstm_chunkwise_state(*alone)
     # The gradient of a state that was transposed.
-    backward = (C.mT.contiguous().mT, n, *alone[:7], *kept, "exp", True)
+    backward = (C.mT.contiguous().mT, n, *alone[:8], *kept, "exp", True, 1e-6)
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
     torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state_backward.default, backward)
 

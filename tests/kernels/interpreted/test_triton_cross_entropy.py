@@ -207,8 +207,8 @@ def test_is_registered_with_torch():
 
     hidden, weight, targets = make_inputs()
     arguments = (hidden.detach().flatten(0, 1).requires_grad_(), weight, targets.flatten(), 3.0, 0.01, 8)
-    torch.library.opcheck(fused._forward, arguments)
-    torch.library.opcheck(fused.linear_cross_entropy_sum, (*arguments, True, True))
+    torch.library.opcheck(fused.losses_of_tokens.definition, arguments)
+    torch.library.opcheck(fused.summed_loss.definition, (*arguments, True, True))
 
 
 @FORMS

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kernels.mlstm import MLSTMState
-from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.step import MAX_KEY_DIM, DecodingState, mlstm_step
 from tests.kernels.cases import assert_close
+from tests.kernels.mlstm_cases import mlstm_recurrent
 from tests.kernels.triton_cases import COMPILED, DEVICE, compiled_only, padded, strided
 
 B, NH = 2, 3
@@ -131,7 +131,7 @@ def test_is_registered_with_torch():
 
     state = make_state(16, 16, batch=1)
     arguments = (*make_inputs(torch.float32, 16, 16, batch=1), state.C, state.n, state.m, "exp", True, 1e-6)
-    torch.library.opcheck(step_fused.mlstm_step, arguments)
+    torch.library.opcheck(step_fused.mlstm_step.definition, arguments)
 
 
 def test_compiles_as_one_graph():

@@ -301,7 +301,7 @@ def test_the_operators_are_registered_rightly(with_cap):
     torch.library.opcheck(torch.ops.xlstm_pretrain.slstm, arguments)
     with torch.no_grad():
         h, _, derivatives, *last = torch.ops.xlstm_pretrain.slstm(*arguments)
-        backward = (h, kernel, arguments[2], derivatives, *last[:3], torch.float32, with_cap)
+        backward = (h, *last[:3], kernel, arguments[2], derivatives, torch.float32, with_cap)
         torch.library.opcheck(torch.ops.xlstm_pretrain.slstm_backward, backward)
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.preflight import HeadNormCase, LossCase, MLSTMCase, SLSTMCase, compare
-from kernels.triton_support import dot
+from kernels.triton_dot import dot
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.triton_cases import padded, poisoned_memory, strided
 
