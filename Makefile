@@ -35,6 +35,7 @@ test-gpu: .venv/installed
 check: .venv/installed
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/mypy
 
 docs: .venv/installed
 	$(VENV)/python docs/make_configuration_keys.py

@@ -9,13 +9,17 @@ from tests.docs.configuration_keys import generator, run_keys
 from tests.runs import ROOT
 
 
-def test_the_page_is_current():
+@pytest.fixture(scope="module")
+def page():
+    return generator().page()
+
+
+def test_the_page_is_current(page):
     written = (ROOT / "docs" / "configuration_keys.md").read_text(encoding="utf-8")
-    assert generator().page() == written, "run `make docs` and commit docs/configuration_keys.md"
+    assert page == written, "run `make docs` and commit docs/configuration_keys.md"
 
 
-def test_every_group_and_every_key_of_a_run_is_on_the_page():
-    page = generator().page()
+def test_every_group_and_every_key_of_a_run_is_on_the_page(page):
     for key in run_keys():
         # Those of text that is tokenized on the way are the preparation's, which the page names once.
         assert f"`{key}`" in page or f"`{key}[I]`" in page or key.startswith("corpus.live."), key
@@ -61,12 +65,11 @@ def test_a_field_without_a_comment_and_a_section_without_a_docstring_are_named()
         ("| `data.tolerance.rejected_fraction` | number | ", "of a preparation"),
     ],
 )
-def test_rows(row, why):
-    assert row in generator().page(), why
+def test_rows(page, row, why):
+    assert row in page, why
 
 
-def test_choices_are_those_that_validation_offers():
-    page = generator().page()
+def test_choices_are_those_that_validation_offers(page):
     (row,) = [line for line in page.splitlines() if line.startswith("| `tokenizer.model_type` |")]
     assert "bpe" in row and "unigram" in row
     (row,) = [line for line in page.splitlines() if line.startswith("| `corpus.packing` |")]

@@ -70,6 +70,8 @@ def test_every_key_does_what_the_table_says(folder):
     assert changes_of_run(some_run(), folder) == []
     tried = {}
     for key in run_keys():
+        if any(other.startswith((f"{key}.", f"{key}[")) for other in run_keys()):
+            continue
         said = said_of(key)
         config = changed(some_run(), key)
         if config is None:
