@@ -8,13 +8,26 @@ INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --c
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: demo test test-gpu check docs clean
+# A test process a core; more of them than four would mostly make the same corpora again. PROCESSES=0: in one process.
+PROCESSES ?= logical
+PYTEST := $(VENV)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist worksteal
+test test-fast test-random: export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast test-random test-gpu check docs clean
 
 demo: .venv/installed
 	$(VENV)/python -m launch demo
 
 test: .venv/installed
-	$(VENV)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+# What one runs while working: below two minutes, every package, no training run.
+test-fast: .venv/installed
+	$(PYTEST) -m "not gpu and not slow" $(ARGS)
+
+# In random order, its seed in the first lines; ARGS=--randomly-seed=N repeats one.
+test-random: .venv/installed
+	$(PYTEST) -m "not gpu" -p randomly --randomly-dont-reset-seed $(ARGS)
 
 test-gpu: .venv/installed
 	$(VENV)/python -m pytest -m gpu

@@ -34,16 +34,18 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import TokenizerError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter
 from data_pipeline.preparing.units import BATCH_BYTES, run_unit
-from data_pipeline.sources import sources
+from data_pipeline.sources import file_sources
 from data_pipeline.sources.archives import read_lines
-from data_pipeline.sources.sources import Document, InputFile, Source, open_source
+from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.sources.source import Document, InputFile, Source
+from data_pipeline.sources.sources import open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import BACKENDS, DISTRIBUTIONS, Encode, build_encoder, choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, token_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_DOCUMENTS = 256
@@ -163,7 +165,7 @@ def _warm_up(tokenizer: Tokenizer, backend: str, config: PrepareConfig, folder: 
 
 
 def _prepare_least(source: Source, inputs: list[InputFile], encode: Encode, dtype: np.dtype, path: Path) -> None:
-    parse = sources.parse_json_fast
+    parse = file_sources.parse_json_fast
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
 

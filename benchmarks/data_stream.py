@@ -100,7 +100,8 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def make_corpus(work: Path, tokens: int) -> None:
     """A corpus of shards and the same tokens as one flat file; left alone when it is there already."""
-    from data_pipeline.corpus.manifest import Manifest, ShardEntry, ShardTable
+    from data_pipeline.corpus.manifest import Manifest
+    from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
     from data_pipeline.corpus.shards import Shard, ShardBuilder
     from data_pipeline.corpus.token_sequence import shard_metadata
 

@@ -37,11 +37,11 @@ def at_least(key: str, value: float | None, low: float) -> list[str]:
     return [f"{key}: must be at least {low} ({value})"]
 
 
-def between(key: str, value: float, low: float, high: float, unit: str = "") -> list[str]:
-    """`value` lies outside of `low`..`high`, both included; `unit` is said in the message."""
+def between(key: str, value: float, low: float, high: float, measure: str = "") -> list[str]:
+    """`value` lies outside of `low`..`high`, both included; `measure`: what is counted, for the message."""
     if low <= value <= high:
         return []
-    return [f"{key}: must be between {low} and {high}{' ' if unit else ''}{unit} ({value})"]
+    return [f"{key}: must be between {low} and {high}{' ' if measure else ''}{measure} ({value})"]
 
 
 def positive(key: str, value: float) -> list[str]:

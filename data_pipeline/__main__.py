@@ -7,8 +7,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from data_pipeline.config import OrderConfig
+from conf.problems import ConfigError, at_least
 from data_pipeline.errors import DataError
+from data_pipeline.ordering.config import OrderConfig
 
 PREPARE_HELP = """\
 Tokenize text into a corpus folder that `python -m train` reads.
@@ -108,22 +109,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from conf import ConfigError, compose
-    from data_pipeline.config import PrepareConfig, validate_prepare
+    from conf import compose
+    from data_pipeline.preparing.config import PrepareConfig
     from data_pipeline.preparing.prepare import prepare
 
-    config = compose(PrepareConfig, "prepare", options.overrides)
-    problems = validate_prepare(config)
-    if problems:
-        raise ConfigError(problems)
-    prepare(config)
+    prepare(compose(PrepareConfig, "prepare", options.overrides))
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from conf import ConfigError
     from data_pipeline.corpus.corpus import Corpus
-    from data_pipeline.corpus.inspection import show_corpus, show_sample
+    from data_pipeline.corpus.inspection import show_corpus
+    from data_pipeline.reading.inspection import show_sample
     from data_pipeline.reading.run_order import open_order
 
     keys = ("split", "sequence_length", "seed", "weight", "window_shards")
@@ -170,7 +167,7 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
     """The order of a run that has started, its sequence length, seed and global batch size. Raises ConfigError."""
     from omegaconf import OmegaConf
 
-    from conf import ConfigError, to_dataclass
+    from conf import to_dataclass
 
     path = directory / "config.yaml"
     if not path.is_file():
@@ -184,11 +181,10 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from conf import ConfigError
     from data_pipeline.corpus.inspection import verify_corpus
 
-    if options.workers < 1:
-        raise ConfigError([f"--workers: must be at least 1 ({options.workers})"])
+    if problems := at_least("--workers", options.workers, 1):
+        raise ConfigError(problems)
     problems = verify_corpus(options.directory, options.workers)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -198,7 +194,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from conf import ConfigError
     from data_pipeline.corpus.regroup import merge_corpora
 
     if len(options.directories) < 2:
@@ -209,11 +204,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    from conf import ConfigError
     from data_pipeline.corpus.regroup import split_corpus
 
-    if options.parts < 1:
-        raise ConfigError([f"--parts: must be at least 1 ({options.parts})"])
+    if problems := at_least("--parts", options.parts, 1):
+        raise ConfigError(problems)
     selection = (options.split, options.source, options.parts, options.link)
     for folder, manifest in split_corpus(options.directory, options.output, *selection):
         print(f"{folder}: {len(manifest.shards)} shards")

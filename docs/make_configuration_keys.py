@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from conf import CONF_DIR, compose
-from data_pipeline.config import PrepareConfig, validate_prepare
+from data_pipeline.preparing.config import PrepareConfig, validate_prepare
 from train.config import RunConfig
 from train.validate import validate
 
 PAGE = Path(__file__).with_name("configuration_keys.md")
+_WORDS = {
+    type(None): "null",
+    bool: "true or false",
+    str: "text",
+    int: "whole number",
+    float: "number",
+    Any: "anything",
+}
 HEAD = """\
 # Every configuration key
 
@@ -228,7 +236,7 @@ def _type_in_words(annotation: Any) -> str:
         return f"list of {_type_in_words(arguments[0])}"
     if origin is dict:
         return f"mapping of {_type_in_words(arguments[0])} to {_type_in_words(arguments[1])}"
-    return {type(None): "null", bool: "true or false", str: "text", int: "whole number", float: "number"}[annotation]
+    return _WORDS[annotation]
 
 
 def _choices_of_run(run: RunConfig, key: str) -> list[str]:

@@ -11,11 +11,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-@torch.compiler.assume_constant_result
+# Asked once, not in a call: before PyTorch 2.13 torch.compile could not trace into the question, and the decorator that
+# spares it this imports all of torch.compile, seconds for every process.
+_HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta", "mps", "xpu", "hpu")}
+
+
 def has_autocast(device_type: str) -> bool:
     """Whether autocast exists on devices of the type at all: not on "meta", for one."""
-    # Before PyTorch 2.13 torch.compile could not trace into this question.
-    return torch.amp.is_autocast_available(device_type)
+    return _HAS_AUTOCAST.get(device_type, False)
 
 
 def autocast_disabled(tensor: Tensor) -> contextlib.AbstractContextManager:

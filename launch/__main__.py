@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from conf import ConfigError
-from data_pipeline.errors import DataError
-from launch.local import default_processes, train_locally
-
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start training runs.")
@@ -19,6 +15,11 @@ def main(arguments: list[str]) -> int:
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
     options = parser.parse_args(arguments)
+    # Importing torch takes seconds, which the help does without.
+    from conf import ConfigError
+    from data_pipeline.errors import DataError
+    from launch.local import default_processes, train_locally
+
     try:
         if options.command == "demo":
             from launch.demo import run_demo

@@ -14,7 +14,7 @@ import torch
 
 from conf import compose
 from train.config import RunConfig
-from train.preflight import preflight
+from train.requirements import open_requirements
 
 CPU_PROCESSES = 2
 # Signals that ask this command to stop, and what the training processes get: those that they answer with a checkpoint.
@@ -34,7 +34,7 @@ def train_locally(overrides: Sequence[str], processes: int) -> int:
     process starts: torchrun's own exit code is 1 whatever the processes say.
     """
     # The ranks compare the shards' checksums.
-    preflight(compose(RunConfig, "train", overrides), processes, corpus_check="size")
+    open_requirements(compose(RunConfig, "train", overrides), processes, corpus_check="size")
     command = [sys.executable, "-m", "train", *overrides]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -53,8 +53,9 @@ def _run(command: Sequence[str], processes: int) -> int:
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             workers = psutil.Process(process.pid).children() if processes > 1 else []
-            for one in workers or [process]:
-                one.send_signal(_PASSED_ON[number])
+            receivers: Sequence[psutil.Process | subprocess.Popen[bytes]] = workers or [process]
+            for one in receivers:
+                one.send_signal(_PASSED_ON[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
     try:

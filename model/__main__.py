@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, compose, suggestion, to_dataclass
 from conf.command_line import exit_code
-from model.config import ModelConfig, ModelOnlyConfig, validate_model
+
+# PyTorch takes a while to import: each command does so, the help does not.
+if TYPE_CHECKING:
+    import torch
+
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 Settings = TypeVar("Settings")
 
@@ -104,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model", description="Look into models, use them, convert them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, summary: str, text: str, run) -> argparse.ArgumentParser:
+    def command(
+        name: str, summary: str, text: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -116,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--sequence-length", type=_positive, default=8192, metavar="S", help="tokens (default: 8192)")
     describe.add_argument("--micro-batch-size", type=_positive, default=1, metavar="B", help="sequences (default: 1)")
     describe.add_argument("--ranks", type=_positive, default=8, metavar="N", help="that ZeRO shards over (default: 8)")
+    describe.add_argument(
+        "--device", default="CPU", metavar="NAME", help="GPU whose kernels count, such as 'NVIDIA H200' (default: CPU)"
+    )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
     command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
@@ -130,13 +141,14 @@ def _positive(text: str) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
+    from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
     config = compose(ModelOnlyConfig, "model_only", options.settings).model
     problems = validate_model(config)
     if problems:
         raise ConfigError(problems)
-    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks)
+    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
     print(json.dumps(description, indent=2) if options.json else as_table(description))
     return 0
 
@@ -151,17 +163,16 @@ def _generate(options: argparse.Namespace) -> int:
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.generate import generate
+    from model.generation import generate
+    from model.loading import load
     from model.locate import locate
-    from model.weights import load_into, read_model_json
 
     device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     located = locate(settings.checkpoint)
     try:
         tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
-        model = _empty_model(read_model_json(located.weights), device, dtype)
-        load_into(model, located.weights)
+        model = load(located.weights, device=device, dtype=dtype)
         # A text starts behind the end of another, as in training.
         prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
         printer = _Printer(tokenizer, prompts)
@@ -186,7 +197,7 @@ def _generate(options: argparse.Namespace) -> int:
 class _Printer:
     """Prints one text as it grows; several each as a whole at the end."""
 
-    def __init__(self, tokenizer, prompts: list[list[int]]):
+    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]):
         self.tokenizer = tokenizer
         self.ids = [list(prompt) for prompt in prompts]
         self.shown = ""
@@ -194,7 +205,7 @@ class _Printer:
         if self.streams:
             self._show(complete=False)
 
-    def add(self, tokens, active) -> None:
+    def add(self, tokens: torch.Tensor, active: torch.Tensor) -> None:
         """The new token of each sequence [B], and which sequences had not ended before [B]."""
         for ids, token, is_active in zip(self.ids, tokens.tolist(), active.tolist(), strict=True):
             if is_active:
@@ -267,7 +278,7 @@ def _import(options: argparse.Namespace) -> int:
 
 def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:
     """KEY=VALUE arguments as an instance of `schema`. Values are taken as they stand, so paths need no quoting."""
-    known = [field.name for field in fields(schema)]
+    known = [field.name for field in fields(cast(Any, schema))]
     values: dict[str, str | None] = {}
     problems = []
     for argument in arguments:
@@ -281,15 +292,15 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     return to_dataclass(schema, values)
 
 
-def _dtype(name: str):
+def _dtype(name: str) -> torch.dtype:
     import torch
 
     if name not in ("float32", "bfloat16"):
         raise ConfigError([f"dtype: unknown value '{name}'; choose float32 or bfloat16"])
-    return getattr(torch, name)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _device(name: str):
+def _device(name: str) -> torch.device:
     import torch
 
     try:
@@ -300,25 +311,11 @@ def _device(name: str):
         raise ConfigError([f"device: '{name}' cannot be used here ({reason}); give cpu, cuda or cuda:1"]) from None
 
 
-def _empty_model(config: ModelConfig, device, dtype):
-    """The model with parameters on `device` in `dtype` from the start: a 7B in fp32 may not fit first."""
-    import torch
-
-    from model.language_model import LanguageModel
-
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LanguageModel(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
 def _tokenizer_path(given: str | None, found: Path | None) -> str | Path:
-    if given is None and found is None:
+    path = given or found
+    if path is None:
         raise ConfigError(["tokenizer: the checkpoint has none beside it; give the file or folder, tokenizer=PATH"])
-    return given or found
+    return path
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from model.accounting import (
     count_parameters,
     decoding_bytes_per_step,
@@ -11,11 +13,19 @@ from model.accounting import (
     training_flops_per_token,
 )
 from model.config import ModelConfig
+from model.hardware import CPU, Hardware
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from model.recomputation import ACTIVATION_CHECKPOINTING
 
 
-def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, ranks: int) -> dict:
-    """Everything that the table shows, as JSON values. Memory assumes bf16 compute and fp32 optimizer states."""
+def describe(
+    config: ModelConfig, sequence_length: int, micro_batch_size: int, ranks: int, device_name: str = CPU
+) -> dict[str, Any]:
+    """Everything that the table shows, as JSON values. Memory assumes bf16 compute and fp32 optimizer states.
+
+    `device_name`: the GPU whose kernels count, as torch.cuda.get_device_name says it; "CPU": the references.
+    """
+    hardware = Hardware(device_name)
     counted = count_parameters(config)
     kinds = config.block_kinds()
     zero = {}
@@ -37,8 +47,8 @@ def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, r
         "parameters": {"total": counted.total, "tensors": counted.tensors, "groups": counted.groups},
         "training_flops": {
             "sequence_length": sequence_length,
-            "forward_per_sequence": forward_flops(config, sequence_length),
-            "per_token_exact": training_flops_per_token(config, sequence_length),
+            "forward_per_sequence": forward_flops(config, sequence_length, hardware),
+            "per_token_exact": training_flops_per_token(config, sequence_length, hardware),
             "per_token_6n": six_n_flops_per_token(config),
         },
         "decoding": {
@@ -51,15 +61,16 @@ def describe(config: ModelConfig, sequence_length: int, micro_batch_size: int, r
             "ranks": ranks,
             "zero_stage": zero,
             "micro_batch_size": micro_batch_size,
+            "device": device_name,
             "activations": {
-                mode: activation_bytes(config, micro_batch_size, sequence_length, mode)
-                for mode in ("none", "unit", "block")
+                mode: activation_bytes(config, micro_batch_size, sequence_length, mode, hardware)
+                for mode in ACTIVATION_CHECKPOINTING
             },
         },
     }
 
 
-def as_table(description: dict) -> str:
+def as_table(description: dict[str, Any]) -> str:
     """The description as lines of text."""
     model, parameters = description["model"], description["parameters"]
     flops, decoding, memory = description["training_flops"], description["decoding"], description["training_memory"]
@@ -91,7 +102,8 @@ def as_table(description: dict) -> str:
         parts = " + ".join(_gib(sizes[part]) for part in ("weights", "gradients", "optimizer"))
         lines.append(_row(f"stage {stage}", f"{_gib(sizes['total'])} GiB") + f"   = {parts}")
     tokens = f"{memory['micro_batch_size']} x {flops['sequence_length']}"
-    lines += ["", f"Activations of a micro-batch of {tokens} tokens (mLSTM reference backend), by what is recomputed"]
+    backend = "mLSTM reference backend" if memory["device"] == CPU else f"kernels of {memory['device']}"
+    lines += ["", f"Activations of a micro-batch of {tokens} tokens ({backend}), by what is recomputed"]
     lines += [_row(mode, f"{_gib(size)} GiB") for mode, size in memory["activations"].items()]
     return "\n".join(lines)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from model.weights import MODEL_JSON, WeightsError
 
+# Written last into a checkpoint: a folder without it is none.
 COMPLETE = "complete.json"
+HUGGINGFACE_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,14 @@ def locate(path: str | Path) -> Located:
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; name a run directory, a checkpoint or a weights directory")
     hint = ""
-    if (path / "config.json").is_file():
+    if is_huggingface(path):
         hint = ". It looks like a Hugging Face model: convert it first with `python -m model import`"
     raise WeightsError(f"{path} is no run directory, checkpoint or weights directory{hint}")
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether `path` is a model directory of transformers."""
+    return (path / HUGGINGFACE_CONFIG).is_file() and not (path / MODEL_JSON).is_file()
 
 
 def _tokenizer(directory: Path) -> Path | None:

@@ -56,6 +56,11 @@ class LayerNorm(_PreNorm):
         return F.layer_norm(x, weight.shape, weight, None, self.eps)
 
 
+def norm_class(family: str) -> type[RMSNorm] | type[LayerNorm]:
+    """The norm of the residual branches and before the head in models of `family`."""
+    return LayerNorm if family == "neurips" else RMSNorm
+
+
 class HeadNorm(nn.Module):
     """Layer normalisation of each head of a cell's output by itself (kernels.head_norm)."""
 
@@ -70,8 +75,14 @@ class HeadNorm(nn.Module):
         return head_norm(h, self.weight, eps=self.eps, backend=self.backend)
 
 
-class GatedHeadNorm(HeadNorm):
+class GatedHeadNorm(nn.Module):
     """The same, multiplied by a sigmoid gate (kernels.head_norm.gated_head_norm)."""
+
+    def __init__(self, width: int, eps: float, backend: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+        self.backend = backend
 
     def forward(self, h: Tensor, gate_preact: Tensor) -> Tensor:
         """h [B, S, NH, DV], gate_preact [B, S, NH * DV] -> [B, S, NH * DV] in h's dtype."""

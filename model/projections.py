@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
 from kernels.precision import autocast_disabled, compute_dtype
+from model.sequence import LOCAL, SequenceContext
 
 
 class Linear(nn.Linear):
@@ -52,12 +53,14 @@ class BlockDiagonalLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_blocks, block_out, block_in))
         self.full_precision = full_precision
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, by_heads: SequenceContext = LOCAL) -> Tensor:
+        """Of ranks that share a sequence `by_heads`, x holds the blocks of this rank alone."""
+        weight = by_heads.own_heads(self.weight)
         if not self.full_precision:
-            return self._map(x, self.weight)
-        dtype = compute_dtype(x, self.weight)
+            return self._map(x, weight)
+        dtype = compute_dtype(x, weight)
         with autocast_disabled(x):
-            return self._map(x.to(dtype), self.weight.to(dtype))
+            return self._map(x.to(dtype), weight.to(dtype))
 
     def _map(self, x: Tensor, weight: Tensor) -> Tensor:
         blocks = x.unflatten(-1, (weight.shape[0], weight.shape[2]))
@@ -69,9 +72,17 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
+        # How many inputs before x the convolution sees. Not from the weight, which a sharded engine takes apart.
+        self.history = kernel_size - 1
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor, document_start: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, S, C], document_start [B, S] bool, tail [B, K - 1, C] -> y [B, S, C] and the tail behind x."""
-        return causal_conv(x, self.weight, self.bias, document_start=document_start, tail=tail)
+    def forward(
+        self, x: Tensor, document_start: Tensor | None, tail: Tensor | None, by_heads: SequenceContext = LOCAL
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, S, C], document_start [B, S] bool, tail [B, K - 1, C] -> y [B, S, C] and the tail behind x.
+
+        Of ranks that share a sequence `by_heads`, x and tail hold the channels of this rank alone.
+        """
+        weight, bias = by_heads.own_heads(self.weight), by_heads.own_heads(self.bias)
+        return causal_conv(x, weight, bias, document_start=document_start, tail=tail)

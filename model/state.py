@@ -1,23 +1,26 @@
 """What a model carries from one stretch of tokens to the next: prefill, decoding and stateful training share it.
 
-Axes: B batch, T cached tokens, NKV key/value heads, DH head dimension, K convolution kernel size, C channels.
+Axes: B batch, K convolution kernel size, C channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from kernels.mlstm import MLSTMState
-from kernels.mlstm.step import DecodingState
-from kernels.slstm import SLSTMState
-
 Tree = TypeVar("Tree")
+
+
+class BlockState(Protocol):
+    """The state of one block: any dataclass whose leaves are tensors with the batch as their first axis."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclass
@@ -26,21 +29,8 @@ class ConvCellState:
 
     # [B, K - 1, C] in the activations' dtype: the last inputs of the convolution.
     conv_tail: Tensor
-    cell: MLSTMState | DecodingState | SLSTMState
-
-
-@dataclass
-class AttentionState:
-    """A key/value cache. Of its T tokens only the last `position` belong to the document that is still open."""
-
-    # [B, T, NKV, DH] each, keys with their rotary position applied.
-    keys: Tensor
-    values: Tensor
-    # [B] int64: the position of the next token within its document.
-    position: Tensor
-
-
-BlockState = MLSTMState | DecodingState | ConvCellState | AttentionState
+    # Of the mLSTM or the sLSTM (kernels.mlstm, kernels.slstm).
+    cell: Any
 
 
 @dataclass
@@ -66,24 +56,31 @@ class ModelState:
 
     def for_decoding(self) -> ModelState:
         """A copy whose mLSTM memories single tokens without gradients update where they lie: continue it once only."""
-        return ModelState([_for_decoding(block) for block in self.blocks])
+        return ModelState([for_decoding(block) for block in self.blocks])
 
 
-def _for_decoding(block: BlockState) -> BlockState:
-    if isinstance(block, MLSTMState):
-        return DecodingState.of(block)
-    if isinstance(block, ConvCellState) and isinstance(block.cell, MLSTMState):
-        return ConvCellState(block.conv_tail, DecodingState.of(block.cell))
-    return block
+@functools.singledispatch
+def for_decoding(state: Any) -> Any:
+    """The state of one block as `ModelState.for_decoding` has it; a kind of layer registers its own way."""
+    return state
+
+
+@for_decoding.register
+def _(state: ConvCellState) -> ConvCellState:
+    return ConvCellState(state.conv_tail, for_decoding(state.cell))
 
 
 def map_tensors(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     """`tree` (dataclasses, lists and None, with tensors at the leaves) with `function` applied to every tensor."""
+    return cast(Tree, _mapped(tree, function))
+
+
+def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if tree is None:
         return None
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, list):
-        return [map_tensors(item, function) for item in tree]
-    changed = {f.name: map_tensors(getattr(tree, f.name), function) for f in dataclasses.fields(tree)}
+        return [_mapped(item, function) for item in tree]
+    changed = {f.name: _mapped(getattr(tree, f.name), function) for f in dataclasses.fields(tree)}
     return dataclasses.replace(tree, **changed)

@@ -40,7 +40,8 @@ class Statistics:
             self._values[name] = (reduction, value, 1)
             return
         _, previous, count = self._values[name]
-        combine = {"mean": torch.add, "min": torch.minimum, "max": torch.maximum}[reduction]
+        combine: Callable[[Tensor, Tensor], Tensor]
+        combine = {"mean": Tensor.add, "min": Tensor.minimum, "max": Tensor.maximum}[reduction]
         self._values[name] = (reduction, combine(previous, value), count + 1)
 
     def values(self) -> dict[str, tuple[str, Tensor]]:

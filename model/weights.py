@@ -15,6 +15,7 @@ import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model.config import ModelConfig
+from model.stored import with_current_keys
 
 FORMAT_VERSION = 1
 MODEL_JSON = "model.json"
@@ -55,7 +57,8 @@ def read_model_json(directory: str | Path) -> ModelConfig:
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise WeightsError(f"{path} has no section 'model': it was not written by xlstm-pretrain")
     _check_version(path, document.get("format_version"))
-    return _build(ModelConfig, document["model"], path, "model")
+    config: ModelConfig = _build(ModelConfig, with_current_keys(document["model"]), path, "model")
+    return config
 
 
 def save_fragments(
@@ -217,7 +220,7 @@ class WeightsReader:
         )
 
 
-def _open(path: Path) -> typing.Any:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -231,13 +234,13 @@ def _check_version(path: Path, version: object) -> None:
         )
 
 
-def _build(schema: type, values: dict, path: Path, prefix: str) -> typing.Any:
+def _build(schema: type[Any], values: dict[str, Any], path: Path, prefix: str) -> Any:
     hints = typing.get_type_hints(schema)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise WeightsError(f"{path}: unknown keys {', '.join(f'{prefix}.{key}' for key in unknown)}")
     arguments = {}
     for key, value in values.items():
-        nested = [kind for kind in typing.get_args(hints[key]) if dataclasses.is_dataclass(kind)]
+        nested: list[Any] = [kind for kind in typing.get_args(hints[key]) if dataclasses.is_dataclass(kind)]
         arguments[key] = _build(nested[0], value, path, f"{prefix}.{key}") if nested and value is not None else value
     return schema(**arguments)

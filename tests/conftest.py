@@ -7,9 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from tests.runs import ROOT, TINY_RUN, environment
+from tests.runs import PATIENCE, ROOT, TINY_RUN, environment
+
+
+@pytest.fixture(autouse=True)
+def _seeded_generators() -> None:
+    """What a test draws from the global generators does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +41,7 @@ def small_corpus(tmp_path_factory) -> Path:
         f"output={folder / 'corpus'}",
     ]
     command = [sys.executable, "-m", "data_pipeline", "prepare", *arguments]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder / "corpus"
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests.fork_server import ForkServer
+
 ROOT = Path(__file__).resolve().parents[1]
+# Seconds until a process that does not end is taken for one that hangs. No test is about speed: beside busy processes a
+# command may take many times as long as alone.
+PATIENCE = 900.0
 
 # A model of 60,000 parameters with both recurrences, for runs of seconds.
 TINY_RUN = [
@@ -18,7 +26,7 @@ TINY_RUN = [
     "model.slstm_at=[1]",
     "model.ffn_dim=64",
     "model.mlstm.n_heads=2",
-    "model.mlstm.chunk_size=16",
+    "model.mlstm.reference_chunk_size=16",
     "model.slstm.n_heads=2",
     "schedule=cosine",
     "precision=fp32",
@@ -51,19 +59,44 @@ def environment() -> dict[str, str]:
     }
 
 
-def train_command(overrides: list[str], processes: int = 1) -> list[str]:
+def train_command(overrides: list[str], processes: int = 1, module: str = "train") -> list[str]:
     if processes == 1:
-        return [sys.executable, "-m", "train", *overrides]
+        return [sys.executable, "-m", module, *overrides]
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, "-m", *launcher, "-m", "train", *overrides]
+    return [sys.executable, "-m", *launcher, "-m", module, *overrides]
 
 
-def run_train(overrides: list[str], processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def paused_train_command(step: int, go_on: Path, overrides: list[str], processes: int = 1) -> list[str]:
+    """The command of a run that stands still after `step` until the file `go_on` exists."""
+    return train_command([str(step), str(go_on), *overrides], processes, "tests.paused_train")
+
+
+_SERVERS: list[ForkServer] = []
+
+
+def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """A run of `python -m train` from start to end: exit code and output."""
+    variables = environment()
+    # Another value with every test; what a run imports does not depend on it.
+    variables.pop("PYTEST_CURRENT_TEST", None)
+    if not _SERVERS and sys.platform == "linux":
+        _SERVERS.append(ForkServer(variables, ROOT))
+    if _SERVERS and _SERVERS[0].suits(variables):
+        return _SERVERS[0].run(overrides, processes, timeout)
     return subprocess.run(
         train_command(overrides, processes),
-        env=environment(),
+        env=variables,
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port that no other process gets meanwhile, and that a server with SO_REUSEADDR, as torch's is, may take."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]

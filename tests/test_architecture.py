@@ -19,9 +19,11 @@ PACKAGES = set(MAY_IMPORT)
 # Where a package's command line or configuration meets the values; library code takes dataclasses.
 READ_VALUES = {
     "model/__main__.py",
+    "model/presets.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
-    "train/preflight.py",
+    "train/requirements.py",
+    "train/context.py",
     "train/run.py",
     "launch/__main__.py",
     "launch/local.py",
@@ -31,18 +33,32 @@ READ_VALUES = {
 SHARED = "conf.problems"
 # The command line of the model turns text into tokens; the library does not.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline")}
+# The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.
+DATA_ROOMS = {
+    "tokenizing": set(),
+    "sources": set(),
+    "corpus": {"tokenizing"},
+    "ordering": {"corpus"},
+    "preparing": {"tokenizing", "sources", "corpus", "ordering"},
+    "reading": {"tokenizing", "sources", "corpus", "ordering"},
+}
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imported_packages(path):
+def imported_modules(path):
+    """Names of the modules that a file imports, wherever in it; what `from package import module` names included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        yield from (name.split(".")[0] for name in names if name != SHARED)
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_packages(path):
+    names = (name for name in imported_modules(path) if name != SHARED and not name.startswith(f"{SHARED}."))
+    yield from (name.split(".")[0] for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,6 +77,48 @@ def test_the_words_for_problems_import_no_package():
     assert not set(imported_packages(ROOT / "conf" / "problems.py")) & PACKAGES
 
 
+def test_the_rooms_of_the_data_pipeline_are_layers():
+    assert {path.parent.name for path in (ROOT / "data_pipeline").glob("*/__init__.py")} == set(DATA_ROOMS)
+    for room, others in DATA_ROOMS.items():
+        for path in (ROOT / "data_pipeline" / room).rglob("*.py"):
+            modules = (name.split(".") for name in imported_modules(path) if name.startswith("data_pipeline."))
+            found = {parts[1] for parts in modules} - {room, "errors"}
+            assert found <= others, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found - others))}"
+    assert not [name for name in imported_modules(ROOT / "data_pipeline/errors.py") if name.startswith("data_pipeline")]
+
+
+def runtime_imports(path):
+    """The modules of this tree that a file imports but for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            # What a package's file is asked for may be one of its modules.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if module_file(name) else node.module for name in names)
+
+
+def module_file(name):
+    path = ROOT / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@pytest.mark.parametrize("package", ["model"])
+def test_no_module_imports_itself_by_way_of_others(package):
+    files = [path for path in FILES if path.is_relative_to(ROOT / package)]
+    imports = {path: {file for name in runtime_imports(path) if (file := module_file(name))} for path in files}
+    for path in files:
+        reached, ahead = set(), set(imports[path])
+        while ahead:
+            reached |= ahead
+            ahead = {further for file in ahead for further in imports.get(file, ())} - reached
+        assert path not in reached, f"{path} imports itself by way of {sorted(map(str, reached & set(files)))}"
+
+
 @pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])
 def test_only_the_trainer_knows_process_groups(package):
     for path in (ROOT / package).rglob("*.py"):
@@ -68,9 +126,37 @@ def test_only_the_trainer_knows_process_groups(package):
         assert "torch.distributed" not in text and "deepspeed" not in text.lower().replace("deepspeed's", ""), path
 
 
-def test_only_fragments_and_the_engine_know_deepspeed():
+def test_only_the_engine_of_zero_knows_deepspeed():
     knowing = {path.relative_to(ROOT).as_posix() for path in FILES if "deepspeed" in set(imported_packages(path))}
-    assert knowing == {"train/engine.py", "train/fragments.py"}
+    assert knowing == {"train/parallel/zero.py", "train/parallel/zero_fragments.py"}
+
+
+def names_used(path):
+    """Every name that the code of a file imports, reads or sets: modules, variables, attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def test_no_other_file_reaches_for_what_the_engine_wraps():
+    """Attributes count as imports do: `engine.deepspeed.x` would tie a file to one engine."""
+    for path in FILES:
+        relative = path.relative_to(ROOT).as_posix()
+        reaching = {name for name in names_used(path) if "deepspeed" in name.lower()}
+        assert relative.startswith("train/parallel/zero") or not reaching, f"{relative}: {reaching}"
+
+
+def test_every_collective_goes_through_the_mesh():
+    for path in FILES:
+        relative = path.relative_to(ROOT).as_posix()
+        used = {name for name in names_used(path) if name.startswith(("torch.distributed", "dist."))}
+        assert relative == "train/parallel/mesh.py" or not used, f"{relative}: {used}"
 
 
 def test_no_file_is_longer_than_500_lines():

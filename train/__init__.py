@@ -1,9 +1,25 @@
-"""The run: configuration, plan, DeepSpeed engine, training loop, checkpoints, callbacks, evaluation."""
+"""The run: configuration, plan, mesh and engine, training loop, checkpoints, callbacks, evaluation.
 
-import os
+From a notebook or a script:
 
-import torch
+    from train import train
+    train(config)  # a RunConfig
+"""
 
-if not torch.cuda.is_available():
-    # DeepSpeed looks for its accelerator when it is first imported, and warns where it has to guess.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.run import train
+
+__all__ = ["train"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for: `python -m train --help` does without torch.
+    if name == "train":
+        from train.run import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,9 +7,6 @@ import os
 import sys
 from typing import NoReturn
 
-from conf import ConfigError, compose
-from train.config import RunConfig
-
 HELP = """\
 Train a model:  python -m train name=NAME corpus.directory=DIR training.total_tokens=N [key=value ...]
 Several processes:  python -m torch.distributed.run --standalone --nproc-per-node=2 -m train ...
@@ -30,11 +27,20 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
+    # Importing torch takes seconds, which the help does without.
+    from conf import ConfigError, compose
+    from train.config import RunConfig
+
     try:
         config = compose(RunConfig, "train", arguments)
         from train.run import train
 
-        return train(config)
+        exit_code = train(config)
+        if exit_code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # Peers may wait in a collective that this rank will not join; the launcher ends them, as soon as this
+            # process is gone: no exit handler is waited for.
+            os._exit(exit_code)
+        return exit_code
     except ConfigError as error:
         # Every rank finds the same problems; one of them says so.
         if os.environ.get("RANK", "0") == "0":

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipeline.config import DataConfig, OrderConfig, TokenizerConfig
+import torch
+
+from data_pipeline.ordering.config import OrderConfig
+from data_pipeline.sources.config import DataConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
@@ -22,6 +26,7 @@ class TrainingConfig:
     micro_batch_size: int = 8
     # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
     total_steps: int | None = None
+    # The same in tokens; the last step may go beyond it.
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
@@ -31,6 +36,11 @@ class TrainingConfig:
     max_skipped_steps: int = 20
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
     cpu_threads: int | None = None
+
+
+# What matrix products are computed in, by the name that a configuration gives it.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = tuple(_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -50,15 +60,17 @@ class CorpusConfig(OrderConfig):
     directory: str | None = "???"
     # Text to tokenize while the run reads it, when nothing is prepared (then directory is null).
     live: LiveConfig | None = None
-    # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine, and how many GiB of them.
+    # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine.
     cache_directory: str | None = None
+    # GiB that all corpora in cache_directory may take together.
     cache_gib: float = 100.0
     # Passes over a source that the run may make before it is refused.
     max_epochs: float = 4.0
     # A damaged or missing shard ends the run (fail), or its samples have no targets and are logged (skip).
     on_corrupt: str = "fail"
-    # Optimizer steps that each rank reads ahead, and the threads that do it.
+    # Optimizer steps that each rank reads ahead.
     prefetch_steps: int = 2
+    # Threads of each rank that read ahead.
     workers: int = 1
     # Why a checkpoint may be resumed on other data than it was trained on, for events.jsonl; null: it is refused.
     allow_changed_data: str | None = None
@@ -80,11 +92,32 @@ class ParallelConfig:
 class PrecisionConfig:
     """bf16: matrix products in bf16, master weights, moments, gates, norms and loss in fp32. fp32: everything."""
 
+    # bf16 or fp32.
     compute: str = "bf16"
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether matrix products are less precise than the weights' fp32 copies."""
+        return self.compute_dtype is torch.bfloat16
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return _DTYPES[self.compute]
+
+    def uses_autocast(self, zero_stage: int) -> bool:
+        """Whether weights stay fp32 and products cast them. Without sharding there is no second, fp32 copy."""
+        return self.is_bf16 and zero_stage == 0
+
+    def weight_dtype(self, zero_stage: int) -> torch.dtype:
+        """The dtype of the weights that a forward pass reads."""
+        return torch.float32 if self.uses_autocast(zero_stage) else self.compute_dtype
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and which are kept."""
+
     # Steps between checkpoints; 0: only at the end of the run.
     interval: int = 1000
     # How many of the newest are kept.
@@ -97,6 +130,7 @@ class CheckpointConfig:
 class EvaluationSetConfig:
     """One held-out set."""
 
+    # The part of the corpus that is scored.
     split: str = "validation"
     # Another prepared corpus than the run's; null: the run's own.
     directory: str | None = None
@@ -110,30 +144,41 @@ class EvaluationSetConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """When held-out text is scored, and which."""
+
     # Steps between evaluations; 0: only at the end of the run.
     interval: int = 1000
     # Samples of one forward pass on one rank.
     batch_size: int = 8
+    # The sets, under names of your own.
     sets: dict[str, EvaluationSetConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WandbConfig:
+    """Weights & Biases."""
+
     # auto: online when WANDB_API_KEY is set, else offline. offline | online | disabled.
     mode: str = "auto"
+    # The project at W&B that the run belongs to.
     project: str = "xlstm-pretrain"
+    # User or team that owns the project; null: W&B's default for the account.
     entity: str | None = None
+    # Labels of the run at W&B.
     tags: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    """What a run records, and how often."""
+
     # Steps between lines in metrics.jsonl.
     interval: int = 10
     # Steps between stability statistics of every layer; 0: never.
     monitor_interval: int = 100
     # A gradient norm or loss of more than this times its running median is logged as a spike.
     spike_factor: float = 4.0
+    # Show a progress bar on a terminal, and lines elsewhere.
     progress: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -144,7 +189,9 @@ class RunConfig:
 
     # The run's folder is <run_root>/<name>; the same name started again resumes.
     name: str = "???"
+    # Folder of all runs.
     run_root: str = "runs"
+    # Of initial weights, of the order of samples and of every rank's random generators.
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -166,4 +213,5 @@ class RunConfig:
         """Optimizer steps of the run."""
         if self.training.total_steps is not None:
             return self.training.total_steps
+        assert self.training.total_tokens is not None, "validate() wants one of the two"
         return -(-self.training.total_tokens // self.tokens_per_step)

@@ -5,62 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import validate_data, validate_tokenizer
+from conf.problems import at_least, choice, positive
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.remote import CacheSettings, is_remote
 from data_pipeline.errors import CorpusError
+from data_pipeline.ordering.config import validate_order
 from data_pipeline.ordering.mixture import check_mixture
+from data_pipeline.reading.batch import ON_CORRUPT
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.run_order import mixture_of, open_order
 from data_pipeline.reading.stream import SampleStream
+from data_pipeline.sources.config import validate_data
+from data_pipeline.tokenizing.config import validate_tokenizer
 from train.config import CorpusConfig, RunConfig
 from train.plan import Plan
 
 
 def validate_corpus(config: CorpusConfig) -> list[str]:
     """Every problem of the keys under `corpus` that shows without the corpus, one line each."""
-    problems = []
-    problems += _validate_live(config)
+    problems = _validate_live(config)
     if config.directory is not None and is_remote(config.directory) and config.cache_directory is None:
         problems.append(
             f"corpus.cache_directory: a corpus at a URL ({config.directory}) is read through a cache; set it to a "
             "folder on a local disk"
         )
-    if not config.cache_gib > 0:
-        problems.append(f"corpus.cache_gib: must be positive ({config.cache_gib})")
-    if config.max_epochs <= 0:
-        problems.append(f"corpus.max_epochs: must be positive ({config.max_epochs})")
-    for source, weight in (config.weights or {}).items():
-        if not weight >= 0:
-            problems.append(f"corpus.weights.{source}: a share cannot be negative ({weight})")
-    if config.weights is not None and not sum(config.weights.values()) > 0:
-        problems.append(
-            "corpus.weights: at least one share must be positive; set it to null to use sources as they are"
-        )
-    for number, phase in enumerate(config.phases):
-        if (phase.from_step is None) == (phase.from_sample is None):
-            problems.append(
-                f"corpus.phases[{number}]: set exactly one of from_step ({phase.from_step}) and from_sample "
-                f"({phase.from_sample}), the other to null"
-            )
-    for key, choices in (("packing", ("concatenate", "best_fit")), ("on_corrupt", ("fail", "skip"))):
-        if getattr(config, key) not in choices:
-            problems.append(
-                f"corpus.{key}: no such choice ({getattr(config, key)!r}); choose one of {', '.join(choices)}"
-            )
-    if config.packing != "best_fit" and config.packing_directory is not None:
-        problems.append(
-            f"corpus.packing_directory: only packing=best_fit keeps a plan ({config.packing_directory!r}); set it to "
-            "null"
-        )
-    if config.window_shards is not None and config.packing != "concatenate":
-        problems.append(
-            f"corpus.window_shards: packing={config.packing} takes its samples from blocks of documents, not from "
-            f"shards ({config.window_shards}); set it to null, or corpus.packing to concatenate"
-        )
-    for key in ("prefetch_steps", "workers", "window_shards"):
-        if getattr(config, key) is not None and getattr(config, key) < 1:
-            problems.append(f"corpus.{key}: must be at least 1 ({getattr(config, key)})")
+    problems += positive("corpus.cache_gib", config.cache_gib)
+    problems += positive("corpus.max_epochs", config.max_epochs)
+    problems += validate_order(config, "corpus")
+    problems += choice("corpus.on_corrupt", config.on_corrupt, ON_CORRUPT)
+    problems += at_least("corpus.prefetch_steps", config.prefetch_steps, 1)
+    problems += at_least("corpus.workers", config.workers, 1)
     if config.allow_changed_data is not None and not config.allow_changed_data.strip():
         problems.append("corpus.allow_changed_data: empty; give the reason, or null to refuse changed data")
     return problems
@@ -86,8 +60,9 @@ def _validate_live(config: CorpusConfig) -> list[str]:
             "corpus.max_epochs: text that is tokenized while it is read is read in whole passes "
             f"({config.max_epochs}); set it to a whole number"
         )
-    asked = {"weights": None, "temperature": None, "epoch_caps": None, "phases": [], "packing": "concatenate"}
-    asked |= {"window_shards": None, "on_corrupt": "fail", "cache_directory": None, "workers": 1}
+    asked: dict[str, Any] = {"weights": None, "temperature": None, "epoch_caps": None, "phases": []}
+    asked |= {"packing": "concatenate", "window_shards": None, "on_corrupt": "fail"}
+    asked |= {"cache_directory": None, "workers": 1}
     return problems + [
         f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
         f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"
@@ -174,11 +149,11 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
         f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
         for source, passes in epochs.items()
     ]
-    if stream.plan is not None:
-        padding = sum(s.padding for s in stream.plan.statistics.values())
-        tokens = sum(s.tokens for s in stream.plan.statistics.values())
-        cut = sum(s.cut for s in stream.plan.statistics.values())
-        documents = sum(s.documents for s in stream.plan.statistics.values())
+    if stream.packing_plan is not None:
+        padding = sum(s.padding for s in stream.packing_plan.statistics.values())
+        tokens = sum(s.tokens for s in stream.packing_plan.statistics.values())
+        cut = sum(s.cut for s in stream.packing_plan.statistics.values())
+        documents = sum(s.documents for s in stream.packing_plan.statistics.values())
         lines.append(
             f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
             "longer than a sample"

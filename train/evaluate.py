@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.stream import Batch, WindowStream
-from train.config import EvaluationConfig, EvaluationSetConfig, RunConfig
+from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.live import LiveCorpus
+from data_pipeline.reading.stream import WindowStream
+from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
-
-if TYPE_CHECKING:
-    # The trainer's: importing DeepSpeed takes seconds, and what only opens held-out sets does without.
-    from train.engine import Engine
+from train.parallel.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,15 @@ class EvaluationResult:
     tokens: int
 
 
-def open_evaluation_corpora(config: RunConfig, corpus: Corpus, check: str = "size") -> dict[str, Corpus]:
+def open_evaluation_corpora(config: RunConfig, corpus: Corpus | LiveCorpus, check: str = "size") -> dict[str, Corpus]:
     """The corpus of every evaluation set by set name. Raises ValueError when one cannot be read by the run's model."""
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():
-        own = evaluation_set.directory is None
-        corpora[name] = corpus if own else open_corpus(config, evaluation_set.directory, check)
+        if evaluation_set.directory is None:
+            assert isinstance(corpus, Corpus), "validate() wants a directory where nothing is prepared"
+            corpora[name] = corpus
+        else:
+            corpora[name] = open_corpus(config, evaluation_set.directory, check)
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "
@@ -93,23 +93,18 @@ def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, Evalua
     }
 
 
-def evaluate(engine: Engine, config: EvaluationConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
-    """Score every set of `config`, and each source of those with `by_source` as <set>/<source>.
+def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
+    """Score every evaluation set of `config`, and each source of those with `by_source` as <set>/<source>.
 
     Collective: all ranks call it and get equal results.
     """
-    engine.deepspeed.eval()
     results = {}
-    try:
-        with torch.no_grad():
-            for name, settings in config.sets.items():
-                parts = parts_of_set(corpora[name], settings, engine.config.training.sequence_length)
-                sums = {source: _sum_losses(engine, config.batch_size, windows) for source, windows in parts.items()}
-                losses, counts = zip(*sums.values(), strict=True)
-                results[name] = _result(sum(losses), sum(counts))
-                results |= {f"{name}/{source}": _result(*pair) for source, pair in sums.items() if source}
-    finally:
-        engine.deepspeed.train()
+    for name, settings in config.evaluation.sets.items():
+        parts = parts_of_set(corpora[name], settings, config.training.sequence_length)
+        sums = {source: _sum_losses(engine, config.evaluation.batch_size, windows) for source, windows in parts.items()}
+        losses, counts = zip(*sums.values(), strict=True)
+        results[name] = _result(sum(losses), sum(counts))
+        results |= {f"{name}/{source}": _result(*pair) for source, pair in sums.items() if source}
     return results
 
 
@@ -120,24 +115,16 @@ def _result(loss_sum: float, tokens: int) -> EvaluationResult:
 
 def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
     """(sum of the losses in nats, tokens) over all ranks."""
-    world = engine.world
+    mesh = engine.mesh
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
-    for turn in range(0, windows.count, batch_size * world.size):
-        first = turn + world.rank * batch_size
+    for turn in range(0, windows.count, batch_size * mesh.shape.data):
+        first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = _score(engine, windows.batch(first if has_own else turn, batch_size))
+        loss, count = engine.evaluate_batch(windows.batch(first if has_own else turn, batch_size))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
-    total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    loss_sum, tokens = total.tolist()
+    total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)
+    loss_sum, tokens = mesh.sum(total, group="world").tolist()
     return loss_sum, int(tokens)
-
-
-def _score(engine: Engine, batch: Batch) -> tuple[float, int]:
-    device = engine.world.device
-    with engine.compute_context():
-        loss = engine.deepspeed(batch.tokens.to(device), batch.targets.to(device), batch.document_start.to(device))
-    return float(loss), batch.scored_targets()

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.reading.stream import MASKED, Batch, WindowStream
+from data_pipeline.reading.batch import MASKED, Batch
+from data_pipeline.reading.stream import WindowStream
 from train.config import RunConfig
 from train.data import open_corpus
 from train.evaluate import open_evaluation_corpora, parts_of_set
@@ -122,7 +123,8 @@ def ngram_baselines(
     everything = train + tuning
     baselines: dict[str, Any] = {"tokens": scored.total}
     for name, loss in (("unigram", unigram_loss), ("bigram", bigram_loss)):
-        k = min(SMOOTHING_GRID, key=lambda k, loss=loss: loss(train, tuning, k))
+        losses = {k: loss(train, tuning, k) for k in SMOOTHING_GRID}
+        k = min(losses, key=lambda k: losses[k])  # noqa: B023 - called at once
         baselines[name] = {"loss": loss(everything, scored, k), "k": k}
     return baselines
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ class OptimizerConfig:
     learning_rate: float = 4e-4
     # Decay of the first and of the second moment, per step.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # Added to the root of the second moment before it divides.
     eps: float = 1e-8
     # Per step, times the learning rate; on dense weights only (see `is_decayed`).
     weight_decay: float = 0.1
@@ -65,14 +66,16 @@ def parameter_groups(
 
     Parameters that take no gradient are left out, and so is a group without any parameter.
     """
-    groups = {
-        "decayed": {"name": "decayed", "params": [], "weight_decay": config.weight_decay},
-        "not_decayed": {"name": "not_decayed", "params": [], "weight_decay": 0.0},
-    }
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            groups["decayed" if is_decayed(name) else "not_decayed"]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+            (decayed if is_decayed(name) else not_decayed).append(parameter)
+    groups = [
+        {"name": "decayed", "params": decayed, "weight_decay": config.weight_decay},
+        {"name": "not_decayed", "params": not_decayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class SkippableAdamW(torch.optim.AdamW):
@@ -84,8 +87,18 @@ class SkippableAdamW(torch.optim.AdamW):
 
     skip_step = False
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return None if self.skip_step else super().step(closure)
+        """torch's step, or nothing."""
+        if self.skip_step:
+            return None
+        loss: float | None = super().step(closure)
+        return loss
 
 
 def build_optimizer(
@@ -94,11 +107,12 @@ def build_optimizer(
 ) -> SkippableAdamW:
     """SkippableAdamW over `parameter_groups`, with torch's fused kernel where the parameters are on a CUDA device."""
     groups = parameter_groups(named_parameters, config)
+    first_decay, second_decay = config.betas
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return SkippableAdamW(
         groups,
         lr=config.learning_rate,
-        betas=tuple(config.betas),
+        betas=(first_decay, second_decay),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=on_cuda,

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
+from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
 from train.config import RunConfig
+from train.parallel.mesh import MeshShape
 
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
@@ -89,7 +91,7 @@ class Plan:
             f"activations {gib(self.activation_bytes)}",
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
-        if self.predicted_seconds is not None:
+        if self.predicted_seconds is not None and self.peak_flops is not None:
             lines.append(
                 f"time       about {self.predicted_seconds / 3600:.1f} h at {ASSUMED_UTILISATION:.0%} of "
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
@@ -103,18 +105,21 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     training = config.training
     counted = count_parameters(config.model)
     total_tokens = config.total_steps * config.tokens_per_step
-    compute_bytes = 2 if config.precision.compute == "bf16" else 4
-    # ZeRO-0 keeps fp32 weights also in bf16 and has no second copy for the optimizer.
-    replicated = config.parallel.zero_stage == 0
-    weight_bytes = 4 if replicated else compute_bytes
-    memory = training_state_bytes(config.model, config.parallel.zero_stage, world_size, weight_bytes)
+    shape = MeshShape.of_world(world_size)
+    zero_stage = config.parallel.zero_stage
+    compute_bytes = config.precision.compute_dtype.itemsize
+    hardware = Hardware(device, compute_bytes)
+    weight_bytes = config.precision.weight_dtype(zero_stage).itemsize
+    # ZeRO-0 has no second copy of the weights for the optimizer.
+    replicated = zero_stage == 0
+    memory = training_state_bytes(config.model, zero_stage, world_size, weight_bytes)
     six_n = six_n_flops_per_token(config.model)
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
     return Plan(
         world_size=world_size,
-        replicas=world_size,
+        replicas=shape.data,
         micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.global_batch_size // (training.micro_batch_size * world_size),
+        gradient_accumulation_steps=training.global_batch_size // (training.micro_batch_size * shape.data),
         global_batch_size=training.global_batch_size,
         sequence_length=training.sequence_length,
         tokens_per_step=config.tokens_per_step,
@@ -124,7 +129,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         parameter_tensors=counted.tensors,
         tokens_per_parameter=total_tokens / counted.total,
         flops_per_token_6n=six_n,
-        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length),
+        flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length, hardware),
         weight_bytes=memory.weights,
         gradient_bytes=memory.gradients,
         optimizer_bytes=8.0 * counted.total if replicated else memory.optimizer,
@@ -133,7 +138,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
             training.micro_batch_size,
             training.sequence_length,
             config.parallel.activation_checkpointing,
-            compute_bytes,
+            hardware,
         ),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total,

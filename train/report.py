@@ -31,7 +31,7 @@ _INK, _MUTED, _GRID = "#22272e", "#6b7480", "#e6e9ee"
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#2f6fb0", "#d9662b", "#3a8f5c", "#7a5195"
 # Without the palest end, which vanishes on white.
 _DEPTH = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256)))
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": _INK,
     "axes.edgecolor": _MUTED,
@@ -235,7 +235,8 @@ def _draw_stability(figure: Figure, axes: list[Axes], statistics: Series) -> Non
 def _draw_blocks(axes: Axes, statistics: Series, suffix: str, depth: ScalarMappable) -> None:
     """One line for each block, coloured by depth."""
     for block, values in statistics.by_block(suffix).items():
-        axes.plot(statistics.steps, values, color=depth.to_rgba(block), marker=".", markersize=4, linewidth=1.2)
+        color = depth.to_rgba(np.asarray(block))
+        axes.plot(statistics.steps, values, color=color, marker=".", markersize=4, linewidth=1.2)
 
 
 def _draw_band(axes: Axes, statistics: Series, prefix: str, color: str, name: str) -> None:

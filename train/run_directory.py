@@ -33,7 +33,7 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.plan = path / "plan.json"
-        self.deepspeed = path / "deepspeed.json"
+        self.engine_settings = path / "deepspeed.json"
         self.code = path / "code.json"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
@@ -148,7 +148,7 @@ def _parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
-    files.write_atomically(path, lambda put: put(text.encode()))
+    files.write_whole(path, text.encode())
 
 
 def code_revision(repository: Path) -> dict[str, str | None]:
@@ -170,7 +170,7 @@ def code_revision(repository: Path) -> dict[str, str | None]:
 def environment_description() -> dict[str, Any]:
     """Versions and hardware that a result may depend on."""
     packages = ("torch", "triton", "deepspeed", "hydra-core", "numpy", "pyarrow", "sentencepiece", "xlstm-pretrain")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

@@ -91,15 +91,17 @@ def _factor_before_cooldown(config: ScheduleConfig, step: int, warmup: int, end:
     if config.kind == "constant":
         return 1.0
     decay = duration_in_steps(config.decay, total_steps) or end - warmup
+    assert config.final_factor is not None, "validate_schedule wants one for this kind"
     if config.kind == "exponential":
-        return config.final_factor ** ((step - warmup) / decay)
+        factor: float = config.final_factor ** ((step - warmup) / decay)
+        return factor
     start = total_steps - decay if config.kind == "wsd" else warmup
     shape = config.decay_shape if config.kind == "wsd" else config.kind
     progress = min(max((step - start) / decay, 0.0), 1.0) if decay else 1.0
     return config.final_factor + (1 - config.final_factor) * _decay(shape, progress)
 
 
-def _decay(shape: str, progress: float) -> float:
+def _decay(shape: str | None, progress: float) -> float:
     """From 1 at progress 0 to 0 at progress 1."""
     if shape == "linear":
         return 1 - progress

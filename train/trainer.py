@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,68 +12,64 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.stream import Batch, SampleStream, StepLoader
-from train.callbacks.base import Callback
-from train.checkpoint import CheckpointWriter, RunState
-from train.config import RunConfig
-from train.engine import Engine
-from train.plan import Plan
-from train.run_directory import EventLog, RunDirectory
+from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.loader import StepLoader
+from train.checkpoints.writer import CheckpointWriter
+from train.context import RunContext
+from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
+from train.errors import RunError
+from train.restore import RunState, go_back
 from train.schedule import learning_rate
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class _Agreement:
-    """Sums over ranks of one step; whether any rank was asked to stop, and whether any met a damaged shard."""
+    """Sums over ranks of one step; whether any rank wishes to decide something, and whether any met a damaged shard."""
 
     loss: float
     gradient_norm: float
     valid_tokens: float
-    stop: bool
+    wishes: bool
     damage: bool
 
 
 class Trainer:
-    """Takes optimizer steps until the run is complete or asked to stop. What else happens is up to `callbacks`."""
+    """Takes optimizer steps until the run is complete or a callback stops it. What else happens is up to callbacks.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        engine: Engine,
-        stream: SampleStream,
-        evaluation_corpora: dict[str, Corpus],
-        directory: RunDirectory,
-        events: EventLog,
-        callbacks: Sequence[Callback],
-        state: RunState,
-    ):
-        self.config = config
-        self.plan = plan
-        self.engine = engine
-        self.stream = stream
-        self.evaluation_corpora = evaluation_corpora
-        self.directory = directory
-        self.events = events
-        self.callbacks = list(callbacks)
-        self.state = state
-        self.world = engine.world
-        self.total_steps = config.total_steps
-        self.total_tokens = config.total_steps * config.tokens_per_step
+    The run goes in segments: from a checkpoint, or the beginning, up to the end or to a rollback. Each segment reads
+    its data through a loader of its own.
+    """
+
+    def __init__(self, context: RunContext, state: RunState):
+        self.context = context
+        self.config = context.config
+        self.plan = context.plan
+        self.mesh = context.mesh
+        self.stream = context.stream
+        self.evaluation_corpora = context.evaluation_corpora
+        self.events = context.events
+        self.engine = state.engine
+        self.state = state.train
+        self.callbacks = list(context.callbacks)
+        self.total_steps = self.config.total_steps
+        self.total_tokens = self.config.total_steps * self.config.tokens_per_step
+        # Of the latest step; not a number before the first.
+        self.last_loss = math.nan
+        self.last_gradient_norm = math.nan
+        self.last_learning_rate = math.nan
+        # What this rank wishes for and all ranks have not agreed on yet.
+        self._wishes: list[Decision] = []
         self._stop_reason: str | None = None
-        self._stop_agreed = False
         self._writer = CheckpointWriter(
-            directory.checkpoints, self.world, config.model, config.checkpoint, state.step if state.step else None
+            context.directory.checkpoints,
+            self.mesh,
+            self.config.model,
+            self.config.checkpoint,
+            self.step or None,
         )
-        for callback in self.callbacks:
-            callback.load_state_dict(state.callbacks.get(type(callback).__name__, {}))
+        self._restore_callbacks()
         self.restart_clock()
 
     @property
@@ -86,20 +83,12 @@ class Trainer:
         return self.state.tokens
 
     @property
-    def rank(self) -> int:
-        return self.world.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.world.size
-
-    @property
     def is_main(self) -> bool:
-        return self.world.is_main
+        return self.mesh.is_main
 
     @property
     def device(self) -> torch.device:
-        return self.world.device
+        return self.mesh.device
 
     @property
     def model(self) -> torch.nn.Module:
@@ -107,66 +96,89 @@ class Trainer:
 
     @property
     def run_directory(self) -> Path:
-        return self.directory.path
+        return self.context.directory.path
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run stopped before its end; None while it goes on."""
+        return self._stop_reason
 
     def run(self) -> str:
-        """Train; returns "complete", or "stopped" when asked to stop. Raises RunError when it cannot go on."""
+        """Train; returns "complete", or "stopped" when a callback stopped the run. Raises RunError when it cannot go
+        on."""
         outcome = "failed"
-        self.dispatch("on_run_start")
-        loader = StepLoader(
-            self.stream,
-            global_batch_size=self.plan.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
-            replica=self.world.rank,
-            replicas=self.world.size,
-            first_sample=self.state.next_sample,
-            prefetch_steps=self.config.corpus.prefetch_steps,
-            workers=self.config.corpus.workers,
-        )
         try:
-            self.restart_clock()
-            while self.step < self.total_steps and not self._stop_agreed:
-                self.train_step(loader)
+            self.dispatch("on_run_start")
+            while isinstance(decision := self._run_segment(), Rollback):
+                self._roll_back(decision)
+            if isinstance(decision, Stop):
+                self._stop_reason = decision.reason
             outcome = "complete" if self.step >= self.total_steps else "stopped"
         finally:
-            loader.close()
             with contextlib.ExitStack() as ending:
                 # In reverse, and all of them even where one fails: the last checkpoint comes before everything else.
                 for callback in self.callbacks:
                     ending.callback(callback.on_run_end, self, outcome)
         return outcome
 
-    def train_step(self, loader: StepLoader) -> None:
-        """One optimizer step over the global batch."""
+    def _run_segment(self) -> Decision:
+        """Take steps up to the end of the run, or to a decision that ends the segment; returns the decision."""
+        shape = self.mesh.shape
+        loader = StepLoader(
+            self.stream,
+            global_batch_size=self.plan.global_batch_size,
+            micro_batch_size=self.plan.micro_batch_size,
+            replica=self.mesh.data,
+            replicas=shape.data,
+            first_sample=self.state.next_sample,
+            prefetch_steps=self.config.corpus.prefetch_steps,
+            workers=self.config.corpus.workers,
+            sequence_rank=self.mesh.sequence,
+            sequence_ranks=shape.sequence,
+        )
+        with contextlib.closing(loader):
+            self.restart_clock()
+            while self.step < self.total_steps:
+                decision = self.train_step(loader)
+                if not isinstance(decision, Continue):
+                    return decision
+        # What was wished for at the last step has no next step to be agreed on; a stop would change nothing.
+        decision = self._decide()
+        return decision if isinstance(decision, Rollback) else CONTINUE
+
+    def train_step(self, loader: StepLoader) -> Decision:
+        """One optimizer step over the global batch; returns what all ranks agree to do after it."""
         self.dispatch("on_step_start")
         micro_batches = self._next_micro_batches(loader)
         valid_tokens = self._count_valid_tokens(micro_batches)
-        loss = self._accumulate_gradients(micro_batches, valid_tokens.clamp_min(1.0))
+        loss = self.engine.train_batch(micro_batches, valid_tokens.clamp_min(1.0))
         gradient_norm = self.engine.gradient_norm()
         self.dispatch("on_gradients_ready")
 
-        agreed = self._agree(loss, gradient_norm, valid_tokens)
-        self.last_loss, self.last_gradient_norm = agreed.loss, agreed.gradient_norm
-        if agreed.damage:
+        agreement = self._agree(loss, gradient_norm, valid_tokens)
+        self.last_loss, self.last_gradient_norm = agreement.loss, agreement.gradient_norm
+        if agreement.damage:
             self._report_damage()
-        if not agreed.valid_tokens:
+        if not agreement.valid_tokens:
             raise RunError(
                 f"step {self.step} has no target: damaged shards hold all of its samples, number "
                 f"{self.state.next_sample} and the {self.plan.global_batch_size - 1} that follow. The events 'damage' "
                 "say what is wrong with them; restore the corpus and start the run again"
             )
+        decision = self._decide() if agreement.wishes else CONTINUE
         self.last_learning_rate = learning_rate(
             self.config.schedule, self.config.optimizer.learning_rate, self.state.applied_steps, self.total_steps
         )
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
         self._advance(applied)
-        if agreed.stop:
-            self._stop_agreed = True
-            self._stop_reason = self._reason_of_any_rank()
-
+        if isinstance(decision, Rollback):
+            # The step has emptied the engine of its gradients; nothing else of it remains.
+            return decision
+        self._check_skipped_steps()
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
         self.dispatch("on_step_end")
+        return decision
 
     def _next_micro_batches(self, loader: StepLoader) -> list[Batch]:
         started = time.perf_counter()
@@ -174,52 +186,37 @@ class Trainer:
         self._data_wait_seconds += time.perf_counter() - started
         return micro_batches
 
-    def _count_valid_tokens(self, micro_batches: list[Batch]) -> torch.Tensor:
+    def _count_valid_tokens(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Targets of the global batch that are scored, fp32 scalar on the device."""
         count = sum(batch.scored_targets() for batch in micro_batches)
-        total = torch.tensor(float(count), device=self.device)
-        dist.all_reduce(total)
-        return total
+        # Every stage of a pipeline reads the same samples: each counts them once.
+        return self.mesh.sum(torch.tensor(float(count), device=self.device), group="data_and_sequence")
 
-    def _accumulate_gradients(self, micro_batches: list[Batch], valid_tokens: torch.Tensor) -> torch.Tensor:
-        """Gradients of the mean loss over all valid tokens of the global batch; returns this rank's part of the mean.
-
-        DeepSpeed averages over ranks, so each rank's part is weighted by their number.
-        """
-        loss = torch.zeros((), device=self.device)
-        for index, batch in enumerate(micro_batches):
-            tokens, targets, document_start = (
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (batch.tokens, batch.targets, batch.document_start)
-            )
-            scale = self.world_size / valid_tokens
-            loss += self.engine.forward_backward(tokens, targets, document_start, scale) / valid_tokens
-            if index < len(micro_batches) - 1:
-                self.engine.end_micro_batch()
-        return loss
-
-    def _agree(self, loss: torch.Tensor, gradient_norm: torch.Tensor, valid_tokens: torch.Tensor) -> _Agreement:
+    def _agree(self, loss: Tensor, gradient_norm: Tensor, valid_tokens: Tensor) -> _Agreement:
         """What all ranks know of the step: its one device wait."""
-        flags = [self._stop_reason is not None, bool(self.stream.damage.unreported())]
+        flags = [bool(self._wishes), bool(self.stream.damage.unreported())]
         combined = torch.cat([loss.view(1), torch.tensor(flags, dtype=loss.dtype, device=self.device)])
-        dist.all_reduce(combined)
-        total_loss, stop, damage, norm, valid = torch.cat(
+        self.mesh.sum(combined, group="world")
+        total_loss, wishes, damage, norm, valid = torch.cat(
             [combined, gradient_norm.view(1), valid_tokens.view(1)]
         ).tolist()
-        return _Agreement(total_loss, norm, valid, stop > 0, damage > 0)
+        return _Agreement(total_loss, norm, valid, wishes > 0, damage > 0)
 
-    def _reason_of_any_rank(self) -> str | None:
-        """Why the run stops: the scheduler may have told one node only. Collective."""
-        reasons: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(reasons, self._stop_reason)
-        return next(filter(None, reasons), None)
+    def _decide(self) -> Decision:
+        """What follows from the wishes of all ranks. Collective, on steps where some rank has any."""
+        mine = list(self._wishes)
+        of_ranks = self.mesh.gather_objects(mine, group="world")
+        decision = agreed(wish for of_rank in of_ranks for wish in of_rank)
+        # A signal may have added to them meanwhile; a stop is still wished for after a rollback.
+        followed = [wish for wish in mine if isinstance(wish, type(decision))]
+        for wish in followed:
+            self._wishes.remove(wish)
+        return decision
 
     def _report_damage(self) -> None:
         """Make events of the damage to shards that any rank has met. Collective, on steps where there is some."""
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, self.stream.damage.unreported())
         first: dict[str, tuple[int, int]] = {}
-        for rank, damages in enumerate(found):
+        for rank, damages in enumerate(self.mesh.gather_objects(self.stream.damage.unreported(), group="world")):
             for damage in damages:
                 first.setdefault(damage.problem, (rank, damage.sample))
         for problem, (rank, sample) in first.items():
@@ -244,12 +241,44 @@ class Trainer:
         state.step += 1
         state.tokens += self.config.tokens_per_step
         state.next_sample += self.plan.global_batch_size
+
+    def _check_skipped_steps(self) -> None:
+        state = self.state
         if state.skipped_steps > self.config.training.max_skipped_steps:
             raise RunError(
                 f"{state.skipped_steps} steps had a gradient that is not finite, more than training.max_skipped_steps="
                 f"{self.config.training.max_skipped_steps}; the last at step {state.step - 1}. Lower "
                 "optimizer.learning_rate or look at events.jsonl and the stability statistics"
             )
+
+    def _roll_back(self, rollback: Rollback) -> None:
+        """Weights, moments, counters and callbacks as they were at an earlier step; the data begin further on.
+
+        Collective. What was saved later is deleted: a start would take it up.
+        """
+        left = self.step
+        # A checkpoint under way may be the one to go back to.
+        self.finish_saving()
+        self.mesh.barrier(group="world")
+        self.state, checkpoint = go_back(self.context, self.engine, rollback.step)
+        self._writer.rewind(self.step)
+        self._restore_callbacks()
+        first_skipped, skipped = self.state.next_sample, rollback.skip * self.plan.global_batch_size
+        self.state.next_sample += skipped
+        self.events.append(
+            "rollback",
+            step=left,
+            to_step=self.step,
+            checkpoint=None if checkpoint is None else checkpoint.name,
+            first_sample=first_skipped,
+            samples=skipped,
+            reason=rollback.reason,
+        )
+        self.dispatch("on_rollback", rollback, left)
+
+    def _restore_callbacks(self) -> None:
+        for callback in self.callbacks:
+            callback.load_state_dict(self.state.callbacks.get(type(callback).__name__, {}))
 
     def _log(self) -> None:
         now = time.perf_counter()
@@ -264,8 +293,8 @@ class Trainer:
             "learning_rate": self.last_learning_rate,
             "grad_norm": self.last_gradient_norm,
             "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_gpu": tokens_per_second / self.world_size,
-            **self.plan.model_flops_utilisation(tokens_per_second / self.world_size),
+            "tokens_per_second_per_gpu": tokens_per_second / self.mesh.size,
+            **self.plan.model_flops_utilisation(tokens_per_second / self.mesh.size),
             "step_seconds": seconds / steps,
             "data_wait_seconds": self._data_wait_seconds / steps,
             "data_wait_fraction": self._data_wait_seconds / seconds,
@@ -285,22 +314,24 @@ class Trainer:
         self._data_wait_seconds = 0.0
 
     def dispatch(self, hook: str, *arguments: Any) -> None:
-        """Call one hook of every callback, in order."""
+        """Call one hook of every callback, in order. What they decide is agreed on at the end of the next step."""
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
+            decision = getattr(callback, hook)(self, *arguments)
+            if decision is not None:
+                self.wish(decision)
 
-    def request_stop(self, reason: str) -> None:
-        """Ask this rank to stop; all ranks then stop after the same step."""
-        self._stop_reason = reason
-
-    @property
-    def stop_reason(self) -> str | None:
-        return self._stop_reason
+    def wish(self, decision: Decision) -> None:
+        """Ask, on this rank, for a decision; all ranks agree on one, and follow it after the same step. A signal
+        handler may call it at any time."""
+        if not isinstance(decision, Decision):
+            raise TypeError(f"a callback decides on Continue, Stop or Rollback, not on {decision!r}")
+        if not isinstance(decision, Continue):
+            self._wishes.append(decision)
 
     def save_checkpoint(self) -> None:
         """Start writing a checkpoint of the completed steps. Collective."""
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
-        self.state.world_size = self.world_size
+        self.state.world_size = self.mesh.size
         self.state.zero_stage = self.config.parallel.zero_stage
         step = self.step
 

@@ -5,21 +5,45 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from data_pipeline.corpus.files import BLOCK_BYTES, hash_file
-from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, ShardEntry
-from data_pipeline.corpus.open_files import RESTORE, OpenFiles
+from data_pipeline.corpus.blocks import RESTORE
+from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
+from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
+from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.corpus.token_sequence import TokenSequence, shard_metadata
+from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import Tokenizer
-
-__all__ = ["CHECKS", "Corpus", "TokenSequence", "check_shard_file", "shard_metadata"]
 
 CHECKS = ("none", "size", "hash")
 
 
+def open_corpus(
+    directory: str | Path,
+    *,
+    check: str = "size",
+    cache_directory: str | Path | None = None,
+    cache_gib: float = 100.0,
+) -> Corpus:
+    """Open a prepared corpus: the folder that `python -m data_pipeline prepare output=DIR` wrote, or its URL.
+
+        corpus = open_corpus("corpora/demo")
+        print(corpus.splits, corpus.sources("train"), corpus.tokens("train"))
+        text = corpus.tokenizer().decode([17, 4, 9])
+
+    `check` as in `Corpus.open`. A corpus at a URL (s3://..., any file system of fsspec) is read through
+    `cache_directory`, a folder on a local disk that may hold `cache_gib` GiB of it. Raises CorpusError that names the
+    file which is missing, altered, or of another version.
+    """
+    cache = None if cache_directory is None else CacheSettings(Path(cache_directory), int(cache_gib * 2**30))
+    return Corpus.open(directory, check, cache)
+
+
 class Corpus:
-    """A prepared corpus. Use `Corpus.open`."""
+    """A prepared corpus. Use `open_corpus`, or `Corpus.open`.
+
+    `directory`: its folder or URL, as it was given. `folder`: where its files but the shards lie on this machine.
+    """
 
     def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
         self.directory = directory
@@ -56,7 +80,7 @@ class Corpus:
             for entry in manifest.shards:
                 problem = check_shard_file(directory, entry, with_hash=True)
                 if problem:
-                    raise CorpusError(f"{directory / entry.file}: {problem}; {RESTORE}")
+                    raise CorpusError(f"{path_in(directory, entry.file)}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
         corpus.tokenizer()
         return corpus
@@ -96,7 +120,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = self.folder / entry.file
+            path = path_in(self.folder, entry.file)
             if not path.is_file():
                 raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
             try:
@@ -149,7 +173,7 @@ class Corpus:
         return self._sequences[split, source]
 
     def _shard_path(self, row: int) -> Path:
-        return self.folder / self.manifest.shards.file(row)
+        return path_in(self.folder, self.manifest.shards.file(row))
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -168,7 +192,7 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:
     """How the file of a shard differs from its manifest entry; None when it does not."""
-    path = directory / entry.file
+    path = path_in(directory, entry.file)
     if not path.is_file():
         return "the shard is missing"
     size = path.stat().st_size

@@ -16,6 +16,8 @@ import xxhash
 BLOCK_BYTES = 4 * 1024 * 1024
 # Hashed at once by all hashes, and read again and again into the same memory: stays in the processor's cache.
 HASHED_BYTES = 256 * 1024
+# Takes the next bytes of a file that is being written.
+Put = Callable[[bytes | memoryview], object]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def hash_file(
     return hasher.result()
 
 
-def write_atomically(path: Path, write: Callable[[Callable[[bytes], object]], None]) -> FileHashes:
+def write_atomically(path: Path, write: Callable[[Put], None]) -> FileHashes:
     """Create `path` so that at any kill it is absent, as before, or complete; returns its checksums.
 
     `write` gets a function that takes bytes. The data go to a file of their own, `<path>.<random>.partial`, are flushed
@@ -97,7 +99,7 @@ def write_atomically(path: Path, write: Callable[[Callable[[bytes], object]], No
     try:
         with open(partial, "wb") as file:
 
-            def put(data: bytes) -> int:
+            def put(data: bytes | memoryview) -> int:
                 view = memoryview(data)
                 hasher.update(view)
                 return file.write(view)
@@ -112,6 +114,20 @@ def write_atomically(path: Path, write: Callable[[Callable[[bytes], object]], No
         raise
     sync(path.parent)
     return hasher.result()
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> FileHashes:
+    """`write_atomically` of a file whose content is at hand."""
+
+    def write(put: Put) -> None:
+        put(data)
+
+    return write_atomically(path, write)
+
+
+def path_in(folder: Path, name: str) -> Path:
+    """Where a file lies that a manifest, table or plan in `folder` names: the one place where such names are joined."""
+    return folder / name
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Looking into a corpus: statistics, a sample of a run with its origin, and a check of every file."""
+"""Looking into a corpus: statistics, and a check of every file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.corpus.corpus import Corpus, check_shard_file
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry
+from data_pipeline.corpus.files import path_in
+from data_pipeline.corpus.input_list import count_files
+from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.token_sequence import open_shard
 from data_pipeline.errors import CorpusError, TokenizerError
-from data_pipeline.preparing.units import count_files
-from data_pipeline.reading.stream import SampleStream
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
 
 SAMPLE_TOKENS = 200
@@ -54,7 +55,7 @@ def show_corpus(directory: Path) -> None:
         shard = sequence.shard(0)
         ids = shard.tokens[: min(SAMPLE_TOKENS, int(shard.offsets[1]))]
         print(f"\n{split}, beginning of the first document of {corpus.sources(split)[0]}:")
-        print(_indented(corpus.tokenizer().decode(ids)))
+        print(indented(corpus.tokenizer().decode(ids)))
 
 
 def _show_source(corpus: Corpus, split: str, source: str) -> None:
@@ -63,7 +64,7 @@ def _show_source(corpus: Corpus, split: str, source: str) -> None:
     table = corpus.manifest.shards
     rows = table.rows(split, source)
     looked_at = rows[np.unique(np.linspace(0, len(rows) - 1, STATISTICS_SHARDS).astype(int))]
-    shards = [open_shard(corpus.directory / table.file(row), table[row], corpus.manifest) for row in looked_at]
+    shards = [open_shard(path_in(corpus.folder, table.file(row)), table[row], corpus.manifest) for row in looked_at]
     lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
     hashes = np.concatenate([shard.document_hashes for shard in shards])
     quantiles = "/".join(f"{int(q)}" for q in np.quantile(lengths, LENGTH_QUANTILES, method="lower"))
@@ -76,23 +77,8 @@ def _show_source(corpus: Corpus, split: str, source: str) -> None:
     )
 
 
-def show_sample(stream: SampleStream, index: int) -> None:
-    """Print sample `index` of a run: source, epoch, shard and token range, document starts, text."""
-    origin = stream.origin(index)
-    batch = stream.batch(index, 1)
-    settings = f"split {stream.split}, seed {stream.seed}, S={stream.sequence_length}"
-    if stream.window_shards is not None:
-        settings += f", windows of {stream.window_shards} shards"
-    print(f"sample {index} of the order {stream.fingerprint[:16]} ({settings})")
-    print(f"source {origin.source}, epoch {origin.epoch}, sample {origin.sample} of it")
-    for file, first, end in origin.parts:
-        print(f"  {file}: tokens {first} to {end - 1}")
-    starts = batch.document_start[0].nonzero().flatten().tolist()
-    print(f"documents start at positions {starts}")
-    print(_indented(stream.corpus.tokenizer().decode(batch.tokens[0].tolist())))
-
-
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """`text` as a block of lines below others."""
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
@@ -107,7 +93,7 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
     try:
         corpus.tokenizer()
         # Reading a corpus does without this file; another preparation may take its tokenizer from here.
-        sidecar = (directory / manifest.tokenizer.file).with_name(SIDECAR)
+        sidecar = path_in(directory, manifest.tokenizer.file).with_name(SIDECAR)
         if not sidecar.is_file():
             problems.append(f"{sidecar}: missing")
         elif (found := Tokenizer.load(sidecar.parent).eod_token) != manifest.tokenizer.eod_token:
@@ -128,7 +114,7 @@ def _checked_list(
     directory: Path, entry: InputsEntry | ReportEntry, problems: list[str]
 ) -> list[dict[str, Any]] | None:
     """The lines of inputs.jsonl or report.jsonl; None after adding to `problems`."""
-    path = directory / entry.file
+    path = path_in(directory, entry.file)
     if not path.is_file():
         problems.append(f"{path}: missing")
         return None
@@ -141,7 +127,7 @@ def _checked_list(
 
 def _account_faults(directory: Path, manifest: Manifest, files: list[dict[str, Any]]) -> list[str]:
     """Records that are neither written nor rejected, file by file, unit by unit and in all."""
-    path = directory / manifest.inputs.file
+    path = path_in(directory, manifest.inputs.file)
     faults = []
     for entry in files:
         rejected = sum(entry["rejected"].values())
@@ -193,8 +179,8 @@ def _shard_list_faults(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def _shard_faults(corpus: Corpus, entry: ShardEntry) -> list[str]:
-    path = corpus.directory / entry.file
-    problem = check_shard_file(corpus.directory, entry, with_hash=True, with_sha256=True)
+    path = path_in(corpus.folder, entry.file)
+    problem = check_shard_file(corpus.folder, entry, with_hash=True, with_sha256=True)
     if problem:
         return [f"{path}: {problem}"]
     try:

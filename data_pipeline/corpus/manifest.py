@@ -15,20 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus.files import write_atomically
-from data_pipeline.corpus.shard_table import ShardEntry, ShardTable, ShardTableEntry
+from data_pipeline.corpus.files import write_whole
+from data_pipeline.corpus.shard_table import ShardTable, ShardTableEntry
 from data_pipeline.errors import CorpusError
-
-__all__ = [
-    "InputsEntry",
-    "Manifest",
-    "ReportEntry",
-    "ShardEntry",
-    "ShardTable",
-    "TokenizerEntry",
-    "canonical_json",
-    "fingerprint_of",
-]
 
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2
@@ -114,7 +103,7 @@ class Manifest:
         self.shards.write(folder)
         document = {**self._document(), "fingerprint": self.fingerprint}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
-        write_atomically(folder / MANIFEST_FILE, lambda put: put(text.encode()))
+        write_whole(folder / MANIFEST_FILE, text.encode())
 
     @staticmethod
     def read(folder: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""The open files of a corpus' shards, and the comparison of a block of a file with its checksum."""
+"""The open files of a corpus' shards."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
+from data_pipeline.corpus.remote import RemoteCorpus
 from data_pipeline.errors import CorpusError
 
-if TYPE_CHECKING:
-    from data_pipeline.corpus.remote import RemoteCorpus
-
-RESTORE = "restore it or prepare the corpus again"
 # Files that a process keeps open at most, if its limit on open files allows.
 MAX_OPEN_FILES = 16384
 
@@ -96,7 +91,7 @@ class Descriptor:
         self.checked: set[int] = set()
         self.number = number
 
-    def __del__(self):
+    def __del__(self) -> None:
         os.close(self.number)
 
 
@@ -108,41 +103,3 @@ def _raise_limit() -> int:
         soft = wanted
     # Half is left to sockets and the other files of a run.
     return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, soft // 2)
-
-
-def read_exactly(path: str | Path, descriptor: int, into: memoryview, offset: int) -> None:
-    """Fill `into` with the bytes of a file from `offset` on. Raises CorpusError where it ends early, OSError."""
-    done = 0
-    while done < len(into):
-        more = os.preadv(descriptor, [into[done:]], offset + done)
-        if more == 0:
-            # Where it ends now, not where it was read: the same message for every range beyond it.
-            size = os.fstat(descriptor).st_size
-            raise CorpusError(f"{path}: truncated while it was in use, to {size} bytes; {RESTORE}")
-        done += more
-
-
-def check_block(
-    path: str | Path,
-    descriptor: int,
-    block: int,
-    block_bytes: int,
-    file_bytes: int,
-    digests: bytes,
-    advice: str = RESTORE,
-) -> None:
-    """Compare a block of a file with its xxh3-64 in `digests` (8 bytes a block). Raises CorpusError, OSError."""
-    begin = block * block_bytes
-    end = min(begin + block_bytes, file_bytes)
-    data = memoryview(bytearray(end - begin))
-    read_exactly(path, descriptor, data, begin)
-    if xxhash.xxh3_64_digest(data) != digests[8 * block : 8 * block + 8]:
-        raise CorpusError(altered_block(path, block, block_bytes, begin, end, advice))
-
-
-def altered_block(path: str | Path, block: int, block_bytes: int, begin: int, end: int, advice: str) -> str:
-    """The message for a block, bytes [begin, end) of a file, that is not what was written."""
-    return (
-        f"{path}: altered: the {block_bytes / 2**20:g} MiB block {block} (bytes {begin} to {end - 1}) has another "
-        f"content than when it was written (xxh3 differs); {advice}"
-    )

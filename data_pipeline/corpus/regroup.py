@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.corpus.files import hash_file, write_atomically
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry, ShardEntry, ShardTable
+from data_pipeline.corpus.files import path_in, write_whole
+from data_pipeline.corpus.input_list import count_files, sum_counts
+from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
 from data_pipeline.errors import CorpusError
-from data_pipeline.preparing.units import count_files, sum_counts
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.
 LINKS: dict[str, Callable[[Path, Path], object]] = {
@@ -47,12 +48,15 @@ def merge_corpora(directories: list[Path], output: Path, link: str = "hard") -> 
     for corpus in corpora:
         for entry in corpus.manifest.shards:
             if entry.sha256 in owners:
-                problems.append(f"{corpus.directory / entry.file}: the same shard as {owners[entry.sha256]}")
-            owners[entry.sha256] = corpus.directory / entry.file
+                problems.append(f"{path_in(corpus.folder, entry.file)}: the same shard as {owners[entry.sha256]}")
+            owners[entry.sha256] = path_in(corpus.folder, entry.file)
     if problems:
         raise CorpusError("these corpora cannot be merged:\n" + "\n".join(f"  {line}" for line in problems[:20]))
     shards = [
-        (corpus.directory / entry.file, dataclasses.replace(entry, file=f"shards/{number:04d}/{_below(entry.file)}"))
+        (
+            path_in(corpus.folder, entry.file),
+            dataclasses.replace(entry, file=f"shards/{number:04d}/{_below(entry.file)}"),
+        )
         for number, corpus in enumerate(corpora)
         for entry in corpus.manifest.shards
     ]
@@ -91,7 +95,7 @@ def split_corpus(
     for part, entries in enumerate(chosen):
         folder = output if parts == 1 else output.with_name(f"{output.name}-{part:05d}")
         settings = {"part_of": corpus.fingerprint, **selection, "part": part, "settings": corpus.manifest.settings}
-        shards = [(corpus.directory / entry.file, entry) for entry in entries]
+        shards = [(path_in(corpus.folder, entry.file), entry) for entry in entries]
         manifests.append((folder, _write([corpus], shards, settings, folder, link)))
     return manifests
 
@@ -134,7 +138,7 @@ def _fill(
 ) -> Manifest:
     partial.mkdir(parents=True)
     for source, entry in shards:
-        target = partial / entry.file
+        target = path_in(partial, entry.file)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             LINKS[link](source, target)
@@ -146,12 +150,14 @@ def _fill(
                 ) from None
             raise
     first = corpora[0].manifest
-    (partial / first.tokenizer.file).parent.mkdir(parents=True, exist_ok=True)
-    corpora[0].tokenizer().save_to((partial / first.tokenizer.file).parent)
+    tokenizer_folder = path_in(partial, first.tokenizer.file).parent
+    tokenizer_folder.mkdir(parents=True, exist_ok=True)
+    corpora[0].tokenizer().save_to(tokenizer_folder)
     lists = {name: _joined(corpora, name) for name in ("inputs", "report")}
+    hashes = {}
     for name, lines in lists.items():
-        data = "".join(lines).encode()
-        write_atomically(partial / getattr(first, name).file, lambda put, data=data: put(data))
+        path = path_in(partial, getattr(first, name).file)
+        hashes[name] = write_whole(path, "".join(lines).encode()).sha256
     files = [json.loads(line) for line in lists["inputs"]]
     manifest = dataclasses.replace(
         first,
@@ -159,14 +165,14 @@ def _fill(
         shards=ShardTable.from_entries(entry for _, entry in shards),
         inputs=InputsEntry(
             file=first.inputs.file,
-            sha256=hash_file(partial / first.inputs.file).sha256,
+            sha256=hashes["inputs"],
             files=count_files(files),
             records=sum(entry["records"] for entry in files),
             documents=sum(entry["documents"] for entry in files),
             rejected=sum_counts(files, "rejected"),
             repaired=sum_counts(files, "repaired"),
         ),
-        report=ReportEntry(first.report.file, hash_file(partial / first.report.file).sha256, len(lists["report"])),
+        report=ReportEntry(first.report.file, hashes["report"], len(lists["report"])),
     )
     manifest.write(partial)
     return manifest
@@ -182,7 +188,7 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
             # A part may have been taken from a part.
             origin, settings = settings["part_of"], settings["settings"]
         if origin not in seen:
-            path = corpus.directory / getattr(corpus.manifest, name).file
+            path = path_in(corpus.folder, getattr(corpus.manifest, name).file)
             lines += path.read_text("utf-8").splitlines(keepends=True)
         seen.add(origin)
     return lines

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 import xxhash
 
-from data_pipeline.corpus.files import write_atomically
+from data_pipeline.corpus.blocks import RESTORE, altered_block
+from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
-from data_pipeline.corpus.open_files import RESTORE, altered_block
 from data_pipeline.corpus.shard_table import SHARD_TABLE_FILE
 from data_pipeline.errors import CorpusError, ReadingError
 
@@ -43,6 +44,7 @@ _HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Lock files in the cache; a fetch holds that of its block, which few others share.
 _LOCKS = 256
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RemoteCorpus:
         self._shards = self.folder / "shards"
         self._limit = cache.limit_bytes
         self._since_measured = self._limit
-        self._manifest: Manifest | None = None
+        # Set by `use`.
+        self._manifest: Manifest
 
     def copy_description(self) -> None:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
@@ -90,7 +93,7 @@ class RemoteCorpus:
         data = self._retry(name, lambda: self._system.cat_file(f"{self._root}/{name}"))
         path = self.folder / name
         if not (path.is_file() and path.read_bytes() == data):
-            write_atomically(path, lambda put: put(data))
+            write_whole(path, data)
 
     def use(self, manifest: Manifest) -> None:
         """The manifest whose shards `locate` and `fill` are about."""
@@ -194,7 +197,7 @@ class RemoteCorpus:
                     path.unlink(missing_ok=True)
                     total -= size
 
-    def _retry(self, name: str, action: Callable[[], object]):
+    def _retry(self, name: str, action: Callable[[], Result]) -> Result:
         for attempt in range(ATTEMPTS):
             try:
                 return action()

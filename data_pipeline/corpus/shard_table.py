@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.corpus.files import hash_file, write_atomically
+from data_pipeline.corpus.files import hash_file, path_in, write_whole
 from data_pipeline.errors import CorpusError
 
 SHARD_TABLE_FILE = "shards.arrow"
@@ -105,7 +106,7 @@ class ShardTable(Sequence[ShardEntry]):
     @staticmethod
     def read(folder: Path, entry: ShardTableEntry) -> ShardTable:
         """Map the table in `folder` after comparing it with `entry`. Raises CorpusError naming the file."""
-        path = folder / entry.file
+        path = path_in(folder, entry.file)
         if not path.is_file():
             raise CorpusError(f"{path}: the table of shards is missing; {_ADVICE}")
         # Read, not mapped, so that the pages do not stay in the process.
@@ -126,7 +127,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     def write(self, folder: Path) -> None:
         """Write the table's file into `folder` atomically."""
-        write_atomically(folder / self.entry.file, lambda put: put(self._data))
+        write_whole(path_in(folder, self.entry.file), memoryview(self._data))
 
     def __len__(self) -> int:
         return self._batch.num_rows
@@ -140,13 +141,20 @@ class ShardTable(Sequence[ShardEntry]):
     def __iter__(self) -> Iterator[ShardEntry]:
         return (self[row] for row in range(len(self)))
 
-    def __getitem__(self, row):
+    @overload
+    def __getitem__(self, row: SupportsIndex) -> ShardEntry: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[ShardEntry]: ...
+
+    def __getitem__(self, row: SupportsIndex | slice) -> ShardEntry | list[ShardEntry]:
         if isinstance(row, slice):
             return [self[r] for r in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)} shards")
-        row = int(row) % len(self)
-        values = {name: self._batch.column(name)[row].as_py() for name in SCHEMA.names}
+        number = int(row)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)} shards")
+        number %= len(self)
+        values = {name: self._batch.column(name)[number].as_py() for name in SCHEMA.names}
         values |= {name: values[name].hex() for name in ("sha256", "xxh3_128")}
         blocks = values["xxh3_64_blocks"].hex()
         values["xxh3_64_blocks"] = [blocks[n : n + 16] for n in range(0, len(blocks), 16)]

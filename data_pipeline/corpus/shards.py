@@ -7,24 +7,19 @@ repeats what the shard belongs to, so that a stray file is recognisable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from data_pipeline.corpus.files import FileHashes, write_atomically
+from data_pipeline.corpus.files import FileHashes, Put, write_atomically
 from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
+from data_pipeline.tokenizing.tokenizer import token_dtype
 
 SHARD_FORMAT_VERSION = 1
 # Arrow's list offsets are int32.
 MAX_TOKENS = 2**31 - 2
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 when every id below `vocab_size` fits, else uint32."""
-    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
 class _Sink:
@@ -32,7 +27,7 @@ class _Sink:
 
     closed = False
 
-    def __init__(self, put: Callable[[bytes], object]):
+    def __init__(self, put: Put):
         self.write = put
 
     def flush(self) -> None:
@@ -101,7 +96,7 @@ class ShardBuilder:
         )
         batch = pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
-        def write(put: Callable[[bytes], object]) -> None:
+        def write(put: Put) -> None:
             with pa.ipc.new_file(pa.PythonFile(_Sink(put), mode="w"), schema) as writer:
                 writer.write_batch(batch)
 
@@ -115,7 +110,7 @@ class Shard:
     tokens[offsets[d] : offsets[d + 1]] and its last token is the end-of-document id.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path):
         try:
             self._map = pa.memory_map(str(path), "r")
             self._data = self._map.read_buffer()

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.corpus.blocks import RESTORE, as_bytes, check_block, read_exactly
 from data_pipeline.corpus.manifest import Manifest
-from data_pipeline.corpus.open_files import RESTORE, Descriptor, OpenFiles, check_block, read_exactly
+from data_pipeline.corpus.open_files import Descriptor, OpenFiles
 from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.shards import SHARD_FORMAT_VERSION, Shard
 from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
@@ -134,7 +135,7 @@ class TokenSequence:
         item = self._dtype.itemsize
         offsets = self._columns[numbers, 0] + (begins - self._bounds[numbers]) * item
         self._check_all(numbers, offsets, counts * item, fail)
-        data = memoryview(out).cast("B")
+        data = as_bytes(out)
         self._read_ranges(numbers, offsets, counts * item, places * item, data, ranges, failed, fail)
         if starts is not None:
             if self._stride == 1:
@@ -143,6 +144,7 @@ class TokenSequence:
                 self._mark_read_starts(starts, numbers, places, begins, counts, ranges, failed, fail)
             starts[places[begins == 0]] = True
         for error_range, error in failed.items():
+            assert on_error is not None
             on_error(error_range, error)
 
     def _read_ranges(
@@ -237,7 +239,7 @@ class TokenSequence:
         self._check(number, blocks)
         if self._files.remote is not None:
             descriptor = self._cached(number, blocks)
-        self._read(number, descriptor, memoryview(offsets).cast("B"), places[1])
+        self._read(number, descriptor, as_bytes(offsets), places[1])
         if offsets[0] != 0 or offsets[-1] != entry.tokens or (np.diff(offsets) < 1).any():
             raise CorpusError(f"{path}: document offsets do not rise from 0 to the number of tokens; {RESTORE}")
         with self._lock:
@@ -310,6 +312,7 @@ class TokenSequence:
     def _cached(self, number: int, blocks: range | list[int]) -> Descriptor:
         """The cached file of a shard with these blocks in it, compared. Raises CorpusError."""
         row, remote, size = int(self._rows[number]), self._files.remote, self._manifest.block_bytes
+        assert remote is not None
         expected, total = self._manifest.shards.block_hashes(row), int(self._manifest.shards.bytes[row])
         name = remote.name(row)
 
@@ -357,7 +360,7 @@ class TokenSequence:
         buffer = np.zeros(int(ends[-1]), dtype=_OFFSET)
         item = _OFFSET.itemsize
         offsets = self._columns[numbers, 1] + first * item
-        data = memoryview(buffer).cast("B")
+        data = as_bytes(buffer)
         self._read_ranges(numbers, offsets, found * item, (ends - found) * item, data, ranges, failed, fail)
         within = begins - self._bounds[numbers]
         position = buffer - np.repeat((within + 1).astype(_OFFSET), found)
@@ -395,7 +398,7 @@ class TokenSequence:
         descriptor = self._descriptor(number)
         if self._files.remote is not None:
             descriptor = self._cached(number, range(place // block, (place + offsets.nbytes - 1) // block + 1))
-        self._read(number, descriptor, memoryview(offsets).cast("B"), place)
+        self._read(number, descriptor, as_bytes(offsets), place)
         return offsets.astype(np.int64) + self._bounds[number]
 
     def read(self, start: int, tokens: np.ndarray, starts: np.ndarray) -> None:
@@ -417,7 +420,7 @@ class TokenSequence:
         return open_shard(path, self.entry(number), self._manifest)
 
 
-def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
+def open_shard(path: str | Path, entry: ShardEntry, manifest: Manifest) -> Shard:
     """Map a shard and compare what its schema and columns say with its manifest entry. Raises CorpusError."""
     shard = Shard(path)
     for key, value in shard_metadata(entry, manifest.tokenizer.fingerprint).items():

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,10 @@ MIXTURE_VERSION = 2
 BLOCK = 4096
 LARGEST_BLOCK = 2**20
 # Shares are integers that sum to this.
-_UNIT_BITS = 40
-_UNIT = 1 << _UNIT_BITS
+_WHOLE_BITS = 40
+_WHOLE = 1 << _WHOLE_BITS
+# What an order is for: ("pool",) or ("source", label); goes into its keys.
+Purpose = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,21 @@ def _weights(phase: Phase, sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 def _apportion(shares: Sequence[int], total: int) -> list[int]:
-    """Integers that sum to `total` in proportion to `shares`, which sum to _UNIT; ties go to the first."""
-    counts = [share * total >> _UNIT_BITS for share in shares]
-    order = sorted(range(len(shares)), key=lambda s: (-(shares[s] * total & (_UNIT - 1)), s))
+    """Integers that sum to `total` in proportion to `shares`, which sum to _WHOLE; ties go to the first."""
+    counts = [share * total >> _WHOLE_BITS for share in shares]
+    order = sorted(range(len(shares)), key=lambda s: (-(shares[s] * total & (_WHOLE - 1)), s))
     for number in order[: total - sum(counts)]:
         counts[number] += 1
     return counts
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """`weights` as integers that sum to _UNIT, by largest remainders."""
+    """`weights` as integers that sum to _WHOLE, by largest remainders."""
     exact = [Fraction(weight) for weight in weights]
-    scaled = [weight * _UNIT / sum(exact) for weight in exact]
+    scaled = [weight * _WHOLE / sum(exact) for weight in exact]
     shares = [int(value) for value in scaled]
     order = sorted(range(len(shares)), key=lambda s: (shares[s] - scaled[s], s))
-    for number in order[: _UNIT - sum(shares)]:
+    for number in order[: _WHOLE - sum(shares)]:
         shares[number] += 1
     return shares
 
@@ -165,6 +168,7 @@ class _Segment:
         """Samples of each source in the segment before a block of it."""
         if self.quotas is not None:
             return self.quotas if block else [0] * len(self.quotas)
+        assert self.shares is not None
         return _apportion(self.shares, block * self.block)
 
     def quotas_of(self, block: int) -> list[int]:
@@ -219,7 +223,7 @@ class Mixture:
         return 1 if self._pooled else sum(size > 0 for size in self.sizes.values())
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         """What the order depends on beside seed and sizes, for a fingerprint."""
         return [MIXTURE_VERSION, [[s.start, s.end, s.block, s.shares, s.quotas] for s in self._segments]]
 
@@ -229,7 +233,7 @@ class Mixture:
         if self._pooled:
             return int(self._bounds[-1])
         first = self._segments[0]
-        used = first.shares if first.shares is not None else first.quotas
+        used = first.shares or first.quotas or []
         return sum(self.sizes[s] for s, share in zip(self.sources, used, strict=True) if share)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -276,7 +280,7 @@ class Mixture:
     ) -> _Segment:
         """The longest segment from `position` on in which no source exceeds what its cap has `left`."""
         block = BLOCK
-        while block < LARGEST_BLOCK and any(0 < share * block < _UNIT for share in shares):
+        while block < LARGEST_BLOCK and any(0 < share * block < _WHOLE for share in shares):
             block *= 2
         rooms = [(s, room) for s, room in enumerate(left) if room is not None and shares[s]]
         if not rooms:
@@ -288,7 +292,7 @@ class Mixture:
             if blocks:
                 return _Segment(position, position + blocks * block, block, counts, shares)
             # Near a cap in smaller blocks, so that the shares hold until the source runs out.
-            if any(0 < share * (block // 2) < _UNIT for share in shares):
+            if any(0 < share * (block // 2) < _WHOLE for share in shares):
                 break
             block //= 2
         quotas = _limited_quotas(shares, block, left)
@@ -330,8 +334,9 @@ class Mixture:
             samples[mine] = self._permute(within, self.sizes[label], epochs[mine], "source", label)
         return numbers, epochs, samples
 
-    def _windowed_orders(self, shards: Mapping[str, np.ndarray], window_shards: int) -> dict[tuple, WindowedOrder]:
+    def _windowed_orders(self, shards: Mapping[str, np.ndarray], window_shards: int) -> dict[Purpose, WindowedOrder]:
         """The windowed order of what is permuted as one: the pool, or each source."""
+        bounds: dict[Purpose, np.ndarray]
         if self._pooled:
             pool = zip(self._bounds[:-1].tolist(), self.sources, strict=True)
             bounds = {("pool",): np.concatenate([[0], *(begin + shards[label][1:] for begin, label in pool)])}
@@ -371,7 +376,7 @@ class Mixture:
 def _blocks_within(shares: list[int], block: int, rooms: list[tuple[int, int]]) -> int:
     """How many blocks the sources can take part in: (number of a source, samples that its cap leaves) in `rooms`."""
     # One more than what its own share of a source allows does not fit.
-    low, high = 0, min(room * _UNIT // shares[s] for s, room in rooms) // block + 2
+    low, high = 0, min(room * _WHOLE // shares[s] for s, room in rooms) // block + 2
     while high - low > 1:
         middle = (low + high) // 2
         taken = _apportion(shares, middle * block)
@@ -385,7 +390,8 @@ def _limited_quotas(shares: list[int], total: int, left: list[int | None]) -> li
     while missing and any(open_shares):
         more = _apportion(_shares([float(share) for share in open_shares]), missing)
         for s, count in enumerate(more):
-            room = count if left[s] is None else min(count, left[s] - quotas[s])
+            allowed = left[s]
+            room = count if allowed is None else min(count, allowed - quotas[s])
             quotas[s] += room
             if room < count:
                 open_shares[s] = 0

@@ -23,20 +23,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, write_atomically
+from data_pipeline.corpus.blocks import as_bytes, check_block, read_exactly
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in, write_whole
 from data_pipeline.corpus.manifest import canonical_json, fingerprint_of
-from data_pipeline.corpus.open_files import check_block, read_exactly
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError
 
-if TYPE_CHECKING:
-    from data_pipeline.corpus.corpus import Corpus
-
-PACKINGS = ("concatenate", "best_fit")
 PACKING_VERSION = 1
 BLOCK_TOKENS = 1 << 22
 MAX_SEQUENCE_LENGTH = (1 << 23) - 1
@@ -66,7 +63,7 @@ class PackingStatistics:
 
 
 class PackingPlan:
-    """The plan of one split and sequence length, opened for reading. `open_plan` makes or opens it."""
+    """The plan of one split and sequence length, opened for reading. `open_packing_plan` makes or opens it."""
 
     def __init__(self, folder: Path, document: dict[str, Any]):
         self.folder = folder
@@ -80,13 +77,13 @@ class PackingPlan:
                 self._open_file(source, kind, entry[kind])
 
     def _open_file(self, source: str, kind: str, entry: dict[str, Any]) -> None:
-        path = self.folder / entry["file"]
+        path = path_in(self.folder, entry["file"])
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CorpusError(f"{path}: missing or of another size than planned; delete {self.folder} to plan again")
         self._descriptors[f"{source}/{kind}"] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._checked[f"{source}/{kind}"] = np.zeros(len(entry["xxh3_64_blocks"]), dtype=bool)
 
-    def __del__(self):
+    def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
 
@@ -108,9 +105,9 @@ class PackingPlan:
             columns.append((np.full(len(found), row), places, begins, counts, (found & np.uint64(1)).astype(bool)))
         return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
-    def _read(self, source: str, kind: str, first: int, count: int, dtype: type) -> np.ndarray:
+    def _read(self, source: str, kind: str, first: int, count: int, dtype: type[np.generic]) -> np.ndarray:
         entry, key = self._entries[source][kind], f"{source}/{kind}"
-        path, descriptor, checked = self.folder / entry["file"], self._descriptors[key], self._checked[key]
+        path, descriptor, checked = path_in(self.folder, entry["file"]), self._descriptors[key], self._checked[key]
         values = np.empty(count, dtype=dtype)
         for block in range(8 * first // BLOCK_BYTES, (8 * (first + count) - 1) // BLOCK_BYTES + 1):
             if not checked[block]:
@@ -118,11 +115,11 @@ class PackingPlan:
                 advice = f"delete {self.folder} to plan again"
                 check_block(path, descriptor, block, BLOCK_BYTES, entry["bytes"], digests, advice)
                 checked[block] = True
-        read_exactly(path, descriptor, memoryview(values).cast("B"), 8 * first)
+        read_exactly(path, descriptor, as_bytes(values), 8 * first)
         return values
 
 
-def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | None = None) -> PackingPlan:
+def open_packing_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | None = None) -> PackingPlan:
     """The plan for packing `split` into samples of `sequence_length`, computed and kept if it does not exist yet.
 
     `folder`: where plans are kept; None: `packing/` in the corpus folder. One process plans, others wait for it. Raises
@@ -141,16 +138,16 @@ def open_plan(corpus: Corpus, split: str, sequence_length: int, folder: Path | N
             with open(root / f"{name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not (target / _PLAN_FILE).exists():
-                    _write_plan(corpus, split, sequence_length, identity, target)
+                    _write_packing_plan(corpus, split, sequence_length, identity, target)
     except OSError as error:
         raise CorpusError(
             f"{target}: the packing plan cannot be written ({error.strerror}); set corpus.packing_directory to a "
             "folder that can"
         ) from None
-    return PackingPlan(target, _read_plan(target, identity))
+    return PackingPlan(target, _read_packing_plan(target, identity))
 
 
-def _read_plan(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _read_packing_plan(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     path = folder / _PLAN_FILE
     try:
         document = json.loads(path.read_bytes())
@@ -163,7 +160,7 @@ def _read_plan(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _write_plan(corpus: Corpus, split: str, length: int, identity: dict[str, Any], target: Path) -> None:
+def _write_packing_plan(corpus: Corpus, split: str, length: int, identity: dict[str, Any], target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -178,7 +175,7 @@ def _write_plan(corpus: Corpus, split: str, length: int, identity: dict[str, Any
             sources[source][kind] = entry
     document: dict[str, Any] = {"identity": identity, "block_bytes": BLOCK_BYTES, "sources": sources}
     document["fingerprint"] = fingerprint_of(document)
-    write_atomically(partial / _PLAN_FILE, lambda put: put(canonical_json(document).encode()))
+    write_whole(partial / _PLAN_FILE, canonical_json(document).encode())
     partial.rename(target)
 
 
@@ -250,7 +247,8 @@ def _best_fit(sizes: list[int], length: int) -> np.ndarray:
     """The bin of each size, int64: the one with the least room that is enough, else a new one."""
     bins = np.empty(len(sizes), dtype=np.int64)
     # Bit r is set when a bin has room for exactly r more; the bins are on rooms[r].
-    mask, rooms, opened = 0, {}, 0
+    rooms: dict[int, list[int]] = {}
+    mask, opened = 0, 0
     for place, size in enumerate(sizes):
         fitting = mask >> size
         if fitting:

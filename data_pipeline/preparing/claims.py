@@ -67,7 +67,7 @@ class Claims:
         return bool(files) and (_is_local(_read(files[-1])) or self._seen.get(files[-1], (0, 0, False))[2])
 
     def _files(self, name: str) -> list[Path]:
-        files = []
+        files: list[Path] = []
         while (path := self._folder / f"{name}.{len(files)}").exists():
             files.append(path)
         return files

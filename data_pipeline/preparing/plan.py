@@ -9,26 +9,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig
-from data_pipeline.corpus.files import write_atomically
+from data_pipeline.corpus.files import path_in, write_whole
+from data_pipeline.corpus.input_list import INPUTS_FILE
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, canonical_json
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
-from data_pipeline.sources.sources import FileSource, InputFile, Source, open_source
-from data_pipeline.tokenizing.tokenizer import Tokenizer
-
-INPUTS_FILE = "inputs.jsonl"
+from data_pipeline.sources.file_sources import FileSource
+from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.sources import open_source
+from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
 
 def content_settings(config: PrepareConfig) -> dict[str, Any]:
     """What the corpus' content depends on beside the input; no absolute path, so that a moved source is the same."""
     data = dataclasses.asdict(config.data)
     del data["tolerance"]
-    if config.data.kind != "datasets" or Path(config.data.path).exists():
+    if config.data.kind != "datasets" or config.data.path is None or Path(config.data.path).exists():
         del data["path"]
     if config.tokenizer.kind == "file":
-        loaded = Tokenizer.load(config.tokenizer.path, config.tokenizer.eod_token)
+        loaded = load_tokenizer(config.tokenizer)
         tokenizer = {"kind": "file", "fingerprint": loaded.fingerprint}
     else:
         tokenizer = dataclasses.asdict(config.tokenizer)
@@ -42,7 +43,7 @@ def confirm_finished(config: PrepareConfig, folder: Path, manifest: Manifest) ->
     _refuse_other_settings(folder, manifest.settings, content_settings(config))
     if config.data.kind == "datasets" or config.data.path and not Path(config.data.path).exists():
         return
-    with open(folder / manifest.inputs.file, encoding="utf-8") as file:
+    with open(path_in(folder, manifest.inputs.file), encoding="utf-8") as file:
         old = {entry["file"]: entry["bytes"] for entry in map(json.loads, file)}
     _refuse_other_inputs(folder, old, open_source(config.data).inputs())
 
@@ -68,7 +69,7 @@ def refuse_own_files_as_inputs(source: Source, folder: Path) -> None:
             )
 
 
-def begin_plan(
+def begin_preparation(
     config: PrepareConfig, folder: Path, inputs: list[InputFile], units: list[list[InputFile]], claims: Claims
 ) -> bool:
     """Record what is being prepared, or compare with what was; returns whether the folder had been begun.
@@ -85,7 +86,7 @@ def begin_plan(
     while not work.plan.exists():
         with claims.take("plan") as mine:
             if mine and not work.plan.exists():
-                write_atomically(work.plan, lambda put: put(text.encode()))
+                write_whole(work.plan, text.encode())
                 return False
         if not mine:
             time.sleep(0.1)

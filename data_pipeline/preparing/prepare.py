@@ -16,35 +16,38 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig, resolve_source
+import numpy as np
+
+from conf.problems import ConfigError
 from data_pipeline.corpus.corpus import check_shard_file
-from data_pipeline.corpus.files import BLOCK_BYTES, sync, write_atomically
+from data_pipeline.corpus.files import BLOCK_BYTES, path_in, sync, write_whole
+from data_pipeline.corpus.input_list import INPUTS_FILE, count_files, sum_counts
 from data_pipeline.corpus.manifest import (
     MANIFEST_FILE,
     InputsEntry,
     Manifest,
     ReportEntry,
-    ShardTable,
     TokenizerEntry,
     canonical_json,
 )
-from data_pipeline.corpus.shards import token_dtype
+from data_pipeline.corpus.shard_table import ShardTable
 from data_pipeline.errors import PrepareError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig, resolve_source, validate_prepare
 from data_pipeline.preparing.plan import (
-    INPUTS_FILE,
-    begin_plan,
+    begin_preparation,
     confirm_finished,
     content_settings,
     refuse_own_files_as_inputs,
     refuse_strangers,
 )
-from data_pipeline.preparing.units import UnitRecord, count_files, cut_units, losses, sum_counts
+from data_pipeline.preparing.units import UnitRecord, cut_units, losses
 from data_pipeline.preparing.workers import POLL_SECONDS, Job, Log, WorkFolder, check_losses, run_workers, task_of
-from data_pipeline.sources.sources import Document, InputFile, Source, open_source
+from data_pipeline.sources.source import Document, InputFile, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
 
 REPORT_FILE = "report.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -56,10 +59,12 @@ COMPARED_CHARACTERS = 20_000
 def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True) -> Manifest | None:
     """Prepare the corpus that `config` describes, or finish or confirm one begun before.
 
-    Returns None when other commands still work on it; the last one of them finishes it. Raises PrepareError when it
-    cannot start or go on (other settings, no input, too much of it damaged, no disk space) and TokenizerError; what was
-    finished stays, and running it again goes on from there.
+    Returns None when other commands still work on it; the last one of them finishes it. Raises ConfigError with every
+    problem of `config`, PrepareError when it cannot start or go on (other settings, no input, too much of it damaged,
+    no disk space) and TokenizerError; what was finished stays, and running it again goes on from there.
     """
+    if problems := validate_prepare(config):
+        raise ConfigError(problems)
     config = resolve_source(config)
     folder = Path(config.output)
     try:
@@ -95,7 +100,7 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)
-        resumed = begin_plan(config, folder, inputs, units, claims)
+        resumed = begin_preparation(config, folder, inputs, units, claims)
         # What the plan is missing of a corpus that was finished meanwhile is no preparation that begins.
         _refuse_finished(folder)
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
@@ -175,7 +180,7 @@ def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs:
     # A name of its own: were two commands ever to be here at once, neither takes the other's files away.
     partial = folder / f"{TOKENIZER_FOLDER}.{uuid.uuid4().hex[:12]}.partial"
     if config.tokenizer.kind == "file":
-        Tokenizer.load(config.tokenizer.path, config.tokenizer.eod_token).save_to(partial)
+        load_tokenizer(config.tokenizer).save_to(partial)
     else:
         log(f"training a SentencePiece model with {config.tokenizer.vocab_size} pieces")
         texts = iter(_sample(source, inputs, config.tokenizer.sample_bytes))
@@ -227,7 +232,7 @@ def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterat
     """Training documents of `total_bytes` in all, from inputs in a fixed random order, a share of each."""
     left = total_bytes
     share = max(left // len(inputs), 2**20)
-    for place in permute(range(len(inputs)), len(inputs), derive_key("tokenizer sample")):
+    for place in permute(np.arange(len(inputs)), len(inputs), derive_key("tokenizer sample")):
         taken = 0
         if inputs[place].split not in (None, "train"):
             continue
@@ -291,7 +296,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> str:
     text = "".join(canonical_json(entry) + "\n" for entry in entries)
-    return write_atomically(path, lambda put: put(text.encode())).sha256
+    return write_whole(path, text.encode()).sha256
 
 
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
@@ -302,7 +307,7 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    known = {folder / manifest.shards.file(row) for row in range(len(manifest.shards))}
+    known = {path_in(folder, manifest.shards.file(row)) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):
         if path.is_file() and path not in known:
             path.unlink(missing_ok=True)

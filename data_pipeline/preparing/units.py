@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import PrepareConfig
-from data_pipeline.corpus.corpus import shard_metadata
-from data_pipeline.corpus.files import hash_file, write_atomically
-from data_pipeline.corpus.manifest import ShardEntry, canonical_json
+from data_pipeline.corpus.files import hash_file, write_whole
+from data_pipeline.corpus.input_list import sum_counts
+from data_pipeline.corpus.manifest import canonical_json
+from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.shards import MAX_TOKENS, ShardBuilder
+from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import Meter
-from data_pipeline.sources.sources import Document, InputFile, Rejection, Source
+from data_pipeline.sources.source import Document, InputFile, Rejection, Source
 from data_pipeline.tokenizing.encoders import Encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
@@ -43,7 +45,7 @@ class UnitRecord:
     def write(self, path: Path) -> None:
         """Write the record atomically: its unit is finished from then on."""
         text = canonical_json(dataclasses.asdict(self)) + "\n"
-        write_atomically(path, lambda put: put(text.encode()))
+        write_whole(path, text.encode())
 
     @staticmethod
     def read(path: Path) -> UnitRecord | None:
@@ -256,21 +258,6 @@ def _file_name(label: str) -> str:
     if plain == label and not plain.startswith("."):
         return plain
     return f"{plain.lstrip('.')}.{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-
-
-def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
-    """reason -> records over some lines of inputs.jsonl; `key`: "rejected" or "repaired"."""
-    sums: dict[str, int] = {}
-    for entry in files:
-        for reason, count in entry[key].items():
-            sums[reason] = sums.get(reason, 0) + count
-    return dict(sorted(sums.items()))
-
-
-def count_files(entries: list[dict[str, Any]]) -> int:
-    """Input files in lines of inputs.jsonl, of which a file that was read in parts has several."""
-    # Corpora that were prepared before files were read in parts lack the key.
-    return sum(not entry.get("row_groups") or entry["row_groups"][0] == 0 for entry in entries)
 
 
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:

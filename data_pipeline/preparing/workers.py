@@ -10,23 +10,25 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.config import DataConfig, PrepareConfig
 from data_pipeline.corpus.manifest import MANIFEST_FILE
 from data_pipeline.errors import DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
 from data_pipeline.preparing.units import UnitRecord, losses, run_unit
-from data_pipeline.sources.sources import InputFile, Source, open_source
+from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig
+from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, EncoderMismatchError, ReferenceEncoder, build_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
-# Records below which a share of rejected ones says little.
-TOLERANCE_RECORDS = 10_000
 # Places of rejected records that an error shows.
 SHOWN_PLACES = 5
 # Seconds between two looks at units that others hold.
@@ -127,7 +129,7 @@ def run_workers(
             _run_processes(context, jobs, numbers, log, progress)
 
 
-def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: Progress) -> None:
+def _run_processes(context: SpawnContext, jobs: list[Job], numbers: list[Any], log: Log, progress: Progress) -> None:
     workers = {}
     try:
         for job, shared in zip(jobs, numbers, strict=True):
@@ -138,7 +140,8 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             workers[receiver] = (process, shared)
         open_pipes = list(workers)
         while open_pipes:
-            for receiver in wait(open_pipes, timeout=0.5):
+            ready = wait(open_pipes, timeout=0.5)
+            for receiver in [pipe for pipe in open_pipes if pipe in ready]:
                 try:
                     message = receiver.recv()
                 except EOFError:
@@ -155,7 +158,7 @@ def _run_processes(context, jobs: list[Job], numbers: list, log: Log, progress: 
             process.join()
 
 
-def _check_ended(process: multiprocessing.Process, numbers: Sequence[int], jobs: list[Job]) -> None:
+def _check_ended(process: SpawnProcess, numbers: Sequence[int], jobs: list[Job]) -> None:
     process.join()
     if process.exitcode:
         how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
@@ -167,7 +170,7 @@ def _check_ended(process: multiprocessing.Process, numbers: Sequence[int], jobs:
         )
 
 
-def _worker(job: Job, numbers, sender: Connection, parent: int) -> None:
+def _worker(job: Job, numbers: MutableSequence[int], sender: Connection, parent: int) -> None:
     """Main function of a worker process. Sends lines to log, and the exception that ended it."""
     import pyarrow
 

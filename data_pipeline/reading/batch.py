@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from conf.problems import choice
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.ordering.packing import PackingPlan
@@ -42,8 +43,8 @@ class Batch:
     def rows(self, begin: int, end: int) -> Batch:
         """Samples begin ... end - 1, without a copy."""
         continues = None if self.continues is None else self.continues[begin:end]
-        tensors = (t[begin:end] for t in (self.tokens, self.targets, self.document_start))
-        return Batch(*tensors, self.sources[begin:end], continues)
+        tokens, targets, starts = (t[begin:end] for t in (self.tokens, self.targets, self.document_start))
+        return Batch(tokens, targets, starts, self.sources[begin:end], continues)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ class Columns:
         return Columns(rank * width, (rank + 1) * width)
 
 
+def sample_numbers(first_sample: int | Sequence[int] | np.ndarray, count: int | None) -> np.ndarray:
+    """int64 [B]: first_sample ... first_sample + count - 1; without a count, `first_sample` is the numbers."""
+    if count is None:
+        return np.asarray(first_sample, dtype=np.int64).reshape(-1)
+    if not isinstance(first_sample, (int, np.integer)):
+        raise ValueError(f"with a count ({count}) the first sample is one number, not {first_sample!r}")
+    return np.arange(first_sample, first_sample + count, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with a shard, and the number of the first sample that was seen to touch it."""
@@ -81,8 +91,8 @@ class DamagedSamples:
     """
 
     def __init__(self, on_corrupt: str):
-        if on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"on_corrupt: no such choice ({on_corrupt!r}); choose one of {', '.join(ON_CORRUPT)}")
+        if problems := choice("on_corrupt", on_corrupt, ON_CORRUPT):
+            raise ValueError(*problems)
         self.skip = on_corrupt == "skip"
         self.skipped = 0
         self._found: dict[str, Damage] = {}

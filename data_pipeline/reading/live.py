@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.config import DataConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.corpus.manifest import fingerprint_of
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
-from data_pipeline.preparing.workers import TOLERANCE_RECORDS
-from data_pipeline.reading.batch import Batch, Columns, DamagedSamples
-from data_pipeline.sources.sources import Document, Rejection, Source, open_source
+from data_pipeline.reading.batch import Batch, Columns, DamagedSamples, sample_numbers
+from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig, ToleranceConfig
+from data_pipeline.sources.source import Document, Rejection, Source
+from data_pipeline.sources.sources import open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import choose_encoder
-from data_pipeline.tokenizing.tokenizer import Tokenizer
+from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 # Documents are tokenized together up to about so much text, in characters.
 BATCH_CHARACTERS = 1 << 20
@@ -52,7 +52,7 @@ class LiveCorpus:
         self.splits = [split]
         self.source = open_source(data)
         self.identity, self.why_not_again = _identity(data, self.source)
-        self._tokenizer = Tokenizer.load(tokenizer.path, tokenizer.eod_token)
+        self._tokenizer = load_tokenizer(tokenizer)
         self.encoder, self.notes = choose_encoder(self._tokenizer, tokenizer.backend, list)
 
     def tokenizer(self) -> Tokenizer:
@@ -115,10 +115,7 @@ class LiveStream:
 
         Raises CorpusError when text has to be read again that might be another, or after `max_epochs` passes.
         """
-        if count is not None:
-            indices = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        else:
-            indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
+        indices = sample_numbers(first_sample, count)
         columns = columns or Columns(0, self.sequence_length)
         shape = (len(indices), self.sequence_length + 1)
         tokens, starts, sources = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool), []
@@ -131,7 +128,8 @@ class LiveStream:
                 sources.append(lane.take(tokens[row], starts[row]))
         begin, end = columns.begin, columns.end
         arrays = tokens[:, begin:end], tokens[:, begin + 1 : end + 1], starts[:, begin:end]
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), sources)
+        inputs, targets, starting = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        return Batch(inputs, targets, starting, sources)
 
     def _be_at(self, indices: np.ndarray) -> None:
         """Bring each lane to the window that is asked for next."""
@@ -159,6 +157,7 @@ class LiveStream:
         self._chunks = self._read()
 
     def _read_more(self) -> None:
+        assert self._chunks is not None
         try:
             chunk = next(self._chunks)
         except Exception:
@@ -249,7 +248,7 @@ class _Losses:
 
     def check(self) -> None:
         """Raises CorpusError when too large a share of the records so far was rejected."""
-        if self.rejected > self._tolerance.rejected_fraction * self._records:
+        if self._first is not None and self.rejected > self._tolerance.rejected_fraction * self._records:
             self._refuse(
                 f"{self.rejected} of {self._records} records rejected, tolerance.rejected_fraction allows "
                 f"{self._tolerance.rejected_fraction:.3%}",
@@ -323,11 +322,11 @@ def _utf8(text: str) -> bytes:
 
 def _identity(data: DataConfig, source: Source) -> tuple[list[Any], str | None]:
     """What the text depends on, and why it may be another the next time (None: it is not)."""
-    settings = [data.kind, data.text_field, data.source_field, data.source, data.split.rule, data.split.seed]
+    settings: list[Any] = [data.kind, data.text_field, data.source_field, data.source, data.split.rule, data.split.seed]
     settings += [data.split.unit, data.split.validation_fraction, data.split.test_fraction, data.max_record_bytes]
     if source.root is not None:
         return [*settings, [[item.name, item.bytes] for item in source.inputs()]], None
-    if Path(data.path).exists():
+    if data.path is not None and Path(data.path).exists():
         files = sorted(path for path in Path(data.path).rglob("*") if path.is_file())
         return [*settings, [[path.relative_to(data.path).as_posix(), path.stat().st_size] for path in files]], None
     named = [*settings, data.path, data.subset, data.revision]

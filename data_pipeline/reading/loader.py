@@ -68,6 +68,7 @@ class StepLoader:
             self._read_ahead()
 
     def _read_ahead(self) -> None:
+        assert self._threads is not None
         self._steps.append(self._threads.submit(self._load, self._next))
         self._next += self._global_batch_size
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.config import OrderConfig
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.ordering.config import MixturePhaseConfig, OrderConfig
 from data_pipeline.ordering.mixture import MixtureConfig, Phase
 from data_pipeline.reading.stream import SampleStream
 
 
 def mixture_of(order: OrderConfig, global_batch_size: int) -> MixtureConfig:
     """The mixture in samples: phases of the configuration may begin at a step of `global_batch_size` samples."""
-    phases = tuple(
-        Phase(
-            phase.from_sample if phase.from_step is None else phase.from_step * global_batch_size,
-            phase.weights,
-            phase.temperature,
-        )
-        for phase in order.phases
-    )
+
+    def start_of(phase: MixturePhaseConfig) -> int:
+        if phase.from_step is not None:
+            return phase.from_step * global_batch_size
+        assert phase.from_sample is not None  # `validate_order` asks for one of the two.
+        return phase.from_sample
+
+    phases = tuple(Phase(start_of(phase), phase.weights, phase.temperature) for phase in order.phases)
     return MixtureConfig(order.weights, order.temperature, order.epoch_caps, phases)
 
 

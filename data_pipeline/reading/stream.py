@@ -16,17 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.problems import choice
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.manifest import FORMAT_VERSION, fingerprint_of
 from data_pipeline.errors import CorpusError
+from data_pipeline.ordering.config import PACKINGS
 from data_pipeline.ordering.mixture import Mixture, MixtureConfig
 from data_pipeline.ordering.order import ORDER_VERSION
-from data_pipeline.ordering.packing import PACKINGS, open_plan
+from data_pipeline.ordering.packing import open_packing_plan
 from data_pipeline.ordering.windows import WINDOWS_VERSION
-from data_pipeline.reading.batch import MASKED, Assembly, Batch, Columns, DamagedSamples
-from data_pipeline.reading.loader import StepLoader
-
-__all__ = ["MASKED", "Batch", "Lanes", "SampleStream", "StepLoader", "WindowStream", "sequential_batches"]
+from data_pipeline.reading.batch import Assembly, Batch, Columns, DamagedSamples, sample_numbers
 
 # Neighbouring samples whose places are computed in one go: the cost of a call is that of a thousand.
 LOCATED_TOGETHER = 1024
@@ -64,9 +63,14 @@ def _check_length(sequence_length: int) -> None:
 class SampleStream:
     """The endless, seeded order of the samples of one split.
 
-    `packing`: "concatenate" or "best_fit" (its plan is kept in `packing_directory`). `on_corrupt`: "fail", or "skip" to
-    mask samples that touch a damaged shard. `window_shards`: read so many shards at a time (`windows.py`); None: all.
-    `pin`: batches in page-locked memory. Raises CorpusError when the split is
+        stream = SampleStream(corpus, "train", sequence_length=256, seed=0)
+        batch = stream.batch(0, 8)  # samples 0 to 7: batch.tokens, batch.targets int64 [8, 256], .document_start bool
+        print(stream.origin(5))  # source, epoch, shard and token range of sample 5
+
+    `mixture`: shares of the sources; None: all samples of all sources, each once a pass. `packing`: "concatenate" or
+    "best_fit" (its plan is kept in `packing_directory`). `lanes`: for training that carries state. `on_corrupt`:
+    "fail", or "skip" to mask samples that touch a damaged shard. `window_shards`: read so many shards at a time
+    (`ordering/windows.py`); None: all. `pin`: batches in page-locked memory. Raises CorpusError when the split is
     missing or shorter than one sample, ValueError for settings that cannot be used.
     """
 
@@ -86,8 +90,8 @@ class SampleStream:
         pin: bool = False,
     ):
         _check_length(sequence_length)
-        if packing not in PACKINGS:
-            raise ValueError(f"packing: no such choice ({packing!r}); choose one of {', '.join(PACKINGS)}")
+        if problems := choice("packing", packing, PACKINGS):
+            raise ValueError(*problems)
         if lanes and (packing != "concatenate" or lanes.count < 1 or lanes.windows < 1):
             raise ValueError(f"lanes need packing=concatenate and positive numbers, got {packing} and {lanes}")
         if window_shards is not None and (window_shards < 1 or packing != "concatenate"):
@@ -101,14 +105,14 @@ class SampleStream:
         self.seed = seed
         self.window_shards = window_shards
         self.damage = DamagedSamples(on_corrupt)
-        self.plan = None
+        self.packing_plan = None
         self._lanes = lanes
         self._pin = pin
         self._dtype = np.dtype(corpus.manifest.token_dtype)
         sources = corpus.sources(split)
         if packing == "best_fit":
-            self.plan = open_plan(corpus, split, sequence_length, packing_directory)
-            sizes = {source: self.plan.samples(source) for source in sources}
+            self.packing_plan = open_packing_plan(corpus, split, sequence_length, packing_directory)
+            sizes = {source: self.packing_plan.samples(source) for source in sources}
         else:
             span = sequence_length * (lanes.windows if lanes else 1)
             sizes = {source: max(0, (corpus.tokens(split, source) - 1) // span) for source in sources}
@@ -152,7 +156,7 @@ class SampleStream:
             "sequence_length": self.sequence_length,
             "seed": self.seed,
             "mixture": self.mixture.identity,
-            "packing": self.plan.fingerprint if self.plan else "concatenate",
+            "packing": self.packing_plan.fingerprint if self.packing_plan else "concatenate",
             "lanes": [self._lanes.count, self._lanes.windows] if self._lanes else None,
             "window_shards": None if self.window_shards is None else [WINDOWS_VERSION, self.window_shards],
         }
@@ -174,19 +178,16 @@ class SampleStream:
 
         `columns`: only these places of each sample; nothing else is read.
         """
-        if count is not None:
-            indices = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        else:
-            indices = np.asarray(first_sample, dtype=np.int64).reshape(-1)
+        indices = sample_numbers(first_sample, count)
         numbers, samples = self._locate(indices)
         columns = columns or Columns(0, self.sequence_length)
         assembly = Assembly(indices, columns, self.corpus.eod_id, self.damage, self._pin)
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             sequence = self._sequences[number]
-            if self.plan:
+            if self.packing_plan:
                 source = self.mixture.sources[number]
-                assembly.add_packed(sequence, self._dtype, rows, self.plan, source, samples[rows])
+                assembly.add_packed(sequence, self._dtype, rows, self.packing_plan, source, samples[rows])
             else:
                 valid = np.full(len(rows), self.sequence_length)
                 assembly.add_windows(sequence, self._dtype, rows, samples[rows] * self.sequence_length, valid)
@@ -231,8 +232,8 @@ class SampleStream:
         """Where sample `index` of the run comes from, to trace a loss spike back to text."""
         number, epoch, sample = (int(x[0]) for x in self._locate_now(np.array([index])))
         sequence, source = self._sequences[number], self.mixture.sources[number]
-        if self.plan:
-            _, _, begins, counts, _ = self.plan.pieces(source, np.array([sample]))
+        if self.packing_plan:
+            _, _, begins, counts, _ = self.packing_plan.pieces(source, np.array([sample]))
             ranges = list(zip(begins.tolist(), (begins + counts).tolist(), strict=True))
         else:
             start = sample * self.sequence_length

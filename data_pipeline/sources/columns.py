@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from data_pipeline.config import DataConfig
 from data_pipeline.errors import PrepareError
+from data_pipeline.sources.config import DataConfig
 
 # What reading a damaged file raises; the last where the names of its columns are damaged.
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)

@@ -14,9 +14,8 @@ from importlib.metadata import version
 
 import numpy as np
 
-from data_pipeline.corpus.shards import token_dtype
 from data_pipeline.errors import TokenizerError
-from data_pipeline.tokenizing.tokenizer import META_SPACE, PROBE, Tokenizer
+from data_pipeline.tokenizing.tokenizer import META_SPACE, PROBE, Tokenizer, token_dtype
 
 Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 # Of every batch one excerpt is encoded by both libraries: one character in SAMPLE_RATE, within these bounds.
@@ -153,6 +152,10 @@ def build_encoder(tokenizer: Tokenizer, backend: str) -> Encoder:
     """The encoder of one library, "reference" or a key of BACKENDS, uncompared. Raises what the library raises."""
     if backend == "reference":
         return ReferenceEncoder(tokenizer)
+    return _build_fast_encoder(tokenizer, backend)
+
+
+def _build_fast_encoder(tokenizer: Tokenizer, backend: str) -> FastEncoder:
     return FastEncoder(backend, BACKENDS[backend](tokenizer), tokenizer)
 
 
@@ -170,7 +173,7 @@ def choose_encoder(
     names = {"auto": list(BACKENDS), "reference": []}.get(wanted, [wanted])
     for name in names:
         try:
-            encoder = build_encoder(tokenizer, name)
+            encoder = _build_fast_encoder(tokenizer, name)
             if encoder.name in refused:
                 raise TokenizerError("it gave other ids than the reference for this corpus")
             texts = [text.encode("utf-8") for text in (*_probes(tokenizer), *sample())]

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
+from data_pipeline.tokenizing.config import TokenizerConfig
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 # Beside a tokenizer.json whose end-of-document token is not evident from the file alone.
@@ -32,6 +32,11 @@ PROBE = (
     "</s><s><unk><|endoftext|> e\u0301 \u00e9 \u4e2d\u6587 \u0627\u0644 \ufeff \u2581 "
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 \x00 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa    "
 )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 when every id below `vocab_size` fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
 class Tokenizer(abc.ABC):
@@ -115,6 +120,13 @@ class Tokenizer(abc.ABC):
             target.write_bytes(self.path.read_bytes())
         (folder / SIDECAR).write_text(json.dumps({"format_version": 1, "eod_token": self.eod_token}) + "\n", "utf-8")
         return target
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` (kind=file) names. Raises TokenizerError."""
+    if config.path is None:
+        raise TokenizerError("tokenizer.path: kind=file needs a path; set tokenizer.path=FILE")
+    return Tokenizer.load(config.path, config.eod_token)
 
 
 def _file_in(folder: Path) -> Path:

@@ -11,21 +11,23 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from model.accounting import parameter_shapes
 from model.config import ModelConfig
 from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
+from model.layers import layer_kinds
+from model.parameters import parameter_shapes
 from model.weights import WeightsReader, read_model_json
 
 TOLERANCE = 1e-4
 SHARD_BYTES = 4 * 2**30
-# transformers sizes the state of its cache with widths rounded up to this, and its weights with the widths themselves.
-CACHE_ALIGNMENT = 64
+# The factor of the feed-forward width is given with a multiple that it is rounded up to.
+FFN_ALIGNMENT = 64
 
 
 def inexpressible(config: ModelConfig) -> list[str]:
@@ -33,33 +35,12 @@ def inexpressible(config: ModelConfig) -> list[str]:
     reasons = []
     if config.family != "xlstm_7b":
         reasons.append(f"model.family={config.family}: only the block of the 7B family exists there")
-    kinds = config.block_kinds()
-    for kind in ("slstm", "attention"):
-        if kind in kinds:
-            positions = [index for index, other in enumerate(kinds) if other == kind]
-            reasons.append(f"{kind} blocks at {positions}: all blocks are mLSTM blocks there")
+    kinds = layer_kinds(config)
+    for kind in dict.fromkeys(kinds):
+        positions = [index for index, other in enumerate(kinds) if other is kind]
+        reasons += kind.huggingface_reasons(config, positions)
     if config.logit_soft_cap is None:
         reasons.append("model.logit_soft_cap=null: the logits always have a soft cap there")
-    if config.mlstm is None:
-        return reasons
-    mlstm = config.mlstm
-    if mlstm.gate != "exp":
-        reasons.append(f"model.mlstm.gate={mlstm.gate}: the input gate is always exponential there")
-    if not mlstm.normaliser:
-        reasons.append("model.mlstm.normaliser=false: the read-out is always normalised there")
-    if mlstm.gate_soft_cap is None:
-        reasons.append("model.mlstm.gate_soft_cap=null: the gates always have a soft cap there")
-    if mlstm.head_norm_eps != config.norm_eps:
-        reasons.append(
-            f"model.mlstm.head_norm_eps={mlstm.head_norm_eps} differs from model.norm_eps={config.norm_eps}: "
-            "both norms share one epsilon there"
-        )
-    for key, width in (("qk_dim_factor", config.mlstm_qk_dim), ("v_dim_factor", config.mlstm_v_dim)):
-        if width % CACHE_ALIGNMENT:
-            reasons.append(
-                f"model.mlstm.{key} gives a width of {width}: it must be a multiple of {CACHE_ALIGNMENT} there, "
-                "else the cache for generation has another shape than the state"
-            )
     return reasons
 
 
@@ -126,9 +107,12 @@ def export_huggingface(
     return notes
 
 
-def huggingface_config(config: ModelConfig, dtype: torch.dtype, tokenizer: ExportedTokenizer | None) -> dict:
+def huggingface_config(config: ModelConfig, dtype: torch.dtype, tokenizer: ExportedTokenizer | None) -> dict[str, Any]:
     """config.json of a model for which `inexpressible` found no reason."""
-    multiple = math.gcd(config.ffn_dim, CACHE_ALIGNMENT)
+    mlstm, ffn_dim = config.mlstm, config.ffn_dim
+    assert mlstm is not None and ffn_dim is not None and mlstm.gate_soft_cap is not None
+    assert config.logit_soft_cap is not None
+    multiple = math.gcd(ffn_dim, FFN_ALIGNMENT)
 
     def rounded_up(width: float) -> int:
         return int((width + multiple - 1) // multiple * multiple)
@@ -141,22 +125,22 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype, tokenizer: Expor
         "embedding_dim": config.d_model,
         "num_hidden_layers": config.n_blocks,
         "num_blocks": config.n_blocks,
-        "num_heads": config.mlstm.n_heads,
-        "qk_dim_factor": _factor(config.mlstm_qk_dim, config.d_model, int),
-        "v_dim_factor": _factor(config.mlstm_v_dim, config.d_model, int),
-        "ffn_proj_factor": _factor(config.ffn_dim, config.d_model, rounded_up),
+        "num_heads": mlstm.n_heads,
+        "qk_dim_factor": _factor(mlstm.qk_width(config.d_model), config.d_model, int),
+        "v_dim_factor": _factor(mlstm.v_width(config.d_model), config.d_model, int),
+        "ffn_proj_factor": _factor(ffn_dim, config.d_model, rounded_up),
         "ffn_round_up_to_multiple_of": multiple,
         "use_bias": False,
         "add_out_norm": True,
         "tie_word_embeddings": False,
         "norm_eps": config.norm_eps,
         "norm_reduction_force_float32": True,
-        "eps": config.mlstm.cell_eps,
-        "gate_soft_cap": float(config.mlstm.gate_soft_cap),
+        "eps": mlstm.cell_eps,
+        "gate_soft_cap": float(mlstm.gate_soft_cap),
         "output_logit_soft_cap": float(config.logit_soft_cap),
         "weight_mode": "single",
         "mode": "inference",
-        "chunk_size": config.mlstm.chunk_size,
+        "chunk_size": mlstm.reference_chunk_size,
         "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native",
         "step_kernel": "native",
@@ -207,14 +191,16 @@ def _open_source(
     return config, shapes, lambda name: read("embedding.weight" if name == "lm_head.weight" else name)
 
 
-def _write_weights(directory: Path, shapes: dict, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> None:
+def _write_weights(
+    directory: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], dtype: torch.dtype
+) -> None:
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS
         layout = tensor_layout(names, fused=False)
@@ -228,7 +214,7 @@ def _write_weights(directory: Path, shapes: dict, read: Callable[[str], torch.Te
 
 
 def _verify(
-    transformers, directory: Path, config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: torch.dtype
+    transformers: Any, directory: Path, config: ModelConfig, read: Callable[[str], torch.Tensor], dtype: torch.dtype
 ) -> None:
     ours = LanguageModel(config).eval()
     with torch.no_grad():
@@ -236,8 +222,10 @@ def _verify(
             parameter.copy_(read(name).to(dtype))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     # More than one chunk, and not whole chunks.
+    assert config.mlstm is not None
+    length = config.mlstm.reference_chunk_size + 21
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, config.mlstm.chunk_size + 21), generator=generator)
+    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
         difference = (ours(tokens).logits - theirs(tokens, use_cache=False).logits).abs().max().item()
     if not difference <= TOLERANCE:
@@ -247,7 +235,7 @@ def _verify(
         )
 
 
-def _import_transformers():
+def _import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -258,5 +246,5 @@ def _import_transformers():
     return transformers
 
 
-def _write_json(path: Path, values: dict) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

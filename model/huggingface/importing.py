@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.accounting import parameter_shapes
 from model.config import MLSTMConfig, ModelConfig, validate_model
 from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
+from model.parameters import parameter_shapes
 
 Tensors = dict[str, Callable[[], torch.Tensor]]
 # Name in the original xlstm package, whose tensors are named alike but for this one.
@@ -43,7 +45,7 @@ def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, to
     reasons += [f"tensor {name} is unknown" for name in sorted(set(tensors) - set(layout))]
     if reasons:
         raise HuggingFaceError(f"{directory} does not hold the weights that its {CONFIG} describes", reasons)
-    state_dict = {}
+    state_dict: dict[str, torch.Tensor] = {}
     for theirs, names in layout.items():
         tensor = tensors[theirs]()
         rows = [shapes[name][0] for name in names]
@@ -57,7 +59,7 @@ def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, to
     return config, {name: state_dict[name] for name in shapes}
 
 
-def _read_config(directory: Path) -> dict:
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise HuggingFaceError(f"{directory} is no Hugging Face model directory", [f"{path} does not exist"])
@@ -79,14 +81,15 @@ def _read_config(directory: Path) -> dict:
     return values
 
 
-def _config_from(directory: Path, values: dict, tensors: Tensors) -> ModelConfig:
+def _config_from(directory: Path, values: dict[str, Any], tensors: Tensors) -> ModelConfig:
     """Our configuration from config.json, with current and older key names, and the shapes of the first tensors."""
 
-    def value(default: object, *keys: str) -> object:
+    def value(default: Any, *keys: str) -> Any:
         return next((values[key] for key in keys if values.get(key) is not None), default)
 
     def optional(default: float, key: str) -> float | None:
-        return values.get(key, default)
+        given: float | None = values.get(key, default)
+        return given
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -118,12 +121,12 @@ def _config_from(directory: Path, values: dict, tensors: Tensors) -> ModelConfig
             igate_bias_init=float(bias_init[0] if isinstance(bias_init, list) else bias_init),
             head_norm_eps=float(value(norm_eps, "cell_norm_eps")),
             cell_eps=float(value(1e-6, "eps")),
-            chunk_size=int(value(64, "chunk_size")),
+            reference_chunk_size=int(value(64, "chunk_size")),
         ),
     )
 
 
-def _is_fused(values: dict) -> bool:
+def _is_fused(values: dict[str, Any]) -> bool:
     return values.get("weight_mode") == "fused"
 
 
@@ -149,4 +152,4 @@ def _readers(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     except (SafetensorError, OSError) as error:
         raise HuggingFaceError(f"{path} cannot be read (damaged or cut short)", [str(error)]) from None
     for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        yield name, lambda name=name: file.get_tensor(name)
+        yield name, functools.partial(file.get_tensor, name)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 # SentencePiece writes a space within a piece as this character.
 META_SPACE = "\u2581"
@@ -63,7 +63,7 @@ def export_tokenizer(tokenizer: ExportedTokenizer, directory: Path) -> list[str]
     return []
 
 
-def convert_sentencepiece(path: Path):
+def convert_sentencepiece(path: Path) -> Any:
     """A tokenizers.Tokenizer with the pieces and ids of the SentencePiece model at `path`.
 
     Spaces stay spaces in its vocabulary, so that META_SPACE in a text is a character like any other. What the
@@ -90,7 +90,7 @@ def convert_sentencepiece(path: Path):
     return tokenizer
 
 
-def _tokenizers_model(pieces: list[str], scores: dict[int, float], has_bytes: bool, unknown: int):
+def _tokenizers_model(pieces: list[str], scores: dict[int, float], has_bytes: bool, unknown: int) -> Any:
     from tokenizers import models
 
     # A byte-pair model numbers its merges with its scores: 0, -1, -2, ...
@@ -113,7 +113,7 @@ def _tokenizers_model(pieces: list[str], scores: dict[int, float], has_bytes: bo
     )
 
 
-def _agree(tokenizer: ExportedTokenizer, converted) -> bool:
+def _agree(tokenizer: ExportedTokenizer, converted: Any) -> bool:
     # This file is some kilobytes of text that is neither the sample nor made up for it.
     texts = [_SAMPLE, *_SAMPLE.split(), "", " ", "  a  ", Path(__file__).read_text(encoding="utf-8")]
     for text in texts:

@@ -12,16 +12,17 @@ from benchmarks import worker
 from benchmarks.cases import CASES, select
 from benchmarks.correctness import beyond_limits, errors
 from benchmarks.peers import ours, select_peers
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 CPU = torch.device("cpu")
 
 
 def run(*arguments):
     command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cpu", "--timing-seconds", "0.01", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_benchmark_writes_a_table_and_says_why_a_peer_is_missing(tmp_path):
     cases = ["--cases", "tiny_mlstm,tiny_slstm", "--peers", "xl_chunk,lstm", "--backend", "reference"]
     done = run(*cases, "--output", str(tmp_path))

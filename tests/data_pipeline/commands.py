@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.runs import ROOT, environment
+from data_pipeline.preparing.workers import WorkFolder
+from tests.runs import PATIENCE, ROOT, environment
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -22,7 +26,21 @@ def start(raw: Path, out: Path, *more: str, **variables: str) -> subprocess.Pope
     return subprocess.Popen(command, cwd=ROOT, env={**environment(), **variables}, **pipes)
 
 
+@contextmanager
+def never_finished(out: Path, unit: int) -> Iterator[None]:
+    """Meanwhile no command can finish the corpus `out`: another machine seems to hold `unit`, so that all wait for it.
+
+    A test that kills a command then kills it before its end, however late the test comes to it.
+    """
+    claims = WorkFolder(out).claims
+    claims.mkdir(parents=True, exist_ok=True)
+    claim = claims / f"{unit:06d}.0"
+    claim.write_text(json.dumps({"machine": ["elsewhere"], "pid": 1, "started": 1.0}))
+    yield
+    claim.unlink()
+
+
 def finish(process: subprocess.Popen) -> str:
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return out

@@ -7,8 +7,9 @@ import random
 import pytest
 import tokenizers
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.preparing.config import PrepareConfig
+from data_pipeline.sources.config import DataConfig, SplitConfig
 from data_pipeline.tokenizing.tokenizer import train_sentencepiece
 from tests.data_pipeline.small_corpora import (
     TOKENIZER,

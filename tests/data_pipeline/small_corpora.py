@@ -8,8 +8,10 @@ from pathlib import Path
 
 import zstandard
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.prepare import prepare
+from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 
 LABELS = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaBook")
 SYLLABLES = ("ga", "me", "lo", "tri", "sta", "ring", "op", "ain", "ver", "chun", "dex", "qu")

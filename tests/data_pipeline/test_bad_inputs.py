@@ -13,11 +13,13 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.corpus.inspection import verify_corpus
-from data_pipeline.sources import sources
+from data_pipeline.errors import PrepareError
+from data_pipeline.sources import file_sources
 from data_pipeline.sources.archives import CHUNK_BYTES, OversizedLine, read_lines
-from data_pipeline.sources.sources import Document, Rejection, open_source
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.sources.source import Document, Rejection
+from data_pipeline.sources.sources import open_source
 from tests.data_pipeline.small_corpora import quietly, random_text, slimpajama_config, write_slimpajama
 
 TEXTS = [random_text(random.Random(1), 60) for _ in range(400)]
@@ -173,7 +175,7 @@ def test_records_that_give_no_document(tmp_path, reason):
 def test_unusual_json_means_the_same_with_both_parsers(tmp_path, monkeypatch, line, text):
     (tmp_path / "a.jsonl").write_bytes(line)
     with_any = read(tmp_path)
-    monkeypatch.setattr(sources, "parse_json_fast", sources._parse_json)
+    monkeypatch.setattr(file_sources, "parse_json_fast", file_sources._parse_json)
     assert read(tmp_path) == with_any == ([text], [])
 
 
@@ -186,7 +188,7 @@ def test_the_fast_parser_rejects_what_the_standard_library_rejects(tmp_path, mon
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     with_msgspec = read(tmp_path)
-    monkeypatch.setattr(sources, "parse_json_fast", sources._parse_json)
+    monkeypatch.setattr(file_sources, "parse_json_fast", file_sources._parse_json)
     assert read(tmp_path) == with_msgspec
 
 
@@ -249,7 +251,7 @@ def test_large_and_binary_files_of_a_text_tree(tmp_path):
 
 def test_dclm_is_read_as_it_is_laid_out(tmp_path):
     from conf import compose
-    from data_pipeline.config import PrepareConfig, resolve_source
+    from data_pipeline.preparing.config import PrepareConfig, resolve_source
 
     folder = tmp_path / "global-shard_01_of_10" / "local-shard_0_of_10"
     folder.mkdir(parents=True)
@@ -276,7 +278,7 @@ def test_the_tolerance_is_looked_at_while_it_runs(tmp_path, monkeypatch):
     tolerance = ToleranceConfig(rejected_fraction=0.05)
     settings = replace(settings, data=replace(settings.data, tolerance=tolerance))
     monkeypatch.setattr("data_pipeline.preparing.workers.TOLERANCE_RECORDS", 100)
-    with pytest.raises(sources.PrepareError, match=r"30 of 4\d\d records \(.*30 x malformed.*allows 5\.000%") as error:
+    with pytest.raises(PrepareError, match=r"30 of 4\d\d records \(.*30 x malformed.*allows 5\.000%") as error:
         quietly(settings)
     assert "example_train_0.jsonl.zst, record 1: malformed" in str(error.value)
     assert len(list((tmp_path / "out" / "preparing" / "units").iterdir())) < 8

@@ -15,15 +15,10 @@ import pytest
 
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main
-from data_pipeline.config import (
-    DataConfig,
-    PrepareConfig,
-    SplitConfig,
-    TokenizerConfig,
-    ToleranceConfig,
-    validate_prepare,
-)
 from data_pipeline.corpus.manifest import Manifest
+from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import random_text, write_slimpajama
 from tests.documented import has_type, keys_and_types, table
 

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 from conf import compose
-from data_pipeline.config import PrepareConfig
+from data_pipeline.preparing.config import PrepareConfig
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -24,6 +24,7 @@ def generator() -> ModuleType:
     return module
 
 
+@functools.cache
 def some_run() -> RunConfig:
     return compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
 

@@ -1,4 +1,4 @@
-"""One copy of the tree in which all documented commands are run, one after another."""
+"""A copy of the tree in which documented commands are run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.documentation import blocks, run_block
 from tests.runs import ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """The files that git tracks or would track, without those that runs leave behind."""
     if not (ROOT / ".venv" / "bin" / "python").exists():
@@ -30,10 +29,3 @@ def checkout(tmp_path_factory) -> Path:
             shutil.copy2(ROOT / name, target / name)
     (target / ".venv").symlink_to(ROOT / ".venv", target_is_directory=True)
     return target
-
-
-@pytest.fixture(scope="session")
-def first_run(checkout) -> str:
-    """Run what the README shows after `make`: corpora/first and runs/first exist. What the commands printed."""
-    _, *others = blocks(ROOT / "README.md")
-    return "".join(run_block(block, checkout) for block in others)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 # What a block of commands may need that a test does not have; anything else is a mistake in a page.
 NEEDS = {"gpu", "cluster", "data", "account", "network", "time"}
@@ -48,6 +48,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def python_blocks(page: Path) -> list[str]:
+    """The pieces of Python in a page."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
@@ -61,17 +62,49 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield from commands(word)
 
 
-def run_block(block: Block, checkout: Path, timeout: float = 400) -> str:
-    """Run the commands of `block` in `checkout`; returns what they print. Fails where one of them does."""
-    variables = environment() | {"PYTHONPATH": str(checkout)}
-    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+class Shell:
+    """Runs blocks of commands in a copy of the tree. A command that has run once is not run again."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        self._done: set[str] = set()
+
+    def run(self, block: Block) -> str:
+        """What the commands of `block` print. Fails where one of them does."""
+        lines = [" ".join(line.split()) for line in block.text.replace("\\\n", " ").splitlines()]
+        plain = [line.replace(".venv/bin/python", "python") for line in lines]
+        text = "\n".join(line for line, same in zip(lines, plain, strict=True) if same not in self._done)
+        if "-c '" in block.text:
+            # Python's lines mean something by how they are indented.
+            text = block.text
+        self._done |= {line for line in plain if line.startswith("python -m ")}
+        variables = environment() | {"PYTHONPATH": str(self.checkout)}
+        variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.checkout,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, f"{block}\n{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+def run_python(pieces: list[str], folder: Path, packages: Path) -> str:
+    """Run pieces of Python one after another in one process in `folder`; returns what they print. Fails where one does.
+
+    `packages`: the folder in which our packages lie.
+    """
+    variables = environment() | {"PYTHONPATH": str(packages), "MPLBACKEND": "Agg"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=checkout,
+        [sys.executable, "-c", "\n\n".join(pieces)],
+        cwd=folder,
         env=variables,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
     )
-    assert done.returncode == 0, f"{block}\n{block.text}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -6,32 +6,39 @@ import subprocess
 import pytest
 
 from conf import compose
-from data_pipeline.config import PrepareConfig
-from tests.docs.documentation import NEEDS, PAGES, blocks, commands, name, run_block
+from data_pipeline.preparing.config import PrepareConfig
+from tests.docs.documentation import NEEDS, PAGES, Shell, blocks, commands, name, python_blocks, run_python
 from tests.runs import ROOT
 from train.config import RunConfig
 
-pytestmark = pytest.mark.xdist_group("documentation")
-
 ALL = [block for page in PAGES for block in blocks(page)]
-RUN = [page for page in PAGES if page.name != "README.md" and any(block.needs is None for block in blocks(page))]
+README = ROOT / "README.md"
+# The README's commands come first: they make corpora/first and runs/first, which the other pages use.
+RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
 MODULES = {"train", "train.report", "launch", "data_pipeline", "model", "pip", "pytest", "torch.distributed.run"}
 # What the pages' commands leave behind, by page.
 LEFT = {
+    "README.md": ["corpora/first/manifest.json", "runs/first/report.png"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
     "docs/guides/resume.md": ["runs/first/checkpoints/step-00000008", "runs/annealed/checkpoints/step-00000010"],
-    "docs/guides/monitors.md": ["runs/first/report.png"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=name)
-def test_commands_of_a_page_work_in_their_order(page, first_run, checkout):
-    for block in blocks(page):
-        if block.needs is None:
-            run_block(block, checkout)
-    for path in LEFT.get(name(page), []):
-        assert (checkout / path).exists(), path
+def test_commands_of_the_pages_work_in_their_order(checkout):
+    shell, printed = Shell(checkout), {}
+    for page in RUN:
+        # Not what `make` does: tests/docs/test_readme.py.
+        runnable = [block for block in blocks(page) if block.needs is None and not block.text.startswith("make ")]
+        printed[page] = "".join(shell.run(block) for block in runnable)
+        for path in LEFT.get(name(page), []):
+            assert (checkout / path).exists(), path
+    assert "6,865,424,896 parameters in 483 tensors" in printed[README]
+    # The Python of the pages goes on with what the commands have made.
+    printed = {page: run_python(python_blocks(page), checkout, checkout) for page in PAGES if python_blocks(page)}
+    assert "torch.Size([2, 16, 4096])" in printed[ROOT / "docs" / "python.md"]
+    assert (checkout / "runs" / "from_python" / "checkpoints" / "step-00000002").is_dir()
+    assert (checkout / "corpora" / "from_python" / "manifest.json").is_file()
 
 
 def test_the_pages_with_commands_are_found():

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -93,6 +94,13 @@ def test_configuration_keys_that_a_page_names_exist(page):
             continue
         wanted = re.sub(r"evaluation\.sets\.\w+", "evaluation.sets.NAME", word).removesuffix(".*")
         assert any(key == wanted or key.startswith(f"{wanted}.") for key in keys), f"no such key: {word}"
+
+
+def test_the_picture_of_the_architecture_names_every_package():
+    drawn = ElementTree.parse(ROOT / "docs" / "images" / "architecture.svg").getroot()
+    names = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "name"}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests", "docs"}
+    assert packages <= names
 
 
 def test_no_page_names_a_path_of_one_machine():

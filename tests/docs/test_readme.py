@@ -1,4 +1,4 @@
-"""The README's commands are run, in a copy of the tree."""
+"""The README's two commands (the others: test_documented_commands.py), in a copy of the tree."""
 
 import subprocess
 import sys
@@ -6,17 +6,15 @@ import sys
 import pytest
 
 from tests.docs.documentation import blocks
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 # Enough to walk every stage of the demo; a model of so few steps does not beat the n-grams, and the demo says so.
 SHORT_DEMO = ["training.total_steps=4", "checkpoint.interval=2", "evaluation.interval=0", "logging.interval=2"]
 
-pytestmark = pytest.mark.xdist_group("documentation")
 
-
-def run(command, checkout, timeout=400):
+def run(command, checkout):
     variables = {**environment(), "PYTHONPATH": str(checkout)}
-    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_the_readme_is_short_and_begins_with_the_two_commands():
@@ -45,9 +43,3 @@ def test_make_demo_walks_every_stage_and_is_quick_the_second_time(checkout):
     second = run(command, checkout)
     assert "is complete" in second.stderr
     assert second.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
-
-
-@pytest.mark.slow
-def test_the_other_commands_work_in_their_order(first_run, checkout):
-    assert "6,865,424,896 parameters in 483 tensors" in first_run
-    assert (checkout / "runs" / "first" / "report.png").is_file()

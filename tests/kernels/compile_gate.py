@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 # Bytes that a block may have on an H100 or H200.
 SHARED_MEMORY = 232_448
@@ -56,7 +56,7 @@ class CompiledKernel:
     asynchronous_copies: int
 
 
-def compile_launches(calls: list[tuple[Callable, dict]], timeout: float = 500) -> list[list[CompiledKernel]]:
+def compile_launches(calls: list[tuple[Callable, dict]], timeout: float = PATIENCE) -> list[list[CompiledKernel]]:
     """For each call, the kernels that it launches, in order, compiled for sm_90.
 
     Args:

@@ -47,6 +47,7 @@ def step(key_dim, value_dim, dtype, gate, normaliser):
     step_fused.mlstm_step.function(inputs, CellSettings(gate, normaliser))
 
 
+@pytest.mark.slow
 def test_loss():
     calls = [
         (loss_rows, {"vocabulary": v, "dtype": t, "cap": c})
@@ -67,6 +68,7 @@ def test_loss():
             assert kernel.registers <= (64 if arguments["vocabulary"] % 16 == 0 else 128)
 
 
+@pytest.mark.slow
 def test_head_norm():
     calls = [
         (head_norms, {"head_dim": d, "dtype": t}) for d in (48, 192, 512, 1024, 4096) for t in ("float32", "bfloat16")
@@ -77,6 +79,7 @@ def test_head_norm():
             assert_lean(kernel)
 
 
+@pytest.mark.slow
 def test_step():
     shapes = [(64, 128), (192, 384), (256, 512), (512, 1024), (2048, 64)]
     calls = [

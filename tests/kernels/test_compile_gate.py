@@ -41,6 +41,7 @@ def launch_nothing_that_compiles():
     _product[(1,)](torch.empty(4), torch.empty(4), torch.empty(4), SIZE=48)
 
 
+@pytest.mark.slow
 def test_reports_tensor_cores_and_spills():
     (lean,), (crowded,) = compile_launches([(launch, {"size": 64, "warps": 4}), (launch, {"size": 256, "warps": 4})])
     assert lean.name == "_product" and lean.wgmma > 0 and lean.mma == 0 and lean.stack_bytes == 0
@@ -52,12 +53,14 @@ def test_reports_tensor_cores_and_spills():
         assert_lean(crowded)
 
 
+@pytest.mark.slow
 def test_tells_spills_in_a_loop_from_others():
     cases = [(launch, 64), (launch_many, 64), (launch_many, 256)]
     (single,), (lean,), (crowded,) = compile_launches([(f, {"size": size, "warps": 4}) for f, size in cases])
     assert single.spills_in_loop is None and lean.spills_in_loop == 0 and crowded.spills_in_loop > 0
 
 
+@pytest.mark.slow
 def test_names_the_call_that_does_not_compile():
     with pytest.raises(AssertionError, match=r"(?s)launch_nothing_that_compiles\({}\) did not compile.*power of 2"):
         compile_launches([(launch, {"size": 64, "warps": 4}), (launch_nothing_that_compiles, {})])

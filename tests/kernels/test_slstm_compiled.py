@@ -39,6 +39,7 @@ def launch_both(head_dim, weights="bfloat16", gates="bfloat16", cap=None, starts
     launch_backward(tiles, grads, kernel, document_start, results.derivatives, gates, cap is not None)
 
 
+@pytest.mark.slow
 def test_compile_for_hopper_without_spilling_in_a_step():
     calls = [(launch_both, {"head_dim": head_dim} | kind) for head_dim, kind in CASES]
     for (head_dim, kind), kernels in zip(CASES, compile_launches(calls), strict=True):

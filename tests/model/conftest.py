@@ -14,16 +14,16 @@ from model.config import (
 from model.initialisation import initialise
 from model.language_model import LanguageModel
 
-MLSTM = MLSTMConfig(n_heads=2, chunk_size=8)
+MLSTM = MLSTMConfig(n_heads=2, reference_chunk_size=8)
 SEVEN_B = {"d_model": 32, "vocab_size": 61, "n_blocks": 2, "ffn_dim": 48}
 NEURIPS = {"family": "neurips", "d_model": 32, "vocab_size": 61, "norm_eps": 1e-5, "logit_soft_cap": None}
-PREUP = PreUpMLSTMConfig(n_heads=2, chunk_size=8)
+PREUP = PreUpMLSTMConfig(n_heads=2, reference_chunk_size=8)
 CAPPED_SLSTM = SLSTMConfig(n_heads=2, gate_soft_cap=15.0)
 CONFIGS = {
     "mlstm": ModelConfig(**SEVEN_B, mlstm=MLSTM),
-    "mlstm_sigmoid": ModelConfig(**SEVEN_B, mlstm=MLSTMConfig(n_heads=2, chunk_size=8, gate="sigmoid")),
+    "mlstm_sigmoid": ModelConfig(**SEVEN_B, mlstm=MLSTMConfig(n_heads=2, reference_chunk_size=8, gate="sigmoid")),
     "mlstm_sigmoid_unnormalised": ModelConfig(
-        **SEVEN_B, mlstm=MLSTMConfig(n_heads=2, chunk_size=8, gate="sigmoid", normaliser=False)
+        **SEVEN_B, mlstm=MLSTMConfig(n_heads=2, reference_chunk_size=8, gate="sigmoid", normaliser=False)
     ),
     "slstm": ModelConfig(**SEVEN_B, block="slstm", slstm=CAPPED_SLSTM),
     "mlstm_and_slstm": ModelConfig(**SEVEN_B, slstm_at=[1], mlstm=MLSTM, slstm=CAPPED_SLSTM),

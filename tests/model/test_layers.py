@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.mlstm import mlstm
-from model.attention import Attention, rotate
 from model.config import AttentionConfig, ModelConfig
-from model.feed_forward import GatedGELU, SwiGLU
 from model.language_model import LanguageModel
+from model.layers.attention import Attention, rotate
+from model.layers.feed_forward import GatedGELU, SwiGLU
 from model.projections import BlockDiagonalLinear
 
 

@@ -66,12 +66,19 @@ def test_parameters_and_tensors(name):
 def test_a_preset_states_every_value_and_its_count(name):
     path = Path(CONF_DIR, "model", f"{name}.yaml")
     tree = OmegaConf.load(path)
-    assert set(tree) == {field.name for field in dataclasses.fields(ModelConfig)}
+    defaults = OmegaConf.load(Path(CONF_DIR, "model_defaults.yaml"))
+    assert set(tree) | set(defaults) == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not set(tree) & set(defaults)
     for key, schema in SECTIONS.items():
         if tree[key] is not None:
             assert set(tree[key]) == {field.name for field in dataclasses.fields(schema)}, key
     comment = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"{COUNTS[name][0]:,} parameters" in comment
+
+
+def test_what_presets_leave_out_has_the_defaults_of_the_dataclass():
+    defaults = OmegaConf.to_container(OmegaConf.load(Path(CONF_DIR, "model_defaults.yaml")))
+    assert defaults == {key: getattr(ModelConfig(), key) for key in defaults} and len(defaults) == 3
 
 
 def test_placement_of_slstm_blocks():

@@ -91,7 +91,11 @@ CASES = [
         {"mlstm__gate_soft_cap": -15.0},
         "model.mlstm.gate_soft_cap: is -15.0; a soft cap must be positive, use null for none",
     ),
-    (SEVEN_B, {"mlstm__chunk_size": 0}, "model.mlstm.chunk_size: is 0; it must be a positive number"),
+    (
+        SEVEN_B,
+        {"mlstm__reference_chunk_size": 0},
+        "model.mlstm.reference_chunk_size: is 0; it must be a positive number",
+    ),
     (SEVEN_B, {"mlstm__head_norm_eps": 0.0}, "model.mlstm.head_norm_eps: is 0.0; it must be a positive number"),
     (
         SEVEN_B,

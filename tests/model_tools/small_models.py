@@ -5,7 +5,7 @@ import torch
 from model.config import AttentionConfig, MLSTMConfig, ModelConfig, PreUpMLSTMConfig, SLSTMConfig
 from model.language_model import LanguageModel
 
-MLSTM = MLSTMConfig(n_heads=4, chunk_size=16)
+MLSTM = MLSTMConfig(n_heads=4, reference_chunk_size=16)
 CONFIGS = {
     "mlstm": ModelConfig(vocab_size=96, d_model=128, n_blocks=3, ffn_dim=192, mlstm=MLSTM),
     "sigmoid": ModelConfig(
@@ -13,7 +13,7 @@ CONFIGS = {
         d_model=128,
         n_blocks=2,
         ffn_dim=192,
-        mlstm=MLSTMConfig(n_heads=4, chunk_size=16, gate="sigmoid", normaliser=False),
+        mlstm=MLSTMConfig(n_heads=4, reference_chunk_size=16, gate="sigmoid", normaliser=False),
     ),
     "hybrid": ModelConfig(
         vocab_size=96,
@@ -45,7 +45,7 @@ CONFIGS = {
         ffn_dim=192,
         norm_eps=1e-5,
         logit_soft_cap=None,
-        preup_mlstm=PreUpMLSTMConfig(n_heads=4, chunk_size=16),
+        preup_mlstm=PreUpMLSTMConfig(n_heads=4, reference_chunk_size=16),
         slstm=SLSTMConfig(n_heads=4),
     ),
 }

@@ -10,7 +10,6 @@ from model.accounting import (
     decoding_bytes_per_step,
     decoding_flops_per_token,
     forward_flops,
-    mlstm_cell_flops,
     parameter_shapes,
     six_n_flops_per_token,
     state_elements,
@@ -18,6 +17,7 @@ from model.accounting import (
 )
 from model.config import ModelOnlyConfig
 from model.language_model import LanguageModel
+from model.layers.mlstm_cell import mlstm_cell_flops
 from model.projections import BlockDiagonalLinear
 from tests.model_tools.small_models import CONFIGS, random_model
 
@@ -103,9 +103,9 @@ def test_flops_of_matrices_are_those_that_pytorch_counts(config):
     gating = 0
     for kind in config.block_kinds():
         if kind == "mlstm" and config.family == "neurips":
-            gating += 4 * config.preup_dim
+            gating += 4 * config.preup_mlstm.width(config.d_model)
         else:
-            gating += 2 * config.ffn_dim + (config.mlstm_v_dim if kind == "mlstm" else 0)
+            gating += 2 * config.ffn_dim + (config.mlstm.v_width(config.d_model) if kind == "mlstm" else 0)
     assert flops["projections"] + flops["feed-forward"] == in_blocks + gating * length
     assert flops["head"] == sum(counted["LanguageModel.lm_head"].values())
 

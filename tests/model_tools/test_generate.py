@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import model.generate as generate_module
-from model.generate import generate
+import model.generation.session as generate_module
+from model.generation import generate
 from tests.model_tools.small_models import CONFIGS, random_model
 
 PROMPT = torch.randint(96, (2, 23), generator=torch.Generator().manual_seed(1))

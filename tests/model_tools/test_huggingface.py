@@ -19,6 +19,7 @@ from model.huggingface import HuggingFaceError, export_huggingface, import_huggi
 from model.language_model import LanguageModel
 from model.weights import WeightsError, save_model
 from tests.model_tools.small_models import CONFIGS, random_model
+from tests.runs import PATIENCE
 
 CONFIG = CONFIGS["mlstm"]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -280,7 +281,9 @@ except ValueError as error:
     print(error)
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "pip install 'xlstm-pretrain[huggingface]'" in done.stdout
     assert (tmp_path / "unverified" / "model.safetensors").is_file()

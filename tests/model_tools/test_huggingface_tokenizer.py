@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 import transformers
 
-from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
 from model.huggingface import HuggingFaceError, export_huggingface
 from model.huggingface.tokenizer import export_tokenizer

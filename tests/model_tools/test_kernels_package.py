@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
+from tests.runs import PATIENCE
+
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 PINNED = "0.17.2"
@@ -36,7 +38,7 @@ assert kernels.Mode is Mode and kernels.Device is Device and Device("cpu").type 
 
 def pip_install(target, requirement):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,7 @@ def run(code, paths, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment, cwd=cwd
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=cwd
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

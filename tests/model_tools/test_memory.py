@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from conf import compose
-from model.config import ModelOnlyConfig
+from model.config import MLSTMConfig, ModelConfig, ModelOnlyConfig, PreUpMLSTMConfig, SLSTMConfig
+from model.hardware import Hardware
+from model.initialisation import initialise
+from model.language_model import LanguageModel
+from model.layers import feed_forward, layer_kinds
 from model.memory import activation_bytes, state_bytes, training_state_bytes
+from model.recomputation import ACTIVATION_CHECKPOINTING
 from tests.model_tools.small_models import CONFIGS, random_model
 
 # Wide enough that activations outweigh the copies of weights that a CPU's kernels also keep.
 BATCH, LENGTH = 8, 128
+FP32 = Hardware(compute_bytes=4)
+H200 = Hardware("NVIDIA H200")
 ACTIVATION_CONFIGS = {name: CONFIGS[name] for name in ("mlstm", "hybrid", "attention", "neurips")}
 
 
@@ -42,12 +49,72 @@ def test_activations_are_those_that_the_blocks_keep(config, dtype):
     document_start[:, 0] = True
     kept = kept_bytes(model, model.blocks, model.embedding(tokens), document_start)
     no_logits = dataclasses.replace(config, vocab_size=0)
-    estimate = activation_bytes(no_logits, BATCH, LENGTH, compute_bytes=dtype.itemsize)
+    estimate = activation_bytes(no_logits, BATCH, LENGTH, hardware=Hardware(compute_bytes=dtype.itemsize))
     # A CPU's rms_norm keeps two fp32 tensors where a GPU's keeps its input.
     norms = 0
     if config.family == "xlstm_7b":
         norms = (2 * config.n_blocks + 1) * BATCH * LENGTH * config.d_model * (4 if dtype == torch.float32 else 6)
     assert estimate + norms == pytest.approx(kept, rel=0.08)
+
+
+GPU_CONFIGS = {
+    "mlstm": ModelConfig(
+        vocab_size=64, d_model=1024, n_blocks=3, ffn_dim=2752, mlstm=MLSTMConfig(n_heads=4)
+    ),
+    "neurips": ModelConfig(
+        family="neurips", vocab_size=64, d_model=768, n_blocks=3, ffn_dim=None, preup_mlstm=PreUpMLSTMConfig()
+    ),
+    "slstm": ModelConfig(
+        vocab_size=64, d_model=1024, n_blocks=3, block="slstm", ffn_dim=2752, slstm=SLSTMConfig(gate_soft_cap=15.0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", GPU_CONFIGS.values(), ids=GPU_CONFIGS)
+def test_activations_on_a_gpu_are_those_of_its_kernels(config, dtype, mode):
+    batch, length = 4, 2048
+    device = torch.device("cuda")
+    with device:
+        model = LanguageModel(config).to(dtype)
+    initialise(model, seed=0)
+    model.activation_checkpointing = mode
+    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    document_start = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    document_start[:, 0] = True
+    kept = kept_bytes(model, model.blocks, model.embedding(tokens), document_start)
+    hardware = Hardware(torch.cuda.get_device_name(), dtype.itemsize)
+    estimate = activation_bytes(dataclasses.replace(config, vocab_size=0), batch, length, mode, hardware)
+    if mode != "none":
+        # What lives at the peak of the backward pass is not there yet.
+        kind = layer_kinds(config)[0]
+        mixer = kind.activation_bytes(config, length, hardware, recomputed=True)
+        ffn = feed_forward.activation_bytes(config, hardware) if kind.has_feed_forward else 0
+        estimate -= batch * length * (max(mixer, ffn) if mode == "unit" else mixer + ffn)
+    assert estimate == pytest.approx(kept, rel=0.08)
+
+
+def test_a_gpu_keeps_half_of_what_the_reference_keeps():
+    config, length = GPU_CONFIGS["mlstm"], 8192
+    reference = activation_bytes(config, 1, length)
+    # Measured on an H200 in bf16: 44,749 bytes per token and block, and 4,096 for the norm before the head.
+    on_gpu = activation_bytes(dataclasses.replace(config, vocab_size=0), 1, length, "none", H200)
+    assert on_gpu / length == pytest.approx(3 * 44_749 + 4_096, rel=0.01)
+    assert 1.9 < reference / on_gpu < 2.2
+    pinned = dataclasses.replace(config, mlstm=MLSTMConfig(n_heads=4, backend="reference"))
+    assert activation_bytes(pinned, 1, length, "none", H200) == reference
+
+
+def test_recomputation_on_a_gpu_keeps_the_memory_that_enters_each_chunk_of_one_block():
+    config = dataclasses.replace(GPU_CONFIGS["mlstm"], n_blocks=1, vocab_size=0)
+    length = 8192
+    chunk = config.mlstm.cell(config.d_model).chunk_tokens(H200)
+    more = activation_bytes(config, 1, length, "block", H200) - activation_bytes(config, 1, length, "none", H200)
+    block_input = 2 * config.d_model * length
+    assert more - block_input == length / chunk * 4 * 128 * (2 * 256 + 4)
 
 
 @pytest.mark.parametrize("mode", ["unit", "block"])
@@ -62,11 +129,11 @@ def test_checkpointing_keeps_the_inputs_of_units_or_blocks(mode):
     out_norm = 2 * per_input
     assert kept == pytest.approx((inputs + 2) * per_input, rel=0.05)
     one_block = dataclasses.replace(config, n_blocks=1, vocab_size=0)
-    largest = activation_bytes(one_block, BATCH, LENGTH, "none", compute_bytes=4) - out_norm
+    largest = activation_bytes(one_block, BATCH, LENGTH, "none", hardware=FP32) - out_norm
     if mode == "unit":
         largest -= 4 * (2 * config.d_model + 4 * config.ffn_dim) * BATCH * LENGTH
     no_logits = dataclasses.replace(config, vocab_size=0)
-    estimate = activation_bytes(no_logits, BATCH, LENGTH, mode, compute_bytes=4)
+    estimate = activation_bytes(no_logits, BATCH, LENGTH, mode, hardware=FP32)
     assert estimate == inputs * per_input + largest + out_norm
 
 

@@ -18,6 +18,7 @@ from train.callbacks.metrics_file import MetricsFile, read_metrics
 from train.callbacks.progress import Progress
 from train.callbacks.wandb_logger import WandbLogger
 from train.config import LoggingConfig, RunConfig, WandbConfig
+from train.decisions import Rollback
 from train.evaluate import EvaluationResult
 
 
@@ -88,6 +89,24 @@ def test_a_resumed_run_has_every_step_once_even_behind_a_torn_line(tmp_path):
     assert [line["loss"] for line in lines] == [2.0] * 6 + [3.0] * 6
 
 
+def test_a_run_that_goes_back_has_every_step_once(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    log_steps(callback, trainer, range(1, 9), loss=2.0)
+    trainer.step = 5
+    callback.on_rollback(trainer, Rollback(step=5, skip=1), left=9)
+    for step in range(6, 11):
+        trainer.step = step
+        callback.on_metrics(trainer, record(step, 3.0))
+    callback.on_run_end(trainer, "complete")
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        *((step, 2.0) for step in range(1, 6)),
+        *((step, 3.0) for step in range(6, 11)),
+    ]
+    other = MetricsFile()
+    other.on_rollback(FakeTrainer(tmp_path, is_main=False), Rollback(step=0, skip=0), left=9)
+    assert len(read_metrics(tmp_path)) == 10
+
+
 def test_losses_survive_the_file_bitwise(tmp_path):
     trainer, callback = FakeTrainer(tmp_path), MetricsFile()
     loss = 0.1 + 0.2
@@ -151,6 +170,23 @@ def test_without_a_terminal_each_logged_step_is_one_plain_line(tmp_path, remaini
     assert stream.getvalue() == f"step 10/{10 + remaining}  loss 2.0000  12,346 tokens/s  {left} left\n"
 
 
+def test_a_rollback_is_shown_and_the_bar_goes_back(tmp_path):
+    rollback = Rollback(step=20, skip=3)
+    terminal, stream = Terminal(), io.StringIO()
+    for where, shown_step in ((terminal, "step 22/100"), (stream, "step 22/100  loss")):
+        callback, trainer = Progress(stream=where), FakeTrainer(tmp_path, step=40)
+        log_steps(callback, trainer, range(41, 43))
+        trainer.step = 20
+        callback.on_rollback(trainer, rollback, left=43)
+        assert "step 43/100  back to step 20, leaving out the samples of 3 steps" in where.getvalue()
+        for step in (21, 22):
+            trainer.step = step
+            callback.on_metrics(trainer, record(step))
+            callback.on_step_end(trainer)
+        callback.on_run_end(trainer, "complete")
+        assert shown_step in where.getvalue().splitlines()[-1].split("\r")[-1]
+
+
 def test_other_ranks_show_nothing(tmp_path):
     stream = io.StringIO()
     callback = Progress(stream=stream)
@@ -186,6 +222,34 @@ def test_an_offline_wandb_run_keeps_its_id_and_row_numbers_over_a_resume(tmp_pat
     assert {file.stem for file in files} == {f"run-{run_id}"}
     # The second session does not begin again at row 0.
     assert [_rows(file) for file in files] == [[1, 2, 3], [3, 4]]
+
+
+def _wandb_session_with_a_rollback(_: int, run_directory: Path) -> None:
+    os.environ.pop("WANDB_API_KEY", None)
+    trainer, callback = with_wandb(run_directory, "auto"), WandbLogger()
+    log_steps(callback, trainer, range(1, 5))
+    saved = json.loads(json.dumps(callback.state_dict()))
+    for _ in range(2):
+        trainer.step = 2
+        callback.load_state_dict(saved)
+        callback.on_rollback(trainer, Rollback(step=2, skip=1), left=5)
+        for step in (3, 4):
+            trainer.step = step
+            callback.on_metrics(trainer, record(step))
+    (run_directory / "state.json").write_text(json.dumps(callback.state_dict()))
+    callback.on_run_end(trainer, "stopped")
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_loses_no_row_to_a_rollback(tmp_path):
+    """W&B drops what names a row before its latest."""
+    multiprocessing.spawn(_wandb_session_with_a_rollback, (tmp_path,))
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    # 4 steps; twice the rollback, in the row of the step that was given up, and 2 steps.
+    assert _rows(file) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    again = WandbLogger()
+    again.load_state_dict(json.loads((tmp_path / "state.json").read_text()))
+    assert again.state_dict()["rows_ahead"] == 6
 
 
 def _rows(file: Path) -> list[int]:

@@ -4,17 +4,16 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from conf import compose
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import LABELS, quietly, slimpajama_config, write_slimpajama
-from tests.runs import TINY_RUN, environment, run_train, train_command
+from tests.runs import PATIENCE, TINY_RUN, environment, reserved_port, run_train, train_command
 from train.config import RunConfig
 from train.data import validate_corpus
 from train.evaluate import open_evaluation_corpora
@@ -174,21 +173,19 @@ def test_ranks_that_read_different_corpora_under_one_name_are_refused(slimpajama
     quietly(slimpajama_config(tmp_path / "other", tmp_path / "1" / "corpus"))
     shutil.copytree(slimpajama / "corpus", tmp_path / "0" / "corpus")
     overrides = ["name=apart", f"run_root={tmp_path}", *TINY_RUN, "model.vocab_size=448", "training.total_steps=2"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            train_command([*overrides, "corpus.directory=corpus"]),
-            env={**environment(), **world, "RANK": rank, "LOCAL_RANK": rank},
-            cwd=tmp_path / rank,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    messages = [rank.communicate(timeout=120)[1] for rank in ranks]
+    with reserved_port() as port:
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [
+            subprocess.Popen(
+                train_command([*overrides, "corpus.directory=corpus"]),
+                env={**environment(), **world, "RANK": rank, "LOCAL_RANK": rank},
+                cwd=tmp_path / rank,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        messages = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "ranks [1] read other data than rank 0 at corpus (they differ in corpus, " in messages[0]
 

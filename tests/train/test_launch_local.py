@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.__main__ import main
-from tests.runs import ROOT, environment, run_train
+from tests.runs import PATIENCE, ROOT, environment, run_train
 from train.run_directory import read_events
 
 
@@ -70,7 +70,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exits_0(tiny_run, tmp_path,
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert f"Stopped by {reason}" in stderr and "Traceback" not in stderr
     stop = read_events(tmp_path / "run")[-1]

@@ -10,7 +10,7 @@ import torch
 
 from conf import compose
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.stream import Batch
+from data_pipeline.reading.batch import Batch
 from tests.runs import TINY_RUN
 from train import ngram_baselines
 from train.config import RunConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 from train.report import Series, draw_report, main
 
 HEADER = {"kind": "header", "format_version": 1, "step": 0}
@@ -139,7 +139,7 @@ def test_the_command_line(tmp_path, capsys):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "demo" / "report.png")

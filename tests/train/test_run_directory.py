@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.runs import run_train
+from tests.runs import PATIENCE, run_train
 from train.run_directory import EventLog, read_events
 
 
@@ -60,7 +60,7 @@ def test_two_commands_of_one_run_do_not_cut_off_each_others_lines(tmp_path):
         other.join(timeout=0.3)
         assert other.is_alive()
         file.write(b'"save"}\n')
-    other.join(timeout=60)
+    other.join(timeout=PATIENCE)
     assert event_names(tmp_path) == ["start", "save", "error"]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from train.decisions import CONTINUE, Decision, Rollback
+
 if TYPE_CHECKING:
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 class Callback:
     """All hooks do nothing by default. They run on every rank, in the trainer's order (on_run_end: reversed).
 
-    `state_dict` is saved in each checkpoint (rank 0's copy, JSON values only) and given back on resume.
+    A hook that returns a `Decision` may stop the run or take it back. What it decides on one rank is known to all at
+    the end of the next step, and followed by all there; CONTINUE decides nothing.
+    `state_dict` is saved in each checkpoint (rank 0's copy, JSON values only) and given back on resume and rollback.
     """
 
     def on_run_start(self, trainer: Trainer) -> None:
@@ -24,27 +28,38 @@ class Callback:
     def on_gradients_ready(self, trainer: Trainer) -> None:
         """After the last backward of a step, before the optimizer steps."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> Decision:
         """After the optimizer stepped; `trainer.step` now counts this step as completed."""
+        return CONTINUE
 
     def collect_metrics(self, trainer: Trainer) -> dict[str, Any]:
         """Entries for the record of a logged step. Called on logged steps only."""
         return {}
 
-    def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         """A complete record, equal on all ranks."""
+        return CONTINUE
 
-    def on_statistics(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def on_statistics(self, trainer: Trainer, values: dict[str, float]) -> Decision:
         """Stability statistics of the step just completed, combined over ranks."""
+        return CONTINUE
 
-    def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> None:
+    def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         """Held-out losses by set name."""
+        return CONTINUE
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        """The run went back: `trainer.step` counts as completed what is so again, `left` steps were before.
+
+        `load_state_dict` has been called. The step that was under way had no on_step_end.
+        """
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
-        """The run stops: `outcome` is "complete", "stopped" or "failed"."""
+        """The run stops: `outcome` is "complete", "stopped" or "failed". Also called where on_run_start was not."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Go on from what `state_dict` returned; {} when the run begins."""

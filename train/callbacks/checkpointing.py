@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError
+from train.checkpoints.layout import CheckpointError
+from train.decisions import CONTINUE, Decision, Rollback
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
 
 
 class Checkpointing(Callback):
@@ -13,12 +19,21 @@ class Checkpointing(Callback):
     another signal may kill the process.
     """
 
-    def on_step_end(self, trainer) -> None:
-        interval = trainer.config.checkpoint.interval
-        if interval and trainer.step % interval == 0:
-            trainer.save_checkpoint()
+    def __init__(self) -> None:
+        self._save_next = False
 
-    def on_run_end(self, trainer, outcome: str) -> None:
+    def on_step_end(self, trainer: Trainer) -> Decision:
+        interval = trainer.config.checkpoint.interval
+        if self._save_next or (interval and trainer.step % interval == 0):
+            trainer.save_checkpoint()
+            self._save_next = False
+        return CONTINUE
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        # The checkpoint that the run went back to knows nothing of the samples that are left out now.
+        self._save_next = True
+
+    def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome != "failed":
             trainer.save_checkpoint()
             trainer.finish_saving()

@@ -15,10 +15,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from train.callbacks.base import Callback
+from train.decisions import CONTINUE, Decision, Rollback
 from train.run_directory import read_lines, read_versioned_lines, write_atomically
+
+if TYPE_CHECKING:
+    from train.evaluate import EvaluationResult
+    from train.trainer import Trainer
 
 FILE_NAME = "metrics.jsonl"
 FORMAT_VERSION = 1
@@ -26,26 +31,35 @@ _HEADER = {"kind": "header", "format_version": FORMAT_VERSION, "step": 0}
 
 
 class MetricsFile(Callback):
-    """Appends to metrics.jsonl on rank 0, and on resume first removes what the resumed run will measure again."""
+    """Appends to metrics.jsonl on rank 0. Where a run resumes or goes back, what it will measure again is removed."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
 
-    def on_run_start(self, trainer) -> None:
-        if not trainer.is_main:
-            return
+    def on_run_start(self, trainer: Trainer) -> None:
+        if trainer.is_main:
+            self._go_on_from(trainer)
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._go_on_from(trainer)
+
+    def _go_on_from(self, trainer: Trainer) -> None:
         path = Path(trainer.run_directory) / FILE_NAME
         kept = [line for line in read_lines(path) if line["kind"] != "header" and line["step"] <= trainer.step]
         write_atomically(path, "".join(_as_line(line) for line in [_HEADER, *kept]))
         self._file = path.open("a", encoding="utf-8")
 
-    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+    def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         self._append({"kind": "train", **record})
+        return CONTINUE
 
-    def on_statistics(self, trainer, values: dict[str, float]) -> None:
+    def on_statistics(self, trainer: Trainer, values: dict[str, float]) -> Decision:
         self._append({"kind": "statistics", "step": trainer.step, "values": values})
+        return CONTINUE
 
-    def on_evaluation(self, trainer, results) -> None:
+    def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         for name, result in results.items():
             self._append(
                 {
@@ -57,8 +71,9 @@ class MetricsFile(Callback):
                     "tokens": result.tokens,
                 }
             )
+        return CONTINUE
 
-    def on_run_end(self, trainer, outcome: str) -> None:
+    def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from train.callbacks.base import Callback
+from train.decisions import CONTINUE, Decision, Rollback
+
+if TYPE_CHECKING:
+    from train.evaluate import EvaluationResult
+    from train.trainer import Trainer
 
 _BAR_FORMAT = "{desc}{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}  {elapsed} gone, {remaining} left"
 
@@ -18,9 +23,9 @@ class Progress(Callback):
     def __init__(self, stream: TextIO | None = None) -> None:
         """`stream`: where to write; standard error by default."""
         self._stream = stream
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
 
-    def on_run_start(self, trainer) -> None:
+    def on_run_start(self, trainer: Trainer) -> None:
         self._stream = self._stream or sys.stderr
         if trainer.is_main and self._stream.isatty():
             self._bar = tqdm(
@@ -33,27 +38,40 @@ class Progress(Callback):
                 file=self._stream,
             )
 
-    def on_step_end(self, trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> Decision:
         if self._bar is not None:
             self._bar.update(trainer.step - self._bar.n)
+        return CONTINUE
 
-    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+    def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f" {figures}", refresh=False)
         elif trainer.is_main:
             left = _duration((trainer.total_steps - trainer.step) * record["step_seconds"])
             self._write(f"step {trainer.step}/{trainer.total_steps}  {figures}  {left} left")
+        return CONTINUE
 
-    def on_evaluation(self, trainer, results) -> None:
+    def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         if trainer.is_main:
             for name, result in results.items():
                 self._write(
                     f"step {trainer.step}/{trainer.total_steps}  held-out {name}: loss {result.loss:.4f}, "
                     f"perplexity {result.perplexity:,.2f} over {result.tokens:,} tokens"
                 )
+        return CONTINUE
 
-    def on_run_end(self, trainer, outcome: str) -> None:
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        if self._bar is not None:
+            self._bar.n = trainer.step
+            self._bar.refresh()
+        if trainer.is_main:
+            self._write(
+                f"step {left}/{trainer.total_steps}  back to step {trainer.step}, leaving out the samples of "
+                f"{rollback.skip} steps"
+            )
+
+    def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -15,14 +15,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from model.accounting import parameter_shapes
 from model.statistics import Statistics, recording
 from train.callbacks.base import Callback
+from train.decisions import CONTINUE, Decision, Rollback
 
 if TYPE_CHECKING:
-    from train.fragments import Fragment
+    from train.parallel.fragments import Fragment
+    from train.parallel.mesh import Mesh
+    from train.trainer import Trainer
 
 # Steps that the running median looks back on, and how many there must be before anything counts as a spike.
 WINDOW = 128
@@ -39,32 +42,37 @@ class Stability(Callback):
         self._pending: _Combined | None = None
         self._history: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in _WATCHED}
 
-    def on_step_start(self, trainer) -> None:
+    def on_step_start(self, trainer: Trainer) -> None:
         interval = trainer.config.logging.monitor_interval
         # Statistics carry the number of completed steps, as all of the run's records do.
         if interval and (trainer.step + 1) % interval == 0:
             self._recording = contextlib.ExitStack()
             self._statistics = self._recording.enter_context(recording())
 
-    def on_gradients_ready(self, trainer) -> None:
-        if self._recording is None:
+    def on_gradients_ready(self, trainer: Trainer) -> None:
+        if self._statistics is None:
             return
+        recorded = self._statistics.values()
         self._stop_recording()
         # Every rank must list the same groups, also those of which it holds no part.
-        block_names = [block.statistics_name for block in trainer.model.blocks]
-        groups = {name: layer_group(name, block_names) for name, _ in trainer.model.named_parameters()}
+        model = trainer.config.model
+        groups = {name: layer_group(name, model.n_blocks) for name in parameter_shapes(model)}
         squares = _squared_norms(trainer.engine.fragments, groups, trainer.device)
-        self._pending = _combine_over_ranks(self._statistics.values(), squares, trainer.device)
-        self._statistics = None
+        self._pending = _combine_over_ranks(recorded, squares, trainer.mesh)
 
-    def on_step_end(self, trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> Decision:
         self._watch(trainer, {"loss": trainer.last_loss, "grad_norm": trainer.last_gradient_norm})
         if self._pending is not None:
             values = self._pending.to_host()
             self._pending = None
             trainer.dispatch("on_statistics", values)
+        return CONTINUE
 
-    def on_run_end(self, trainer, outcome: str) -> None:
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        # Of the step that was given up.
+        self._pending = None
+
+    def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         self._stop_recording()
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,9 +86,9 @@ class Stability(Callback):
     def _stop_recording(self) -> None:
         if self._recording is not None:
             self._recording.close()
-            self._recording = None
+            self._recording = self._statistics = None
 
-    def _watch(self, trainer, latest: dict[str, float]) -> None:
+    def _watch(self, trainer: Trainer, latest: dict[str, float]) -> None:
         factor = trainer.config.logging.spike_factor
         for name, value in latest.items():
             # Steps that are not finite are skipped and logged by the trainer; they say nothing about the usual size.
@@ -105,25 +113,26 @@ class _Combined:
         return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
-def layer_group(name: str, block_names: Sequence[str]) -> str:
-    """The part of the model that the parameter `name` is reported under.
+def layer_group(name: str, n_blocks: int) -> str:
+    """The part of a model of `n_blocks` blocks that the parameter `name` is reported under.
 
-    `block_names` are the names of the blocks in the layers' own statistics: "blocks.3.mixer.q_proj.weight" comes under
-    "blocks.03.mixer", the scale of a norm inside that block under "blocks.03.norms".
+    Blocks have the names of the layers' own statistics: "blocks.3.mixer.q_proj.weight" comes under "blocks.03.mixer",
+    the scale of a norm inside that block under "blocks.03.norms".
     """
     first, *rest = name.split(".")
     if first != "blocks":
         return first
-    return f"{block_names[int(rest[0])]}.{'norms' if 'norm' in name else rest[1]}"
+    digits = max(2, len(str(n_blocks - 1)))
+    return f"blocks.{int(rest[0]):0{digits}d}.{'norms' if 'norm' in name else rest[1]}"
 
 
-def _squared_norms(fragments: list[Fragment], groups: dict[str, str], device: torch.device) -> dict[str, Tensor]:
+def _squared_norms(fragments: Sequence[Fragment], groups: dict[str, str], device: torch.device) -> dict[str, Tensor]:
     """Squared L2 norms of this rank's part of every group's gradient and weights: statistic -> 0-d fp32 tensor.
 
     `groups`: the group of every parameter by its name.
     """
     index = {group: position for position, group in enumerate(dict.fromkeys(groups.values()))}
-    squares = {}
+    squares: dict[str, Tensor] = {}
     for kind in ("gradient", "parameter"):
         tensors, positions = [], []
         for fragment in fragments:
@@ -140,17 +149,19 @@ def _squared_norms(fragments: list[Fragment], groups: dict[str, str], device: to
 
 
 def _combine_over_ranks(
-    recorded: dict[str, tuple[str, Tensor]], squared_norms: dict[str, Tensor], device: torch.device
+    recorded: dict[str, tuple[str, Tensor]], squared_norms: dict[str, Tensor], mesh: Mesh
 ) -> _Combined:
     """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima)."""
     means = {name: value for name, (reduction, value) in recorded.items() if reduction == "mean"}
     maxima = {name: value for name, (reduction, value) in recorded.items() if reduction == "max"}
     minima = {name: value for name, (reduction, value) in recorded.items() if reduction == "min"}
     added = torch.stack([*means.values(), *squared_norms.values()])
-    extremes = torch.stack([*maxima.values(), *(-value for value in minima.values()), torch.zeros((), device=device)])
-    dist.all_reduce(added)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    averages = added[: len(means)] / dist.get_world_size()
+    extremes = torch.stack(
+        [*maxima.values(), *(-value for value in minima.values()), torch.zeros((), device=mesh.device)]
+    )
+    mesh.sum(added, group="world")
+    mesh.maximum(extremes, group="world")
+    averages = added[: len(means)] / mesh.size
     norms = added[len(means) :].sqrt()
     highest, lowest = extremes[: len(maxima)], -extremes[len(maxima) : len(maxima) + len(minima)]
     return _Combined([*means, *squared_norms, *maxima, *minima], torch.cat([averages, norms, highest, lowest]))

@@ -8,10 +8,15 @@ import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
+from train.decisions import CONTINUE, Decision, Rollback
 from train.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from train.evaluate import EvaluationResult
+    from train.trainer import Trainer
 
 _ID_FILE = "wandb_id.txt"
 
@@ -26,8 +31,10 @@ class WandbLogger(Callback):
         self._id: str | None = None
         self._run: Any = None
         self._offline = False
+        # Rows beyond the number of steps: those of steps that a rollback gave up. Not less for a rollback.
+        self._rows_ahead = 0
 
-    def on_run_start(self, trainer) -> None:
+    def on_run_start(self, trainer: Trainer) -> None:
         settings = trainer.config.logging.wandb
         mode = settings.mode
         if mode == "auto":
@@ -47,7 +54,7 @@ class WandbLogger(Callback):
                 id=self._id,
                 # An offline run cannot ask the server for its past; the id alone ties its parts together.
                 resume=None if self._offline else "allow",
-                mode=mode,
+                mode="offline" if self._offline else "online",
                 dir=str(trainer.run_directory),
                 config=dataclasses.asdict(trainer.config),
                 settings=wandb.Settings(silent=True, console="off"),
@@ -60,29 +67,37 @@ class WandbLogger(Callback):
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def on_metrics(self, trainer, record: dict[str, Any]) -> None:
+    def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         figures = {key: value for key, value in record.items() if key not in ("kind", "step") and value is not None}
         self._log(trainer, {f"train/{key}": value for key, value in figures.items()})
+        return CONTINUE
 
-    def on_statistics(self, trainer, values: dict[str, float]) -> None:
+    def on_statistics(self, trainer: Trainer, values: dict[str, float]) -> Decision:
         self._log(trainer, {f"statistics/{name}": value for name, value in values.items()})
+        return CONTINUE
 
-    def on_evaluation(self, trainer, results) -> None:
-        figures = {}
+    def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
+        figures: dict[str, float] = {}
         for name, result in results.items():
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
+        return CONTINUE
 
-    def on_run_end(self, trainer, outcome: str) -> None:
+    def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
+        self._rows_ahead += left - trainer.step
+        self._log(trainer, {"rollback/from_step": left, "rollback/skipped_steps": rollback.skip})
+
+    def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._run is not None:
             self._try(self._run.finish, exit_code=1 if outcome == "failed" else 0)
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"id": self._id}
+        return {"id": self._id, "rows_ahead": self._rows_ahead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._id = state.get("id")
+        self._id = state.get("id", self._id)
+        self._rows_ahead = max(self._rows_ahead, state.get("rows_ahead", 0))
 
     def _find_id(self, run_directory: Path) -> str:
         """The id of this run: from its folder, else from the checkpoint, else a new one, kept in the folder."""
@@ -93,12 +108,12 @@ class WandbLogger(Callback):
         write_atomically(path, new + "\n")
         return new
 
-    def _log(self, trainer, figures: dict[str, Any]) -> None:
+    def _log(self, trainer: Trainer, figures: dict[str, Any]) -> None:
         if self._run is None:
             return
         # Online, W&B goes on counting rows where the server's history ends and refuses smaller numbers: a resumed run
         # that repeats steps must not name them. Offline it would count from 0 again and collide with the earlier part.
-        step = trainer.step if self._offline else None
+        step = trainer.step + self._rows_ahead if self._offline else None
         self._try(self._run.log, {"step": trainer.step, **figures}, step=step)
 
     def _try(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:

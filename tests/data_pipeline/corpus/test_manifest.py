@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from data_pipeline.corpus.manifest import Manifest, ShardTable
-from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.manifest import Manifest
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
 from data_pipeline.errors import CorpusError
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 
 def entries(count: int) -> list[ShardEntry]:
@@ -111,26 +111,26 @@ from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.token_sequence import TokenSequence
 before = psutil.Process().memory_info().rss
-started = time.perf_counter()
+started = time.process_time()
 manifest = Manifest.read(Path(sys.argv[1]))
 rows = manifest.shards.rows("train", "web")
 files = OpenFiles(lambda row: Path(manifest.shards.file(row)), len(manifest.shards), limit=10)
 sequence = TokenSequence(manifest, rows, files)
 parts = list(sequence.parts(sequence.tokens - 5, sequence.tokens))
-print(json.dumps({"seconds": time.perf_counter() - started, "bytes": psutil.Process().memory_info().rss - before,
+print(json.dumps({"seconds": time.process_time() - started, "bytes": psutil.Process().memory_info().rss - before,
                   "tokens": sequence.tokens, "number": parts[0][0]}))
 """
 
 
 def test_a_hundred_thousand_shards_open_at_once_in_little_memory(corpus, tmp_path):
-    """A tenth of the 10^6 shards of benchmarks/data_stream.py: below 2 s and 100 MB beyond the imports."""
+    """A tenth of the 10^6 shards of benchmarks/data_stream.py: below 2 s of CPU time and 100 MB beyond the imports."""
     (entry,) = entries(1)
     count = 100_000
     large = [dataclasses.replace(entry, split="train", source="web", tokens=627_000, documents=600)] * count
     manifest = dataclasses.replace(Manifest.read(corpus.directory), shards=ShardTable.from_entries(large))
     manifest.write(tmp_path)
     command = [sys.executable, "-c", OPEN_LARGE, str(tmp_path)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["tokens"], found["number"]) == (627_000 * count, count - 1)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.corpus.regroup import merge_corpora, split_corpus
 from data_pipeline.errors import CorpusError
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 

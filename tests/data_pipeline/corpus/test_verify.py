@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.corpus.files import hash_file
 from data_pipeline.corpus.inspection import verify_corpus
-from data_pipeline.corpus.manifest import Manifest, ShardTable
+from data_pipeline.corpus.manifest import Manifest
+from data_pipeline.corpus.shard_table import ShardTable
 from data_pipeline.corpus.shards import ShardBuilder
 from data_pipeline.corpus.token_sequence import shard_metadata
 

@@ -12,9 +12,9 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering import packing
 from data_pipeline.ordering.mixture import MixtureConfig
-from data_pipeline.ordering.packing import document_blocks, open_plan, pack_block
-from data_pipeline.reading.batch import Columns
-from data_pipeline.reading.stream import MASKED, SampleStream
+from data_pipeline.ordering.packing import document_blocks, open_packing_plan, pack_block
+from data_pipeline.reading.batch import MASKED, Columns
+from data_pipeline.reading.stream import SampleStream
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_an_epoch_holds_every_document_once_and_cuts_none_that_fits(corpus, stre
 
 @pytest.mark.parametrize("length", [64, 500])
 def test_statistics_agree_with_a_count_of_documents(corpus, stream, length):
-    plan = stream(length).plan
+    plan = stream(length).packing_plan
     for source in corpus.sources("train"):
         lengths = [len(document) for document in documents(corpus, source)]
         found = plan.statistics[source]
@@ -110,11 +110,11 @@ def test_slices_of_sequence_ranks_make_up_the_sample(stream, ranks):
 
 def test_many_processes_may_open_one_plan_and_a_mixture_counts_its_samples(corpus, stream, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        plans = list(pool.map(lambda _: open_plan(corpus, "train", 100, tmp_path / "new"), range(4)))
+        plans = list(pool.map(lambda _: open_packing_plan(corpus, "train", 100, tmp_path / "new"), range(4)))
     assert len({plan.fingerprint for plan in plans}) == 1
     assert len(list((tmp_path / "new").glob("*/plan.json"))) == 1
     mixed = stream(64, mixture=MixtureConfig({"RedPajamaC4": 1, "RedPajamaBook": 1}))
-    assert mixed.mixture.sizes["RedPajamaC4"] == mixed.plan.samples("RedPajamaC4")
+    assert mixed.mixture.sizes["RedPajamaC4"] == mixed.packing_plan.samples("RedPajamaC4")
     assert mixed.fingerprint != stream(64).fingerprint
     assert stream(64).fingerprint != SampleStream(corpus, "train", 64, 3).fingerprint
 
@@ -127,7 +127,7 @@ def test_origin_names_the_documents_of_a_packed_sample(corpus, stream):
 
 
 def test_a_damaged_plan_is_refused_and_named(corpus, stream, tmp_path):
-    plan = stream(64).plan
+    plan = stream(64).packing_plan
     (pieces,) = [path for path in plan.folder.glob("000.pieces")]
     data = bytearray(pieces.read_bytes())
     data[len(data) // 2] ^= 1
@@ -142,7 +142,7 @@ def test_a_damaged_plan_is_refused_and_named(corpus, stream, tmp_path):
     with pytest.raises(CorpusError, match=r"plan\.json: altered"):
         stream(64)
     shutil.rmtree(plan.folder)
-    assert stream(64).plan.fingerprint == plan.fingerprint
+    assert stream(64).packing_plan.fingerprint == plan.fingerprint
 
 
 def test_what_cannot_be_packed_is_refused(corpus, tmp_path):
@@ -151,7 +151,7 @@ def test_what_cannot_be_packed_is_refused(corpus, tmp_path):
     ):
         SampleStream(corpus, "train", 8, 0, packing="first_fit")
     with pytest.raises(ValueError, match="between 1 and 8388607, got 9000000"):
-        open_plan(corpus, "train", 9_000_000, tmp_path)
+        open_packing_plan(corpus, "train", 9_000_000, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CorpusError, match=r"cannot be written .* set corpus\.packing_directory"):
-        open_plan(corpus, "train", 64, tmp_path / "file")
+        open_packing_plan(corpus, "train", 64, tmp_path / "file")

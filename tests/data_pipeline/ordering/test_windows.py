@@ -14,7 +14,8 @@ from data_pipeline.corpus.remote import CacheSettings
 from data_pipeline.ordering.mixture import MixtureConfig
 from data_pipeline.ordering.order import derive_key
 from data_pipeline.ordering.windows import WindowedOrder
-from data_pipeline.reading.stream import Lanes, SampleStream, StepLoader
+from data_pipeline.reading.loader import StepLoader
+from data_pipeline.reading.stream import Lanes, SampleStream
 
 # Samples that begin in each shard.
 SHARDS = [[1], [1, 1, 1], [7], [0, 5, 0], [3, 0, 0, 9, 1, 4], list(range(40)), [1000, 1, 333] * 9, [64] * 16]

@@ -13,11 +13,13 @@ import pytest
 import tokenizers
 import zstandard
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import run_unit
+from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
 

@@ -13,15 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, ToleranceConfig
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import cut_units
 from data_pipeline.preparing.workers import WorkFolder
 from data_pipeline.sources.columns import cut_row_groups
-from data_pipeline.sources.sources import InputFile, open_source
-from tests.data_pipeline.commands import contents, finish, start
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.sources.source import InputFile
+from data_pipeline.sources.sources import open_source
+from tests.data_pipeline.commands import contents, finish, never_finished, start
 from tests.data_pipeline.small_corpora import LABELS, TOKENIZER, quietly, random_text
 
 ROWS, ROWS_IN_A_GROUP = 330, 30
@@ -90,12 +92,13 @@ def test_one_file_is_shared_by_workers_and_survives_kills_with_the_same_bytes(tm
     assert decoded == len([text for text in texts if text is not None])
     more = ["data.files=[**/*.parquet]", "data.tolerance.rejected_fraction=0.05"]
     out = tmp_path / "killed"
-    process = start(tmp_path / "raw", out, "workers=1", *more)
-    while process.poll() is None and len(WorkFolder(out).finished()) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (out / "manifest.json").exists()
+    with never_finished(out, unit=10):
+        process = start(tmp_path / "raw", out, "workers=1", *more)
+        while process.poll() is None and len(WorkFolder(out).finished()) < 2:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
     finish(start(tmp_path / "raw", out, "workers=2", *more))
     assert contents(out) == contents(tmp_path / "one")
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_pipeline.corpus.inspection import verify_corpus
@@ -28,8 +29,9 @@ from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.plan import refuse_strangers
 from data_pipeline.preparing.units import UnitRecord
 from data_pipeline.preparing.workers import WorkFolder, task_of
-from tests.data_pipeline.commands import contents, finish, start
+from tests.data_pipeline.commands import contents, finish, never_finished, start
 from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
+from tests.runs import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +57,17 @@ def test_killed_at_random_and_restarted_it_writes_the_same_bytes(expected, tmp_p
     raw, bytes_of_one = expected
     rng = random.Random(1)
     out = tmp_path / "killed"
-    killed = 0
     # Finished units at which the kill comes, plus some milliseconds.
     for goal, workers in ((0, 2), (1, 1), (3, 3), (8, 1)):
-        process = start(raw, out, f"workers={workers}")
-        while process.poll() is None and len(WorkFolder(out).finished()) < goal:
-            time.sleep(0.002)
-        time.sleep(rng.random() * (0.8 if goal == 0 else 0.03))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL and not (out / "manifest.json").exists()
-        process.communicate()
-    assert killed >= 3
+        with never_finished(out, unit=13):
+            process = start(raw, out, f"workers={workers}")
+            while process.poll() is None and len(WorkFolder(out).finished()) < goal:
+                time.sleep(0.002)
+            time.sleep(rng.random() * (0.8 if goal == 0 else 0.03))
+            process.send_signal(signal.SIGKILL)
+            _, errors = process.communicate()
+            assert process.returncode == -signal.SIGKILL, errors
+    assert not (out / "manifest.json").exists()
     finish(start(raw, out, "workers=2"))
     assert contents(out) == bytes_of_one
 
@@ -81,16 +83,32 @@ def test_a_slurm_array_shares_the_work_and_its_last_task_finishes(expected, tmp_
     assert "already prepared" in finish(start(raw, tmp_path / "out", "task_index=1", "task_count=3"))
 
 
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    assert process.poll() is None, process.communicate()
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]
+
+
+def is_stopped_while_it_reads(child: psutil.Process) -> bool:
+    """Stop a process where it has an input open; one that has none goes on."""
+    child.suspend()
+    # It stops a moment after the signal, and what it has open then is what it will die with.
+    while child.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+    if any("/example_" in file.path for file in child.open_files()):
+        return True
+    child.resume()
+    return False
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_command_and_loses_nothing(expected, tmp_path):
-    import psutil
-
     raw, bytes_of_one = expected
-    process = start(raw, tmp_path / "out", "workers=2")
-    while not (children := [c for c in psutil.Process(process.pid).children() if "spawn_main" in str(c.cmdline())]):
-        time.sleep(0.01)
-    children[0].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    with never_finished(tmp_path / "out", unit=13):
+        process = start(raw, tmp_path / "out", "workers=2")
+        while not (children := workers_of(process)):
+            time.sleep(0.01)
+        children[0].send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert (
         "one of 2 workers was killed by signal 9 (out of memory?)" in errors and "run the same command again" in errors
@@ -102,17 +120,14 @@ def test_a_worker_that_is_killed_ends_the_command_and_loses_nothing(expected, tm
 @pytest.mark.slow
 def test_the_input_on_which_a_worker_dies_is_named(tmp_path):
     """A library that aborts on a file leaves no other trace of it."""
-    import psutil
-
     write_slimpajama(tmp_path / "raw", files=4, documents=5000)
     process = start(tmp_path / "raw", tmp_path / "out", "workers=2")
-    claims = tmp_path / "out" / "preparing" / "claims"
-    while process.poll() is None and len(list(claims.glob("00000?.*"))) < 2:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    child = next(c for c in psutil.Process(process.pid).children() if "spawn_main" in str(c.cmdline()))
+    while not any(is_stopped_while_it_reads(child) for child in workers_of(process)):
+        time.sleep(0.002)
+    child = next(child for child in workers_of(process) if child.status() == psutil.STATUS_STOPPED)
     child.send_signal(signal.SIGABRT)
-    _, errors = process.communicate(timeout=60)
+    child.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert re.search(r"one of 2 workers was killed by signal 6 while it read \S+/example_\S+ \(out of memory", errors)
 
@@ -340,7 +355,7 @@ def test_a_folder_that_another_command_begins_to_fill_is_no_strangers(tmp_path, 
         refuse_strangers(folder)
 
 
-@pytest.mark.parametrize("step", ["open_source", "cut_units", "begin_plan", "run_workers"])
+@pytest.mark.parametrize("step", ["open_source", "cut_units", "begin_preparation", "run_workers"])
 def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tmp_path, monkeypatch, step):
     write_slimpajama(tmp_path / "raw")
     config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
@@ -354,7 +369,7 @@ def test_a_command_that_comes_when_another_finishes_finds_the_corpus_prepared(tm
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "other", tmp_path / "out")
         # What this command has open and made before is what it would find.
-        if step in ("begin_plan", "run_workers"):
+        if step in ("begin_preparation", "run_workers"):
             WorkFolder(tmp_path / "out").claims.mkdir(parents=True)
         monkeypatch.setattr(prepare_module, step, function)
         return function(*arguments)

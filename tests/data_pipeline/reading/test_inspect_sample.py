@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.__main__ import main
-from data_pipeline.config import MixturePhaseConfig
+from data_pipeline.ordering.config import MixturePhaseConfig
 from data_pipeline.ordering.mixture import MixtureConfig
 from data_pipeline.reading.stream import SampleStream
 from train.config import CorpusConfig, RunConfig, TrainingConfig

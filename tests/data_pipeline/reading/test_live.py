@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import CorpusError
 from data_pipeline.reading.batch import Columns
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.loader import StepLoader
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.sources.sources import open_source
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import slimpajama_config, write_slimpajama
 
 LENGTH, LANES = 24, 12

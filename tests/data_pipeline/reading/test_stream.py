@@ -14,8 +14,9 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.mixture import MixtureConfig
-from data_pipeline.reading.batch import Columns
-from data_pipeline.reading.stream import MASKED, Lanes, SampleStream, StepLoader, WindowStream, sequential_batches
+from data_pipeline.reading.batch import MASKED, Columns
+from data_pipeline.reading.loader import StepLoader
+from data_pipeline.reading.stream import Lanes, SampleStream, WindowStream, sequential_batches
 
 
 def oracle(corpus: Corpus, split: str, source: str) -> tuple[list[int], list[bool]]:

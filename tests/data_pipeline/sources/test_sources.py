@@ -12,10 +12,15 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.config import DataConfig, PrepareConfig, SplitConfig, TokenizerConfig, ToleranceConfig
 from data_pipeline.errors import PrepareError
+from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import cut_units
-from data_pipeline.sources.sources import Document, Rejection, natural_key, open_source, split_by_name, split_by_text
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
+from data_pipeline.sources.file_sources import natural_key
+from data_pipeline.sources.source import Document, Rejection
+from data_pipeline.sources.sources import open_source
+from data_pipeline.sources.splits import split_by_name, split_by_text
+from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
 ALL_TRAIN = SplitConfig(validation_fraction=0)

@@ -14,9 +14,9 @@ import pytest
 import tokenizers
 import zstandard
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
 from data_pipeline.tokenizing import encoders
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import (
     DISTRIBUTIONS,
     PROBES,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import TokenizerError
+from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.tokenizer import PROBE, Tokenizer, train_sentencepiece
 from tests.data_pipeline.small_corpora import TOKENIZER, sample_texts
 

@@ -1,0 +1,209 @@
+"""Documents from files below a folder: text trees, the standard library, and records of JSON lines, Parquet and Arrow.
+
+Files are listed in a fixed order, in which numbers in names compare as numbers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import PrepareError
+from data_pipeline.sources import columns
+from data_pipeline.sources.archives import DamagedArchiveError, OversizedLine, read_lines
+from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
+from data_pipeline.sources.splits import given_split
+
+
+def _parse_json(line: bytes | memoryview) -> Any:
+    """What the standard library makes of a line; integers become floats, which have no limit of digits.
+
+    Raises ValueError.
+    """
+    try:
+        return json.loads(bytes(line), parse_int=float)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+parse_json_fast: Callable[[bytes | memoryview], Any]
+try:
+    import msgspec.json
+except ImportError:
+    parse_json_fast = _parse_json
+else:
+    # About three times as fast. What it refuses (lone surrogates, NaN, deep nesting) goes to the function above.
+    parse_json_fast = msgspec.json.decode
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key by which chunk2 comes before chunk10."""
+    parts = re.split(r"(\d+)", name)
+    # Numbers are at the odd places. `isdigit` would take a superscript for one, of which int() makes none.
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+class FileSource(Source):
+    """Inputs that are files below a folder."""
+
+    root: Path
+
+    def __init__(self, config: DataConfig):
+        super().__init__(config)
+        path = Path(config.path) if config.path else Path(sysconfig.get_path("stdlib"))
+        if not path.exists():
+            raise PrepareError(f"{path}: no such file or folder; set data.path")
+        self.root = path if path.is_dir() else path.parent
+        self._only = None if path.is_dir() else path.name
+
+    def inputs(self) -> list[InputFile]:
+        names = [self._only] if self._only else sorted(self._walk(self.root), key=natural_key)
+        if not names:
+            raise PrepareError(f"{self.root}: no file matches data.files={self.config.files}; change data.path or it")
+        given = self.config.split.rule == "given"
+        return [
+            InputFile(name, (self.root / name).stat().st_size, given_split(name) if given else None) for name in names
+        ]
+
+    def _walk(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+        """Names of the files to read; folders that are symbolic links are gone through too, but not in circles."""
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        for entry in list(os.scandir(folder)):
+            if self._excluded(entry.name):
+                continue
+            if entry.is_dir():
+                yield from self._walk(folder / entry.name, (*above, real))
+                continue
+            name = (folder / entry.name).relative_to(self.root).as_posix()
+            if any(_matches(name, pattern) for pattern in self.config.files):
+                yield name
+
+    def would_read(self, path: Path) -> bool:
+        """Whether a file would be an input if it were at `path`."""
+        name = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root))
+        parts = name.split("/")
+        if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
+            return False
+        return any(_matches(name, pattern) for pattern in self.config.files)
+
+    def _excluded(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a relative name matches a pattern, in which `**/` also stands for no folder at all."""
+    return any(fnmatch.fnmatchcase(name, spelling) for spelling in _spellings(pattern))
+
+
+@functools.lru_cache
+def _spellings(pattern: str) -> list[str]:
+    """`pattern` with and without each of its `**/`."""
+    first, *rest = re.split(r"(?<![^/])\*\*/", pattern)
+    spellings = [first]
+    for part in rest:
+        spellings = [beginning + folders + part for beginning in spellings for folders in ("", "**/")]
+    return spellings
+
+
+class TextSource(FileSource):
+    """Each file is one document, in UTF-8, kept exactly. Also the standard library."""
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        path = self.root / item.name
+        if path.stat().st_size > self.config.max_record_bytes:
+            yield self._too_large(item, 0, f"{path.stat().st_size} bytes")
+            return
+        data = path.read_bytes()
+        on_bytes(len(data))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Rejection(item.name, 0, "not_utf8", f"byte {error.start}: {error.reason}")
+            return
+        yield self.document(item, text, 0)
+
+
+class RecordSource(FileSource):
+    """Files of records with fields: JSON lines, Parquet or Arrow, or what each file's ending says."""
+
+    def _kind(self, item: InputFile) -> str:
+        if self.config.kind == "records":
+            return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
+        return self.config.kind
+
+    def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
+        if item.bytes <= part_bytes or self._kind(item) != "parquet":
+            return [item]
+        runs = columns.cut_row_groups(self.root / item.name, part_bytes)
+        return [replace(item, part=run) for run in runs] or [item]
+
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        kind = self._kind(item)
+        if kind == "jsonl":
+            return self._read_json_lines(item, on_bytes)
+        if kind == "arrow":
+            return self._read_columns(item, on_bytes, columns.read_arrow)
+        return self._read_columns(item, on_bytes, functools.partial(columns.read_parquet, part=item.part))
+
+    def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        position = 0
+        try:
+            for line in read_lines(self.root / item.name, self.config.max_record_bytes, on_bytes):
+                position += 1
+                yield self._parse(item, line, position)
+        except DamagedArchiveError as error:
+            detail = f"{error}; nothing of the file is used"
+            yield Rejection(item.name, position + 1, "damaged_archive", detail, whole_file=True)
+
+    def _parse(self, item: InputFile, line: bytes | memoryview | OversizedLine, position: int) -> Document | Rejection:
+        if isinstance(line, OversizedLine):
+            return self._too_large(item, position, f"a line of {line.bytes} bytes")
+        try:
+            record = parse_json_fast(line)
+        except (ValueError, RecursionError):
+            try:
+                record = _parse_json(line)
+            except ValueError as error:
+                return _not_json(item, bytes(line), position, error)
+        return self.from_record(item, record, position)
+
+    def _read_columns(
+        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[list[columns.Record], float]]]
+    ) -> Iterator[Document | Rejection]:
+        position = 0
+        told = 0
+        try:
+            if item.part:
+                position = columns.first_row(self.root / item.name, item.part)
+            for records, share in read(self.root / item.name, item.name, self.config):
+                for record in records:
+                    position += 1
+                    yield self.from_record(item, record, position)
+                done = int(item.bytes_to_read * share)
+                on_bytes(done - told)
+                told = done
+            on_bytes(item.bytes_to_read - told)
+        except columns.DAMAGE as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            where = f" in row groups {item.part.first} to {item.part.end - 1}" if item.part else ""
+            detail = f"{first_line}; what follows{where} is lost"
+            yield Rejection(item.name, position + 1, "damaged_archive", detail)
+
+
+def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) -> Rejection:
+    if not line.strip():
+        return Rejection(item.name, position, "empty", "a blank line")
+    if isinstance(error, UnicodeDecodeError):
+        return Rejection(item.name, position, "not_utf8", f"byte {error.start} of the line: {error.reason}")
+    return Rejection(item.name, position, "malformed", f"not JSON: {error}")

@@ -1,0 +1,140 @@
+"""A source of documents, which lists its inputs in a fixed order and reads each on its own, and what comes out of it.
+
+What comes out of an input depends on nothing else. Every record comes out as a Document or as a Rejection.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.sources import columns
+from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.splits import split_by_name, split_by_text
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input. `name`: relative, with '/'. `bytes`: size on disk (0: unknown). `split`: where it is given."""
+
+    name: str
+    bytes: int
+    split: str | None = None
+    # Only these row groups of it; None: all of it.
+    part: columns.RowGroups | None = None
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.part.bytes if self.part else self.bytes
+
+
+class Document(NamedTuple):
+    """One text. `position`: its line (JSON lines) or row in `file`, from 1; 0: the file as a whole."""
+
+    text: str
+    source: str
+    split: str
+    file: str
+    position: int
+    # The record named no source, or none that is text, so that `source` is the configured label.
+    unlabelled: bool = False
+
+
+class Rejection(NamedTuple):
+    """A record that gives no document, and why."""
+
+    file: str
+    position: int
+    reason: str
+    detail: str
+    # What came from the file before is not to be used either.
+    whole_file: bool = False
+
+
+class Source(abc.ABC):
+    """Where documents come from."""
+
+    # Folder below which the inputs lie; None when they are no local files.
+    root: Path | None = None
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self._label_path = config.source_field.split(".") if config.source_field else []
+
+    @abc.abstractmethod
+    def inputs(self) -> list[InputFile]:
+        """All inputs in their fixed order. Raises PrepareError when there are none."""
+
+    @abc.abstractmethod
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        """The records of one input in order; `on_bytes` is told how much of it has been read."""
+
+    def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
+        """`item`, or what it falls into where it is larger than `part_bytes` and can be entered in its middle."""
+        return [item]
+
+    def document(self, item: InputFile, text: str, position: int, label: Any = None) -> Document | Rejection:
+        if len(text) > self.config.max_record_bytes:
+            return self._too_large(item, position, f"{len(text)} characters")
+        split = item.split
+        if split is None:
+            by_document = self.config.split.unit == "document"
+            split = (
+                split_by_text(text, self.config.split) if by_document else split_by_name(item.name, self.config.split)
+            )
+        if _is_label(label):
+            return Document(text, label, split, item.name, position)
+        return Document(text, self.config.source, split, item.name, position, self.config.source_field is not None)
+
+    def _too_large(self, item: InputFile, position: int, size: str) -> Rejection:
+        detail = f"{size}, data.max_record_bytes is {self.config.max_record_bytes}"
+        return Rejection(item.name, position, "too_large", detail)
+
+    def from_record(self, item: InputFile, record: Any, position: int) -> Document | Rejection:
+        """The document of a record with fields."""
+        if isinstance(record, UnicodeDecodeError):
+            return Rejection(item.name, position, "not_utf8", f"byte {record.start} of a field: {record.reason}")
+        if not isinstance(record, dict):
+            return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
+        text = record.get(self.config.text_field)
+        if not isinstance(text, str):
+            found = "no such field" if self.config.text_field not in record else f"it is {_kind(text)}"
+            return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
+        label = look_up(record, self._label_path) if self._label_path else None
+        return self.document(item, text, position, label)
+
+
+def _is_label(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        # A lone surrogate, which neither a shard nor a file's name can hold.
+        return False
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", bool: "true or false", type(None): "null", str: "a string"}
+    names |= dict.fromkeys((int, float), "a number")
+    # Columns hold more than JSON does.
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def look_up(record: dict[str, Any], path: list[str]) -> Any:
+    """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
+    value: Any = record
+    for part in path:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, dict):
+            return None
+        value = value.get(part)
+    return value

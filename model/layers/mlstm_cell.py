@@ -1,0 +1,276 @@
+"""The mLSTM cell as both mLSTM layers use it: running it, spreading it over sequence ranks, its costs and its checks.
+
+The layers differ in what surrounds the cell; everything here depends on its heads alone.
+
+Axes: B batch, S sequence, L chunk, NH heads, DK query/key and DV value dimension of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.backend_choice import BACKENDS
+from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm.chunkwise import tiles
+from kernels.mlstm.step import DecodingState, mlstm_step
+from model import statistics
+from model.hardware import Hardware
+from model.layers.base import KernelUse, StateElements
+from model.problems import Problem, check_choice, check_positive
+from model.sequence import Entering, SequenceContext
+from model.state import for_decoding
+
+if TYPE_CHECKING:
+    from kernels.preflight import Case
+
+CellState = MLSTMState | DecodingState
+CELL_FLOPS = "mLSTM cell"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The heads of a layer and how their cell computes.
+
+    Attributes:
+        heads, key_dim, value_dim: NH, DK and DV.
+        gate, normaliser, eps, backend: as in kernels.mlstm.mlstm.
+        reference_chunk: tokens per chunk of the reference backend.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    gate: str
+    normaliser: bool
+    eps: float
+    backend: str
+    reference_chunk: int
+
+    @property
+    def qk_width(self) -> int:
+        return self.heads * self.key_dim
+
+    @property
+    def v_width(self) -> int:
+        return self.heads * self.value_dim
+
+    def chunk_tokens(self, hardware: Hardware) -> int:
+        """L of the chunkwise form: of the kernels on a GPU, else of the reference."""
+        if not hardware.runs_kernels(self.backend):
+            return self.reference_chunk
+        dtype = torch.bfloat16 if hardware.compute_bytes < 4 else torch.float32
+        return tiles.chunk_tokens(self.key_dim, self.value_dim, dtype, hardware.device_name)
+
+
+@dataclass
+class CellInputs:
+    """What enters the cell: q, k [B, S, NH, DK], v [B, S, NH, DV], gate pre-activations [B, S, NH], starts [B, S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    document_start: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v, self.igate_preact, self.fgate_preact
+
+
+def entering_state(
+    cell: Cell, inputs: CellInputs, before: CellState | None, sequence: SequenceContext
+) -> Entering[CellState]:
+    """Begin to find the state that enters this rank's slice, where `before` is the one before the sequence."""
+    return sequence.incoming(lambda: summarise(cell, inputs), before)
+
+
+def run_cell(
+    cell: Cell, inputs: CellInputs, state: CellState | None, return_state: bool
+) -> tuple[Tensor, CellState | None]:
+    """h [B, S, NH, DV] and the state behind it: the cell over a sequence, or its step where one token continues a state
+    that it may overwrite."""
+    if isinstance(state, DecodingState):
+        if inputs.q.shape[1] == 1 and inputs.document_start is None and not torch.is_grad_enabled():
+            q, k, v, igate_preact, fgate_preact = (x.squeeze(1) for x in inputs.tensors)
+            h = mlstm_step(
+                q,
+                k,
+                v,
+                igate_preact,
+                fgate_preact,
+                state,
+                gate=cell.gate,
+                normaliser=cell.normaliser,
+                eps=cell.eps,
+                backend=cell.backend,
+            )
+            return h[:, None], state
+        state = state.as_mlstm_state()
+    return mlstm(
+        *inputs.tensors,
+        document_start=inputs.document_start,
+        initial_state=state,
+        return_state=return_state,
+        gate=cell.gate,
+        normaliser=cell.normaliser,
+        eps=cell.eps,
+        reference_chunk_size=cell.reference_chunk,
+        backend=cell.backend,
+    )
+
+
+@for_decoding.register
+def _(state: MLSTMState) -> DecodingState:
+    return DecodingState.of(state)
+
+
+@dataclass
+class MLSTMSummary:
+    """What a slice does to the memory that enters it: a model.sequence.SliceSummary."""
+
+    summary: SliceSummary
+
+    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
+        """The summary of this slice and `later` as one slice."""
+        return MLSTMSummary(combine(self.summary, later.summary))
+
+    def after(self, before: CellState | None) -> MLSTMState:
+        """The state behind the slice where `before` enters it."""
+        if isinstance(before, DecodingState):
+            before = before.as_mlstm_state()
+        if before is None:
+            own = self.summary.state
+            # What the cell begins with: its stabiliser is 0, below which that of `own` may lie.
+            before = MLSTMState(torch.zeros_like(own.C), torch.zeros_like(own.n), torch.zeros_like(own.m))
+        return combine(SliceSummary.of_state(before), self.summary).state
+
+
+def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
+    """The summary of a slice, at the cost of the recurrence between its chunks."""
+    return MLSTMSummary(
+        mlstm_state(
+            inputs.k,
+            inputs.v,
+            inputs.igate_preact,
+            inputs.fgate_preact,
+            document_start=inputs.document_start,
+            gate=cell.gate,
+            normaliser=cell.normaliser,
+            backend=cell.backend,
+        )
+    )
+
+
+def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:
+    """Record the stabiliser's range and how often the normaliser sits on its floor (first sequence of the batch)."""
+    # The measured tokens are the first of the sequence.
+    if sequence.rank > 0:
+        return
+    q, k, _, igate_preact, fgate_preact = inputs.tensors
+    start = inputs.document_start
+    measured = mlstm_statistics(q, k, igate_preact, fgate_preact, document_start=start, gate=cell.gate)
+    statistics.record(f"{name}.stabiliser_min", "min", lambda: measured["stabiliser_min"])
+    statistics.record(f"{name}.stabiliser_max", "max", lambda: measured["stabiliser_max"])
+    statistics.record(f"{name}.normaliser_floor_fraction", "mean", lambda: measured["normaliser_floor_fraction"])
+
+
+def check_cell(problem: Problem, backend: str, head_norm_eps: float, cell_eps: float, reference_chunk: int) -> None:
+    """What both layers demand of the settings of their cell."""
+    check_choice(problem, "backend", backend, BACKENDS)
+    check_positive(problem, "head_norm_eps", head_norm_eps)
+    check_positive(problem, "cell_eps", cell_eps)
+    check_positive(problem, "reference_chunk_size", reference_chunk)
+
+
+def cell_forward_flops(cell: Cell, sequence_length: int, hardware: Hardware) -> float:
+    """FLOPs of the cell over one sequence."""
+    chunk = min(cell.chunk_tokens(hardware), sequence_length)
+    return mlstm_cell_flops(cell.heads, cell.key_dim, cell.value_dim, sequence_length, chunk)
+
+
+def mlstm_cell_flops(heads: int, qk_head_dim: int, v_head_dim: int, sequence_length: int, chunk_size: int) -> float:
+    """FLOPs of the chunkwise mLSTM cell, forward, for one layer and sequence; a last chunk that is cut short counts so.
+
+    Per head and chunk (arXiv 2510.02228): gate sums L(L+1)/2 + 2L; scalars of the state 5 + 5L; update of C and
+    read-out through it 2 DK DV + 4L DK DV + 3L DK; update of n 2 DK + 4L DK; within the chunk L(L+1)/2 + 6L^2 + 2L +
+    2L^2 (DK + DV + 2); combining both 7L + 2L DV.
+    """
+    whole, rest = divmod(sequence_length, chunk_size)
+    per_head = whole * _chunk_flops(qk_head_dim, v_head_dim, chunk_size)
+    if rest:
+        per_head += _chunk_flops(qk_head_dim, v_head_dim, rest)
+    return float(heads * per_head)
+
+
+def _chunk_flops(dk: int, dv: int, length: int) -> float:
+    gates = 0.5 * length * (length + 1) + 2 * length
+    scalars = 5 + 5 * length
+    memory = 2 * dk * dv + 4 * length * dk * dv + 3 * length * dk
+    normaliser = 2 * dk + 4 * length * dk
+    within = 0.5 * length * (length + 1) + 6 * length**2 + 2 * length + 2 * length**2 * (dk + dv + 2)
+    combine = 7 * length + 2 * length * dv
+    return gates + scalars + memory + normaliser + within + combine
+
+
+def cell_step_flops(cell: Cell) -> float:
+    """FLOPs of one token in the recurrent form.
+
+    Per head gates 9, update 4 DK DV, denominator 6 DK + DV + 3, read-out 2 DK DV + DK (arXiv 2510.02228).
+    """
+    dk, dv = cell.key_dim, cell.value_dim
+    return cell.heads * (9 + 4 * dk * dv + 6 * dk + dv + 3 + 2 * dk * dv + dk)
+
+
+def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, recomputed: bool) -> float:
+    """Bytes per token that the cell keeps, its output excepted (model/memory.py has the formulas)."""
+    heads, dk, dv = cell.heads, cell.key_dim, cell.value_dim
+    chunk = min(cell.chunk_tokens(hardware), sequence_length)
+    if not hardware.runs_kernels(cell.backend):
+        fp32_values = 8 * cell.v_width
+        tokens_part = 24 * heads * dk + 8 * heads * (dv + 1) + 12 * heads * chunk
+        return fp32_values + tokens_part + 8 * heads * dk * (dv + 1) / chunk
+    c = hardware.compute_bytes
+    kept = c * (2 * cell.qk_width + cell.v_width) + 40 * heads + 4 * heads / chunk
+    # Only what is computed again keeps the memory that enters each chunk (kernels.mlstm.keeping_chunk_states).
+    return kept + heads * dk * (c * dv + 4) / chunk if recomputed else kept
+
+
+def cell_state_elements(cell: Cell, convolution: int = 0) -> StateElements:
+    """C, n and m, and the last inputs of the convolution before the cell, if there is one."""
+    recurrent = cell.heads * (cell.key_dim * cell.value_dim + cell.key_dim + 1)
+    return StateElements(recurrent=recurrent, convolution=convolution)
+
+
+# Sequences that are enough for the kernels to choose the tiles of any larger batch.
+_LARGEST_BATCH = 32
+
+
+def cell_kernel_cases(cell: Cell, use: KernelUse) -> Iterator[Case]:
+    """The cell with inputs where the normaliser divides and where its floor does."""
+    from kernels.preflight import MLSTMCase
+
+    sizes: dict[int, bool] = {}
+    for batch, trains in use.batches.items():
+        size = min(batch, _LARGEST_BATCH)
+        sizes[size] = sizes.get(size, False) or trains
+    for size, trains in sizes.items():
+        for bias in (2.0, -10.0):
+            yield MLSTMCase(
+                cell.heads,
+                cell.key_dim,
+                cell.value_dim,
+                use.dtype,
+                bias,
+                gate=cell.gate,
+                normaliser=cell.normaliser,
+                eps=cell.eps,
+                batch=size,
+                backend=cell.backend,
+                trains=trains,
+            )

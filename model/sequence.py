@@ -1,0 +1,172 @@
+"""How layers see a sequence that several ranks share: the protocol, and its default where one process has it all.
+
+A sequence of S tokens lies in `size` slices of equal length, in the order of the ranks. A layer is given its slice, and
+asks its `SequenceContext` for what crosses the borders. There are two ways, and a kind of layer takes one of them:
+
+- By slices (mLSTM, convolutions): each rank computes its own tokens, from the state that enters its slice. The state
+  given to the layer is the one before the whole sequence; the one that it returns is behind the whole sequence. Both
+  are alike on every rank.
+- By heads (sLSTM, attention): an exchange gives each rank some heads of all tokens, and another one gives its tokens
+  back. The states given and returned are those of the rank's own heads.
+
+Every method that moves tensors is differentiable, is called by all ranks in the same order, and keeps in the graph of
+gradients what it was given, also where this rank has no use for the result: else others would wait for ever.
+
+Axes: B batch, S tokens of the whole sequence, P ranks (`size`), NH heads, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar
+
+from torch import Tensor
+
+State = TypeVar("State")
+EnteringState = TypeVar("EnteringState", covariant=True)
+
+
+class SliceSummary(Protocol[State]):
+    """What a slice does to the state that enters it. Summaries combine associatively, so that ranks can scan them."""
+
+    def followed_by(self, later: Self) -> Self:
+        """The summary of this slice and the one behind it, as if they were one."""
+        ...
+
+    def after(self, before: State | None) -> State:
+        """The state behind the slice, where `before` enters it; None: the empty state."""
+        ...
+
+
+class Entering(Protocol[EnteringState]):
+    """The state that enters a slice, perhaps still on its way."""
+
+    def state(self) -> EnteringState | None:
+        """Wait for it. None: the empty state."""
+        ...
+
+
+class SequenceContext(Protocol):
+    """This rank among those that share a sequence."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
+        """Begin to exchange what the slices do to a state.
+
+        Args:
+            summarise: gives the summary of this rank's slice; called only if another rank needs it.
+            before: the state before the whole sequence; None: the empty state.
+
+        Returns:
+            what enters this slice. Ask for it late: what is computed until then hides the exchange.
+        """
+        ...
+
+    def outgoing(self, state: State) -> State:
+        """The state behind the whole sequence (that of the last rank), from the one behind this rank's slice.
+
+        `state` is a tree of dataclasses with tensors at its leaves (model.state.map_tensors).
+        """
+        ...
+
+    def halo(self, x: Tensor, tokens: int, document_start: Tensor | None, before: Tensor | None) -> Tensor | None:
+        """The `tokens` inputs before this slice, for a convolution: [B, tokens, C]; None: zeros.
+
+        Args:
+            x: [B, S / P, C], this slice's inputs; S / P is at least `tokens`.
+            document_start: [B, S / P] bool. Inputs of a document that ends within them are zeros (`last_inputs`).
+            before: the inputs before the whole sequence.
+        """
+        ...
+
+    def whole_time(self, x: Tensor | None) -> Tensor | None:
+        """All slices one behind the other, [B, S / P, ...] -> [B, S, ...], without gradient; None stays None."""
+        ...
+
+    def time_to_heads(self, x: Tensor) -> Tensor:
+        """Some heads of all tokens for all heads of some: [B, S / P, NH, ...] -> [B, S, NH / P, ...].
+
+        Rank r gets heads r NH / P to (r + 1) NH / P - 1; where NH is smaller than P and divides it, head r NH / P
+        (rounded down), which it then shares with others.
+        """
+        ...
+
+    def heads_to_time(self, x: Tensor) -> Tensor:
+        """The way back: [B, S, NH / P, ...] -> [B, S / P, NH, ...]."""
+        ...
+
+    def own_heads(self, x: Tensor, axis: int = 0) -> Tensor:
+        """The share of a parameter that belongs to this rank's heads: the `rank`-th of P equal pieces of `axis`."""
+        ...
+
+    def recomputation(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        """Around the first and the second run of a function whose activations are recomputed.
+
+        In the second run nothing is exchanged: what the first run received is given again.
+        """
+        ...
+
+
+class Arrived:
+    """A state that is there already."""
+
+    def __init__(self, state: Any):
+        self._state = state
+
+    def state(self) -> Any:
+        return self._state
+
+
+class LocalSequence:
+    """One rank has the whole sequence: nothing is exchanged and nothing is copied."""
+
+    rank = 0
+    size = 1
+
+    def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
+        return Arrived(before)
+
+    def outgoing(self, state: State) -> State:
+        return state
+
+    def halo(self, x: Tensor, tokens: int, document_start: Tensor | None, before: Tensor | None) -> Tensor | None:
+        return before
+
+    def whole_time(self, x: Tensor | None) -> Tensor | None:
+        return x
+
+    def time_to_heads(self, x: Tensor) -> Tensor:
+        return x
+
+    def heads_to_time(self, x: Tensor) -> Tensor:
+        return x
+
+    def own_heads(self, x: Tensor, axis: int = 0) -> Tensor:
+        return x
+
+    def recomputation(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+LOCAL: SequenceContext = LocalSequence()
+
+
+def last_inputs(x: Tensor, tokens: int, document_start: Tensor | None) -> Tensor:
+    """The last inputs of a slice, as a convolution in the next one may see them.
+
+    x [B, S, C], document_start [B, S] bool or None -> [B, tokens, C], zeros in place of those of a document that is no
+    longer open behind the slice.
+    """
+    assert x.shape[1] >= tokens, f"a slice of {x.shape[1]} tokens is shorter than the {tokens} that the next one sees"
+    last = x[:, x.shape[1] - tokens :]
+    if document_start is None:
+        return last
+    document = document_start.cumsum(1)
+    open_document = document[:, x.shape[1] - tokens :] == document[:, -1:]
+    return last.masked_fill(~open_document[..., None], 0)

@@ -1,0 +1,131 @@
+"""Runs of `python -m train`, each a process that begins as a copy of one that has imported everything already.
+
+To import torch and DeepSpeed takes 6 seconds of CPU time, most runs of the tests take one. What follows the imports is
+that of any run: its own process or processes, environment, standard streams, process group over gloo, exit code. Tests
+of the command itself, of signals and of torchrun start their processes anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+# From the failure of one process of a run to the end of the others, which may wait for it.
+TERM_SECONDS = 30.0
+
+
+class ForkServer:
+    """The process to copy, started at the first run, and for as long as this process lives."""
+
+    def __init__(self, environment: dict[str, str], folder: Path):
+        self._environment = environment
+        command = [sys.executable, "-m", "tests.fork_server"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes)
+
+    def suits(self, environment: dict[str, str]) -> bool:
+        """Whether a process with this environment would have been imported the same."""
+        return environment == self._environment
+
+    def run(self, overrides: list[str], processes: int, timeout: float) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run of `python -m train`, under torchrun where there are several processes."""
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            # The server opens what this process has open: by its descriptors in /proc.
+            outputs = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
+            self._process.stdin.write(json.dumps([overrides, processes, *outputs]) + "\n")
+            self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], timeout)[0]:
+                self._process.kill()
+                raise subprocess.TimeoutExpired(overrides, timeout)
+            answer = self._process.stdout.readline()
+            assert answer, "the process that runs are copied from has died"
+            texts = []
+            for file in (stdout, stderr):
+                file.seek(0)
+                texts.append(file.read())
+        return subprocess.CompletedProcess(overrides, json.loads(answer), *texts)
+
+
+def _serve() -> None:
+    # Where runs write what the imports print here.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
+    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+    for name in ("train.parallel.zero", "train.run", *in_passing):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        # Of Arrow's allocator, which looks after its locks in a copy.
+        others = [name for name in threads if name != "jemalloc_bg_thd"]
+        assert len(others) == 1, f"a copy would lack the threads beside this one, and know nothing of it: {others}"
+        print(_run(*json.loads(line)), file=answers, flush=True)
+
+
+def _run(overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
+    """Exit code of a run: of its one process, or 1 where one of several failed, as torchrun has it."""
+    from tests.runs import reserved_port
+
+    if processes == 1:
+        _, status = os.waitpid(_start(overrides, {}, stdout, stderr), 0)
+        return os.waitstatus_to_exitcode(status)
+    with reserved_port() as port:
+        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        ranks = {_start(overrides, world | place, stdout, stderr) for place in places}
+        deadline = None
+        while ranks:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            ranks.discard(ended)
+            if ended and status and deadline is None:
+                # As torchrun: the others are asked to end, and made to where they do not.
+                deadline = time.monotonic() + TERM_SECONDS
+                _signal(ranks, signal.SIGTERM)
+            elif deadline is not None and time.monotonic() > deadline:
+                _signal(ranks, signal.SIGKILL)
+            if not ended:
+                time.sleep(0.01)
+    return int(deadline is not None)
+
+
+def _signal(processes: set[int], number: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, number)
+
+
+def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code: Any = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, path in ((1, stdout), (2, stderr)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        os.environ.update(world)
+        sys.argv = ["train", *overrides]
+        from train.__main__ import end_process, main
+
+        end_process(main(overrides))
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:  # noqa: BLE001 - as the interpreter does with what nobody catches
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,194 @@
+"""A kind of layer that one file adds goes through everything that the built-in ones go through."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from model import load
+from model.config import MLSTMConfig, ModelConfig, validate_model
+from model.initialisation import initialise
+from model.language_model import LanguageModel
+from model.layers import layer_kind, sequence_problems
+from model.locate import locate
+from model.parameters import parameter_shapes
+from tests.runs import ROOT, environment, run_train
+
+PLUGIN = "tests.model.toy_kind"
+CONFIG = ModelConfig(
+    d_model=32,
+    vocab_size=61,
+    n_blocks=2,
+    ffn_dim=48,
+    mlstm=MLSTMConfig(n_heads=2),
+    other_at={"toy": [1]},
+    layers={"toy": {"width": 3}},
+    plugins=[PLUGIN],
+)
+MODEL_OVERRIDES = [
+    f"model.plugins=[{PLUGIN}]",
+    "+model.other_at.toy=[0]",
+    "+model.layers.toy.width=3",
+    "model.slstm_at=[]",
+    "model.slstm=null",
+]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "model", *arguments]
+    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def toy_run(small_corpus, tmp_path_factory):
+    """A run of 5 steps by the real command line, whose first block is a toy."""
+    from tests.runs import TINY_RUN
+
+    root = tmp_path_factory.mktemp("toy")
+    tiny = [setting for setting in TINY_RUN if not setting.startswith(("model.slstm", "checkpoint.interval"))]
+    names = ["name=run", f"run_root={root}", f"corpus.directory={small_corpus}"]
+    done = run_train([*names, *tiny, *MODEL_OVERRIDES, "training.total_steps=5", "checkpoint.interval=2"])
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+@pytest.mark.slow
+def test_it_is_trained_checkpointed_and_loaded(toy_run):
+    lines = [json.loads(line) for line in (toy_run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == [1, 2, 3, 4, 5] and losses[5] < losses[1]
+    assert OmegaConf.load(toy_run / "config.yaml").model.layers.toy.width == 3
+    model = load(toy_run)
+    assert model.config.plugins == [PLUGIN] and model.blocks[0].kind == "toy"
+    start = LanguageModel(model.config)
+    initialise(start, seed=0)
+    trained = model.blocks[0].mixer.decay
+    assert trained.shape == (3,) and not torch.equal(trained, start.blocks[0].mixer.decay)
+
+
+@pytest.mark.slow
+def test_it_resumes_and_refuses_other_settings(toy_run):
+    stored = OmegaConf.load(toy_run / "config.yaml")
+    overrides = [f"{key}={stored[key]}" for key in ("name", "run_root")]
+    from tests.runs import TINY_RUN
+
+    tiny = [setting for setting in TINY_RUN if not setting.startswith(("model.slstm", "checkpoint.interval"))]
+    others = [*overrides, f"corpus.directory={stored.corpus.directory}", *tiny, "checkpoint.interval=2"]
+    changed = [setting.replace("width=3", "width=2") for setting in MODEL_OVERRIDES]
+    refused = run_train([*others, *changed, "training.total_steps=5"])
+    assert refused.returncode == 2 and "was started with another value" in refused.stderr, refused.stderr
+    resumed = run_train([*others, *MODEL_OVERRIDES, "training.total_steps=5"])
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.slow
+def test_it_is_accounted_generated_from_and_refused_by_the_export(toy_run, tmp_path):
+    described = command("describe", "model=tiny", *MODEL_OVERRIDES, "--json")
+    assert described.returncode == 0, described.stderr
+    description = json.loads(described.stdout)
+    assert description["model"]["blocks"] == {"mlstm": 3, "toy": 1}
+    assert description["parameters"]["groups"]["averages"] == 2 * 3 * 192
+    assert description["parameters"]["groups"]["decays"] == 3
+    assert list(description["parameters"]["groups"])[-1] == "head"
+    assert description["training_flops"]["forward_per_sequence"]["toy"] == 4 * 3 * 8192
+    generated = command("generate", f"checkpoint={toy_run}", "prompt=a", "max_new_tokens=5")
+    assert generated.returncode == 0 and generated.stdout.startswith("a"), generated.stderr
+    refused = command("export", f"checkpoint={toy_run}", f"output={tmp_path / 'out'}")
+    assert refused.returncode == 1
+    assert "toy blocks at [0]: nobody but this test has them" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_parameters_are_those_of_the_table():
+    assert validate_model(CONFIG) == []
+    model = LanguageModel(CONFIG)
+    assert list(parameter_shapes(CONFIG).items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    initialise(model, seed=0)
+    assert torch.equal(model.blocks[1].mixer.decay, torch.full((3,), 2.0))
+
+
+def test_its_state_is_carried(make_model, make_batch):
+    model = make_model(CONFIG)
+    batch = make_batch()
+    tokens, starts = batch["tokens"], batch["document_start"]
+    whole = model(tokens, document_start=starts).logits
+    first = model(tokens[:, :17], document_start=starts[:, :17], return_state=True)
+    rest = model(tokens[:, 17:], document_start=starts[:, 17:], state=first.state.for_decoding())
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"layers": {"toy": {"widht": 3}}},
+            ["model.layers.toy.widht: no such key (did you mean 'width'?)"],
+        ),
+        (
+            {"layers": {"toy": {"width": "wide", "hight": 2}}},
+            [
+                "model.layers.toy.width: Value 'wide' of type 'str' could not be converted to Integer",
+                "model.layers.toy.hight: no such key",
+            ],
+        ),
+        ({"layers": {"toy": {"width": 0}}}, ["model.layers.toy.width: is 0; it must be a positive number"]),
+        ({"layers": {"toy": 3}}, ["model.layers.toy: a section with keys is expected, not 3"]),
+        (
+            {"other_at": {}},
+            ["model.layers.toy: is set, but no block of this model is of such a plugin's kind; remove it"],
+        ),
+        ({"other_at": {"toy": [2]}}, ["model.other_at.toy: [2] name no block; positions run from 0 to"]),
+        (
+            {"other_at": {"toy": [0], "tyo": [1]}},
+            ["model.other_at.tyo: no such kind of layer; known are mlstm, slstm, attention"],
+        ),
+        (
+            {"other_at": {"toy": [0], "slstm": [1]}},
+            ["model.other_at.slstm: these positions have a list of their own; name them in slstm_at"],
+        ),
+        (
+            {"slstm_at": [1]},
+            ["model.other_at.toy: [1] are also in slstm_at; a block has one kind, remove them from one list"],
+        ),
+        (
+            {"family": "neurips"},
+            ["model.other_at.toy: toy blocks do not fit in the blocks of the other family; set family=xlstm_7b or"],
+        ),
+        (
+            {"plugins": [PLUGIN, "no_such.module"]},
+            ["model.plugins: 'no_such.module' cannot be imported (ModuleNotFoundError: No module named 'no_such')"],
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_said_with_its_key(change, expected):
+    problems = validate_model(dataclasses.replace(CONFIG, **change))
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start), problems
+
+
+def test_settings_that_are_not_given_have_the_defaults_of_the_kind():
+    config = dataclasses.replace(CONFIG, layers={})
+    assert validate_model(config) == []
+    assert layer_kind(config, "toy").settings(config).width == 4
+
+
+def test_a_kind_that_does_not_share_sequences_is_refused_there():
+    assert sequence_problems(CONFIG, 1) == []
+    assert sequence_problems(CONFIG, 2) == ["toy blocks cannot share a sequence among 2 ranks; use one"]
+
+
+def test_a_plugin_that_is_missing_later_is_named():
+    config = dataclasses.replace(CONFIG, plugins=["no_such.module"])
+    with pytest.raises(ValueError, match=r"model.plugins: 'no_such.module' cannot be imported \(ModuleNotFoundError"):
+        LanguageModel(config)
+
+
+def test_a_checkpoint_names_its_plugin(toy_run):
+    values = json.loads((locate(toy_run).weights / "model.json").read_text())["model"]
+    assert values["plugins"] == [PLUGIN] and values["layers"] == {"toy": {"width": 3}}

@@ -1,0 +1,195 @@
+"""Saving in the background: `save` returns when the state is copied to host memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.corpus.files import sync
+from model.accounting import parameter_shapes
+from model.config import ModelConfig
+from model.weights import save_fragments, write_model_json
+from train.checkpoints.generators import generator_states
+from train.checkpoints.layout import (
+    FORMAT_VERSION,
+    MARKER,
+    CheckpointError,
+    complete_checkpoints,
+    describe_file,
+    generators_file,
+    remove,
+    remove_after,
+    step_folder,
+    step_of,
+)
+from train.checkpoints.state import TrainState, write_state
+from train.config import CheckpointConfig
+from train.parallel.engine import Engine
+from train.parallel.fragments import MOMENTS
+from train.parallel.mesh import Mesh
+from train.run_directory import write_atomically
+
+_COMMIT_TIMEOUT_SECONDS = 3600.0
+
+
+class CheckpointWriter:
+    """Saves in the background: `save` returns when the state is copied to host memory."""
+
+    def __init__(self, root: Path, mesh: Mesh, model: ModelConfig, config: CheckpointConfig, resumed_step: int | None):
+        """`resumed_step`: the step whose checkpoint the run goes on from; None when it starts."""
+        self.root = root
+        self.mesh = mesh
+        self.model = model
+        self.rank = mesh.rank
+        self.keep_last = config.keep_last
+        self.keep_every = config.keep_every
+        # The step whose checkpoint is on disk already, or on its way.
+        self._last_step = resumed_step
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, engine: Engine, state: TrainState, on_complete: Callable[[Path, float], None]) -> Path:
+        """Copy this rank's part to host memory and start writing it. Collective: every rank calls it at the same step.
+
+        `on_complete(folder, seconds)` runs on rank 0's writing thread once the checkpoint counts.
+        Raises CheckpointError when the previous save failed.
+        """
+        self.wait()
+        folder = step_folder(self.root, state.step)
+        # Not "has the marker": rank 0 sees that earlier than the others, and they must all agree.
+        if state.step == self._last_step:
+            return folder
+        self._last_step = state.step
+        snapshot = _Snapshot.take(engine, state, self.model)
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in ("weights", *MOMENTS):
+                (folder / name).mkdir(parents=True)
+        self.mesh.barrier(group="world")
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
+        )
+        self._thread.start()
+        return folder
+
+    def wait(self) -> None:
+        """Until the save under way has ended. Raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"writing the checkpoint under {self.root} failed on rank {self.rank}: {error}. Earlier checkpoints "
+                "are untouched; make room or repair the disk and start the same command again"
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Go on from the checkpoint of `step`, or from the beginning if that is 0: later ones are deleted, so that no
+        start takes up what was given up. Collective. Raises CheckpointError when the previous save failed."""
+        self.wait()
+        self.mesh.barrier(group="world")
+        if self.rank == 0:
+            remove_after(self.root, step)
+        self._last_step = step or None
+
+    def _write(self, folder: Path, snapshot: _Snapshot, on_complete: Callable[[Path, float], None]) -> None:
+        started = time.monotonic()
+        try:
+            files = snapshot.write(folder, self.rank)
+            report = {str(path.relative_to(folder)): describe_file(path) for path in files}
+            write_atomically(folder / f"rank-{self.rank:05d}.json", json.dumps(report))
+            if self.rank == 0:
+                self._commit(folder)
+                on_complete(folder, time.monotonic() - started)
+                self._prune(folder)
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
+            self._error = error
+
+    def _commit(self, folder: Path) -> None:
+        """Write the marker once every rank has reported its files. Ranks meet on the file system: a collective on this
+        thread could overtake one of the training thread."""
+        reports = [folder / f"rank-{rank:05d}.json" for rank in range(self.mesh.size)]
+        deadline = time.monotonic() + _COMMIT_TIMEOUT_SECONDS
+        while not all(report.exists() for report in reports):
+            if time.monotonic() > deadline:
+                missing = [report.name for report in reports if not report.exists()]
+                raise CheckpointError(f"{folder}: no word from {', '.join(missing)} within {_COMMIT_TIMEOUT_SECONDS} s")
+            time.sleep(0.02)
+        files: dict[str, Any] = {}
+        for report in reports:
+            files |= json.loads(report.read_text(encoding="utf-8"))
+        _sync_folders(folder)
+        marker = {"format_version": FORMAT_VERSION, "files": files}
+        write_atomically(folder / MARKER, json.dumps(marker, indent=1))
+        for report in reports:
+            report.unlink()
+        _sync_folders(folder)
+
+    def _prune(self, newest: Path) -> None:
+        # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
+        complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
+        for folder in complete[: -self.keep_last]:
+            if self.keep_every is None or step_of(folder) % self.keep_every:
+                remove(folder)
+
+
+@dataclass
+class _Snapshot:
+    """Host copies of one rank's part."""
+
+    model: ModelConfig
+    tensors: dict[str, list[tuple[str, int, torch.Tensor]]]
+    state: TrainState
+    generators: dict[str, Any]
+
+    @classmethod
+    def take(cls, engine: Engine, state: TrainState, model: ModelConfig) -> _Snapshot:
+        owned = [fragment for fragment in engine.fragments if fragment.owned]
+        device = engine.mesh.device
+        tensors = {"weights": [(f.name, f.offset, _host_copy(f.master)) for f in owned]}
+        for key in MOMENTS:
+            tensors[key] = [(f.name, f.offset, _host_copy(f.moment(key))) for f in owned]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return cls(model, tensors, copy.deepcopy(state), generator_states(device))
+
+    def write(self, folder: Path, rank: int) -> list[Path]:
+        """Write rank `rank`'s files; returns their paths."""
+        files = []
+        shapes = parameter_shapes(self.model)
+        for name, fragments in self.tensors.items():
+            if fragments:
+                path = folder / name / f"weights-{rank:05d}.safetensors"
+                save_fragments(path, fragments, shapes)
+                files.append(path)
+        generators = generators_file(folder, rank)
+        generators.write_text(json.dumps(self.generators), encoding="utf-8")
+        files.append(generators)
+        if rank == 0:
+            files.append(write_model_json(folder / "weights", self.model))
+            files.append(write_state(folder, self.state))
+        for path in files:
+            sync(path)
+        return files
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in (folder / "weights", *(folder / key for key in MOMENTS), folder, folder.parent):
+        sync(path)

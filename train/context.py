@@ -1,0 +1,215 @@
+"""What surrounds a run for as long as a process works on it: its folder and lock, its mesh, its plan and its data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from conf import ConfigError
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.reading.live import LiveStream
+from data_pipeline.reading.stream import SampleStream
+from data_pipeline.tokenizing.tokenizer import SIDECAR
+from train.callbacks.base import Callback
+from train.checkpoints.layout import remove_torn
+from train.checkpoints.reader import newest_usable
+from train.checkpoints.state import read_state
+from train.config import RunConfig
+from train.data import changes_of_data, data_identity, describe_data
+from train.errors import RunError
+from train.parallel.mesh import Mesh, join_mesh, launched_processes
+from train.plan import Plan, gib
+from train.requirements import Requirements, open_requirements
+from train.run_directory import (
+    EventLog,
+    RunDirectory,
+    RunLock,
+    code_revision,
+    environment_description,
+    write_atomically,
+)
+
+
+@dataclass
+class RunContext:
+    """One run, opened by this process. Close it, or use it as a context manager: an error inside becomes an event."""
+
+    config: RunConfig
+    plan: Plan
+    directory: RunDirectory
+    mesh: Mesh
+    events: EventLog
+    stream: SampleStream | LiveStream
+    evaluation_corpora: dict[str, Corpus]
+    # What a position in the data is a position of (`train.data.data_identity`).
+    data_identity: dict[str, Any]
+    callbacks: Sequence[Callback]
+    # The newest usable checkpoint; None when the run begins.
+    checkpoint: Path | None = None
+    # What is closed with the context, last first.
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier start took the run's last step."""
+        return self.checkpoint is not None and read_state(self.checkpoint).step >= self.config.total_steps
+
+    def say(self, text: str) -> None:
+        """Tell whoever watches the run, once."""
+        if self.mesh.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def report_rejected(self, folder: Path, problem: str) -> None:
+        """Make an event of a checkpoint that is passed over."""
+        self.events.append("reject", checkpoint=folder.name, problem=problem)
+
+    def save_engine_settings(self, settings: dict[str, Any]) -> None:
+        """Keep what the engine derived from the configuration in the run's folder."""
+        if self.mesh.is_main:
+            write_atomically(self.directory.engine_settings, json.dumps(settings, indent=1))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close the engine, give up the lock, the log file and the process group.
+
+        `error`: what the run failed of; None: nothing.
+        """
+        if isinstance(error, Exception) and not isinstance(error, ConfigError):
+            # The folder may be what is wrong: not there, not writable, full.
+            with contextlib.suppress(OSError):
+                self.events.append("error", message=str(error) or repr(error))
+        if error is not None and self.mesh.size > 1:
+            # Peers may wait in a collective that this rank will not join, and this rank would wait for them with its
+            # engine and its process group. The process ends, and its launcher ends them.
+            self.closing.pop_all()
+            return
+        self.closing.close()
+
+    def __enter__(self) -> RunContext:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+
+def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContext:
+    """Check everything that a run needs, join its processes, and prepare its folder. Collective.
+
+    Raises ConfigError for a configuration that cannot work, DataError for a corpus that cannot be used, RunError for
+    ranks that do not agree or a disk without room, BlockingIOError when another command works on the run,
+    CheckpointError when none of its checkpoints can be used.
+    """
+    # Before the ranks meet: each finds the same problems, and none waits for another that has ended.
+    # One look at every shard's file is enough; each rank checks what it reads.
+    corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
+    found = open_requirements(config, launched_processes(), corpus_check)
+    mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
+    context = RunContext(
+        config=config,
+        plan=found.plan,
+        directory=found.directory,
+        mesh=mesh,
+        events=EventLog(found.directory.events, mesh.is_main),
+        stream=found.stream,
+        evaluation_corpora=found.evaluation_corpora,
+        data_identity=data_identity(found.stream),
+        callbacks=callbacks,
+    )
+    context.closing.callback(mesh.close)
+    try:
+        _enter(context, found)
+    except BaseException as error:
+        context.close(error)
+        raise
+    return context
+
+
+def _enter(context: RunContext, found: Requirements) -> None:
+    """Take the folder into use, on all ranks alike."""
+    config, mesh, directory, closing = context.config, context.mesh, context.directory, context.closing
+    if mesh.is_main:
+        directory.create()
+    _check_same_on_all_ranks(context)
+    if mesh.is_main:
+        closing.callback(RunLock(directory.lock).release)
+        _prepare_folder(context, found)
+    mesh.barrier(group="world")
+    closing.enter_context(_log_to_file(directory.logs / f"rank-{mesh.rank:05d}.log"))
+    if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
+        closing.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.training.cpu_threads)
+    context.checkpoint = newest_usable(directory.checkpoints, mesh, context.report_rejected)
+
+
+def _check_same_on_all_ranks(context: RunContext) -> None:
+    config = context.config
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+    found = context.mesh.gather_objects((digest, context.data_identity), group="world")
+    odd = [rank for rank, (other, _) in enumerate(found) if other != found[0][0]]
+    if odd:
+        raise RunError(f"ranks {odd} were started with another configuration than rank 0; start all with one command")
+    odd = [rank for rank, (_, other) in enumerate(found) if other != found[0][1]]
+    if odd:
+        keys = ", ".join(changes_of_data(found[0][1], found[odd[0]][1]))
+        raise RunError(
+            f"ranks {odd} read other data than rank 0 at {config.corpus.directory} (they differ in {keys}); bring the "
+            "same corpus to all nodes"
+        )
+
+
+def _prepare_folder(context: RunContext, found: Requirements) -> None:
+    """Everything in the run's folder that is known before the first step. Rank 0 only."""
+    config, plan, directory = context.config, context.plan, context.directory
+    remove_torn(directory.checkpoints)
+    _check_room(plan, directory)
+    write_atomically(directory.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(directory.plan, json.dumps(plan.as_dict(), indent=1))
+    repository = Path(__file__).resolve().parents[1]
+    write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
+    write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
+    # Written last: without it an earlier start was killed while it copied.
+    if not (directory.tokenizer / SIDECAR).exists():
+        found.corpus.tokenizer().save_to(directory.tokenizer)
+    context.say(f"{plan.describe()}\n{describe_data(config, plan, context.stream)}")
+
+
+def _check_room(plan: Plan, directory: RunDirectory) -> None:
+    free = shutil.disk_usage(directory.path).free
+    if free < plan.checkpoint_bytes:
+        raise RunError(
+            f"{directory.path} has {gib(free)} free, one checkpoint needs "
+            f"{gib(plan.checkpoint_bytes)}; make room or set run_root to another disk"
+        )
+
+
+@contextlib.contextmanager
+def _log_to_file(path: Path) -> Iterator[None]:
+    """What Python code logs on this rank goes to its file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # The second one passes nothing on to the first.
+    loggers = [logging.getLogger(), logging.getLogger("DeepSpeed")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,162 @@
+"""The engine of ZeRO 0 to 3: every rank computes the whole model; optimizer, gradients and weights may be sharded."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # DeepSpeed looks for its accelerator when it is first imported, and warns where it has to guess.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.utils import groups as deepspeed_groups
+
+from data_pipeline.reading.batch import Batch
+from model.language_model import LanguageModel
+from train.config import RunConfig
+from train.optimizer import build_optimizer
+from train.parallel.engine import ReadRange
+from train.parallel.fragments import Fragment, clip_gradients, prepare_moments, squared_gradient_norm
+from train.parallel.mesh import Mesh
+from train.parallel.token_loss import TokenLossSum, model_name, on_device
+from train.parallel.zero_fragments import fill_weights, parameter_fragments
+from train.plan import Plan
+
+
+def deepspeed_config(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived. Clipping, the finite check, the schedule and checkpoints are ours."""
+    stage = config.parallel.zero_stage
+    is_bf16 = config.precision.is_bf16
+    zero: dict[str, Any] = {"stage": stage}
+    derived = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "train_batch_size": plan.global_batch_size,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    if stage in (1, 2) and not (stage == 1 and is_bf16):
+        zero["compute_grad_norm"] = False
+    if is_bf16 and not config.precision.uses_autocast(stage):
+        derived["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    return derived
+
+
+class ZeroEngine:
+    """`train.parallel.engine.Engine` by DeepSpeed's engine."""
+
+    def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh):
+        self.mesh = mesh
+        self._zero_stage = config.parallel.zero_stage
+        self._precision = config.precision
+        self._clipping = config.optimizer.gradient_clipping
+        self._settings = deepspeed_config(config, plan)
+        _join_process_group(mesh)
+        with self._construction_context():
+            self.model = LanguageModel(config.model)
+        self.model.activation_checkpointing = config.parallel.activation_checkpointing
+        module = TokenLossSum(self.model, config.training.z_loss_weight)
+        named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
+        self._optimizer = build_optimizer(named, config.optimizer)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._optimizer,
+            config=self._settings,
+            dist_init_required=False,
+        )
+        self.fragments: list[Fragment] = parameter_fragments(self._deepspeed)
+
+    def _construction_context(self) -> contextlib.AbstractContextManager[Any]:
+        if self._zero_stage < 3:
+            return torch.device(self.mesh.device)
+        # Its `dtype` argument chooses bf16 on a host without fp16 whatever is passed; the dictionary is read properly.
+        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=self._settings)
+        return context
+
+    def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
+        """See `Engine.train_batch`. DeepSpeed averages over ranks, so each one's part is weighted by their number."""
+        loss = torch.zeros((), device=self.mesh.device)
+        scale = self.mesh.size_of("data_and_sequence") / valid_tokens
+        for index, batch in enumerate(micro_batches):
+            loss += self._forward_backward(batch, scale) / valid_tokens
+            if index < len(micro_batches) - 1:
+                # Lets DeepSpeed count the micro-batch.
+                self._deepspeed.step()
+        return loss
+
+    def _forward_backward(self, batch: Batch, loss_scale: Tensor) -> Tensor:
+        """Adds the gradient of (sum of token losses) * loss_scale; returns the sum, detached."""
+        tokens, targets, document_start = on_device(batch, self.mesh.device)
+        with self._compute_context():
+            loss_sum: Tensor = self._deepspeed(tokens, targets, document_start)
+        self._deepspeed.backward(loss_sum * loss_scale, scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+        """See `Engine.evaluate_batch`."""
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad(), self._compute_context():
+                return float(self._deepspeed(*on_device(batch, self.mesh.device))), batch.scored_targets()
+        finally:
+            self._deepspeed.train()
+
+    def _compute_context(self) -> contextlib.AbstractContextManager[Any]:
+        """ZeRO-0 in bf16 keeps fp32 weights and casts in autocast: DeepSpeed's own bf16 mode applies a spurious first
+        optimizer step there (facts in docs/training.md)."""
+        if not self._precision.uses_autocast(self._zero_stage):
+            return contextlib.nullcontext()
+        return torch.autocast(self.mesh.device.type, self._precision.compute_dtype)
+
+    def gradient_norm(self) -> Tensor:
+        """See `Engine.gradient_norm`."""
+        squares = squared_gradient_norm(self.fragments, self.mesh.device)
+        return self.mesh.sum(squares, group="world").sqrt()
+
+    def step(self, learning_rate: float, gradient_norm: float) -> bool:
+        """See `Engine.step`."""
+        applied = clip_gradients(self.fragments, gradient_norm, self._clipping)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.skip_step = not applied
+        self._deepspeed.step()
+        return applied
+
+    def fill(self, read: ReadRange, completed_steps: int) -> None:
+        """See `Engine.fill`. Below ZeRO-3 the compute copies are whole, so whole parameters are read."""
+        fill_weights(self._deepspeed, self.fragments, read)
+        prepare_moments(self.fragments, completed_steps)
+
+    def describe(self) -> dict[str, Any]:
+        """DeepSpeed's dictionary."""
+        return self._settings
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._deepspeed.destroy()
+        # DeepSpeed's globals hold its groups: the next engine of this process would use those of a world that is gone.
+        deepspeed_groups._release_process_group_references()
+
+
+def _join_process_group(mesh: Mesh) -> None:
+    """DeepSpeed works on the process group that the mesh has made; of what it logs, the terminal keeps errors only."""
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+    # It calls collectives by names that torch 2.13 has deprecated, some at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if mesh.device.type == "cpu":
+        # The shared-memory collective would be compiled with g++ at start-up; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)

@@ -1,0 +1,114 @@
+"""What a run computes with, brought to a point of its course: from a checkpoint, or from the seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from model.accounting import parameter_shapes
+from model.initialisation import initialise_parameter
+from train.checkpoints.generators import seed_everything
+from train.checkpoints.reader import load, newest_usable
+from train.checkpoints.state import TrainState
+from train.config import RunConfig
+from train.context import RunContext
+from train.data import changes_of_data, refuse_changed_data
+from train.parallel.engine import Engine, EngineFactory, ReadRange, make_engine
+
+
+@dataclass
+class RunState:
+    """An engine whose weights and moments belong to `train`."""
+
+    engine: Engine
+    train: TrainState
+
+
+def restore(context: RunContext, factory: EngineFactory = make_engine) -> RunState:
+    """Make the engine and fill it from the run's newest usable checkpoint or, when there is none, from its seed.
+
+    Collective. The engine is closed with the context. Logs `start`, or `resume` and whether the data changed. Raises
+    CheckpointError when the checkpoint is of another model, CorpusError when it was trained on other data.
+    """
+    config, events, mesh = context.config, context.events, context.mesh
+    seed_everything(config.seed, mesh.rank)
+    engine = factory(config, context.plan, mesh)
+    context.closing.callback(engine.close)
+    context.save_engine_settings(engine.describe())
+    state = _bring_to(context, engine, context.checkpoint)
+    if context.checkpoint is None:
+        events.append("start", world_size=mesh.size, steps=config.total_steps)
+    else:
+        _accept(context, context.checkpoint, state)
+    return RunState(engine, state)
+
+
+def _accept(context: RunContext, checkpoint: Path, state: TrainState) -> None:
+    """Log that the run goes on from `checkpoint`, unless its position means nothing in today's data."""
+    reason = context.config.corpus.allow_changed_data
+    changes = changes_of_data(state.data_identity, context.data_identity)
+    if changes and reason is None:
+        refuse_changed_data(changes, checkpoint)
+    _report_resume(context, checkpoint, state)
+    if changes:
+        state.data_identity = context.data_identity
+        context.events.append("data_changed", step=state.step, reason=reason, changes=changes)
+
+
+def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainState, Path | None]:
+    """Fill `engine` again from the newest usable checkpoint of `last_step` or before; without one, from the seed.
+
+    Collective. Returns what belongs to these weights, and the checkpoint.
+    """
+    checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected, last_step)
+    if checkpoint is None:
+        seed_everything(context.config.seed, context.mesh.rank)
+    state = _bring_to(context, engine, checkpoint)
+    changes = changes_of_data(state.data_identity, context.data_identity)
+    if changes:
+        # Between that checkpoint and now the data changed, which was allowed at the time.
+        state.data_identity = context.data_identity
+        reason = context.config.corpus.allow_changed_data or "rollback behind an earlier change"
+        context.events.append("data_changed", step=state.step, reason=reason, changes=changes)
+    return state, checkpoint
+
+
+def _bring_to(context: RunContext, engine: Engine, checkpoint: Path | None) -> TrainState:
+    if checkpoint is not None:
+        return load(checkpoint, engine, context.config.model)
+    engine.fill(initial_weights(context.config), 0)
+    return TrainState(data_identity=context.data_identity)
+
+
+def initial_weights(config: RunConfig) -> ReadRange:
+    """All weights as the run's seed draws them, by name and the same under every layout."""
+    shapes = parameter_shapes(config.model)
+
+    def read(name: str, offset: int, numel: int) -> Tensor:
+        whole = initialise_parameter(config.model, name, shapes[name], config.seed)
+        assert offset + numel <= math.prod(shapes[name]), (name, offset, numel)
+        return whole.reshape(-1).narrow(0, offset, numel)
+
+    return read
+
+
+def _report_resume(context: RunContext, checkpoint: Path, state: TrainState) -> None:
+    config = context.config
+    context.events.append(
+        "resume",
+        checkpoint=checkpoint.name,
+        step=state.step,
+        tokens=state.tokens,
+        next_sample=state.next_sample,
+        world_size=context.mesh.size,
+        saved_by_world_size=state.world_size,
+        zero_stage=config.parallel.zero_stage,
+        saved_by_zero_stage=state.zero_stage,
+    )
+    context.say(
+        f"Resuming '{config.name}' from {checkpoint.name}: {state.step} of {config.total_steps} steps, "
+        f"{state.tokens:,} tokens, next sample {state.next_sample:,}."
+    )
