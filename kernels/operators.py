@@ -28,10 +28,21 @@ def flatten(parts: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def unflatten(kinds: Iterable[Any], values: Iterable[Any]) -> tuple[Any, ...]:
-    """The inverse: one part for each kind, which is a class of named tuples or any other type."""
-    rest = iter(values)
-    return tuple(kind(*(next(rest) for _ in kind._fields)) if _has_fields(kind) else next(rest) for kind in kinds)
+class Layout:
+    """How parts of these kinds, classes of named tuples or other types, lie in a flat list."""
+
+    def __init__(self, *kinds: Any):
+        # For each part: what makes it of its values (None: it is its value), and where they begin and end.
+        self._places: list[tuple[Callable[[Any], Any] | None, int, int]] = []
+        self.size = 0
+        for kind in kinds:
+            end = self.size + (len(kind._fields) if _has_fields(kind) else 1)
+            self._places.append((kind._make if _has_fields(kind) else None, self.size, end))
+            self.size = end
+
+    def parts(self, values: Sequence[Any]) -> list[Any]:
+        """The inverse of `flatten`."""
+        return [values[first] if make is None else make(values[first:end]) for make, first, end in self._places]
 
 
 class Operator(Generic[Parameters, Result]):
@@ -51,16 +62,16 @@ class Operator(Generic[Parameters, Result]):
     def __init__(self, name: str, function: Callable[Parameters, Result], mutates: Sequence[str] = ()):
         hints = get_type_hints(function)
         self._result: Any = hints.pop("return")
-        self._kinds = tuple(hints.values())
+        self._has_parts = _has_fields(self._result)
+        self._layout = Layout(*hints.values())
         self.function = function
         names = {}
         for argument, kind in hints.items():
             names.update(get_type_hints(kind) if _has_fields(kind) else {argument: kind})
-        self._count = len(names)
         flat = self._flat(function)
         place = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = [inspect.Parameter(argument, place, annotation=kind) for argument, kind in names.items()]
-        assert len(signature) == sum(len(kind._fields) if _has_fields(kind) else 1 for kind in self._kinds)
+        assert len(names) == self._layout.size, "two arguments, or fields of them, have one name"
         result = tuple[(Tensor,) * len(self._result._fields)] if _has_fields(self._result) else self._result  # type: ignore[misc]  # a type made at run time
         flat.__signature__ = inspect.Signature(signature, return_annotation=result)  # type: ignore[attr-defined]
         self.definition = torch.library.custom_op(f"xlstm_pretrain::{name}", flat, mutates_args=tuple(mutates))
@@ -76,7 +87,7 @@ class Operator(Generic[Parameters, Result]):
 
     def differentiate(
         self,
-        keep: Callable[[Any, tuple[Any, ...], Result], None],
+        keep: Callable[[Any, list[Any], Result], None],
         backward: Callable[[Any, Any], tuple[Any, ...]],
     ) -> None:
         """Give the operator its gradient.
@@ -88,21 +99,20 @@ class Operator(Generic[Parameters, Result]):
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            keep(ctx, unflatten(self._kinds, inputs), self._as_result(output))
+            keep(ctx, self._layout.parts(inputs), self._as_result(output))
 
         def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             found = flatten(backward(ctx, self._as_result(grads)))
-            return *found, *[None] * (self._count - len(found))
+            return *found, *[None] * (self._layout.size - len(found))
 
         self.definition.register_autograd(gradients, setup_context=setup_context)
 
     def _as_result(self, values: Any) -> Result:
-        return self._result(*values) if _has_fields(self._result) else values
+        return self._result._make(values) if self._has_parts else values
 
     def _flat(self, function: Callable[Parameters, Result]) -> Callable[..., Any]:
         def flat(*values: Any) -> Any:
-            result = function(*unflatten(self._kinds, values))  # type: ignore[call-arg]  # what the kinds say
-            return tuple(result) if isinstance(result, tuple) else result
+            return function(*self._layout.parts(values))  # type: ignore[call-arg]  # what the kinds say
 
         return flat
 

@@ -160,7 +160,7 @@ def _(
     )
 
 
-def _keep(ctx: Any, arguments: tuple[Any, ...], results: Losses) -> None:
+def _keep(ctx: Any, arguments: list[Any], results: Losses) -> None:
     hidden, weight, targets, ctx.settings = arguments
     ctx.save_for_backward(hidden, weight, targets, results.log_sums)
     ctx.set_materialize_grads(False)
@@ -226,7 +226,7 @@ def _(
     return SumResults(loss_sum, hidden.new_empty(hidden.shape if needs_hidden else 0), grad_weight)
 
 
-def _keep_gradients(ctx: Any, arguments: tuple[Any, ...], results: SumResults) -> None:
+def _keep_gradients(ctx: Any, arguments: list[Any], results: SumResults) -> None:
     ctx.weight_dtype = arguments[1].dtype
     ctx.save_for_backward(results.grad_hidden, results.grad_weight)
     ctx.set_materialize_grads(False)

@@ -292,7 +292,7 @@ def _(
     return InputGradients(grad_gates, like.new_empty(like.shape), like.new_empty(like.shape))
 
 
-def _keep(ctx: Any, arguments: tuple[Any, ...], results: CellResults) -> None:
+def _keep(ctx: Any, arguments: list[Any], results: CellResults) -> None:
     inputs, cap, _ = arguments
     mixed = results.mixed if results.mixed.numel() else results.outputs
     ctx.save_for_backward(*inputs[1:6], mixed, results.derivatives, results.last_c, results.last_n)

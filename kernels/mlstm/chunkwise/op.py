@@ -23,7 +23,7 @@ from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
 from kernels.mlstm.inputs import CellInputs, CellSettings
 from kernels.mlstm.state import NOTHING
-from kernels.operators import operator, unflatten
+from kernels.operators import Layout, operator
 
 
 class Kept(NamedTuple):
@@ -138,14 +138,18 @@ def _(
     return CellGradients(q.new_empty(q.shape), *_fake_gradients(inputs, settings))
 
 
-def _keep(ctx: Any, arguments: tuple[Any, ...], results: CellResults) -> None:
+# q, the inputs, h and what the backward pass needs besides.
+_SAVED = Layout(Tensor, CellInputs, Tensor, Kept)
+
+
+def _keep(ctx: Any, arguments: list[Any], results: CellResults) -> None:
     q, inputs, ctx.settings, ctx.return_state, ctx.keep_chunk_states = arguments
     ctx.save_for_backward(q, *inputs, results.h, *results[CellResults._fields.index("packed") :])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grads: CellResults) -> tuple[Tensor | None, CellInputs]:
-    q, inputs, h, kept = unflatten((Tensor, CellInputs, Tensor, Kept), ctx.saved_tensors)
+    q, inputs, h, kept = _SAVED.parts(ctx.saved_tensors)
     if not ctx.keep_chunk_states:
         kept = kept._replace(matrices=None, vectors=None)
     grad_h = torch.zeros_like(h) if grads.h is None else grads.h
@@ -230,14 +234,18 @@ def _(
     return _fake_gradients(inputs, settings)
 
 
-def _keep_of_state(ctx: Any, arguments: tuple[Any, ...], results: StateResults) -> None:
+# The inputs, packed weights and chunk decays.
+_SAVED_OF_STATE = Layout(CellInputs, Tensor, Tensor)
+
+
+def _keep_of_state(ctx: Any, arguments: list[Any], results: StateResults) -> None:
     inputs, ctx.settings = arguments
     ctx.save_for_backward(*inputs, results.packed, results.chunk_decay)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_state(ctx: Any, grads: StateResults) -> tuple[CellInputs]:
-    inputs, packed, chunk_decay = unflatten((CellInputs, Tensor, Tensor), ctx.saved_tensors)
+    inputs, packed, chunk_decay = _SAVED_OF_STATE.parts(ctx.saved_tensors)
     grad_final = _without_gaps(Ends(grads.C, grads.n), inputs)
     found = mlstm_chunkwise_state_backward(grad_final, inputs, packed, chunk_decay, ctx.settings)
     return (_as_inputs(found, inputs),)

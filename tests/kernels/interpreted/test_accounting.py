@@ -19,16 +19,16 @@ def saved(run, *without):
     return sum(x.nbytes for place, x in kept.items() if place not in left_out and x.numel()), result
 
 
-@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("length", [1, 130])
+@pytest.mark.parametrize(
+    ("length", "keep", "gate_dtype"), [(1, True, torch.float32), (70, False, torch.float16), (70, True, torch.float32)]
+)
 def test_mlstm(length, keep, gate_dtype, dtype, device):
-    shape = CellShape(2, length, 3, 16, 32)
+    shape = CellShape(2, length, 1, 16, 32)
     tokens = (shape.batch, shape.length, shape.heads)
     leaves = [torch.randn(*tokens, size, device=device, dtype=dtype) for size in (16, 16, 32)]
     leaves += [torch.randn(tokens, device=device, dtype=gate_dtype) for _ in range(2)]
     leaves = [x.requires_grad_() for x in leaves]
-    chunk = problem.choose_tiles(dtype, 16, 32, 6, device).chunk
+    chunk = problem.choose_tiles(dtype, 16, 32, 2, device).chunk
     expected = triton_kept_bytes(shape, dtype, gate_dtype, chunk, keep)
     assert saved(lambda: mlstm(*leaves, backend="triton", keep_chunk_states=keep))[0] == sum(expected)
     if keep:

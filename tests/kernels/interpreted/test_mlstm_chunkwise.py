@@ -9,7 +9,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
-from kernels.mlstm.chunkwise import launch, tiles
+from kernels.mlstm.chunkwise import launch, op, tiles
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates, mlstm_chunkwise
 from tests.kernels.mlstm_rounded import mlstm_rounded
@@ -301,17 +301,17 @@ def test_is_a_well_behaved_operator(device):
     inputs, state = make_inputs(shape, torch.float32, device), make_state(shape, device)
     starts = make_starts(shape, device)
     cell = (*inputs, starts, state.C, state.n, state.m, "exp", True, 1e-6, True, True)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
+    torch.library.opcheck(op.mlstm_chunkwise.definition, cell)
     cell = (*inputs, None, None, None, None, "sigmoid", True, 1e-6, False, False)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise.default, cell)
+    torch.library.opcheck(op.mlstm_chunkwise.definition, cell)
     alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True, 1e-6)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state.default, alone)
+    torch.library.opcheck(op.mlstm_chunkwise_state.definition, alone)
     with torch.no_grad():
-        C, n, _, *kept = torch.ops.xlstm_pretrain.mlstm_chunkwise_state(*alone)
+        C, n, _, *kept = op.mlstm_chunkwise_state.definition(*alone)
     # The gradient of a state that was transposed.
     backward = (C.mT.contiguous().mT, n, *alone[:8], *kept, "exp", True, 1e-6)
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
-    torch.library.opcheck(torch.ops.xlstm_pretrain.mlstm_chunkwise_state_backward.default, backward)
+    torch.library.opcheck(op.mlstm_chunkwise_state_backward.definition, backward)
 
 
 def test_other_sizes_are_traced_by_symbols(device, monkeypatch):
