@@ -79,7 +79,8 @@ def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENC
     variables = environment()
     # Another value with every test; what a run imports does not depend on it.
     variables.pop("PYTEST_CURRENT_TEST", None)
-    if not _SERVERS and sys.platform == "linux":
+    # A process that sees a GPU has threads of its driver, which a copy would lack.
+    if not _SERVERS and sys.platform == "linux" and not variables["CUDA_VISIBLE_DEVICES"]:
         _SERVERS.append(ForkServer(variables, ROOT))
     if _SERVERS and _SERVERS[0].suits(variables):
         return _SERVERS[0].run(overrides, processes, timeout)
