@@ -107,9 +107,8 @@ def module_file(name):
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
-@pytest.mark.parametrize("package", ["model"])
-def test_no_module_imports_itself_by_way_of_others(package):
-    files = [path for path in FILES if path.is_relative_to(ROOT / package)]
+def test_no_module_imports_itself_by_way_of_others():
+    files = FILES
     imports = {path: {file for name in runtime_imports(path) if (file := module_file(name))} for path in files}
     for path in files:
         reached, ahead = set(), set(imports[path])
@@ -117,6 +116,33 @@ def test_no_module_imports_itself_by_way_of_others(package):
             reached |= ahead
             ahead = {further for file in ahead for further in imports.get(file, ())} - reached
         assert path not in reached, f"{path} imports itself by way of {sorted(map(str, reached & set(files)))}"
+
+
+# The public operations and readers, whose arguments are named one by one where they are called.
+MAY_HAVE_MANY_PARAMETERS = {
+    ("kernels/mlstm/__init__.py", "mlstm"),
+    ("kernels/mlstm/__init__.py", "mlstm_state"),
+    ("kernels/mlstm/step.py", "mlstm_step"),
+    ("model/generation/session.py", "generate"),
+    ("data_pipeline/reading/stream.py", "__init__"),
+    ("data_pipeline/reading/loader.py", "__init__"),
+}
+
+
+def test_functions_have_at_most_eight_parameters():
+    found = set()
+    for path in FILES:
+        relative = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or relative.startswith("benchmarks/"):
+                continue
+            # Triton's language has no records to pass.
+            if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if len([a for a in arguments if a.arg not in ("self", "cls", "ctx")]) > 8:
+                found.add((relative, node.name))
+    assert found == MAY_HAVE_MANY_PARAMETERS
 
 
 @pytest.mark.parametrize("package", ["kernels", "model", "data_pipeline"])

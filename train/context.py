@@ -34,7 +34,7 @@ from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib
-from train.requirements import Requirements, open_requirements
+from train.requirements import Requirements, changes_of_run, open_requirements
 from train.run_directory import (
     EventLog,
     RunDirectory,
@@ -148,6 +148,9 @@ def _enter(context: RunContext, found: Requirements) -> None:
     _check_same_on_all_ranks(context)
     if mesh.is_main:
         closing.callback(RunLock(directory.lock).release)
+        # Another command may have begun and ended the run since its folder was looked at without the lock.
+        if problems := changes_of_run(config, directory):
+            raise ConfigError(problems)
         _prepare_folder(context, found)
     mesh.barrier(group="world")
     closing.enter_context(_log_to_file(directory.logs / f"rank-{mesh.rank:05d}.log"))

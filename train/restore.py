@@ -16,7 +16,8 @@ from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.context import RunContext
 from train.data import changes_of_data, refuse_changed_data
-from train.parallel.engine import Engine, EngineFactory, ReadRange, make_engine
+from train.parallel.engine import Engine, EngineFactory, make_engine
+from train.parallel.fragments import ReadRange
 
 
 @dataclass

@@ -43,6 +43,19 @@ class CellSettings(NamedTuple):
     eps: float = 1e-6
 
 
+class StepInputs(NamedTuple):
+    """Everything of one step: q and k [B, NH, DK], v [B, NH, DV], gates [B, NH], and the parts of a DecodingState."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    C: Tensor
+    n: Tensor
+    m: Tensor
+
+
 def cell_inputs(
     k: Tensor,
     v: Tensor,

@@ -6,13 +6,12 @@ Axes: B batch, NH heads, DK query/key and DV value dimension of a head, T groups
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import backend_choice
-from kernels.mlstm.inputs import CellInputs, CellSettings, cell_inputs, check
+from kernels.mlstm.inputs import CellInputs, CellSettings, StepInputs, cell_inputs, check
 from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.state import MLSTMState
 
@@ -58,19 +57,6 @@ class DecodingState:
     def as_mlstm_state(self) -> MLSTMState:
         """The same numbers, in the same memory."""
         return MLSTMState(self.C, self.n[:, :, 0], self.m[:, :, 0])
-
-
-class StepInputs(NamedTuple):
-    """Everything of one step: q and k [B, NH, DK], v [B, NH, DV], gates [B, NH], and the parts of a DecodingState."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    igate_preact: Tensor
-    fgate_preact: Tensor
-    C: Tensor
-    n: Tensor
-    m: Tensor
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.integers import ceil_div, next_power_of_two
-from kernels.mlstm.inputs import CellSettings
-from kernels.mlstm.step import StepInputs
+from kernels.mlstm.inputs import CellSettings, StepInputs
 from kernels.mlstm.step_kernel import step_kernel
 from kernels.operators import operator
 

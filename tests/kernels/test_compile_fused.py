@@ -35,8 +35,8 @@ def head_norms(head_dim, dtype):
 
 def step(key_dim, value_dim, dtype, gate, normaliser):
     from kernels.mlstm import MLSTMState, step_fused
-    from kernels.mlstm.inputs import CellSettings
-    from kernels.mlstm.step import DecodingState, StepInputs
+    from kernels.mlstm.inputs import CellSettings, StepInputs
+    from kernels.mlstm.step import DecodingState
 
     q, k = (torch.empty(B, NH, key_dim, dtype=getattr(torch, dtype)) for _ in range(2))
     v = torch.empty(B, NH, value_dim, dtype=getattr(torch, dtype))

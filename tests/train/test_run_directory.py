@@ -6,7 +6,10 @@ import threading
 
 import pytest
 
+from conf import ConfigError, compose
 from tests.runs import PATIENCE, run_train
+from train import context
+from train.config import RunConfig
 from train.run_directory import EventLog, read_events
 
 
@@ -89,3 +92,21 @@ def test_a_number_of_processes_without_a_rank_is_not_believed(tiny_run, tmp_path
     done = run_train([*tiny_run, "training.total_steps=1"])
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["world_size"] == 1
+
+
+def test_a_run_that_another_command_began_meanwhile_is_looked_at_again(tiny_run, tmp_path, monkeypatch):
+    """The other one begins, with another seed, and ends between the first look at the folder and the lock."""
+    config = compose(RunConfig, "train", [*tiny_run, "training.total_steps=1"])
+    open_requirements = context.open_requirements
+
+    def overtaken(*arguments):
+        found = open_requirements(*arguments)
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(context, "open_requirements", open_requirements)
+            context.open_run(compose(RunConfig, "train", [*tiny_run, "training.total_steps=1", "seed=5"])).close()
+        return found
+
+    monkeypatch.setattr(context, "open_requirements", overtaken)
+    with pytest.raises(ConfigError, match="seed: .* was started with another value"):
+        context.open_run(config)
+    assert "seed: 5" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

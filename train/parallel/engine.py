@@ -13,16 +13,9 @@ from torch import Tensor, nn
 
 from data_pipeline.reading.batch import Batch
 from train.config import RunConfig
-from train.parallel.fragments import Fragment
+from train.parallel.fragments import Fragment, ReadRange
 from train.parallel.mesh import Mesh
 from train.plan import Plan
-
-
-class ReadRange(Protocol):
-    """Where weights come from: a checkpoint, or the seed."""
-
-    def __call__(self, name: str, offset: int, numel: int) -> Tensor:
-        """Elements [offset, offset + numel) of the flattened parameter `name`: 1-D, on the host."""
 
 
 class Engine(Protocol):

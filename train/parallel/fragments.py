@@ -10,11 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ReadRange(Protocol):
+    """Where weights come from: a checkpoint, or the seed."""
+
+    def __call__(self, name: str, offset: int, numel: int) -> Tensor:
+        """Elements [offset, offset + numel) of the flattened parameter `name`: 1-D, on the host."""
 
 
 @dataclass

@@ -22,8 +22,7 @@ from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 from train.config import RunConfig
 from train.optimizer import build_optimizer
-from train.parallel.engine import ReadRange
-from train.parallel.fragments import Fragment, clip_gradients, prepare_moments, squared_gradient_norm
+from train.parallel.fragments import Fragment, ReadRange, clip_gradients, prepare_moments, squared_gradient_norm
 from train.parallel.mesh import Mesh
 from train.parallel.token_loss import TokenLossSum, model_name, on_device
 from train.parallel.zero_fragments import fill_weights, parameter_fragments

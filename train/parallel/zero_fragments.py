@@ -16,8 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from train.parallel.engine import ReadRange
-from train.parallel.fragments import Fragment
+from train.parallel.fragments import Fragment, ReadRange
 from train.parallel.token_loss import model_name
 
 
