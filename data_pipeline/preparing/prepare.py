@@ -43,7 +43,16 @@ from data_pipeline.preparing.plan import (
     refuse_strangers,
 )
 from data_pipeline.preparing.units import UnitRecord, cut_units, losses
-from data_pipeline.preparing.workers import POLL_SECONDS, Job, Log, WorkFolder, check_losses, run_workers, task_of
+from data_pipeline.preparing.workers import (
+    POLL_SECONDS,
+    Job,
+    Log,
+    WorkFolder,
+    check_inputs,
+    check_losses,
+    run_workers,
+    task_of,
+)
 from data_pipeline.sources.source import Document, InputFile, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
@@ -94,6 +103,7 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
 def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool) -> Manifest | None:
     source = open_source(config.data)
     inputs = source.inputs()
+    check_inputs(inputs, config.data)
     index, count = task_of(config)
     work = WorkFolder(folder)
     refuse_own_files_as_inputs(source, folder)

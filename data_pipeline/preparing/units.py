@@ -20,7 +20,7 @@ from data_pipeline.corpus.token_sequence import shard_metadata
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import Meter
-from data_pipeline.sources.source import Document, InputFile, Rejection, Source
+from data_pipeline.sources.source import FILE_LOST, Document, InputFile, Rejection, Source
 from data_pipeline.tokenizing.encoders import Encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
@@ -177,7 +177,7 @@ class _Unit:
 
     def end(self, root: Path | None, item: InputFile) -> None:
         """The input that `begin` named has been read. Its last documents may wait for those of the next."""
-        if root is not None:
+        if root is not None and item.lost is None:
             places = (item.part.start_byte, item.part.end_byte) if item.part else None
             self._counts["xxh3_128"] = hash_file(root / item.name, with_sha256=False, places=places).xxh3_128
 
@@ -266,7 +266,7 @@ def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[in
 
     def places(count: int) -> list[str]:
         lines = [line for record in records for line in record.report if line["action"] == "rejected"]
-        lines.sort(key=lambda line: line["reason"] != "damaged_archive")
-        return [f"{e['file']}, record {e['position']}: {e['reason']}: {e['detail']}" for e in lines[:count]]
+        lines.sort(key=lambda line: line["reason"] not in FILE_LOST)
+        return [str(Rejection(e["file"], e["position"], e["reason"], e["detail"])) for e in lines[:count]]
 
     return sum(entry["records"] for entry in files), sum_counts(files, "rejected"), places

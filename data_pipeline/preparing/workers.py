@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -23,8 +24,8 @@ from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
 from data_pipeline.preparing.units import UnitRecord, losses, run_unit
-from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig
-from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.config import TEXT_KINDS, TOLERANCE_RECORDS, DataConfig
+from data_pipeline.sources.source import FILE_LOST, InputFile, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, EncoderMismatchError, ReferenceEncoder, build_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -243,21 +244,39 @@ def check_losses(records: list[UnitRecord], data: DataConfig, enough: int) -> No
     The share of rejected records is only looked at when at least `enough` records were read.
     """
     total, rejected, places = losses(records)
+    entries = (entry for record in records for entry in record.inputs)
+    damaged = len({entry["file"] for entry in entries if entry["rejected"].keys() & set(FILE_LOST)})
+    _refuse_losses(data, damaged, total if total >= enough else 0, rejected, places(SHOWN_PLACES))
+
+
+def check_inputs(inputs: list[InputFile], data: DataConfig) -> None:
+    """Raises PrepareError when `data.tolerance` does not allow what cannot be read of these inputs, before any is read.
+
+    So that what is mended then is no other input than that of a preparation begun.
+    """
+    lost = sorted((item.lost for item in inputs if item.lost), key=lambda rejection: not rejection.loses_a_file)
+    damaged = sum(rejection.loses_a_file for rejection in lost)
+    # Files of records hold nobody knows how many; a file of a text tree is one.
+    rejected = Counter(rejection.reason for rejection in lost)
+    records = len(inputs) if data.kind in TEXT_KINDS else 0
+    _refuse_losses(data, damaged, records, rejected, [str(rejection) for rejection in lost[:SHOWN_PLACES]])
+
+
+def _refuse_losses(data: DataConfig, damaged: int, total: int, rejected: dict[str, int], places: list[str]) -> None:
+    """`total`: records of which `rejected` are a share; 0: too few, or unknown."""
     tolerance = data.tolerance
     problems = []
-    entries = (entry for record in records for entry in record.inputs)
-    damaged = len({entry["file"] for entry in entries if "damaged_archive" in entry["rejected"]})
     if damaged > tolerance.damaged_files:
         problems.append(f"{damaged} damaged files, data.tolerance.damaged_files allows {tolerance.damaged_files}")
     count = sum(rejected.values())
-    if total >= enough and count > tolerance.rejected_fraction * total:
+    if total and count > tolerance.rejected_fraction * total:
         reasons = ", ".join(f"{number} x {reason}" for reason, number in rejected.items())
         problems.append(
             f"{count} of {total} records ({count / total:.3%}) rejected ({reasons}), "
             f"data.tolerance.rejected_fraction allows {tolerance.rejected_fraction:.3%}"
         )
     if problems:
-        shown = "\n".join(f"  {line}" for line in places(SHOWN_PLACES))
+        shown = "\n".join(f"  {line}" for line in places)
         raise PrepareError(
             f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or "
             "raise the tolerance and run the same command again"

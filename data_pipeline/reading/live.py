@@ -234,7 +234,7 @@ class _Losses:
             return
         self.rejected += 1
         self._first = self._first or record
-        if record.reason == "damaged_archive":
+        if record.loses_a_file:
             self._damaged.add(record.file)
             if len(self._damaged) > self._tolerance.damaged_files:
                 self._refuse(
@@ -242,7 +242,7 @@ class _Losses:
                     f"{self._tolerance.damaged_files}",
                     record,
                 )
-            _LOG.warning("%s is damaged at record %d: what comes before is used", record.file, record.position)
+            _LOG.warning("%s (what comes before is used)", record)
         if self._records >= TOLERANCE_RECORDS:
             self.check()
 
@@ -257,9 +257,9 @@ class _Losses:
 
     def _refuse(self, problem: str, place: Rejection) -> None:
         raise CorpusError(
-            f"corpus.live.data: too much of the text is lost: {problem}. {place.file}, record {place.position}: "
-            f"{place.reason}: {place.detail}. Mend the input, or raise corpus.live.data.tolerance (a run that has "
-            "started needs a reason in corpus.allow_changed_data for it)"
+            f"corpus.live.data: too much of the text is lost: {problem}. {place}. Mend the input, or "
+            "raise corpus.live.data.tolerance (a run that has started needs a reason in corpus.allow_changed_data for "
+            "it)"
         )
 
 

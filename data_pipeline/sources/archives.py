@@ -86,7 +86,7 @@ def _chunks(path: Path, file: BinaryIO, on_bytes: OnBytes) -> Iterator[bytes]:
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         yield from _decompress(file, decompressor.decompressobj, on_bytes)
     elif path.suffix == ".gz":
-        yield from _decompress(file, lambda: zlib.decompressobj(wbits=31), on_bytes)
+        yield from _decompress(file, lambda: zlib.decompressobj(wbits=31), on_bytes, padding=b"\0")
     else:
         yield from _raw_chunks(file, on_bytes)
 
@@ -97,11 +97,16 @@ def _raw_chunks(file: BinaryIO, on_bytes: OnBytes) -> Iterator[bytes]:
         yield chunk
 
 
-def _decompress(file: BinaryIO, new: Callable, on_bytes: OnBytes) -> Iterator[bytes]:
+def _decompress(file: BinaryIO, new: Callable, on_bytes: OnBytes, padding: bytes = b"") -> Iterator[bytes]:
+    """What the frames of `file` hold. Bytes of `padding` may follow a frame: gzip's own reader skips zeros there."""
     decompressor = None
     frames = 0
     for chunk in _raw_chunks(file, on_bytes):
         while chunk:
+            if padding and frames and decompressor is None:
+                chunk = chunk.lstrip(padding)
+                if not chunk:
+                    break
             decompressor = decompressor or new()
             try:
                 data = decompressor.decompress(chunk)

@@ -8,6 +8,8 @@ from conf.problems import at_least, between, choice
 
 KINDS = ("standard_library", "text", "jsonl", "parquet", "arrow", "records", "datasets")
 FILE_KINDS = ("text", "jsonl", "parquet", "arrow", "records")
+# A file is a document, and has no fields.
+TEXT_KINDS = ("standard_library", "text")
 SPLIT_RULES = ("hash", "given")
 SPLIT_UNITS = ("file", "document")
 # Records below which a share of rejected ones says little.
@@ -38,7 +40,7 @@ class ToleranceConfig:
     # Share of all records that may be rejected. Looked at whenever a unit ends, once a worker has read 10,000 records,
     # and at the end.
     rejected_fraction: float = 0.001
-    # Files that may end early or be damaged: an unknown number of records is lost in each.
+    # Files that may end early, be damaged or not be readable: an unknown number of records is lost in each.
     damaged_files: int = 0
 
 
@@ -90,7 +92,7 @@ def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:
                 problems.append(
                     f"{prefix}.{key}: only kind=datasets uses it ('{getattr(config, key)}'); set it to null"
                 )
-    if config.kind in ("standard_library", "text") and config.source_field is not None:
+    if config.kind in TEXT_KINDS and config.source_field is not None:
         problems.append(f"{prefix}.source_field: kind={config.kind} has no fields; set it to null")
     if not config.text_field:
         problems.append(f"{prefix}.text_field: empty; name the field that holds the text")

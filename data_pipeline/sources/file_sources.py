@@ -5,11 +5,13 @@ Files are listed in a fixed order, in which numbers in names compare as numbers.
 
 from __future__ import annotations
 
+import abc
 import fnmatch
 import functools
 import json
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -45,6 +47,16 @@ else:
     parse_json_fast = msgspec.json.decode
 
 
+# What may lie in a folder and is no regular file.
+SPECIAL_FILES = {
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a folder",
+}
+
+
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key by which chunk2 comes before chunk10."""
     parts = re.split(r"(\d+)", name)
@@ -56,6 +68,8 @@ class FileSource(Source):
     """Inputs that are files below a folder."""
 
     root: Path
+    # Reason for a file that cannot be read.
+    unreadable: str
 
     def __init__(self, config: DataConfig):
         super().__init__(config)
@@ -66,28 +80,62 @@ class FileSource(Source):
         self._only = None if path.is_dir() else path.name
 
     def inputs(self) -> list[InputFile]:
-        names = [self._only] if self._only else sorted(self._walk(self.root), key=natural_key)
-        if not names:
+        found = [self._look(self._only)] if self._only else list(self._walk(self.root))
+        if not found:
             raise PrepareError(f"{self.root}: no file matches data.files={self.config.files}; change data.path or it")
-        given = self.config.split.rule == "given"
-        return [
-            InputFile(name, (self.root / name).stat().st_size, given_split(name) if given else None) for name in names
-        ]
+        return sorted(found, key=lambda item: natural_key(item.name))
 
-    def _walk(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-        """Names of the files to read; folders that are symbolic links are gone through too, but not in circles."""
+    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        return iter([item.lost]) if item.lost else self.read_file(item, on_bytes)
+
+    @abc.abstractmethod
+    def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+        """`read`, of an input that could be read when it was listed."""
+
+    def _walk(self, folder: Path, above: tuple[str, ...] = ()) -> Iterator[InputFile]:
+        """The files to read; folders that are symbolic links are gone through too, but not in circles."""
         real = os.path.realpath(folder)
         if real in above:
             return
-        for entry in list(os.scandir(folder)):
-            if self._excluded(entry.name):
-                continue
-            if entry.is_dir():
-                yield from self._walk(folder / entry.name, (*above, real))
-                continue
-            name = (folder / entry.name).relative_to(self.root).as_posix()
-            if any(_matches(name, pattern) for pattern in self.config.files):
-                yield name
+        name = folder.relative_to(self.root).as_posix()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            if not above:
+                raise PrepareError(f"{folder}: cannot be listed ({error.strerror}); set data.path") from None
+            yield _lost(name, "unreadable_input", f"a folder that cannot be listed ({error.strerror})")
+            return
+        nothing = True
+        entries = [entry for entry in entries if not self._excluded(entry.name)]
+        for entry in entries:
+            if _is_folder(entry):
+                below = self._walk(folder / entry.name, (*above, real))
+            else:
+                inside = (folder / entry.name).relative_to(self.root).as_posix()
+                below = iter([self._look(inside)] if self._asked_for(inside) else [])
+            for item in below:
+                nothing = False
+                yield item
+        if nothing and entries and above and self._asked_for(name):
+            yield _lost(name, "unreadable_input", "a folder whose name matches data.files, but no file in it does")
+
+    def _look(self, name: str) -> InputFile:
+        """The input of this name, with what keeps it from being read."""
+        path = self.root / name
+        try:
+            status = path.stat()
+        except OSError as error:
+            what = f"a link to {os.readlink(path)}: {error.strerror}" if os.path.islink(path) else error.strerror
+            return _lost(name, self.unreadable, f"cannot be opened ({what})")
+        if not stat.S_ISREG(status.st_mode):
+            what = SPECIAL_FILES.get(stat.S_IFMT(status.st_mode), "of an unknown type")
+            return _lost(name, self.unreadable, f"no regular file but {what}")
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            return _lost(name, self.unreadable, "may not be read by this user (Permission denied)")
+        return InputFile(name, status.st_size, given_split(name) if self.config.split.rule == "given" else None)
+
+    def _asked_for(self, name: str) -> bool:
+        return any(_matches(name, pattern) for pattern in self.config.files)
 
     def would_read(self, path: Path) -> bool:
         """Whether a file would be an input if it were at `path`."""
@@ -95,10 +143,22 @@ class FileSource(Source):
         parts = name.split("/")
         if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
             return False
-        return any(_matches(name, pattern) for pattern in self.config.files)
+        return self._asked_for(name)
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself, or into a folder that this user may not enter.
+        return False
+
+
+def _lost(name: str, reason: str, detail: str) -> InputFile:
+    return InputFile(name, 0, lost=Rejection(name, 0, reason, detail))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -119,7 +179,9 @@ def _spellings(pattern: str) -> list[str]:
 class TextSource(FileSource):
     """Each file is one document, in UTF-8, kept exactly. Also the standard library."""
 
-    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+    unreadable = "unreadable_document"
+
+    def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         path = self.root / item.name
         if path.stat().st_size > self.config.max_record_bytes:
             yield self._too_large(item, 0, f"{path.stat().st_size} bytes")
@@ -137,6 +199,8 @@ class TextSource(FileSource):
 class RecordSource(FileSource):
     """Files of records with fields: JSON lines, Parquet or Arrow, or what each file's ending says."""
 
+    unreadable = "unreadable_input"
+
     def _kind(self, item: InputFile) -> str:
         if self.config.kind == "records":
             return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
@@ -148,7 +212,7 @@ class RecordSource(FileSource):
         runs = columns.cut_row_groups(self.root / item.name, part_bytes)
         return [replace(item, part=run) for run in runs] or [item]
 
-    def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
+    def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         kind = self._kind(item)
         if kind == "jsonl":
             return self._read_json_lines(item, on_bytes)

@@ -17,21 +17,8 @@ from data_pipeline.sources.config import DataConfig
 from data_pipeline.sources.splits import split_by_name, split_by_text
 
 OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One input. `name`: relative, with '/'. `bytes`: size on disk (0: unknown). `split`: where it is given."""
-
-    name: str
-    bytes: int
-    split: str | None = None
-    # Only these row groups of it; None: all of it.
-    part: columns.RowGroups | None = None
-
-    @property
-    def bytes_to_read(self) -> int:
-        return self.part.bytes if self.part else self.bytes
+# Reasons of rejections that lose an unknown number of records.
+FILE_LOST = ("damaged_archive", "unreadable_input")
 
 
 class Document(NamedTuple):
@@ -55,6 +42,32 @@ class Rejection(NamedTuple):
     detail: str
     # What came from the file before is not to be used either.
     whole_file: bool = False
+
+    @property
+    def loses_a_file(self) -> bool:
+        """Whether an unknown number of records is lost with it, which `tolerance.damaged_files` bounds."""
+        return self.reason in FILE_LOST
+
+    def __str__(self) -> str:
+        record = f", record {self.position}" if self.position else ""
+        return f"{self.file}{record}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input. `name`: relative, with '/'. `bytes`: size on disk (0: unknown). `split`: where it is given."""
+
+    name: str
+    bytes: int
+    split: str | None = None
+    # Only these row groups of it; None: all of it.
+    part: columns.RowGroups | None = None
+    # All that comes of what cannot be read, such as a link to nothing; its size is then 0.
+    lost: Rejection | None = None
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.part.bytes if self.part else self.bytes
 
 
 class Source(abc.ABC):
