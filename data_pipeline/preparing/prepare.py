@@ -42,9 +42,10 @@ from data_pipeline.preparing.plan import (
     refuse_own_files_as_inputs,
     refuse_strangers,
 )
-from data_pipeline.preparing.units import UnitRecord, cut_units, losses
+from data_pipeline.preparing.units import UnitRecord, cut_units, losses, unlabelled_documents
 from data_pipeline.preparing.workers import (
     POLL_SECONDS,
+    SHOWN_PLACES,
     Job,
     Log,
     WorkFolder,
@@ -53,7 +54,7 @@ from data_pipeline.preparing.workers import (
     run_workers,
     task_of,
 )
-from data_pipeline.sources.source import Document, InputFile, Source
+from data_pipeline.sources.source import Document, InputFile, Rejection, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
@@ -113,6 +114,11 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
         resumed = begin_preparation(config, folder, inputs, units, claims)
         # What the plan is missing of a corpus that was finished meanwhile is no preparation that begins.
         _refuse_finished(folder)
+        if not resumed and (why := source.why_unlabelled(inputs)):
+            log(
+                f"the first record has {why}. Records without a label count as '{config.data.source}'; where no record "
+                "has one the preparation is refused at its end"
+            )
         tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
         if resumed:
             _drop_damaged(work, folder, [n for n in sorted(work.finished()) if n % count == index], config.workers)
@@ -193,11 +199,13 @@ def _make_tokenizer(config: PrepareConfig, folder: Path, source: Source, inputs:
         load_tokenizer(config.tokenizer).save_to(partial)
     else:
         log(f"training a SentencePiece model with {config.tokenizer.vocab_size} pieces")
-        texts = iter(_sample(source, inputs, config.tokenizer.sample_bytes))
+        rejections: list[Rejection] = []
+        texts = _sample(source, inputs, config.tokenizer.sample_bytes, rejections)
         first = next(texts, None)
         if first is None:
             raise PrepareError(
-                "no training document to train the tokenizer on; use tokenizer=file, or change data.split"
+                "no training document to train the tokenizer on; check data.text_field and data.split, or use "
+                "tokenizer=file" + "".join(f"\n  {rejection}" for rejection in rejections)
             )
         model = train_sentencepiece(_chain(first, texts), config.tokenizer)
         partial.mkdir()
@@ -238,8 +246,13 @@ def _choose_encoder(
     return encoder
 
 
-def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterator[str]:
-    """Training documents of `total_bytes` in all, from inputs in a fixed random order, a share of each."""
+def _sample(
+    source: Source, inputs: list[InputFile], total_bytes: int, rejections: list[Rejection] | None = None
+) -> Iterator[str]:
+    """Training documents of `total_bytes` in all, from inputs in a fixed random order, a share of each.
+
+    `rejections` gets the first records that give none.
+    """
     left = total_bytes
     share = max(left // len(inputs), 2**20)
     for place in permute(np.arange(len(inputs)), len(inputs), derive_key("tokenizer sample")):
@@ -247,6 +260,8 @@ def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterat
         if inputs[place].split not in (None, "train"):
             continue
         for item in source.read(inputs[place], lambda count: None):
+            if isinstance(item, Rejection) and rejections is not None and len(rejections) < SHOWN_PLACES:
+                rejections.append(item)
             if isinstance(item, Document) and item.split == "train" and item.text:
                 text = item.text.encode("utf-8", "replace").decode("utf-8")
                 yield text
@@ -261,13 +276,16 @@ def _sample(source: Source, inputs: list[InputFile], total_bytes: int) -> Iterat
 def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: list[UnitRecord]) -> Manifest:
     shards = [shard for record in records for shard in record.shards]
     files = [entry for record in records for entry in record.inputs]
-    total, rejected, _ = losses(records)
+    total, rejected, places = losses(records)
     if not shards:
         counts = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no records"
         raise PrepareError(
             f"no document was found in {count_files(files)} inputs ({counts}); check data.path, data.text_field"
+            + "".join(f"\n  {line}" for line in places(SHOWN_PLACES))
         )
     check_losses(records, config.data, enough=1)
+    if config.data.source_field and (number := unlabelled_documents(records, config.data.source)):
+        _refuse_unlabelled(config, folder, number)
     documents = sum(entry["documents"] for entry in files)
     assert total == documents + sum(rejected.values()) and documents == sum(shard.documents for shard in shards)
     inputs_sha256 = _write_lines(folder / INPUTS_FILE, files)
@@ -302,6 +320,17 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
     )
     manifest.write(folder)
     return manifest
+
+
+def _refuse_unlabelled(config: PrepareConfig, folder: Path, documents: int) -> None:
+    source = open_source(config.data)
+    why = source.why_unlabelled(source.inputs())
+    first = f" The first record has {why}." if why else ""
+    raise PrepareError(
+        f"data.source_field={config.data.source_field}: none of {documents} documents has such a source label, all "
+        f"would count as '{config.data.source}'.{first} Set data.source_field to a field that is there, or to null for "
+        f"no labels, and choose another output or delete {folder}"
+    )
 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> str:

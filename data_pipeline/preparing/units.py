@@ -260,6 +260,15 @@ def _file_name(label: str) -> str:
     return f"{plain.lstrip('.')}.{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
+def unlabelled_documents(records: list[UnitRecord], label: str) -> int:
+    """Documents of all units where none has a source label of its own, so that all count as `label`; else 0."""
+    files = [entry for record in records for entry in record.inputs]
+    documents = sum(entry["documents"] for entry in files)
+    unlabelled = sum_counts(files, "repaired").get("no_source_label", 0)
+    others = any(shard.source != label for record in records for shard in record.shards)
+    return 0 if others or unlabelled < documents else documents
+
+
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:
     """(records read, rejected by reason, function that gives the first n places of rejections) of some units."""
     files = [entry for record in records for entry in record.inputs]

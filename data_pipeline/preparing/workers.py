@@ -279,5 +279,5 @@ def _refuse_losses(data: DataConfig, damaged: int, total: int, rejected: dict[st
         shown = "\n".join(f"  {line}" for line in places)
         raise PrepareError(
             f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or "
-            "raise the tolerance and run the same command again"
+            "raise the tolerance and run the same command again (data.exclude leaves files out)"
         )

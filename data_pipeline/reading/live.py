@@ -54,6 +54,11 @@ class LiveCorpus:
         self.identity, self.why_not_again = _identity(data, self.source)
         self._tokenizer = load_tokenizer(tokenizer)
         self.encoder, self.notes = choose_encoder(self._tokenizer, tokenizer.backend, list)
+        self._note_labels()
+
+    def _note_labels(self) -> None:
+        if why := self.source.why_unlabelled(self.source.inputs()):
+            self.notes.append(f"the first record has {why}. Records without a label count as '{self.data.source}'")
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -172,12 +177,13 @@ class LiveStream:
         filled = [(0, lane) for lane in range(self._lanes)]
         mine = set(self._open)
         for epoch in range(int(self._max_epochs)):
-            read, waiting, characters = 0, [], 0
+            read, labelled, waiting, characters = 0, 0, [], 0
             losses = _Losses(self.corpus.data.tolerance)
             for record in self._records(epoch):
                 losses.add(record)
                 if not isinstance(record, Document):
                     continue
+                labelled += not record.unlabelled
                 if record.split != self.split or not record.text.strip():
                     continue
                 read += 1
@@ -192,6 +198,13 @@ class LiveStream:
             losses.check()
             if not read:
                 raise CorpusError(f"data.path={self.corpus.directory}: no document of split '{self.split}' was found")
+            if not labelled:
+                why = self.corpus.source.why_unlabelled(self.corpus.source.inputs())
+                raise CorpusError(
+                    f"corpus.live.data.source_field={self.corpus.data.source_field}: no document has such "
+                    f"a source label.{f' The first record has {why}.' if why else ''} Set it "
+                    "to a field that is there, or to null for no labels"
+                )
             if losses.rejected:
                 _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, losses.rejected)
             yield self._encode(waiting)

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from data_pipeline.errors import PrepareError
 from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.fields import columns_of
 
 # What reading a damaged file raises; the last where the names of its columns are damaged.
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -89,16 +90,8 @@ def read_parquet(
 def read_arrow(path: Path, name: str, config: DataConfig) -> Iterator[tuple[list[Record], float]]:
     """The same of an Arrow file, in the file format or in the stream format (which `datasets` saves)."""
     with pa.memory_map(str(path)) as file:
-        try:
-            reader = pa.ipc.open_file(file)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-        except pa.ArrowInvalid:
-            file.seek(max(0, file.size() - len(END_OF_STREAM)))
-            if file.read() != END_OF_STREAM:
-                raise pa.ArrowInvalid("neither a whole Arrow file nor a whole stream: its end is missing") from None
-            file.seek(0)
-            reader = batches = pa.ipc.open_stream(file)
-        wanted = _wanted(name, reader.schema.names, config)
+        schema, batches = _arrow_batches(file)
+        wanted = _wanted(name, schema.names, config)
         share = 0.0
         for batch in batches:
             _check(batch.select(wanted))
@@ -107,12 +100,36 @@ def read_arrow(path: Path, name: str, config: DataConfig) -> Iterator[tuple[list
             share = file.tell() / file.size()
 
 
+def _arrow_batches(file: pa.MemoryMappedFile) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    try:
+        reader = pa.ipc.open_file(file)
+        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        file.seek(max(0, file.size() - len(END_OF_STREAM)))
+        if file.read() != END_OF_STREAM:
+            raise pa.ArrowInvalid("neither a whole Arrow file nor a whole stream: its end is missing") from None
+        file.seek(0)
+        stream = pa.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+
+
+def first_record(path: Path, kind: str) -> dict[str, Any] | None:
+    """The first row of a Parquet or Arrow file (`kind`) with all columns, if it has one. Raises what DAMAGE lists."""
+    if kind == "parquet":
+        with pa.parquet.ParquetFile(path) as file:
+            rows = next(file.iter_batches(batch_size=1), None)
+    else:
+        with pa.memory_map(str(path)) as source:
+            rows = next(_arrow_batches(source)[1], None)
+    if rows is None or not rows.num_rows:
+        return None
+    return rows.slice(0, 1).to_pylist()[0]
+
+
 def _wanted(name: str, names: list[str], config: DataConfig) -> list[str]:
     if config.text_field not in names:
         raise PrepareError(f"{name}: no column '{config.text_field}', only {', '.join(names)}; set data.text_field")
-    wanted = [config.text_field]
-    if config.source_field and config.source_field.split(".")[0] in names:
-        wanted.append(config.source_field.split(".")[0])
+    wanted = [config.text_field, *columns_of(config.source_field or "", names)]
     return list(dict.fromkeys(wanted))
 
 

@@ -61,7 +61,8 @@ class DataConfig:
     exclude: list[str] = field(default_factory=list)
     # Field of a record that holds its text. Not used by text trees.
     text_field: str = "text"
-    # Field that holds the source label, with dots into nested fields ("meta.redpajama_set_name"); null: none.
+    # Field that holds the source label; null: none. Dots lead into nested fields ("meta.redpajama_set_name") where no
+    # field has the whole name. Refused where no document has one.
     source_field: str | None = None
     # Label of records without one.
     source: str = "unknown"

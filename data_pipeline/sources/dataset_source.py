@@ -52,6 +52,14 @@ class DatasetsSource(Source):
     def _shard_count(self, split: str) -> int:
         return getattr(self._splits[split], "num_shards", 1)
 
+    def first_record(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        try:
+            records = (record for split in sorted(self._splits) for record in self._splits[split])
+            return next(records, None)
+        except Exception:
+            # Of the library or the network; reading says so.
+            return None
+
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         split, part = item.name.rsplit("/", 1)
         dataset = self._splits[split]

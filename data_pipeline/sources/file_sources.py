@@ -206,6 +206,24 @@ class RecordSource(FileSource):
             return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(item.name).suffix, "jsonl")
         return self.config.kind
 
+    def first_record(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        records = (self._first_of(item) for item in inputs if not item.lost)
+        return next((record for record in records if record is not None), None)
+
+    def _first_of(self, item: InputFile) -> dict[str, Any] | None:
+        path, kind = self.root / item.name, self._kind(item)
+        try:
+            if kind != "jsonl":
+                return columns.first_record(path, kind)
+            for line in read_lines(path, self.config.max_record_bytes, lambda count: None):
+                record = None if isinstance(line, OversizedLine) else _object(line)
+                if record is not None:
+                    return record
+        except (DamagedArchiveError, *columns.DAMAGE):
+            # Reading it says so.
+            pass
+        return None
+
     def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
         if item.bytes <= part_bytes or self._kind(item) != "parquet":
             return [item]
@@ -263,6 +281,14 @@ class RecordSource(FileSource):
             where = f" in row groups {item.part.first} to {item.part.end - 1}" if item.part else ""
             detail = f"{first_line}; what follows{where} is lost"
             yield Rejection(item.name, position + 1, "damaged_archive", detail)
+
+
+def _object(line: bytes | memoryview) -> dict[str, Any] | None:
+    try:
+        record = _parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) -> Rejection:

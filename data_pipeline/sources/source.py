@@ -6,7 +6,6 @@ What comes out of an input depends on nothing else. Every record comes out as a 
 from __future__ import annotations
 
 import abc
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.sources import columns
 from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.fields import describe_fields, look_up
 from data_pipeline.sources.splits import split_by_name, split_by_text
 
 OnBytes = Callable[[int], None]
@@ -78,7 +78,6 @@ class Source(abc.ABC):
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self._label_path = config.source_field.split(".") if config.source_field else []
 
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:
@@ -87,6 +86,22 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def read(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         """The records of one input in order; `on_bytes` is told how much of it has been read."""
+
+    def first_record(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        """The first record that can be read, with all its fields; None where there is none, or records have none."""
+        return None
+
+    def why_unlabelled(self, inputs: list[InputFile]) -> str | None:
+        """What the first record has instead of the source label that was asked for; None where it has one."""
+        if not self.config.source_field or (record := self.first_record(inputs)) is None:
+            return None
+        label = look_up(record, self.config.source_field)
+        if _is_label(label):
+            return None
+        found = f"no text in data.source_field={self.config.source_field}"
+        if label is not None:
+            found += f" ({_kind(label).removeprefix('of ')})"
+        return f"{found}; its fields are: {describe_fields(record)}"
 
     def parts(self, item: InputFile, part_bytes: int) -> list[InputFile]:
         """`item`, or what it falls into where it is larger than `part_bytes` and can be entered in its middle."""
@@ -117,9 +132,11 @@ class Source(abc.ABC):
             return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
         text = record.get(self.config.text_field)
         if not isinstance(text, str):
-            found = "no such field" if self.config.text_field not in record else f"it is {_kind(text)}"
+            found = f"it is {_kind(text)}"
+            if self.config.text_field not in record:
+                found = f"no such field; the record's are: {describe_fields(record)}"
             return Rejection(item.name, position, "no_text", f"field '{self.config.text_field}': {found}")
-        label = look_up(record, self._label_path) if self._label_path else None
+        label = look_up(record, self.config.source_field) if self.config.source_field else None
         return self.document(item, text, position, label)
 
 
@@ -136,18 +153,3 @@ def _kind(value: Any) -> str:
     names |= dict.fromkeys((int, float), "a number")
     # Columns hold more than JSON does.
     return names.get(type(value), f"of type {type(value).__name__}")
-
-
-def look_up(record: dict[str, Any], path: list[str]) -> Any:
-    """The value at the end of nested fields; a string on the way is read as JSON (`meta` of some SlimPajama copies)."""
-    value: Any = record
-    for part in path:
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return None
-        if not isinstance(value, dict):
-            return None
-        value = value.get(part)
-    return value

@@ -69,8 +69,8 @@ def slimpajama_config(root: Path, output: Path, **changes: object) -> PrepareCon
     return PrepareConfig(**{**settings, **changes})
 
 
-def quietly(config: PrepareConfig):
-    """Prepare without a bar; returns (manifest, what was logged)."""
-    lines: list[str] = []
+def quietly(config: PrepareConfig, lines: list[str] | None = None):
+    """Prepare without a bar; returns (manifest, what was logged), which `lines` gets also where it fails."""
+    lines = [] if lines is None else lines
     manifest = prepare(config, log=lines.append, show_progress=False)
     return manifest, "\n".join(lines)
