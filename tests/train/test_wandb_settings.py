@@ -112,6 +112,7 @@ def test_a_run_that_cannot_reach_w_and_b_goes_on_offline(
     assert "W&B was not reached (" in messages and "the run goes on offline" in messages
     assert f"wandb sync {tmp_path / 'first' / 'wandb'}/offline-run-*" in messages
     [event] = [event for event in read_events(tmp_path / "first") if event["event"] == "wandb_offline"]
+    assert event.keys() == {"time", "event", "step", "reason"}
     assert event["step"] == 0 and event["reason"]
     run_id = (tmp_path / "first" / "wandb_id.txt").read_text().strip()
     [written] = (tmp_path / "first" / "wandb").glob("offline-run-*/run-*.wandb")
