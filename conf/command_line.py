@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from conf.problems import ConfigError
+from conf.problems import ConfigError, undecodable
+
+
+def refuse_undecodable(arguments: Sequence[str] | None) -> None:
+    """Raise ConfigError for arguments that are no UTF-8; None: those of this process."""
+    if problems := undecodable(sys.argv[1:] if arguments is None else arguments):
+        raise ConfigError(problems)
 
 
 def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...], interrupted: str) -> int:

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.problems import ConfigError, suggestion
+from conf.problems import ConfigError, suggestion, undecodable
 
 CONF_DIR = Path(__file__).resolve().parent
 Schema = TypeVar("Schema")
@@ -27,6 +27,8 @@ def compose(schema: type[Schema], config_name: str, overrides: Sequence[str] = (
     Raises ConfigError with every problem found: overrides that name no key, unknown keys (with the nearest known one),
     values of a wrong type, values still missing (`???`), broken interpolations.
     """
+    if problems := undecodable(overrides):
+        raise ConfigError(problems)
     tree = _compose_tree(config_name, list(overrides))
     return to_dataclass(schema, tree)
 

@@ -9,6 +9,7 @@ to change. The functions below return such lists, empty when the value is fine, 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -57,6 +58,20 @@ def exactly_one(key: str, values: Mapping[str, object]) -> list[str]:
         return []
     shown = " and ".join(f"{name} ({value})" for name, value in values.items())
     return [f"{key}: set exactly one of {shown}, the other to null"]
+
+
+def undecodable(texts: Iterable[str]) -> list[str]:
+    """`texts`, such as arguments of a command, that hold bytes which are no UTF-8: Python keeps those as surrogates,
+    which no file, tokenizer or terminal takes."""
+    problems = []
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            as_bytes = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+            shown = as_bytes.encode("utf-8", "backslashreplace").decode("utf-8")
+            problems.append(f"{shown}: holds bytes that are no UTF-8; give the text, or name the file, in UTF-8")
+    return problems
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:

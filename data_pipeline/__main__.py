@@ -43,9 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
     # Imported where it is needed: the workers of a preparation import this module, and Hydra costs half a second.
-    from conf.command_line import exit_code
+    from conf.command_line import exit_code, refuse_undecodable
 
-    return exit_code(lambda: options.run(options), (DataError,), "interrupted; run the same command again to go on")
+    def run() -> int:
+        refuse_undecodable(arguments)
+        return options.run(options)
+
+    return exit_code(run, (DataError,), "interrupted; run the same command again to go on")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, compose, suggestion, to_dataclass
-from conf.command_line import exit_code
+from conf.command_line import exit_code, refuse_undecodable
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -103,7 +104,12 @@ class ImportSettings:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
     options = _parser().parse_args(arguments)
-    return exit_code(lambda: options.run(options), (ValueError, OSError), "interrupted")
+
+    def run() -> int:
+        refuse_undecodable(arguments)
+        return options.run(options)
+
+    return exit_code(run, (ValueError, OSError), "interrupted")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,9 +167,13 @@ def _generate(options: argparse.Namespace) -> int:
 
     import torch
 
+    from model.generation import generate, sampling_problems
+
+    if problems := sampling_problems(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p):
+        raise ConfigError(problems)
+
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.generation import generate
     from model.loading import load
     from model.locate import locate
 
@@ -195,15 +205,17 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 class _Printer:
-    """Prints one text as it grows; several each as a whole at the end."""
+    """Prints one text as it grows; several each as a whole at the end. Nothing before the first new token: until then
+    an error may come."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]):
         self.tokenizer = tokenizer
         self.ids = [list(prompt) for prompt in prompts]
         self.shown = ""
         self.streams = len(prompts) == 1
-        if self.streams:
-            self._show(complete=False)
+        # A terminal or file in another encoding gets "?" for what it cannot say.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
 
     def add(self, tokens: torch.Tensor, active: torch.Tensor) -> None:
         """The new token of each sequence [B], and which sequences had not ended before [B]."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import stat
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,21 @@ def save_fragments(
         "format_version": str(FORMAT_VERSION),
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
     }
+    save_tensors(path, tensors, metadata)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the access rights that any new file gets here.
+
+    safetensors writes a temporary file that only its owner may read, and renames it.
+    """
+    path = Path(path)
+    # The umask of a process can be read only by changing it, for all threads; a plain file tells what follows from it.
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata=metadata)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def save_model(model: nn.Module, config: ModelConfig, directory: str | Path) -> None:

@@ -158,7 +158,7 @@ class EvaluationConfig:
 class WandbConfig:
     """Weights & Biases."""
 
-    # auto: online when WANDB_API_KEY is set, else offline. offline | online | disabled.
+    # auto: what WANDB_MODE says, else online when WANDB_API_KEY is set, else offline. offline | online | disabled.
     mode: str = "auto"
     # The project at W&B that the run belongs to.
     project: str = "xlstm-pretrain"

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from conf.problems import undecodable
 from train.callbacks.metrics_file import read_metrics
 
 matplotlib.use("Agg")
@@ -315,6 +316,9 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(HELP, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    if problems := undecodable(arguments):
+        print(f"train.report: {problems[0]}", file=sys.stderr)
+        return 2
     try:
         print(draw_report(arguments[0]))
     except (OSError, ValueError) as error:

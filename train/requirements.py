@@ -8,6 +8,7 @@ calls it before the ranks meet, `launch local` before they exist.
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
+from train.wandb_settings import wandb_variable_problems
 
 # A run resumed with another value of one of these would not be the same run.
 _FIXED = ("name", "seed", "model", "training.sequence_length")
@@ -66,7 +68,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
     of the configuration, DataError for a corpus that cannot be used.
     """
-    _refuse(validate(config, world_size))
+    _refuse([*validate(config, world_size), *wandb_variable_problems(config.logging.wandb, os.environ)])
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
     corpus = open_run_corpus(config, corpus_check)

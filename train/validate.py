@@ -12,9 +12,9 @@ from train.data import validate_corpus
 from train.optimizer import validate_optimizer
 from train.parallel.mesh import MeshShape
 from train.schedule import validate_schedule
+from train.wandb_settings import validate_wandb
 
 ZERO_STAGES = (0, 1, 2, 3)
-WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
 def validate(config: RunConfig, world_size: int) -> list[str]:
@@ -31,7 +31,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         problems += validate_schedule(config.schedule, config.total_steps, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
-    return problems + choice("logging.wandb.mode", config.logging.wandb.mode, WANDB_MODES)
+    return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
 def _length_is_known(config: RunConfig) -> bool:

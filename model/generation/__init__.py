@@ -1,5 +1,5 @@
 """Text from a trained model."""
 
-from model.generation.session import generate
+from model.generation.session import generate, sampling_problems
 
-__all__ = ["generate"]
+__all__ = ["generate", "sampling_problems"]

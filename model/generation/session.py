@@ -122,6 +122,20 @@ def _choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int | None
     return ids.gather(1, chosen).squeeze(1)
 
 
+def sampling_problems(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
+    """What is wrong with settings of `generate`, one line each, whatever the model and its prompts are."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        problems.append(f"temperature must be 0 (most likely token) or positive, not {temperature}")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k must be at least 1 or null, not {top_k}")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
+    return problems
+
+
 def _check(
     prompts: list[Tensor],
     vocab_size: int,
@@ -143,13 +157,7 @@ def _check(
                 f"prompt {row} holds ids {prompt.min()} to {prompt.max()}, the model has 0 to {vocab_size - 1}: it was "
                 "encoded with another tokenizer"
             )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (most likely token) or positive, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or null, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if problems := sampling_problems(max_new_tokens, temperature, top_k, top_p):
+        raise ValueError("; ".join(problems))
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ValueError(f"stop_token {stop_token} is not among the model's ids 0 to {vocab_size - 1}")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from model.config import ModelConfig
 from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
@@ -22,7 +21,7 @@ from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
 from model.layers import layer_kinds
 from model.parameters import parameter_shapes
-from model.weights import WeightsReader, read_model_json
+from model.weights import WeightsReader, read_model_json, save_tensors
 
 TOLERANCE = 1e-4
 SHARD_BYTES = 4 * 2**30
@@ -206,7 +205,7 @@ def _write_weights(
         layout = tensor_layout(names, fused=False)
         # Copies, since a file must not hold one storage twice (the head may be tied to the embedding).
         tensors = {theirs: read(name).to(dtype, copy=True).contiguous() for theirs, [name] in layout.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_tensors(directory / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

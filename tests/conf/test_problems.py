@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conf.problems import at_least, between, choice, exactly_one, positive
+from conf.problems import at_least, between, choice, exactly_one, positive, undecodable
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,12 @@ from conf.problems import at_least, between, choice, exactly_one, positive
 )
 def test_a_problem_is_one_line_with_key_value_and_advice(found, line):
     assert found == [line]
+
+
+def test_bytes_that_are_no_utf_8_are_shown_as_what_they_are():
+    texts = ["caf\u00e9", "name=caf\udce9", "\ud800"]
+    reason = "holds bytes that are no UTF-8; give the text, or name the file, in UTF-8"
+    assert undecodable(texts) == [f"name=caf\\xe9: {reason}", f"\\ud800: {reason}"]
 
 
 def test_a_value_that_is_fine_gives_no_line():

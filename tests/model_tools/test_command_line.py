@@ -144,8 +144,11 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     assert "max_new_tokens" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}"]) == 1
     assert "error: " in capsys.readouterr().err
-    assert main(["generate", f"checkpoint={run_directory}", "temperature=-1"]) == 1
-    assert "temperature must be 0" in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={run_directory}", "temperature=-1", "top_p=0"]) == 2
+    printed = capsys.readouterr()
+    assert "temperature must be 0" in printed.err and "top_p must be above 0" in printed.err
+    # Not behind the prompt.
+    assert printed.out == ""
     assert main(["generate", f"checkpoint={run_directory}", "dtype=int8"]) == 2
     assert "dtype: unknown value 'int8'" in capsys.readouterr().err
     for device in ("cuda:77", "gpu"):

@@ -203,7 +203,8 @@ def with_wandb(tmp_path: Path, mode: str) -> FakeTrainer:
 
 
 def _wandb_session(_: int, run_directory: Path, done: int, steps: range) -> None:
-    os.environ.pop("WANDB_API_KEY", None)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
     trainer, callback = with_wandb(run_directory, "auto"), WandbLogger()
     trainer.step = done
     log_steps(callback, trainer, steps)
@@ -225,7 +226,8 @@ def test_an_offline_wandb_run_keeps_its_id_and_row_numbers_over_a_resume(tmp_pat
 
 
 def _wandb_session_with_a_rollback(_: int, run_directory: Path) -> None:
-    os.environ.pop("WANDB_API_KEY", None)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
     trainer, callback = with_wandb(run_directory, "auto"), WandbLogger()
     log_steps(callback, trainer, range(1, 5))
     saved = json.loads(json.dumps(callback.state_dict()))

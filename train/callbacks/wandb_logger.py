@@ -6,6 +6,7 @@ import dataclasses
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
 from train.run_directory import write_atomically
+from train.wandb_settings import reach_seconds, wandb_mode
 
 if TYPE_CHECKING:
     from train.evaluate import EvaluationResult
@@ -22,7 +24,7 @@ _ID_FILE = "wandb_id.txt"
 
 
 class WandbLogger(Callback):
-    """Logs on rank 0, offline unless WANDB_API_KEY is set or `logging.wandb.mode` says otherwise.
+    """Logs on rank 0, in the mode that `wandb_mode` finds; offline where the server is not reached at the start.
 
     Files lie in <run>/wandb; `wandb sync <run>/wandb/offline-run-*` uploads those of an offline run.
     """
@@ -36,36 +38,60 @@ class WandbLogger(Callback):
 
     def on_run_start(self, trainer: Trainer) -> None:
         settings = trainer.config.logging.wandb
-        mode = settings.mode
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = wandb_mode(settings, os.environ)
         if not trainer.is_main or mode == "disabled":
             return
         import wandb
 
         self._offline = mode == "offline"
         self._id = self._find_id(Path(trainer.run_directory))
+        started = time.monotonic()
         try:
-            self._run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                tags=list(settings.tags),
-                name=trainer.config.name,
-                id=self._id,
-                # An offline run cannot ask the server for its past; the id alone ties its parts together.
-                resume=None if self._offline else "allow",
-                mode="offline" if self._offline else "online",
-                dir=str(trainer.run_directory),
-                config=dataclasses.asdict(trainer.config),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.errors.Error as error:
-            raise ValueError(
-                f"logging.wandb.mode: W&B cannot start in mode '{mode}' ({error}); correct WANDB_API_KEY or the "
-                "network, or set logging.wandb.mode=offline"
-            ) from error
+            self._run = self._start(trainer)
+        # W&B hands on TimeoutError where its own process does not keep the limit.
+        except (wandb.errors.Error, TimeoutError) as error:
+            if not _was_not_reached(error, time.monotonic() - started):
+                raise ValueError(
+                    f"logging.wandb.mode: W&B cannot start in mode '{mode}' ({error}); correct WANDB_API_KEY or the "
+                    "network, or set logging.wandb.mode=offline"
+                ) from error
+            self._go_offline(trainer, " ".join(str(error).split()))
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+
+    def _start(self, trainer: Trainer) -> Any:
+        import wandb
+
+        settings = trainer.config.logging.wandb
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            tags=list(settings.tags),
+            name=trainer.config.name,
+            id=self._id,
+            # An offline run cannot ask the server for its past; the id alone ties its parts together.
+            resume=None if self._offline else "allow",
+            mode="offline" if self._offline else "online",
+            dir=str(trainer.run_directory),
+            config=dataclasses.asdict(trainer.config),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=reach_seconds(os.environ)),
+        )
+
+    def _go_offline(self, trainer: Trainer, reason: str) -> None:
+        """Start again without the server, which was not reached."""
+        import wandb
+
+        # The process that W&B keeps beside this one holds on to the id until it ends.
+        wandb.teardown()
+        self._offline = True
+        self._run = self._start(trainer)
+        trainer.events.append("wandb_offline", step=trainer.step, reason=reason)
+        print(
+            f"W&B was not reached ({reason}); the run goes on offline. To send its figures later: "
+            f"wandb sync {Path(trainer.run_directory) / 'wandb'}/offline-run-*",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         figures = {key: value for key, value in record.items() if key not in ("kind", "step") and value is not None}
@@ -129,3 +155,15 @@ class WandbLogger(Callback):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _was_not_reached(error: Exception, seconds: float) -> bool:
+    """Whether W&B's server gave no answer, rather than one that refuses the run. `seconds`: the start has taken."""
+    import wandb
+
+    if isinstance(error, wandb.errors.AuthenticationError):
+        return False
+    if not isinstance(error, wandb.errors.CommError | TimeoutError):
+        return False
+    # W&B repeats a request without an answer until its time is over. Go's words for a connection that cannot be made.
+    return seconds >= reach_seconds(os.environ) or "dial tcp" in str(error)
