@@ -31,8 +31,8 @@ def default_processes() -> int:
 def train_locally(overrides: Sequence[str], processes: int) -> int:
     """Run `python -m train` with Hydra `overrides` in `processes` processes; returns the exit code.
 
-    Raises ConfigError for a configuration that cannot work and DataError for a missing or incomplete corpus, before any
-    process starts: torchrun's own exit code is 1 whatever the processes say.
+    Raises ConfigError for a configuration that cannot work, a missing or incomplete corpus included, before any process
+    starts: torchrun's own exit code is 1 whatever the processes say.
     """
     # The ranks compare the shards' checksums.
     config = compose(RunConfig, "train", overrides, check=lambda rest: validate(rest, processes))

@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     # Importing torch takes seconds, which the help does without.
     from conf import ConfigError, compose
     from train.config import RunConfig
+    from train.errors import UnfitDataError
     from train.validate import validate
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> int:
             # process is gone: no exit handler is waited for.
             os._exit(exit_code)
         return exit_code
+    except UnfitDataError as error:
+        print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        return 2
     except ConfigError as error:
         # Every rank finds the same problems; one of them says so.
         if os.environ.get("RANK", "0") == "0":
