@@ -87,6 +87,7 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     tree = OmegaConf.create(tree)
     problems: list[str] = []
     try:
+        _make_interpolated_texts(schema, tree)
         OmegaConf.resolve(tree)
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from None
@@ -96,6 +97,18 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     if built is None or problems:
         raise ConfigError(problems)
     return built
+
+
+def _make_interpolated_texts(schema: type, tree: DictConfig) -> None:
+    """Make texts of the numbers that texts refer to: `name=${seed}`."""
+    for key in _leaf_keys(tree):
+        if without_none(type_at(schema, key))[0] is not str:
+            continue
+        section, _, name = key.rpartition(".")
+        parent = OmegaConf.select(tree, section) if section else tree
+        if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, name):
+            value = parent[name]
+            parent[name] = value if value is None else str(value)
 
 
 def _compose_tree(schema: type, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str], list[str]]:

@@ -57,6 +57,11 @@ def test_a_word_for_nothing_or_a_switch_is_refused_where_a_text_may_be_null(key,
         assert OmegaConf.select(OmegaConf.structured(composed(f"{key}={value}")), f"{section}.{name}") == expected
 
 
+def test_a_text_may_refer_to_a_number():
+    config = composed("name=${seed}", "logging.wandb.project=run-${seed}", "logging.wandb.entity=${corpus.weights}")
+    assert (config.name, config.logging.wandb.project, config.logging.wandb.entity) == ("0", "run-0", None)
+
+
 def test_null_where_a_value_is_required_is_refused():
     found = problems("name=null", "seed=null", "training=null", "evaluation.sets=null", "logging.wandb.tags=[null]")
     keys = ["evaluation.sets", "logging.wandb.tags[0]", "name", "seed", "training"]
