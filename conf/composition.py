@@ -3,34 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from conf.overrides import (
+    Typed,
+    conform,
+    field_types,
+    from_command_line,
+    keys_of,
+    other_name,
+    parse_override,
+    type_at,
+    with_dashes_and_spaces,
+    without_none,
+)
 from conf.problems import ConfigError, suggestion, undecodable
 
 CONF_DIR = Path(__file__).resolve().parent
 Schema = TypeVar("Schema")
 
 
-def compose(schema: type[Schema], config_name: str, overrides: Sequence[str] = ()) -> Schema:
+def compose(
+    schema: type[Schema],
+    config_name: str,
+    overrides: Sequence[str] = (),
+    check: Callable[[Schema], list[str]] | None = None,
+) -> Schema:
     """Compose `conf/<config_name>.yaml` with Hydra `overrides` into an instance of the dataclass `schema`.
 
+    A value is read after the type of its field: a text stays as it was typed, though it looks like a number.
+
+    `check`: finds the problems of an instance. It is asked only where there are problems, about what is left without
+    them, so that a message shows all at once.
     Raises ConfigError with every problem found: overrides that name no key, unknown keys (with the nearest known one),
     values of a wrong type, values still missing (`???`), broken interpolations.
     """
-    if problems := undecodable(overrides):
-        raise ConfigError(problems)
-    tree = _compose_tree(config_name, list(overrides))
-    return to_dataclass(schema, tree)
+    if unreadable := undecodable(overrides):
+        raise ConfigError(unreadable)
+    tree, applied, problems = _compose_tree(schema, config_name, list(overrides))
+    try:
+        built = to_dataclass(schema, tree)
+    except ConfigError as error:
+        problems += error.problems
+    if not problems:
+        return built
+    if check is not None and (rest := _without_problems(schema, config_name, applied, problems)) is not None:
+        # What follows from a mistyped key or a missing value would be a second line about one mistake.
+        at_fault = [re.escape(line.split(":")[0].rpartition(".")[2]) for line in problems]
+        follows = re.compile(rf"\b({'|'.join(at_fault)})")
+        problems += [line for line in check(rest) if not follows.search(line)]
+    raise ConfigError(problems)
+
+
+def _without_problems(schema: type[Schema], config_name: str, applied: list[str], problems: list[str]) -> Schema | None:
+    """The instance that the `applied` overrides without `problems` give; None where they give none."""
+    bad = [line.split(":")[0].replace("[", ".") for line in problems]
+    good = [
+        override
+        for override in applied
+        if not any((key + ".").startswith(override.lstrip("+~").partition("=")[0] + ".") for key in bad)
+    ]
+    tree, _, _ = _compose_tree(schema, config_name, good)
+    try:
+        for key in OmegaConf.missing_keys(tree):
+            OmegaConf.update(tree, key, "NONE_YET")
+        return to_dataclass(schema, tree)
+    except (ConfigError, OmegaConfBaseException):
+        return None
 
 
 def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Schema:
@@ -38,6 +89,7 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     tree = OmegaConf.create(tree)
     problems: list[str] = []
     try:
+        _make_interpolated_texts(schema, tree)
         OmegaConf.resolve(tree)
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from None
@@ -49,46 +101,136 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     return built
 
 
-def _compose_tree(config_name: str, overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
-        try:
-            return hydra_compose(config_name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_override_problems(config_name, overrides) or [_first_line(error)]) from None
-
-
-def _override_problems(config_name: str, overrides: list[str]) -> list[str]:
-    """What is wrong with each of `overrides`: Hydra itself stops at the first."""
-    problems, groups, values = [], [], []
-    for override in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            problems.append(f"'{override}': {_first_line(error)}{_how_to_quote(override)}")
+def _make_interpolated_texts(schema: type, tree: DictConfig) -> None:
+    """Make texts of the numbers that texts refer to: `name=${seed}`."""
+    for key in _leaf_keys(tree):
+        if without_none(type_at(schema, key))[0] is not str:
             continue
-        group = CONF_DIR / parsed.key_or_group
-        if not group.is_dir():
-            values.append((parsed.key_or_group, override))
-        elif isinstance(parsed.value(), str) and not (group / f"{parsed.value()}.yaml").is_file():
-            choices = sorted(path.stem for path in group.glob("*.yaml"))
-            problems.append(
-                f"{override}: conf/{parsed.key_or_group}/ has no such file; choose one of {', '.join(choices)}"
-            )
-        else:
-            groups.append(override)
+        section, _, name = key.rpartition(".")
+        parent = OmegaConf.select(tree, section) if section else tree
+        if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, name):
+            value = parent[name]
+            parent[name] = value if value is None else str(value)
+
+
+def _compose_tree(schema: type, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str], list[str]]:
+    """The tree, those of `overrides` that went into it, and what is wrong with the others: Hydra itself stops at the
+    first problem, and reads values without knowing their types."""
+    groups = _groups(config_name)
+    problems: list[str] = []
+    values: list[Override] = []
+    choices: list[str] = []
+    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
+        for override, problem in with_dashes_and_spaces(overrides, [*keys_of(schema), *groups]):
+            if problem:
+                problems.append(problem)
+                continue
+            try:
+                parsed = parse_override(override)
+            except HydraException as error:
+                problems.append(f"'{override}': {_first_line(error)}{_how_to_quote(override)}")
+                continue
+            # group@section=choice takes a file of any group into a section.
+            elsewhere = parsed.package is not None and (CONF_DIR / parsed.key_or_group).is_dir()
+            if parsed.key_or_group not in groups and not elsewhere:
+                values.append(parsed)
+            elif _is_null(parsed) and groups.get(parsed.key_or_group):
+                continue
+            elif problem := _no_choice(override, parsed):
+                problems.append(problem)
+            else:
+                choices.append(override)
+        tree, applied = _compose_choices(config_name, choices, problems)
+    for parsed in values:
+        found = _apply(schema, tree, parsed)
+        problems += found
+        if not found:
+            applied.append(str(parsed.input_line))
+    return tree, applied, problems
+
+
+def _groups(config_name: str) -> dict[str, bool]:
+    """The groups that `conf/<config_name>.yaml` chooses from, and whether a group may be left out (null)."""
+    defaults = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text())["defaults"]
+    return {group: choice is None for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
+
+
+def _is_null(override: Override) -> bool:
+    value = override.value()
+    return isinstance(value, Typed) and value.value is None
+
+
+def _no_choice(override: str, parsed: Override) -> str:
+    """What is wrong with the choice of a group; empty for a file of it."""
+    group, value = parsed.key_or_group, parsed.value()
+    name = value.text if isinstance(value, Typed) else value
+    choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    always_chosen = parsed.type != OverrideType.CHANGE and parsed.package is None
+    if name in choices and not always_chosen:
+        return ""
+    if always_chosen:
+        return (
+            f"{override}: a group is always chosen, without + and ~: {group}=CHOICE; choose one of {', '.join(choices)}"
+        )
+    return f"{override}: conf/{group}/ has no such file; choose one of {', '.join(choices)}"
+
+
+def _compose_choices(config_name: str, choices: list[str], problems: list[str]) -> tuple[DictConfig, list[str]]:
+    """The tree of these choices, and the choices; without them after adding to `problems` where they do not compose."""
     try:
-        known = _leaf_keys(hydra_compose(config_name, overrides=groups))
+        return hydra_compose(config_name, overrides=choices), choices
     except (HydraException, OmegaConfBaseException) as error:
-        return [*problems, _first_line(error)]
-    for key, override in values:
-        try:
-            hydra_compose(config_name, overrides=[*groups, override])
-        except (HydraException, OmegaConfBaseException) as error:
-            reason = f"no such key{suggestion(key, known)}"
-            if key in known:
-                reason = _first_line(error) + (_how_to_quote(override) if "Ambiguous" in str(error) else "")
-            problems.append(f"{key}: {reason}")
-    return problems
+        problems.append(_first_line(error))
+        return hydra_compose(config_name), []
+
+
+def _apply(schema: type, tree: DictConfig, override: Override) -> list[str]:
+    """Apply one override to `tree`, as Hydra does; returns what is wrong with it, and then `tree` is as it was."""
+    key, line = override.key_or_group, str(override.input_line)
+    known = _leaf_keys(tree)
+    adds = override.is_add() or override.is_force_add()
+    # Items of a list have numbers for keys, and are left to OmegaConf.
+    if not adds and key not in known and not re.search(r"\[|\.\d", key):
+        adds = not override.is_delete() and _is_field_of_a_section(schema, tree, key)
+        if not adds:
+            return [_no_such_key(schema, key, line, known)]
+    if override.package is not None:
+        return [f"{line}: conf/{key}/ is no group of choices"]
+    if override.is_sweep_override():
+        return [f"{key}: one value is wanted, not several ({line}){_how_to_quote(line)}"]
+    if override.is_delete():
+        section, _, name = key.rpartition(".")
+        with open_dict(tree):
+            del (OmegaConf.select(tree, section) if section else tree)[name]
+        return []
+    problems: list[str] = []
+    value = from_command_line(override._value, type_at(schema, key), key, problems)
+    if override.is_add() and not isinstance(value, (dict, list)) and OmegaConf.select(tree, key) is not None:
+        problems.append(f"{key}: is there already; leave out the + ({line})")
+    if problems:
+        return problems
+    try:
+        OmegaConf.update(tree, key, value, merge=True, force_add=adds)
+    except (ConfigAttributeError, ConfigKeyError):
+        return [_no_such_key(schema, key, line, known)]
+    except OmegaConfBaseException as error:
+        return [f"{key}: {_first_line(error)}"]
+    return []
+
+
+def _is_field_of_a_section(schema: type, tree: DictConfig, key: str) -> bool:
+    """Whether a section of `tree` leaves `key` at its default, so that setting it adds it to the tree."""
+    section, _, name = key.rpartition(".")
+    kind, _ = without_none(type_at(schema, section)) if section else (schema, False)
+    there = not section or isinstance(OmegaConf.select(tree, section), DictConfig)
+    return there and isinstance(kind, type) and dataclasses.is_dataclass(kind) and name in field_types(kind)
+
+
+def _no_such_key(schema: type, key: str, line: str, known: list[str]) -> str:
+    if type_at(schema, key) is not Any:
+        return f"{key}: no such key yet; a plus adds it: +{line.lstrip('~')}"
+    other = other_name(key, known)
+    return f"{key}: no such key{f' (did you mean {other!r}?)' if other else suggestion(key, known)}"
 
 
 def _how_to_quote(override: str) -> str:
@@ -110,11 +252,6 @@ def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _field_types(schema: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
-
-
 def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass that a field of type X, X | None, list[X] or dict[str, X] holds; None when it holds none."""
     for candidate in (annotation, *typing.get_args(annotation)):
@@ -125,7 +262,7 @@ def _dataclass_in(annotation: Any) -> type | None:
 
 def _children(schema: type, tree: DictConfig, prefix: str) -> Iterator[tuple[str, Any, type, DictConfig, str]]:
     """(field name, key or index or None, dataclass, subtree, path) of every nested section of `tree`."""
-    for name, annotation in _field_types(schema).items():
+    for name, annotation in field_types(schema).items():
         nested = _dataclass_in(annotation)
         if nested is None or name not in tree:
             continue
@@ -142,13 +279,15 @@ def _children(schema: type, tree: DictConfig, prefix: str) -> Iterator[tuple[str
 
 
 def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]) -> None:
-    known = list(_field_types(schema))
+    known = list(field_types(schema))
     for key in tree:
         if key not in known:
             problems.append(f"{prefix}{str(key)}: no such key{suggestion(str(key), known)}")
     for _, _, nested, node, path in _children(schema, tree, prefix):
         if isinstance(node, DictConfig):
             _check_keys(nested, node, path, problems)
+        elif node is None:
+            problems.append(f"{path.rstrip('.')}: a section with keys is expected, not null")
         else:
             problems.append(f"{path.rstrip('.')}: a section with keys is expected, not {node!r}")
 
@@ -167,13 +306,19 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
         else:
             values.setdefault(name, {})[key] = section
     for key in tree:
-        if key in values or key not in _field_types(schema) or OmegaConf.is_missing(tree, key):
+        if key in values or key not in field_types(schema) or OmegaConf.is_missing(tree, key):
+            continue
+        given = OmegaConf.to_container(tree[key]) if OmegaConf.is_config(tree[key]) else tree[key]
+        found: list[str] = []
+        given = conform(given, field_types(schema)[key], f"{prefix}{key}", found)
+        if found:
+            problems += found
             continue
         try:
-            merged = OmegaConf.merge(OmegaConf.structured(schema), {key: tree[key]})
+            merged = OmegaConf.merge(OmegaConf.structured(schema), {key: given})
             assert isinstance(merged, DictConfig)
             values[key] = (
-                OmegaConf.to_container(merged._get_node(key)) if OmegaConf.is_config(tree[key]) else merged[key]
+                OmegaConf.to_container(merged._get_node(key)) if isinstance(given, (dict, list)) else merged[key]
             )
         except OmegaConfBaseException as error:
             problems.append(f"{prefix}{key}: {_first_line(error)}")

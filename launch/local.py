@@ -15,6 +15,7 @@ import torch
 from conf import compose
 from train.config import RunConfig
 from train.requirements import open_requirements
+from train.validate import validate
 
 CPU_PROCESSES = 2
 # Signals that ask this command to stop, and what the training processes get: those that they answer with a checkpoint.
@@ -30,11 +31,12 @@ def default_processes() -> int:
 def train_locally(overrides: Sequence[str], processes: int) -> int:
     """Run `python -m train` with Hydra `overrides` in `processes` processes; returns the exit code.
 
-    Raises ConfigError for a configuration that cannot work and DataError for a missing or incomplete corpus, before any
-    process starts: torchrun's own exit code is 1 whatever the processes say.
+    Raises ConfigError for a configuration that cannot work, a missing or incomplete corpus included, before any process
+    starts: torchrun's own exit code is 1 whatever the processes say.
     """
     # The ranks compare the shards' checksums.
-    open_requirements(compose(RunConfig, "train", overrides), processes, corpus_check="size")
+    config = compose(RunConfig, "train", overrides, check=lambda rest: validate(rest, processes))
+    open_requirements(config, processes, corpus_check="size")
     command = [sys.executable, "-m", "train", *overrides]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -150,7 +150,9 @@ def _describe(options: argparse.Namespace) -> int:
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
-    config = compose(ModelOnlyConfig, "model_only", options.settings).model
+    config = compose(
+        ModelOnlyConfig, "model_only", options.settings, check=lambda rest: validate_model(rest.model)
+    ).model
     problems = validate_model(config)
     if problems:
         raise ConfigError(problems)
@@ -291,6 +293,7 @@ def _import(options: argparse.Namespace) -> int:
 def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:
     """KEY=VALUE arguments as an instance of `schema`. Values are taken as they stand, so paths need no quoting."""
     known = [field.name for field in fields(cast(Any, schema))]
+    optional = [field.name for field in fields(cast(Any, schema)) if field.default is None]
     values: dict[str, str | None] = {}
     problems = []
     for argument in arguments:
@@ -298,6 +301,8 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
         if not separator or key not in known:
             choices = [*known, *also]
             problems.append(f"{argument}: no such setting{suggestion(key, choices)}; settings are {', '.join(choices)}")
+        elif key in optional and value.lower() in ("none", "true", "false"):
+            problems.append(f"{key}: a text or null is wanted, not {value}; write {key}=null for none")
         values[key] = None if value == "null" else value
     if problems:
         raise ConfigError(problems)

@@ -30,17 +30,23 @@ def main(arguments: list[str]) -> int:
     # Importing torch takes seconds, which the help does without.
     from conf import ConfigError, compose
     from train.config import RunConfig
+    from train.errors import UnfitDataError
+    from train.validate import validate
 
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        config = compose(RunConfig, "train", arguments)
+        config = compose(RunConfig, "train", arguments, check=lambda rest: validate(rest, processes))
         from train.run import train
 
         exit_code = train(config)
-        if exit_code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if exit_code and processes > 1:
             # Peers may wait in a collective that this rank will not join; the launcher ends them, as soon as this
             # process is gone: no exit handler is waited for.
             os._exit(exit_code)
         return exit_code
+    except UnfitDataError as error:
+        print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        return 2
     except ConfigError as error:
         # Every rank finds the same problems; one of them says so.
         if os.environ.get("RANK", "0") == "0":

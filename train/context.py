@@ -111,7 +111,7 @@ class RunContext:
 def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContext:
     """Check everything that a run needs, join its processes, and prepare its folder. Collective.
 
-    Raises ConfigError for a configuration that cannot work, DataError for a corpus that cannot be used, RunError for
+    Raises ConfigError for a configuration or a corpus that cannot work, ReadingError where reading fails, RunError for
     ranks that do not agree or a disk without room, BlockingIOError when another command works on the run,
     CheckpointError when none of its checkpoints can be used.
     """

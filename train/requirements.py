@@ -7,9 +7,11 @@ calls it before the ranks meet, `launch local` before they exist.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.errors import DataError, ReadingError
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
@@ -26,6 +29,7 @@ from model.config import ModelConfig
 from model.stored import what_is_computed, with_current_keys
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
+from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
@@ -66,16 +70,14 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     """Check `config` on `world_size` processes against the files that it names.
 
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
-    of the configuration, DataError for a corpus that cannot be used.
+    of the configuration, a corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
     _refuse([*validate(config, world_size), *wandb_variable_problems(config.logging.wandb, os.environ)])
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
-    corpus = open_run_corpus(config, corpus_check)
-    try:
+    with _data_as_configured():
+        corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
     _refuse(
         [
             *_misfits_of_backends(config),
@@ -84,12 +86,26 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
-    try:
+    with _data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
-    except ValueError as error:
-        raise ConfigError([f"corpus.{error}"]) from None
     _refuse(too_little_data(config, plan, stream))
     return Requirements(plan, directory, corpus, evaluation_corpora, stream)
+
+
+@contextlib.contextmanager
+def _data_as_configured(prefix: str = "") -> Iterator[None]:
+    """A corpus that is missing, incomplete or unfit is a problem of the configuration that names it.
+
+    Raises ConfigError; `prefix`: what a ValueError leaves out of its key. Not for a ReadingError: the machine fails.
+    """
+    try:
+        yield
+    except ReadingError:
+        raise
+    except DataError as error:
+        raise UnfitDataError([str(error)]) from None
+    except ValueError as error:
+        raise ConfigError([f"{prefix}{error}"]) from None
 
 
 def _misfits_of_backends(config: RunConfig) -> list[str]:

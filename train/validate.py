@@ -48,6 +48,7 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         for key in ("sequence_length", "global_batch_size", "micro_batch_size")
         for problem in at_least(f"training.{key}", getattr(training, key), 1)
     ]
+    sizes_are_positive = not problems
     problems += exactly_one("training.total_steps", lengths)
     for key, value in lengths.items():
         problems += at_least(f"training.{key}", value, 1)
@@ -59,7 +60,7 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
     replicas = MeshShape.of_world(world_size).data
     per_pass = training.micro_batch_size * replicas
-    if not problems and training.global_batch_size % per_pass:
+    if sizes_are_positive and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
                    if training.global_batch_size % (size * replicas) == 0]  # fmt: skip
         nearest = max(per_pass, round(training.global_batch_size / per_pass) * per_pass)

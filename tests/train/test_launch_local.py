@@ -41,8 +41,8 @@ def test_a_number_of_processes_that_is_none_exits_2(processes, capsys):
     assert f"--processes: {processes} is no positive whole number" in capsys.readouterr().err
 
 
-def test_a_missing_corpus_exits_1(tmp_path, capsys):
-    assert local("name=x", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3") == 1
+def test_a_missing_corpus_exits_2(tmp_path, capsys):
+    assert local("name=x", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3") == 2
     assert "prepare" in capsys.readouterr().err
 
 
