@@ -11,7 +11,7 @@ from model.config import ModelConfig
 
 # Section -> old key -> what it is called now.
 _RENAMED = {
-    # Up to 0.1.0; it never was the chunk of the kernels.
+    # Up to 0.2.0; it never was the chunk of the kernels.
     "mlstm": {"chunk_size": "reference_chunk_size"},
     "preup_mlstm": {"chunk_size": "reference_chunk_size"},
 }

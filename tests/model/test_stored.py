@@ -11,7 +11,7 @@ from model.weights import WeightsError, read_model_json, write_model_json
 
 SEVEN_B = ModelConfig(mlstm=MLSTMConfig(reference_chunk_size=16))
 NEURIPS = ModelConfig(family="neurips", ffn_dim=None, preup_mlstm=PreUpMLSTMConfig(reference_chunk_size=32))
-# What 0.1.0 did not know.
+# What 0.2.0 did not know.
 NEW = ("other_at", "layers", "plugins")
 
 
