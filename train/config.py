@@ -210,7 +210,7 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of a run that has this configuration from its first step on (`train.length`: of any)."""
         if self.training.total_steps is not None:
             return self.training.total_steps
         assert self.training.total_tokens is not None, "validate() wants one of the two"

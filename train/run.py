@@ -52,7 +52,11 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), factory: Engine
 def _train(context: RunContext, factory: EngineFactory) -> int:
     config, events = context.config, context.events
     if context.is_complete:
-        context.say(f"The run '{config.name}' is complete: {config.total_steps} steps in {context.directory.path}.")
+        plan = context.plan
+        context.say(
+            f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
+            f"{context.directory.path}."
+        )
         return 0
     check_kernels(config, context.mesh, events)
     state = restore(context, factory)

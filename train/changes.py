@@ -1,0 +1,158 @@
+"""A run that goes on under another configuration: what is refused, what is told, and what becomes of its rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from model.stored import what_is_computed
+from train.checkpoints.state import TrainState
+from train.config import RunConfig, TrainingConfig
+from train.data import changes_of_data, describe_changes
+from train.length import learning_rate_of_next_step
+from train.optimizer import OptimizerConfig
+from train.run_directory import RunDirectory
+from train.schedule import ScheduleConfig
+from train.stored_configuration import as_json, differences, in_current_form, read_configuration, written
+
+# A run resumed with another value of one of these would not be the same run.
+_FIXED = ("name", "seed", "model")
+# Whatever the corpus, another value of one of these is another order of samples. What may be one, the data tell.
+_ORDER = ("training.sequence_length", "corpus.split", "corpus.packing", "corpus.window_shards")
+_DATA = (
+    *_ORDER,
+    "training.global_batch_size",
+    "corpus.directory",
+    "corpus.weights",
+    "corpus.temperature",
+    "corpus.epoch_caps",
+    "corpus.phases",
+    "corpus.live",
+)
+# A share of the rate by which it may rise unnoticed: rounding.
+_ROUNDING = 1e-9
+
+
+def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
+    """Where the folder holds a run that differs in what must not change, one line each."""
+    if not directory.config.exists():
+        return []
+    before, now = in_current_form(read_configuration(directory.config)), as_json(config)
+    before["model"], now["model"] = what_is_computed(before["model"]), what_is_computed(now["model"])
+    return [
+        f"{key}: {directory.path} was started with another value ({written(old)}, now {written(new)}); give the run "
+        f"another name=..., or go back to {key}={written(old)}"
+        for key, (old, new) in differences(before, now).items()
+        if _is_within(key, _FIXED)
+    ]
+
+
+def changes_of_order(config: RunConfig, state: TrainState) -> list[str]:
+    """Keys by which today's order of samples is another than that of `state`, whatever the corpus; one line each."""
+    changed = {key: change for key, change in changes_since(config, state).items() if key in _ORDER}
+    return [] if config.corpus.allow_changed_data else [_other_data(key, *change) for key, change in changed.items()]
+
+
+def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict[str, Any]) -> list[str]:
+    """Why the position of `state` means nothing in data of today's `identity`, one line for each key; [] where it does.
+
+    What the data are decides, not how they are named: a corpus that was moved is the same.
+    """
+    changes = changes_of_data(state.data_identity, identity)
+    if not changes or config.corpus.allow_changed_data is not None:
+        return []
+    keys = {key: change for key, change in changes_since(config, state).items() if _is_within(key, _DATA)}
+    if not keys:
+        return [
+            f"corpus.directory: {config.corpus.directory} holds other data than the run was trained on "
+            f"({describe_changes(changes)}); {_HOW_TO_GO_ON}"
+        ]
+    return [_other_data(key, *change) for key, change in keys.items()]
+
+
+_HOW_TO_GO_ON = "go back to those, or give the reason for the change in corpus.allow_changed_data='...'"
+
+
+def _other_data(key: str, old: Any, new: Any) -> str:
+    return (
+        f"{key}: {written(new)} gives other data than {written(old)}, with which the run was trained, so its position "
+        f"means nothing in them; {_HOW_TO_GO_ON}"
+    )
+
+
+def _is_within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def changes_since(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
+    """Key -> [value then, value now] of what differs from the configuration that brought the run to `state`."""
+    if not state.configuration:
+        return {}
+    return differences(in_current_form(state.configuration), as_json(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class RateChange:
+    """The learning rate of the next step: under the configuration until now, and under today's.
+
+    Also as shares of the peak. The next step of a run that had ended is the one it would have taken.
+    """
+
+    before: float
+    now: float
+    share_before: float
+    share_now: float
+
+    @property
+    def rises(self) -> bool:
+        return self.now > self.before * (1 + _ROUNDING)
+
+    @property
+    def decays_again(self) -> bool:
+        """Whether what had been taken off the peak is given back, at least in part."""
+        return self.share_now > self.share_before * (1 + _ROUNDING)
+
+
+def change_of_rate(config: RunConfig, state: TrainState, taken_over: TrainState) -> RateChange | None:
+    """What a resume does to the rate. None where the configuration until now is not known.
+
+    `state`: as the checkpoint has it; `taken_over`: as `taken_over` has made it today's.
+    """
+    if not state.configuration:
+        return None
+    stored = in_current_form(state.configuration)
+    earlier = dataclasses.replace(
+        config,
+        training=TrainingConfig(**_known(TrainingConfig, stored["training"])),
+        optimizer=OptimizerConfig(**_known(OptimizerConfig, stored["optimizer"])),
+        schedule=ScheduleConfig(**_known(ScheduleConfig, stored["schedule"])),
+    )
+    before, now = learning_rate_of_next_step(earlier, state), learning_rate_of_next_step(config, taken_over)
+    return RateChange(before, now, before / earlier.optimizer.learning_rate, now / config.optimizer.learning_rate)
+
+
+def _known(schema: Any, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(schema)}
+    return {key: value for key, value in values.items() if key in names}
+
+
+def describe_resume(changes: dict[str, list[Any]], rate: RateChange | None, step: int) -> list[str]:
+    """The lines that a resumed run prints of what is other than before."""
+    lines = [f"changed    {key}: {written(old)} -> {written(new)}" for key, (old, new) in changes.items()]
+    if rate is None:
+        return lines
+    if rate.before != rate.now:
+        lines.append(f"rate       {rate.before:.3g} -> {rate.now:.3g} for the step after step {step}")
+    if rate.rises or rate.decays_again:
+        rises = "rises" if rate.rises else "is at a larger share of its peak than before"
+        why = (
+            f"a decay that had come down to {rate.share_before:.0%} of the peak is set back to {rate.share_now:.0%}"
+            if rate.decays_again
+            else "its peak was raised"
+        )
+        lines += [
+            f"WARNING    the learning rate {rises} at step {step}, from {rate.before:.3g} to {rate.now:.3g}: {why}.",
+            "           If that is not what you want, stop and go back to the values before, or extend a checkpoint",
+            "           from before the decay (docs/guides/resume.md)",
+        ]
+    return lines
