@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from model.stored import what_is_computed
@@ -19,16 +20,17 @@ from train.stored_configuration import as_json, differences, in_current_form, re
 _FIXED = ("name", "seed", "model")
 # Whatever the corpus, another value of one of these is another order of samples. What may be one, the data tell.
 _ORDER = ("training.sequence_length", "corpus.split", "corpus.packing", "corpus.window_shards")
-_DATA = (
-    *_ORDER,
-    "training.global_batch_size",
-    "corpus.directory",
-    "corpus.weights",
-    "corpus.temperature",
-    "corpus.epoch_caps",
-    "corpus.phases",
-    "corpus.live",
-)
+# Part of the data's identity -> keys that may change it.
+_KEYS_OF_PART = {
+    "corpus": ("corpus.directory", "corpus.live"),
+    "tokenizer": ("corpus.directory", "corpus.live"),
+    "split": ("corpus.split",),
+    "sequence_length": ("training.sequence_length",),
+    "mixture": ("corpus.weights", "corpus.temperature", "corpus.epoch_caps", "corpus.phases"),
+    "packing": ("corpus.packing",),
+    "lanes": ("training.global_batch_size", "corpus.packing"),
+    "window_shards": ("corpus.window_shards",),
+}
 # A share of the rate by which it may rise unnoticed: rounding.
 _ROUNDING = 1e-9
 
@@ -61,26 +63,30 @@ def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict
     changes = changes_of_data(state.data_identity, identity)
     if not changes or config.corpus.allow_changed_data is not None:
         return []
-    keys = {key: change for key, change in changes_since(config, state).items() if _is_within(key, _DATA)}
-    if not keys:
-        return [
-            f"corpus.directory: {config.corpus.directory} holds other data than the run was trained on "
-            f"({describe_changes(changes)}); {_HOW_TO_GO_ON}"
-        ]
-    return [_other_data(key, *change) for key, change in keys.items()]
+    may_be_why = [key for part in changes for key in _KEYS_OF_PART.get(part, ())]
+    if "mixture" in changes and any(phase.from_step is not None for phase in config.corpus.phases):
+        may_be_why.append("training.global_batch_size")
+    keys = {key: change for key, change in changes_since(config, state).items() if _is_within(key, may_be_why)}
+    other_text = "corpus" in changes or "tokenizer" in changes
+    if not keys or (other_text and not any(_is_within(key, _KEYS_OF_PART["corpus"]) for key in keys)):
+        keys["corpus.directory"] = [config.corpus.directory, config.corpus.directory]
+    return [
+        _other_data(key, *change, f" ({describe_changes(changes)})" if key == "corpus.directory" else "")
+        for key, change in keys.items()
+    ]
 
 
-_HOW_TO_GO_ON = "go back to those, or give the reason for the change in corpus.allow_changed_data='...'"
-
-
-def _other_data(key: str, old: Any, new: Any) -> str:
+def _other_data(key: str, old: Any, new: Any, found: str = "") -> str:
+    told = (
+        f"{written(new)} gives other data than {written(old)}" if old != new else f"{written(new)} holds other data now"
+    )
     return (
-        f"{key}: {written(new)} gives other data than {written(old)}, with which the run was trained, so its position "
-        f"means nothing in them; {_HOW_TO_GO_ON}"
+        f"{key}: {told}, and the run was trained on those{found}: its position means nothing here. Go back to them, or "
+        "give the reason for the change in corpus.allow_changed_data='...'"
     )
 
 
-def _is_within(key: str, sections: tuple[str, ...]) -> bool:
+def _is_within(key: str, sections: Iterable[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
@@ -144,15 +150,11 @@ def describe_resume(changes: dict[str, list[Any]], rate: RateChange | None, step
     if rate.before != rate.now:
         lines.append(f"rate       {rate.before:.3g} -> {rate.now:.3g} for the step after step {step}")
     if rate.rises or rate.decays_again:
-        rises = "rises" if rate.rises else "is at a larger share of its peak than before"
-        why = (
-            f"a decay that had come down to {rate.share_before:.0%} of the peak is set back to {rate.share_now:.0%}"
-            if rate.decays_again
-            else "its peak was raised"
-        )
+        rises = "rises" if rate.rises else "is set back towards its peak"
         lines += [
-            f"WARNING    the learning rate {rises} at step {step}, from {rate.before:.3g} to {rate.now:.3g}: {why}.",
-            "           If that is not what you want, stop and go back to the values before, or extend a checkpoint",
-            "           from before the decay (docs/guides/resume.md)",
+            f"WARNING    the learning rate {rises} at step {step}: from {rate.before:.3g}, {rate.share_before:.0%} of "
+            f"its peak, to {rate.now:.3g}, {rate.share_now:.0%}.",
+            "           If you do not want that, stop, and go back to the values before or to a checkpoint from before",
+            "           the decay (docs/guides/resume.md)",
         ]
     return lines

@@ -107,8 +107,9 @@ class Plan:
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None and self.peak_flops is not None:
+            left = " left" if self.completed_steps else ""
             lines.append(
-                f"time       about {self.predicted_seconds / 3600:.1f} h at {ASSUMED_UTILISATION:.0%} of "
+                f"time       about {self.predicted_seconds / 3600:.1f} h{left} at {ASSUMED_UTILISATION:.0%} of "
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
             )
         return "\n".join(lines)
