@@ -78,11 +78,13 @@ def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict
 
 def _other_data(key: str, old: Any, new: Any, found: str = "") -> str:
     told = (
-        f"{written(new)} gives other data than {written(old)}" if old != new else f"{written(new)} holds other data now"
+        f"{written(new)} gives other data than {written(old)} gave"
+        if old != new
+        else f"{written(new)} holds other data than before"
     )
     return (
-        f"{key}: {told}, and the run was trained on those{found}: its position means nothing here. Go back to them, or "
-        "give the reason for the change in corpus.allow_changed_data='...'"
+        f"{key}: {told}{found}, so the run's position in its data means nothing there; go back to the data it was "
+        "trained on, or give the reason for the change in corpus.allow_changed_data='...'"
     )
 
 

@@ -26,7 +26,7 @@ class TrainingConfig:
     micro_batch_size: int = 8
     # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
     total_steps: int | None = None
-    # The same in tokens; the last step may go beyond it.
+    # The same in tokens: the run ends with the first step that reaches it, whatever its batches were before a resume.
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0

@@ -11,21 +11,27 @@ from train.checkpoints.state import TrainState, read_state
 from train.config import RunConfig
 from train.length import begin, last_step, learning_rate_of_next_step, steps_left, taken_over
 from train.plan import make_plan
+from train.schedule import ScheduleConfig
 from train.validate import validate
 
 BASE = ["name=x", "corpus.directory=y", "model=tiny", "training.sequence_length=32", "training.micro_batch_size=1"]
 SCHEDULES = {
-    "cosine": ["schedule=cosine"],
-    "cosine in steps": ["schedule=cosine", "schedule.warmup=7", "schedule.cooldown=9"],
-    "linear": ["schedule=linear_to_zero", "schedule.warmup=5"],
-    "wsd": ["schedule=wsd", "schedule.warmup=6", "schedule.decay=20"],
-    "exponential": ["schedule=xlstm_7b_exponential", "schedule.warmup=3", "schedule.decay=30", "schedule.cooldown=8"],
+    "cosine": ScheduleConfig("cosine"),
+    "cosine in steps": ScheduleConfig("cosine", warmup=7, cooldown=9),
+    "linear": ScheduleConfig("linear", warmup=5, final_factor=0.0),
+    "wsd": ScheduleConfig("wsd", warmup=6, decay=20, decay_shape="sqrt", final_factor=0.0),
+    "exponential": ScheduleConfig("exponential", warmup=3, decay=30, cooldown=8),
 }
 
 
 @functools.cache
-def configured(*overrides):
-    return compose(RunConfig, "train", [*BASE, *overrides])
+def base():
+    return compose(RunConfig, "train", [*BASE, "training.total_steps=1"])
+
+
+def configured(samples=8, schedule=SCHEDULES["cosine"], *, total_tokens=None, total_steps=None):
+    training = dataclasses.replace(base().training, total_tokens=total_tokens, total_steps=total_steps)
+    return batch(dataclasses.replace(base(), training=training, schedule=schedule), samples)
 
 
 def batch(config, samples, length=32):
@@ -52,7 +58,7 @@ def trained(config, state, steps):
     "samples, length, steps", [(8, 32, 32), (32, 32, 14), (2, 32, 104), (8, 128, 14), (24, 32, 16)]
 )
 def test_a_budget_in_tokens_ends_at_the_first_step_that_reaches_it(samples, length, steps):
-    config = configured("training.total_tokens=8192", "training.global_batch_size=8")
+    config = configured(total_tokens=8192)
     state, _ = trained(config, begin(config, {}), 8)
     assert (state.tokens, steps_left(config, state), last_step(config, state)) == (2048, 24, 32)
     config = batch(config, samples, length)
@@ -61,11 +67,11 @@ def test_a_budget_in_tokens_ends_at_the_first_step_that_reaches_it(samples, leng
     state, _ = trained(config, state, steps_left(config, state))
     assert steps_left(config, state) == 0 and 8192 <= state.tokens < 8192 + config.tokens_per_step
     # A run that has more tokens than it is asked for has ended, too.
-    assert last_step(configured("training.total_tokens=100"), state) == state.step
+    assert last_step(configured(total_tokens=100), state) == state.step
 
 
 def test_a_length_in_steps_counts_steps_whatever_their_size():
-    config = configured("training.total_steps=20", "training.global_batch_size=8")
+    config = configured(total_steps=20)
     state, _ = trained(config, begin(config, {}), 8)
     assert steps_left(batch(config, 64), state) == 12 and last_step(batch(config, 64), state) == 20
 
@@ -73,7 +79,7 @@ def test_a_length_in_steps_counts_steps_whatever_their_size():
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("samples, length", [(16, 32), (2, 32), (8, 64)])
 def test_a_schedule_over_tokens_is_the_same_curve_under_another_batch(schedule, samples, length):
-    config = configured("training.total_tokens=16384", "training.global_batch_size=8", *schedule)
+    config = configured(8, schedule, total_tokens=16384)
     _, curve = trained(config, begin(config, {}), 64)
     state, rates = trained(config, begin(config, {}), 16)
     # There and back, so that steps count as those of the beginning and not of the time before.
@@ -88,17 +94,17 @@ def test_a_schedule_over_tokens_is_the_same_curve_under_another_batch(schedule, 
 
 def test_a_batch_that_never_changes_gives_the_rates_of_a_run_in_steps_bit_for_bit():
     for schedule in SCHEDULES.values():
-        in_tokens = configured("training.total_tokens=16100", "training.global_batch_size=8", *schedule)
-        in_steps = configured("training.total_steps=63", "training.global_batch_size=8", *schedule)
+        in_tokens = configured(8, schedule, total_tokens=16100)
+        in_steps = configured(8, schedule, total_steps=63)
         (_, a), (_, b) = (trained(config, begin(config, {}), 63) for config in (in_tokens, in_steps))
         assert a == b
 
 
 def test_a_schedule_that_is_set_anew_counts_steps_of_todays_batch():
-    constant = configured("training.total_tokens=8192", "training.global_batch_size=8", "schedule=constant")
+    constant = configured(8, ScheduleConfig("constant", final_factor=None), total_tokens=8192)
     state, _ = trained(constant, begin(constant, {}), 16)
-    anneal = ["schedule=wsd", "schedule.warmup=0", "schedule.decay=4", "schedule.decay_shape=linear"]
-    config = configured("training.total_tokens=8192", "training.global_batch_size=16", *anneal)
+    anneal = ScheduleConfig("wsd", warmup=0, decay=4, decay_shape="linear", final_factor=0.0)
+    config = configured(16, anneal, total_tokens=8192)
     state = taken_over(config, state)
     _, rates = trained(config, state, steps_left(config, state))
     shares = [rate / config.optimizer.learning_rate for rate in rates.values()]
@@ -106,9 +112,7 @@ def test_a_schedule_that_is_set_anew_counts_steps_of_todays_batch():
 
 
 def test_whether_a_schedule_fits_is_told_in_the_steps_that_it_counts():
-    config = configured(
-        "training.total_tokens=8192", "training.global_batch_size=8", "schedule.warmup=10", "schedule.cooldown=10"
-    )
+    config = configured(8, ScheduleConfig("cosine", warmup=10, cooldown=10), total_tokens=8192)
     state, _ = trained(config, begin(config, {}), 16)
     larger = batch(config, 32)
     assert validate(larger, 1, state) == []
@@ -117,7 +121,7 @@ def test_whether_a_schedule_fits_is_told_in_the_steps_that_it_counts():
 
 
 def test_the_plan_of_a_resumed_run_speaks_of_what_is_left():
-    config = configured("training.total_tokens=8192", "training.global_batch_size=8")
+    config = configured(total_tokens=8192)
     state, _ = trained(config, begin(config, {}), 8)
     state = dataclasses.replace(state, next_sample=100)
     config = batch(config, 16)
@@ -130,7 +134,7 @@ def test_the_plan_of_a_resumed_run_speaks_of_what_is_left():
 
 
 def test_the_state_of_0_2_0_is_read_as_one_of_a_steady_batch(tmp_path):
-    config = configured("training.total_tokens=8192", "training.global_batch_size=8")
+    config = configured(total_tokens=8192)
     state, _ = trained(config, begin(config, {}), 6)
     state = dataclasses.replace(state, step=8, skipped_steps=2, tokens=8 * 256)
     folder = tmp_path / "checkpoints" / "step-00000008"
