@@ -96,7 +96,10 @@ def changes_since(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
     """Key -> [value then, value now] of what differs from the configuration that brought the run to `state`."""
     if not state.configuration:
         return {}
-    return differences(in_current_form(state.configuration), as_json(config))
+    changes = differences(in_current_form(state.configuration), as_json(config))
+    # The run's folder was found: where it lies now changes nothing.
+    changes.pop("run_root", None)
+    return changes
 
 
 @dataclasses.dataclass(frozen=True)

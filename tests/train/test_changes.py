@@ -1,6 +1,8 @@
 """A run that goes on under another configuration: what it says and keeps, what it refuses, how long it then is."""
 
+import dataclasses
 import json
+import random
 import re
 import shutil
 
@@ -12,14 +14,17 @@ from data_pipeline.__main__ import main as data_pipeline
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.callbacks.base import Callback
-from train.changes import RateChange, describe_resume
+from train.changes import RateChange, describe_resume, refused_changes_of_data
 from train.checkpoints.layout import describe_file
 from train.checkpoints.state import read_state
+from train.config import RunConfig
 from train.decisions import Stop
+from train.length import begin
 from train.run_directory import read_events
 from train.stored_configuration import differences, written
 
-SMALL = ["evaluation=none", "checkpoint.interval=0", "schedule.warmup=2"]
+SMALL = ["checkpoint.interval=0", "schedule.warmup=2"]
+WITHOUT_EVALUATION = [*(item for item in TINY_RUN if not item.startswith("evaluation.")), "evaluation=none"]
 
 
 class StopAfter(Callback):
@@ -36,7 +41,7 @@ def started(small_corpus, tmp_path_factory):
     """The folder of runs in which "run", of 4,096 tokens, was stopped after 6 of its 16 steps of 256."""
     root = tmp_path_factory.mktemp("runs")
     corpus = f"corpus.directory={small_corpus}"
-    overrides = ["name=run", f"run_root={root}", corpus, *TINY_RUN, *SMALL, "training.total_tokens=4096"]
+    overrides = ["name=run", f"run_root={root}", corpus, *WITHOUT_EVALUATION, *SMALL, "training.total_tokens=4096"]
     assert run_plainly(overrides, [StopAfter(6)]) == 0
     return root, overrides
 
@@ -191,9 +196,16 @@ def test_a_corpus_is_known_by_what_it_holds_and_not_by_its_name(stopped, small_c
     monkeypatch.chdir(tmp_path)
     assert run_plainly([*overrides, "corpus.directory=moved", "run_root=."], [StopAfter(8)]) == 0
     assert last_event(folder, "resume")["changes"] == {"corpus.directory": [small_corpus.name, "moved"]}
-    # One source has one order, whatever the temperature.
-    assert run_plainly([*overrides, "corpus.temperature=2.0"], [StopAfter(9)]) == 0
     assert not [event for event in read_events(folder) if event["event"] == "data_changed"]
+
+
+def test_other_words_for_the_same_data_are_no_change_of_them():
+    config = RunConfig(name="run")
+    state = dataclasses.replace(begin(config, {"order": "a"}), step=1)
+    weighted = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, weights={"text": 2.0}))
+    assert refused_changes_of_data(weighted, state, {"order": "a"}) == []
+    (problem,) = refused_changes_of_data(weighted, state, {"order": "b", "mixture": "b"})
+    assert problem.startswith("corpus.weights: {text: 2.0} gives other data than null gave")
 
 
 def test_other_data_are_refused_with_the_keys_and_nothing_is_overwritten(stopped, tmp_path, capsys):
@@ -211,8 +223,9 @@ def test_other_data_are_refused_with_the_keys_and_nothing_is_overwritten(stopped
     text = tmp_path / "text"
     text.mkdir()
     for number in range(8):
-        (text / f"{number}.txt").write_text(f"abc def {number} " * 200)
-    settings = ["data=text", f"data.path={text}", "tokenizer=sentencepiece_4k", "tokenizer.vocab_size=40"]
+        words = ["".join(random.choices("qrstuvwxyz", k=random.randint(2, 6))) for _ in range(500)]
+        (text / f"{number}.txt").write_text(" ".join(words))
+    settings = ["data=text", f"data.path={text}", "tokenizer=sentencepiece_4k", "tokenizer.vocab_size=320"]
     assert data_pipeline(["prepare", *settings, f"output={tmp_path / 'other'}"]) == 0
     other = [*overrides, f"corpus.directory={tmp_path / 'other'}", "corpus.max_epochs=1e6"]
     with pytest.raises(
