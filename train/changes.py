@@ -52,7 +52,7 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
 def changes_of_order(config: RunConfig, state: TrainState) -> list[str]:
     """Keys by which today's order of samples is another than that of `state`, whatever the corpus; one line each."""
     changed = {key: change for key, change in changes_since(config, state).items() if key in _ORDER}
-    return [] if config.corpus.allow_changed_data else [_other_data(key, *change) for key, change in changed.items()]
+    return [] if config.corpus.allow_changed_data else [_other_data(key, change) for key, change in changed.items()]
 
 
 def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict[str, Any]) -> list[str]:
@@ -71,12 +71,13 @@ def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict
     if not keys or (other_text and not any(_is_within(key, _KEYS_OF_PART["corpus"]) for key in keys)):
         keys["corpus.directory"] = [config.corpus.directory, config.corpus.directory]
     return [
-        _other_data(key, *change, f" ({describe_changes(changes)})" if key == "corpus.directory" else "")
+        _other_data(key, change, f" ({describe_changes(changes)})" if key == "corpus.directory" else "")
         for key, change in keys.items()
     ]
 
 
-def _other_data(key: str, old: Any, new: Any, found: str = "") -> str:
+def _other_data(key: str, change: list[Any], found: str = "") -> str:
+    old, new = change
     told = (
         f"{written(new)} gives other data than {written(old)} gave"
         if old != new
