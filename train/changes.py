@@ -69,9 +69,12 @@ def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict
     keys = {key: change for key, change in changes_since(config, state).items() if _is_within(key, may_be_why)}
     other_text = "corpus" in changes or "tokenizer" in changes
     if not keys or (other_text and not any(_is_within(key, _KEYS_OF_PART["corpus"]) for key in keys)):
-        keys["corpus.directory"] = [config.corpus.directory, config.corpus.directory]
+        live = config.corpus.live
+        key, place = ("corpus.directory", config.corpus.directory) if live is None else ("corpus.live", live.data.path)
+        keys[key] = [place, place]
+    found = f" ({describe_changes(changes)})"
     return [
-        _other_data(key, change, f" ({describe_changes(changes)})" if key == "corpus.directory" else "")
+        _other_data(key, change, found if _is_within(key, _KEYS_OF_PART["corpus"]) else "")
         for key, change in keys.items()
     ]
 
