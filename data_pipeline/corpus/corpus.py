@@ -132,6 +132,11 @@ class Corpus:
                     f"{path}: not the tokenizer that wrote this corpus (fingerprint {tokenizer.fingerprint[:12]}, the "
                     f"manifest has {entry.fingerprint[:12]}); restore the file or prepare the corpus again"
                 )
+            if tokenizer.probe_sha256 != entry.probe_sha256 and tokenizer.library_version == entry.library_version:
+                raise CorpusError(
+                    f"{path}: the same {entry.library} {entry.library_version} encoded text differently when it wrote "
+                    "this corpus (a tokenizer with dropout, or a changed library); prepare the corpus again"
+                )
             if tokenizer.probe_sha256 != entry.probe_sha256:
                 raise CorpusError(
                     f"{path}: {entry.library} {tokenizer.library_version} encodes text differently from "

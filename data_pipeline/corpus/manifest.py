@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class InputsEntry:
     documents: int
     rejected: dict[str, int]
     repaired: dict[str, int]
+    # Text that the tokenizer lost: {"documents": that lost any, "bytes": UTF-8 bytes of it}; empty: none.
+    lost: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Manifest:
             "block_bytes": self.block_bytes,
             "splits": self.splits,
             "shards": dataclasses.asdict(self.shards.entry),
-            "inputs": dataclasses.asdict(self.inputs),
+            "inputs": {k: v for k, v in dataclasses.asdict(self.inputs).items() if k != "lost" or v},
             "report": dataclasses.asdict(self.report),
         }
 

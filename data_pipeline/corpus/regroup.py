@@ -171,6 +171,7 @@ def _fill(
             documents=sum(entry["documents"] for entry in files),
             rejected=sum_counts(files, "rejected"),
             repaired=sum_counts(files, "repaired"),
+            lost=sum_counts(files, "lost"),
         ),
         report=ReportEntry(first.report.file, hashes["report"], len(lists["report"])),
     )
