@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import typing
 from collections.abc import Iterator
@@ -173,8 +174,8 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
             old, new = (old or {}).get(part), new[part]
         if old != new:
             problems.append(
-                f"{key}: {directory.path} was started with another value; give the run another name=..., or go back "
-                f"to {_difference(old, new)}"
+                f"{key}: {directory.path} was started with another value; give the run another name=..., or set "
+                f"{_difference(key, old, new)}"
             )
     return problems
 
@@ -210,8 +211,10 @@ def _section_with_defaults(schema: type, values: dict[str, Any]) -> dict[str, An
     return filled
 
 
-def _difference(old: Any, new: Any) -> str:
+def _difference(path: str, old: Any, new: Any) -> str:
+    """The settings, as they are typed, that make `new` equal to `old`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = [f"{key}={old.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
-        return ", ".join(parts)
-    return repr(old)
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        return " ".join(_difference(f"{path}.{key}", old.get(key), new.get(key)) for key in keys)
+    # Null, true and false as YAML spells them, and a text quoted.
+    return f"{path}={json.dumps(old) if old is None or isinstance(old, (bool, dict, list)) else old}"

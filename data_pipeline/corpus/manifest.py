@@ -22,6 +22,8 @@ from data_pipeline.errors import CorpusError
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+# What an unfinished preparation keeps beside the corpus.
+PREPARING_FOLDER = "preparing"
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,7 @@ class Manifest:
         if not folder.is_dir():
             raise CorpusError(f"{folder}: no such folder; prepare a corpus with `python -m data_pipeline prepare`")
         if not path.is_file():
-            raise CorpusError(
-                f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; run (again) "
-                f"`python -m data_pipeline prepare ... output={folder}`"
-            )
+            raise CorpusError(f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; {_how_to_finish(folder)}")
         try:
             document = json.loads(path.read_bytes())
         except ValueError as error:
@@ -130,8 +129,8 @@ class Manifest:
         if document.get("format_version") != FORMAT_VERSION:
             raise CorpusError(
                 f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION} "
-                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again or use the "
-                "release that wrote it"
+                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again in a new "
+                "folder or use the release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
         if fingerprint_of(document) != recorded:
@@ -150,7 +149,17 @@ class Manifest:
         return manifest
 
 
-_ADVICE = "restore the file or prepare the corpus again"
+_ADVICE = "restore the file or prepare the corpus again elsewhere"
+
+
+def _how_to_finish(folder: Path) -> str:
+    if (folder / PREPARING_FOLDER).is_dir():
+        return f"its preparation goes on with the same command, `python -m data_pipeline prepare ... output={folder}`"
+    if any(folder.iterdir()):
+        return (
+            f"if it holds text, prepare that: `python -m data_pipeline prepare source={folder} ... output=OTHER_FOLDER`"
+        )
+    return f"it is empty; prepare a corpus with `python -m data_pipeline prepare ... output={folder}`"
 
 
 def _from_document(document: dict[str, Any], folder: Path) -> Manifest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ def refuse_strangers(folder: Path) -> None:
     strangers = sorted(p.name for p in folder.iterdir() if p != work.path and p.suffix != ".partial")
     if strangers and not work.plan.exists():
         raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
+
+
+def refuse_output_at_source(config: PrepareConfig) -> None:
+    """Raises PrepareError where the corpus would lie in the folder of the input, be it, or hold it."""
+    if config.data.path is None or not os.path.isdir(config.data.path):
+        return
+    output, path = (Path(os.path.realpath(name)) for name in (config.output, config.data.path))
+    if output == path or path in output.parents or output in path.parents:
+        how = "is" if output == path else "lies in" if path in output.parents else "holds"
+        raise PrepareError(
+            f"output: {config.output} {how} the folder of the input, data.path={config.data.path}; choose an output "
+            "elsewhere"
+        )
 
 
 def refuse_own_files_as_inputs(source: Source, folder: Path) -> None:

@@ -31,7 +31,7 @@ from data_pipeline.corpus.manifest import (
     canonical_json,
 )
 from data_pipeline.corpus.shard_table import ShardTable
-from data_pipeline.errors import PrepareError
+from data_pipeline.errors import PrepareError, TokenizerError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig, resolve_source, validate_prepare
@@ -39,6 +39,7 @@ from data_pipeline.preparing.plan import (
     begin_preparation,
     confirm_finished,
     content_settings,
+    refuse_output_at_source,
     refuse_own_files_as_inputs,
     refuse_strangers,
 )
@@ -78,6 +79,8 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
         raise ConfigError(problems)
     config = resolve_source(config)
     folder = Path(config.output)
+    if not (folder / MANIFEST_FILE).exists():
+        refuse_output_at_source(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST_FILE).exists():
@@ -120,7 +123,13 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
                 f"the first record has {why}. Records without a label count as '{config.data.source}'; where no record "
                 "has one the preparation is refused at its end"
             )
-        tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
+        try:
+            tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
+        except (PrepareError, TokenizerError):
+            if not resumed:
+                # Nothing was made with these settings: the ones that the message asks for may take their place.
+                work.plan.unlink(missing_ok=True)
+            raise
         for line in (*tokenizer.notes, *describe_losses(tokenizer)):
             log(line)
         if resumed:

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus.manifest import MANIFEST_FILE
+from data_pipeline.corpus.manifest import MANIFEST_FILE, PREPARING_FOLDER
 from data_pipeline.errors import DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
@@ -40,10 +40,8 @@ Log = Callable[[str], None]
 class WorkFolder:
     """What a preparation keeps beside the corpus until it is finished."""
 
-    NAME = "preparing"
-
     def __init__(self, corpus: Path):
-        self.path = corpus / self.NAME
+        self.path = corpus / PREPARING_FOLDER
         self.plan = self.path / "plan.json"
         self.claims = self.path / "claims"
         self._units = self.path / "units"
@@ -295,5 +293,6 @@ def _refuse_losses(data: DataConfig, damaged: int, total: int, rejected: dict[st
         shown = "\n".join(f"  {line}" for line in places)
         raise PrepareError(
             f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or "
-            "raise the tolerance and run the same command again (data.exclude leaves files out)"
+            "leave files out (data.exclude), and choose another output; or raise the tolerance and run the same "
+            "command again"
         )

@@ -213,8 +213,8 @@ class LiveStream:
                 _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, losses.rejected)
             yield last
         raise CorpusError(
-            f"corpus.max_epochs: the text was read {int(self._max_epochs)} times; shorten training.total_tokens, find "
-            "more text, or raise corpus.max_epochs"
+            f"corpus.max_epochs: the text was read {int(self._max_epochs)} times; shorten the run, find more text, "
+            "or raise corpus.max_epochs"
         )
 
     def _records(self, epoch: int) -> Iterator[Any]:

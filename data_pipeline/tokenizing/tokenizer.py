@@ -10,6 +10,7 @@ import abc
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -19,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline.errors import TokenizerError
-from data_pipeline.tokenizing.config import TokenizerConfig
+from data_pipeline.tokenizing.config import TokenizerConfig, smallest_vocabulary
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 # Beside a tokenizer.json whose end-of-document token is not evident from the file alone.
@@ -387,11 +388,25 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(
-            f"training the SentencePiece model failed: {str(error).strip()} (tokenizer.vocab_size={config.vocab_size}, "
-            f"tokenizer.model_type={config.model_type}): choose a smaller vocabulary or more text"
-        ) from None
+        raise TokenizerError(_why_training_failed(str(error), config)) from None
     return model.getvalue()
+
+
+def _why_training_failed(message: str, config: TokenizerConfig) -> str:
+    settings = f"tokenizer.vocab_size={config.vocab_size} and tokenizer.model_type={config.model_type}"
+    more_text = "give more text (tokenizer.sample_bytes bounds what is used of it)"
+    if found := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
+        largest = int(found[1])
+        fits = largest >= smallest_vocabulary(config)
+        advice = f"set tokenizer.vocab_size={largest}, or {more_text}" if fits else more_text
+        return f"the training text gives at most {largest} pieces with {settings}; {advice}"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"the characters of the training text need {found[1]} pieces with {settings} and "
+            f"tokenizer.character_coverage={config.character_coverage}; set tokenizer.vocab_size={found[1]} or more, "
+            "or lower tokenizer.character_coverage"
+        )
+    return f"training the SentencePiece model failed with {settings}: {message.strip()}"
 
 
 def _pieces(text: str, target: int = 2000) -> Iterator[str]:
