@@ -26,7 +26,8 @@ from train.data import open_corpus
 from train.evaluate import EvaluationWindows, open_evaluation_corpora, parts_of_set
 from train.run_directory import write_atomically
 
-FORMAT_VERSION = 1
+# 2: parts of a set that `max_tokens` cuts are weighted.
+FORMAT_VERSION = 2
 SMOOTHING_GRID = tuple(float(k) for k in 10.0 ** np.arange(-4, 1.5, 0.5))
 # One train window in so many is held back to choose k.
 HELD_BACK_EVERY = 10
@@ -116,8 +117,8 @@ def ngram_baselines(
     """`{"tokens": n, "unigram": {"loss", "k"}, "bigram": {"loss", "k"}}` of the targets in `held_out`.
 
     `counted` and `held_back` are the two parts of the train split: k is the best for `held_back` after counting
-    `counted`, and both are counted for the result. `held_out`: the batches of each part of the scored set; `scales`: the
-    weight of a target in each (None: 1). Raises ValueError when a part has no target.
+    `counted`, and both are counted for the result. `held_out`: the batches of each part of the scored set; `scales`:
+    the weight of a target in each (None: 1). Raises ValueError when a part has no target.
     """
     train, tuning = (PairCounts.of(batches, vocab_size) for batches in (counted, held_back))
     scored = [PairCounts.of(batches, vocab_size) for batches in held_out]
