@@ -155,10 +155,10 @@ _ADVICE = "restore the file or prepare the corpus again elsewhere"
 def _how_to_finish(folder: Path) -> str:
     if (folder / PREPARING_FOLDER).is_dir():
         return f"its preparation goes on with the same command, `python -m data_pipeline prepare ... output={folder}`"
+    if (folder / "shards").is_dir():
+        return _ADVICE
     if any(folder.iterdir()):
-        return (
-            f"if it holds text, prepare that: `python -m data_pipeline prepare source={folder} ... output=OTHER_FOLDER`"
-        )
+        return f"if it holds text, prepare it: `python -m data_pipeline prepare source={folder} ... output=ELSEWHERE`"
     return f"it is empty; prepare a corpus with `python -m data_pipeline prepare ... output={folder}`"
 
 

@@ -40,7 +40,6 @@ from data_pipeline.preparing.plan import (
     confirm_finished,
     content_settings,
     refuse_output_at_source,
-    refuse_own_files_as_inputs,
     refuse_strangers,
 )
 from data_pipeline.preparing.units import UnitRecord, cut_units, losses, unlabelled_documents
@@ -111,7 +110,6 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     check_inputs(inputs, config.data)
     index, count = task_of(config)
     work = WorkFolder(folder)
-    refuse_own_files_as_inputs(source, folder)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)

@@ -143,14 +143,6 @@ class FileSource(Source):
     def _asked_for(self, name: str) -> bool:
         return any(_matches(name, pattern) for pattern in self.config.files)
 
-    def would_read(self, path: Path) -> bool:
-        """Whether a file would be an input if it were at `path`."""
-        name = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root))
-        parts = name.split("/")
-        if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
-            return False
-        return self._asked_for(name)
-
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
 
