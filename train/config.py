@@ -136,7 +136,8 @@ class EvaluationSetConfig:
     directory: str | None = None
     # One source label of the split; null: all.
     source: str | None = None
-    # Tokens scored at most (the first ones of the split, with by_source of each source); null: all.
+    # Tokens scored at most: the first ones of the split, whose sources follow one another by name; with by_source of
+    # each source, and the loss of the set weighs each by its tokens in the whole split. null: all.
     max_tokens: int | None = None
     # Also report each source of the split, as <set>/<source>.
     by_source: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from conf.problems import at_least, choice, exactly_one
+from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
@@ -37,6 +37,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         problems += validate_schedule(config.schedule, length, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
+    problems += local_folder("run_root", config.run_root)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
