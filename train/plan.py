@@ -11,7 +11,9 @@ from model.accounting import count_parameters, six_n_flops_per_token, training_f
 from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
 from train.config import RunConfig
+from train.optimizer import OptimizerConfig, describe_optimizer
 from train.parallel.mesh import MeshShape
+from train.schedule import ScheduleConfig, describe_schedule
 
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
@@ -61,6 +63,9 @@ class Plan:
     peak_flops: float | None
     # Wall-clock of the run at ASSUMED_UTILISATION; null when the peak is unknown.
     predicted_seconds: float | None
+    # As the recipe of the model and the command line gave them.
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
 
     def model_flops_utilisation(self, tokens_per_second_per_device: float) -> dict[str, float | None]:
         """Share of the device's peak that the model's own FLOPs make up, by 6N and by the exact count.
@@ -85,6 +90,8 @@ class Plan:
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
             f"length     {self.total_steps:,} steps, {self.total_tokens:,} tokens "
             f"({self.tokens_per_parameter:.1f} a parameter)",
+            f"optimizer  {describe_optimizer(self.optimizer)}",
+            f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
             f"memory     {gib(memory)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
@@ -145,6 +152,8 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         device=device,
         peak_flops=peak,
         predicted_seconds=None if peak is None else six_n * total_tokens / (peak * ASSUMED_UTILISATION * world_size),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
     )
 
 

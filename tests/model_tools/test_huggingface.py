@@ -224,7 +224,10 @@ def test_import_names_what_is_wrong(tmp_path):
     random_transformers_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good, tensors = json.loads(config.read_text()), load_file(weights)
-    config.write_text(json.dumps(good | {"model_type": "llama", "use_bias": True, "weight_mode": "odd"}))
+    config.write_text(json.dumps(good | {"model_type": "gpt2"}))
+    with pytest.raises(HuggingFaceError, match="model_type is 'gpt2', not llama or xlstm"):
+        import_huggingface(tmp_path)
+    config.write_text(json.dumps(good | {"add_out_norm": False, "use_bias": True, "weight_mode": "odd"}))
     with pytest.raises(HuggingFaceError) as refused:
         import_huggingface(tmp_path)
     assert len(refused.value.reasons) == 3
@@ -300,6 +303,6 @@ def test_published_config_of_the_7b_fits():
         ours = LanguageModel(config)
     their_shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     assert len(their_shapes) == 483
-    layout = exporting.tensor_layout([name for name, _ in ours.named_parameters()], fused=False)
+    layout = exporting.format_for(config).tensor_layout([name for name, _ in ours.named_parameters()], {})
     our_shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
     assert {name: our_shapes[mine] for name, [mine] in layout.items()} == their_shapes
