@@ -1,13 +1,17 @@
 """A model brings the optimizer, schedule and batch of its published runs, and every key of them can be set."""
 
+import fnmatch
+
 import pytest
 from omegaconf import OmegaConf
 
 from conf import CONF_DIR, ConfigError, compose
 from model.presets import preset_names
 from tests.conf.test_defaults import differences
+from tests.documented import quoted, table
 from train.config import RunConfig
 from train.plan import make_plan
+from train.validate import validate
 
 GIVEN = ["name=x", "corpus.directory=y", "training.total_steps=600000"]
 
@@ -83,6 +87,26 @@ def test_a_model_brings_the_recipe_of_its_source(name):
     assert config.training.micro_batch_size * config.training.sequence_length <= 16_384
 
 
+def test_the_table_of_the_documentation_is_this_one():
+    rows = table("configuration.md", "models")
+    found = {}
+    for models, source, peak, schedule, batch in rows:
+        names = [name for pattern in quoted(models) for name in fnmatch.filter(EXPECTED, pattern)]
+        assert names and not set(names) & set(found), models
+        found |= dict.fromkeys(names, (source, float(peak), schedule, batch))
+    for name, (peak, _, _, kind, warmup, cooldown, length, samples) in EXPECTED.items():
+        schedule = f"{kind}, warm-up {warmup}" + (f", cooldown {cooldown}" if cooldown else "")
+        assert found[name][1:] == (peak, schedule, f"{length} x {samples}"), name
+        files = [(CONF_DIR / "recipe" / f"{file}.yaml").read_text() for file in _files_of(name)]
+        assert any(found[name][0].replace("our own", "Not published") in text for text in files), name
+
+
+def _files_of(name):
+    """The recipe and those that it starts from."""
+    below = OmegaConf.load(CONF_DIR / "recipe" / f"{name}.yaml").get("defaults", [])
+    return [name, *(file for other in below if other != "_self_" for file in _files_of(other))]
+
+
 def test_a_chosen_file_replaces_that_part_of_the_recipe_whole():
     config = composed("model=xlstm_830m", "optimizer=adamw_neurips", "schedule=wsd")
     assert recipe_of(config) == (3e-3, 1e-5, 1.0, "wsd", 0.01, None, 8192, 256)
@@ -131,8 +155,6 @@ def test_the_plan_says_what_the_recipe_chose():
 
 
 def test_a_run_too_short_for_the_published_schedule_is_told_what_to_choose():
-    from train.validate import validate
-
     short = compose(RunConfig, "train", [*GIVEN[:2], "training.total_steps=1000"])
     (problem,) = validate(short, world_size=1)
     assert "warmup 750 + cooldown 1000 = 1750 steps do not fit into the run's 1000 steps" in problem
