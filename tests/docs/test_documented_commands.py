@@ -1,5 +1,6 @@
 """Commands of the pages: those that need nothing special are run; of the others the syntax and the keys are checked."""
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -108,10 +109,16 @@ def test_commands_of_one_run_agree_with_each_other():
         for words in commands(block.text):
             if (given := _train_arguments(words)) is None:
                 continue
-            config = compose(RunConfig, "train", given)
+            config = _composed(*given)
             identity = (config.model, config.seed, config.training.sequence_length, config.corpus.directory)
             assert begun.setdefault(config.name, identity) == identity, f"{block}: {config.name}"
     assert {"first", "big", "annealed"} <= begun.keys()
+
+
+@functools.cache
+def _composed(*overrides):
+    """The run that a command describes; pages show the same commands."""
+    return compose(RunConfig, "train", list(overrides))
 
 
 def _check_words(words):
@@ -150,7 +157,7 @@ def _check(module, arguments):
         assert all(f'"{argument.split("=")[0]}"' in source for argument in known), (module, known)
     if module == "train" or (module == "launch" and arguments[0] == "local"):
         if overrides:
-            config = compose(RunConfig, "train", overrides)
+            config = _composed(*overrides)
             assert validate(config, world_size=1) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import model.huggingface.exporting as exporting
 from model.config import MLSTMConfig, ModelConfig
-from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface
+from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface, inexpressible
 from model.language_model import LanguageModel
+from model.presets import preset, preset_names
 from model.weights import WeightsError, save_model
+from tests.documented import quoted, table
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
 
@@ -291,6 +293,14 @@ except ValueError as error:
     assert "pip install 'xlstm-pretrain[huggingface]'" in done.stdout
     assert (tmp_path / "unverified" / "model.safetensors").is_file()
     assert not (tmp_path / "out").exists()
+
+
+def test_presets_of_one_kind_of_blocks_can_be_exported_as_the_page_says():
+    rows = table("model.md", "blocks")
+    said = {name for row in rows for name in quoted(row[-1])}
+    assert {"tiny_mlstm", "tiny_llama"} <= said
+    can = {name for name in preset_names() if inexpressible(preset(name)) == []}
+    assert can == said
 
 
 def test_published_config_of_the_7b_fits():
