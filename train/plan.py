@@ -13,7 +13,9 @@ from model.memory import activation_bytes, training_state_bytes
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.length import steps_left
+from train.optimizer import OptimizerConfig, describe_optimizer
 from train.parallel.mesh import MeshShape
+from train.schedule import ScheduleConfig, describe_schedule
 
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
@@ -69,6 +71,9 @@ class Plan:
     peak_flops: float | None
     # Wall-clock of what is left of the run at ASSUMED_UTILISATION; null when the peak is unknown.
     predicted_seconds: float | None
+    # As the recipe of the model and the command line gave them.
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
 
     @property
     def steps_left(self) -> int:
@@ -100,6 +105,8 @@ class Plan:
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
             self._describe_length(),
+            f"optimizer  {describe_optimizer(self.optimizer)}",
+            f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
             f"memory     {gib(memory)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
@@ -178,6 +185,8 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         device=device,
         peak_flops=peak,
         predicted_seconds=None if peak is None else six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
     )
 
 
