@@ -215,7 +215,7 @@ def test_other_data_are_refused_with_the_keys_and_nothing_is_overwritten(stopped
         run_plainly([*overrides, "training.sequence_length=64", "corpus.window_shards=1", "seed=4"])
     seed, length, windows = refused.value.problems
     assert (
-        seed.startswith("seed: ") and "was started with another value (0, now 4)" in seed and "back to seed=0" in seed
+        seed.startswith("seed: ") and "was started with another value (0, now 4)" in seed and "or set seed=0" in seed
     )
     assert length.startswith("training.sequence_length: 64 gives other data than 32 gave, so the run's position in its")
     assert windows.startswith("corpus.window_shards: 1 gives other data than null gave, ")
