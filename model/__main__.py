@@ -53,6 +53,7 @@ examples:
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
+mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama.
 
   checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
   output=DIR                    must not exist yet, or be empty
@@ -64,7 +65,7 @@ example:
   python -m model export checkpoint=runs/first output=exported
 """
 IMPORT_HELP = """\
-Read a Hugging Face xLSTM directory and write it in this project's weights format.
+Read a Hugging Face directory of an xLSTM or a Llama and write it in this project's weights format.
 
   source=DIR                    holds config.json and safetensors files
   output=DIR                    must not exist yet, or be empty
@@ -261,7 +262,12 @@ def _export(options: argparse.Namespace) -> int:
     except TokenizerError as error:
         raise ValueError(str(error)) from None
     notes = export_huggingface(
-        located.weights, settings.output, tokenizer, dtype=_dtype(settings.dtype), verify=settings.verify
+        located.weights,
+        settings.output,
+        tokenizer,
+        dtype=_dtype(settings.dtype),
+        verify=settings.verify,
+        sequence_length=located.sequence_length,
     )
     if tokenizer is None:
         notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")
