@@ -187,7 +187,7 @@ class Mesh:
         self._count(group, gathered[1:])
         tensor = tensor.contiguous()
         # In one dimension: gloo wants the result in the form of the parts.
-        work = dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self._groups[group], async_op=True)
+        work = _all_gather(gathered.view(-1), tensor.view(-1), group=self._groups[group], async_op=True)
         return gathered, _waiting([work], tensor)
 
     def all_to_all(self, tensor: Tensor, *, group: GroupName) -> Tensor:
@@ -240,6 +240,10 @@ class Mesh:
             else:
                 os.environ[name] = value
         self._variables_before.clear()
+
+
+# torch 2.13 warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _nothing() -> None:
