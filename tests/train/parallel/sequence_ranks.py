@@ -8,6 +8,8 @@ Axes: B batch, S tokens of the whole sequence, P ranks, NH heads, C channels, K 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import itertools
 import json
 import os
