@@ -43,7 +43,7 @@ def test_a_sound_configuration_has_no_problem():
             "training.sequence_length=2048",
         ),
         (
-            ["parallel.sequence=2", "model.slstm.n_heads=1"],
+            ["parallel.sequence=2", "model=tiny", "model.slstm_at=[1]", "model.slstm.n_heads=1"],
             "parallel.sequence: model.slstm.n_heads=1 heads do not divide among 2 sequence ranks; choose",
         ),
         (
