@@ -27,6 +27,7 @@ from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
 from model.config import ModelConfig
 from model.stored import what_is_computed, with_current_keys
+from train.callbacks.tensorboard_logger import missing_tensorboard
 from train.config import RunConfig
 from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.errors import UnfitDataError
@@ -72,7 +73,13 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
     of the configuration, a corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
-    _refuse([*validate(config, world_size), *wandb_variable_problems(config.logging.wandb, os.environ)])
+    _refuse(
+        [
+            *validate(config, world_size),
+            *wandb_variable_problems(config.logging.wandb, os.environ),
+            *(missing_tensorboard() if config.logging.tensorboard else []),
+        ]
+    )
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
     with _data_as_configured():

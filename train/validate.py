@@ -6,8 +6,9 @@ import math
 
 from conf.problems import at_least, choice, exactly_one
 from model.config import validate_model
+from model.generation import sampling_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
-from train.config import PRECISIONS, RunConfig
+from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import validate_corpus
 from train.optimizer import validate_optimizer
 from train.parallel.mesh import MeshShape
@@ -31,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         problems += validate_schedule(config.schedule, config.total_steps, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
+    problems += _validate_samples(config.logging.samples)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
@@ -81,6 +83,14 @@ def _validate_parallel(config: RunConfig) -> list[str]:
         *at_least("parallel.collective_timeout_seconds", parallel.collective_timeout_seconds, 1),
         *choice("precision.compute", config.precision.compute, PRECISIONS),
     ]
+
+
+def _validate_samples(samples: SamplesConfig) -> list[str]:
+    problems = at_least("logging.samples.interval", samples.interval, 0)
+    if samples.interval and not samples.prompts:
+        problems.append('logging.samples.prompts: there is none; give a text, or [""] to begin a document')
+    settings = sampling_problems(samples.max_new_tokens, samples.temperature, samples.top_k, samples.top_p)
+    return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings]
 
 
 def _validate_intervals(config: RunConfig) -> list[str]:
