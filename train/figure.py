@@ -147,7 +147,7 @@ def legend_below(axes: Axes) -> None:
     """A legend in one row under the axes and what names them; none where nothing is labelled."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        under_the_name = offset_copy(axes.transAxes, axes.figure, y=-32, units="points")
+        under_the_name = offset_copy(axes.transAxes, axes.get_figure(root=True), y=-32, units="points")
         axes.legend(
             handles,
             labels,

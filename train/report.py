@@ -164,7 +164,7 @@ def _loss_curves(train: list[dict], evaluations: list[dict], baselines: dict[str
     }
 
 
-def _draw_loss(axes: Axes, train: list[dict], curves: dict[str, tuple[np.ndarray, np.ndarray, dict[str, Any]]]) -> None:
+def _draw_loss(axes: Axes, train: list[dict], curves: dict[str, _Curve]) -> None:
     axes.plot(column(train, "step"), column(train, "loss"), color=BLUE, alpha=0.3, linewidth=1)
     for label, curve in curves.items():
         axes.plot(curve.steps, curve.losses, label=label, **curve.style)

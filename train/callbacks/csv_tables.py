@@ -4,8 +4,8 @@
     evaluation.csv   one row a held-out set and step
     statistics.csv   step, name, value: one row a statistic and step
 
-The tables are what metrics.jsonl says, from its first line on: they are written anew where a run begins, resumes or goes
-back, and each step stands in them once. A number that is not finite is an empty field.
+The tables are what metrics.jsonl says, from its first line on: they are written anew where a run begins, resumes or
+goes back, and each step stands in them once. A number that is not finite is an empty field.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """samples.jsonl: what the model writes while it is trained.
 
-The first line is the header, `{"kind": "header", "format_version": 1, "step": 0}`; each further one has `step`, `prompt`
-and `text`, the continuation.
+The first line is the header, `{"kind": "header", "format_version": 1, "step": 0}`; each further one has `step`,
+`prompt` and `text`, the continuation.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,9 @@ class TensorBoardLogger(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(trainer.run_directory) / FOLDER
-        self._writer = SummaryWriter(str(folder), purge_step=trainer.step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=trainer.step + 1)
 
-    def _log(self, trainer: Trainer, figures: dict[str, float | None]) -> None:
+    def _log(self, trainer: Trainer, figures: Mapping[str, float | None]) -> None:
         if self._writer is None:
             return
         for name, value in figures.items():
