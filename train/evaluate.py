@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,7 +16,17 @@ from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
-from train.parallel.engine import Engine
+from train.parallel.mesh import Mesh
+
+
+class Scorer(Protocol):
+    """What scores batches: an engine, or a model that is not trained."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+        """(sum of the losses in nats, scored targets) of a batch. Collective."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, Evalua
     }
 
 
-def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
+def evaluate(scorer: Scorer, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
     """Score every evaluation set of `config`, and each source of those with `by_source` as <set>/<source>.
 
     Collective: all ranks call it and get equal results.
@@ -101,7 +113,7 @@ def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> d
     results = {}
     for name, settings in config.evaluation.sets.items():
         parts = parts_of_set(corpora[name], settings, config.training.sequence_length)
-        sums = {source: _sum_losses(engine, config.evaluation.batch_size, windows) for source, windows in parts.items()}
+        sums = {source: _sum_losses(scorer, config.evaluation.batch_size, windows) for source, windows in parts.items()}
         losses, counts = zip(*sums.values(), strict=True)
         results[name] = _result(sum(losses), sum(counts))
         results |= {f"{name}/{source}": _result(*pair) for source, pair in sums.items() if source}
@@ -113,18 +125,24 @@ def _result(loss_sum: float, tokens: int) -> EvaluationResult:
     return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
 
 
-def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
+def _sum_losses(scorer: Scorer, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
     """(sum of the losses in nats, tokens) over all ranks."""
-    mesh = engine.mesh
+    mesh = scorer.mesh
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
     for turn in range(0, windows.count, batch_size * mesh.shape.data):
         first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = engine.evaluate_batch(windows.batch(first if has_own else turn, batch_size))
+        loss, count = scorer.evaluate_batch(windows.batch(first if has_own else turn, batch_size))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)
     loss_sum, tokens = mesh.sum(total, group="world").tolist()
     return loss_sum, int(tokens)
+
+
+if __name__ == "__main__":
+    from train.evaluation_command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -82,7 +82,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     )
     plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
-    with _data_as_configured():
+    with data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     _refuse(
@@ -90,17 +90,17 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
             *_misfits_of_backends(config),
             *changes_of_run(config, directory),
             *_misfits_of_corpus(config, corpus),
-            *_misfits_of_evaluation(config, evaluation_corpora),
+            *misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
-    with _data_as_configured("corpus."):
+    with data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
     _refuse(too_little_data(config, plan, stream))
     return Requirements(plan, directory, corpus, evaluation_corpora, stream)
 
 
 @contextlib.contextmanager
-def _data_as_configured(prefix: str = "") -> Iterator[None]:
+def data_as_configured(prefix: str = "") -> Iterator[None]:
     """A corpus that is missing, incomplete or unfit is a problem of the configuration that names it.
 
     Raises ConfigError; `prefix`: what a ValueError leaves out of its key. Not for a ReadingError: the machine fails.
@@ -145,7 +145,8 @@ def _misfits_of_corpus(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[s
     return problems + misfits_of_mixture(config, corpus)
 
 
-def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+def misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+    """What evaluation sets ask of their corpora that these lack, one line each."""
     problems = []
     for name, evaluation_set in config.evaluation.sets.items():
         key, held_out = f"evaluation.sets.{name}", evaluation_corpora[name]

@@ -93,15 +93,11 @@ def _validate_samples(samples: SamplesConfig) -> list[str]:
     return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings]
 
 
-def _validate_intervals(config: RunConfig) -> list[str]:
+def validate_evaluation(config: RunConfig) -> list[str]:
+    """The problems of the keys under `evaluation`, one line each. Pure."""
     problems = [
-        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
-        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
-        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         *at_least("evaluation.interval", config.evaluation.interval, 0),
         *at_least("evaluation.batch_size", config.evaluation.batch_size, 1),
-        *at_least("logging.interval", config.logging.interval, 1),
-        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
     ]
     for name, evaluation_set in config.evaluation.sets.items():
         problems += at_least(f"evaluation.sets.{name}.max_tokens", evaluation_set.max_tokens, 1)
@@ -115,6 +111,18 @@ def _validate_intervals(config: RunConfig) -> list[str]:
                 f"evaluation.sets.{name}.by_source: the set is one source already ({evaluation_set.source}); set "
                 "by_source=false or source=null"
             )
+    return problems
+
+
+def _validate_intervals(config: RunConfig) -> list[str]:
+    problems = [
+        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
+        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
+        *validate_evaluation(config),
+        *at_least("logging.interval", config.logging.interval, 1),
+        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
+    ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
     return problems
