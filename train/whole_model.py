@@ -24,10 +24,10 @@ def whole_model(engine: Engine, config: RunConfig) -> Iterator[LanguageModel | N
     0 gathers a copy in the compute dtype, one parameter at a time, and lets go of it at the end.
     """
     model = engine.model
-    shapes = parameter_shapes(config.model)
-    held = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    alone = engine.mesh.shape.sequence == 1 and engine.mesh.shape.pipeline == 1
-    if alone and isinstance(model, LanguageModel) and held == shapes:
+    # ZeRO-3 gathers weights in each layer's forward, on all ranks together.
+    cut = config.parallel.zero_stage == 3 or engine.mesh.shape.sequence > 1 or engine.mesh.shape.pipeline > 1
+    if not cut:
+        assert isinstance(model, LanguageModel)
         if not engine.mesh.is_main:
             yield None
             return
@@ -37,10 +37,10 @@ def whole_model(engine: Engine, config: RunConfig) -> Iterator[LanguageModel | N
         finally:
             model.train()
         return
-    yield _gathered(engine, config, shapes)
+    yield _gathered(engine, config)
 
 
-def _gathered(engine: Engine, config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> LanguageModel | None:
+def _gathered(engine: Engine, config: RunConfig) -> LanguageModel | None:
     mesh = engine.mesh
     copy = None
     if mesh.is_main:
@@ -48,7 +48,7 @@ def _gathered(engine: Engine, config: RunConfig, shapes: dict[str, tuple[int, ..
         with torch.random.fork_rng(devices=[mesh.device] if mesh.device.type == "cuda" else []):
             copy = empty_model(config.model, mesh.device, config.precision.compute_dtype).eval()
     parameters = dict(copy.named_parameters()) if copy is not None else {}
-    for name, shape in shapes.items():
+    for name, shape in parameter_shapes(config.model).items():
         whole = _whole_parameter(engine, name, shape)
         if copy is not None:
             with torch.no_grad():

@@ -33,7 +33,7 @@ ATTENTION = ["model.attention_at=[2]"]
 
 
 class Watcher(Callback):
-    """Goes back from step 6 to step 4 once; keeps the generators' states and the samples that it is told of."""
+    """Goes back behind step 6 to step 4 once; keeps the generators' states and the samples that it is told of."""
 
     def __init__(self, goes_back=True):
         self.goes_back = goes_back
@@ -43,7 +43,7 @@ class Watcher(Callback):
         self.generators[trainer.step] = generator_states(trainer.device)
 
     def on_step_end(self, trainer):
-        if trainer.step == 5 and self.goes_back:
+        if trainer.step == 6 and self.goes_back:
             self.goes_back = False
             return Rollback(step=4, skip=1, reason="a test")
         return CONTINUE
@@ -93,7 +93,7 @@ def test_samples_are_kept_once_a_step_and_told_to_callbacks(watched):
         (step, prompt) for step in range(2, STEPS + 3, 2) for prompt in ("", "ab c")
     ]
     assert all(line["text"] and set(line) == {"step", "prompt", "text"} for line in lines)
-    # Before the run went back: at steps 2 and 4, and 6, whose sample was then of other weights.
+    # Step 6 came twice, with other weights each time.
     assert [step for step, _ in callback.told] == [2, 4, 6, 6, 8]
     told = {step: [vars(sample) for sample in samples] for step, samples in callback.told}
     for step in (2, 4, 6, 8):
