@@ -15,7 +15,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 README = ROOT / "README.md"
 # The README's commands come first: they make corpora/first and runs/first, which the other pages use.
 RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
-MODULES = {"train", "train.report", "launch", "data_pipeline", "model", "pip", "pytest", "torch.distributed.run"}
+MODULES = {"train", "train.report", "train.evaluate", "launch", "data_pipeline", "model", "pip", "pytest", "torch.distributed.run"}
 # What the pages' commands leave behind, by page.
 LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png"],
@@ -68,6 +68,9 @@ def _check(module, arguments):
     assert module in MODULES, module
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("--")]
     if module == "train" or (module == "launch" and arguments[0] == "local"):
+        if "--config" in arguments:
+            # The run gives these.
+            overrides = ["corpus.directory=corpora/x", "training.total_steps=1", *overrides]
         config = compose(RunConfig, "train", overrides)
         assert (config.training.total_steps is None) != (config.training.total_tokens is None)
     elif module == "data_pipeline" and arguments[0] == "prepare":

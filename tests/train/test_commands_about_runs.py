@@ -13,6 +13,7 @@ from conf import ConfigError
 from model.__main__ import main as model_main
 from model.config import validate_model
 from model.huggingface import export_huggingface
+from model.initialisation import initialise
 from model.language_model import LanguageModel
 from model.loading import load
 from model.presets import preset
@@ -163,7 +164,9 @@ def test_a_hugging_face_directory_is_evaluated(small_corpus, tmp_path):
     config = preset("tiny", vocab_size=384, d_model=128, n_blocks=2, slstm_at=[], slstm=None, ffn_dim=64,
                     mlstm={"n_heads": 1})  # fmt: skip
     assert not validate_model(config)
-    save_model(LanguageModel(config), config, tmp_path / "weights")
+    model = LanguageModel(config)
+    initialise(model, seed=0)
+    save_model(model, config, tmp_path / "weights")
     export_huggingface(tmp_path / "weights", tmp_path / "hf", None, verify=False)
     settings = [f"corpus.directory={small_corpus}", "precision=fp32", "training.sequence_length=32"]
     settings += ["evaluation.sets.validation.max_tokens=64"]
