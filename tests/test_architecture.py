@@ -23,7 +23,7 @@ READ_VALUES = {
     "model/presets.py",
     "data_pipeline/__main__.py",
     "train/command.py",
-    "train/evaluation_command.py",
+    "train/evaluate/__main__.py",
     "train/requirements.py",
     "train/context.py",
     "train/run.py",

@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
-from conf import ConfigError
+from conf.problems import ConfigError
 from model.stored import with_current_keys
 from train.callbacks.metrics_file import read_metrics
 from train.checkpoints.layout import complete_checkpoints, step_of

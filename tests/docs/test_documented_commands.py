@@ -15,7 +15,17 @@ ALL = [block for page in PAGES for block in blocks(page)]
 README = ROOT / "README.md"
 # The README's commands come first: they make corpora/first and runs/first, which the other pages use.
 RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
-MODULES = {"train", "train.report", "train.evaluate", "launch", "data_pipeline", "model", "pip", "pytest", "torch.distributed.run"}
+MODULES = {
+    "train",
+    "train.report",
+    "train.evaluate",
+    "launch",
+    "data_pipeline",
+    "model",
+    "pip",
+    "pytest",
+    "torch.distributed.run",
+}
 # What the pages' commands leave behind, by page.
 LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png"],

@@ -22,7 +22,7 @@ from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, train_command
 from tests.train.plain_runs import run_plainly
 from train.__main__ import main as train_main
 from train.command import compose_run, parse
-from train.evaluation_command import main as evaluate_main
+from train.evaluate.__main__ import main as evaluate_main
 from train.run_directory import EventLog, RunLock
 from train.run_summary import as_lines, summarise
 

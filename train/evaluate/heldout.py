@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -140,9 +139,3 @@ def _sum_losses(scorer: Scorer, batch_size: int, windows: EvaluationWindows) -> 
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)
     loss_sum, tokens = mesh.sum(total, group="world").tolist()
     return loss_sum, int(tokens)
-
-
-if __name__ == "__main__":
-    from train.evaluation_command import main
-
-    sys.exit(main(sys.argv[1:]))

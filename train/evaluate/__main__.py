@@ -247,3 +247,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
     with contextlib.suppress(BrokenPipeError):
         print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
