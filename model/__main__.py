@@ -35,7 +35,8 @@ examples:
 GENERATE_HELP = """\
 Continue text with a trained model.
 
-  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a weights
+                                directory or a Hugging Face directory
   prompt=TEXT                   what to continue; give it several times for a batch; without it a document is begun
   tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
   max_new_tokens=100
@@ -48,12 +49,13 @@ Continue text with a trained model.
 
 examples:
   python -m model generate checkpoint=runs/first prompt="The order" max_new_tokens=20
-  python -m model generate checkpoint=runs/first/checkpoints/step-00001000 prompt="def f(" temperature=0
+  python -m model generate checkpoint=runs/first@1000 prompt="def f(" temperature=0
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
 
-  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint or a weights
+                                directory
   output=DIR                    must not exist yet, or be empty
   tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
   dtype=float32                 of the written weights: float32 | bfloat16
@@ -253,6 +255,8 @@ def _export(options: argparse.Namespace) -> int:
     from model.locate import locate
 
     located = locate(settings.checkpoint)
+    if located.is_huggingface:
+        raise ConfigError([f"checkpoint: {located.weights} is a Hugging Face directory already; name a run or weights"])
     try:
         path = settings.tokenizer or located.tokenizer
         tokenizer = None if path is None else Tokenizer.load(path)

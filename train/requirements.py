@@ -28,16 +28,24 @@ from kernels.backend_choice import triton_runs_on
 from model.config import ModelConfig
 from model.stored import what_is_computed, with_current_keys
 from train.config import RunConfig
-from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
+from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
+from train.origin import (
+    Origin,
+    changes_of_origin,
+    misfits_of_data,
+    misfits_of_position,
+    misfits_of_tokenizer,
+    open_origin,
+)
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
 from train.wandb_settings import wandb_variable_problems
 
 # A run resumed with another value of one of these would not be the same run.
-_FIXED = ("name", "seed", "model", "training.sequence_length")
+_FIXED = ("seed", "model", "training.sequence_length")
 # Of these, unless corpus.allow_changed_data gives a reason.
 _FIXED_DATA = tuple(
     f"corpus.{key}"
@@ -64,6 +72,8 @@ class Requirements:
     corpus: Corpus | LiveCorpus
     evaluation_corpora: dict[str, Corpus]
     stream: SampleStream | LiveStream
+    # What the run begins with; None: its seed, or it has begun.
+    origin: Origin | None
 
 
 def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "size") -> Requirements:
@@ -78,18 +88,22 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     with _data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
+    origin, misfits_of_origin = open_origin(config, directory)
     _refuse(
         [
             *_misfits_of_backends(config),
             *changes_of_run(config, directory),
+            *misfits_of_origin,
+            *misfits_of_position(origin, config),
+            *misfits_of_tokenizer(origin, corpus),
             *_misfits_of_corpus(config, corpus),
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
     with _data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
-    _refuse(too_little_data(config, plan, stream))
-    return Requirements(plan, directory, corpus, evaluation_corpora, stream)
+    _refuse([*too_little_data(config, plan, stream), *misfits_of_data(origin, config, data_identity(stream))])
+    return Requirements(plan, directory, corpus, evaluation_corpora, stream, origin)
 
 
 @contextlib.contextmanager
@@ -165,7 +179,14 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     before: dict[str, Any] = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
     now = dataclasses.asdict(config)
     now["model"] = what_is_computed(now["model"])
-    problems = []
+    problems = changes_of_origin(config, before, directory)
+    if before["name"] != config.name:
+        original = directory.path.with_name(str(before["name"]))
+        problems.append(
+            f"name: {directory.path} holds the run '{before['name']}', copied or renamed. To try something from one of "
+            f"its steps, remove the copy and start a branch: name={config.name} resume_from={original}@STEP; to go on "
+            f"with it, call the folder {original} again"
+        )
     for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
         old: Any = before
         new: Any = now

@@ -10,6 +10,7 @@ from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.config import PRECISIONS, RunConfig
 from train.data import validate_corpus
 from train.optimizer import validate_optimizer
+from train.origin import validate_origin
 from train.parallel.mesh import MeshShape
 from train.schedule import validate_schedule
 from train.wandb_settings import validate_wandb
@@ -26,6 +27,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
         *_validate_intervals(config),
+        *validate_origin(config),
     ]
     if _length_is_known(config):
         problems += validate_schedule(config.schedule, config.total_steps, "schedule")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +16,86 @@ from model.config import MLSTMConfig, ModelConfig, validate_model
 from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
 from model.parameters import parameter_shapes
 
-Tensors = dict[str, Callable[[], torch.Tensor]]
 # Name in the original xlstm package, whose tensors are named alike but for this one.
 _OLDER_EMBEDDING = "embedding.weight"
 _EMBEDDING = "backbone.embeddings.weight"
 _HEAD = "lm_head.weight"
 
 
-def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Read a Hugging Face xLSTM directory: the configuration, and {our parameter name: tensor} in the dtype on disk.
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a safetensors file, not read yet."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of the first axis."""
+        rows: torch.Tensor = self.file.get_slice(self.name)[start:end]
+        return rows
+
+
+Tensors = dict[str, _Tensor]
+
+
+class HuggingFaceReader:
+    """Random access to a Hugging Face xLSTM directory; `shapes` maps every parameter of ours to its shape.
 
     Understands single and fused weights, one file or shards with an index, and the older names of keys in config.json
     and of the embedding. All widths are taken from the tensors, so that no rounding rule matters. Does not need
-    `transformers`.
+    `transformers`, and reads no weights before it is asked for them.
 
-    Raises:
-        HuggingFaceError: with every reason why the directory is not such a model, or is incomplete.
+    Raises HuggingFaceError with every reason why the directory is not such a model, or is incomplete.
     """
-    directory = Path(directory)
-    values = _read_config(directory)
-    tensors = _open_tensors(directory)
-    config = _config_from(directory, values, tensors)
-    problems = validate_model(config)
-    if problems:
-        raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
-    shapes = parameter_shapes(config)
-    layout = tensor_layout(shapes, fused=_is_fused(values))
-    reasons = [f"tensor {name} is missing" for name in layout if name not in tensors]
-    reasons += [f"tensor {name} is unknown" for name in sorted(set(tensors) - set(layout))]
-    if reasons:
-        raise HuggingFaceError(f"{directory} does not hold the weights that its {CONFIG} describes", reasons)
-    state_dict: dict[str, torch.Tensor] = {}
-    for theirs, names in layout.items():
-        tensor = tensors[theirs]()
-        rows = [shapes[name][0] for name in names]
-        expected = (sum(rows), *shapes[names[0]][1:])
-        if tuple(tensor.shape) != expected:
-            reasons.append(f"{theirs} has shape {list(tensor.shape)} instead of {list(expected)}")
-            continue
-        state_dict |= zip(names, tensor.split(rows), strict=True)
-    if reasons:
-        raise HuggingFaceError(f"{directory} holds tensors of wrong shapes", reasons)
-    return config, {name: state_dict[name] for name in shapes}
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        values = _read_config(directory)
+        self._tensors = _open_tensors(directory)
+        self.config = _config_from(directory, values, self._tensors)
+        problems = validate_model(self.config)
+        if problems:
+            raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
+        self.shapes = parameter_shapes(self.config)
+        layout = tensor_layout(self.shapes, fused=_is_fused(values))
+        reasons = [f"tensor {name} is missing" for name in layout if name not in self._tensors]
+        reasons += [f"tensor {name} is unknown" for name in sorted(set(self._tensors) - set(layout))]
+        if reasons:
+            raise HuggingFaceError(f"{directory} does not hold the weights that its {CONFIG} describes", reasons)
+        # Our parameter -> their tensor, and its first row there.
+        self._places: dict[str, tuple[str, int]] = {}
+        for theirs, names in layout.items():
+            rows = 0
+            for name in names:
+                self._places[name] = theirs, rows
+                rows += self.shapes[name][0]
+            found, expected = self._tensors[theirs].shape, (rows, *self.shapes[names[0]][1:])
+            if found != expected:
+                reasons.append(f"{theirs} has shape {list(found)} instead of {list(expected)}")
+        if reasons:
+            raise HuggingFaceError(f"{directory} holds tensors of wrong shapes", reasons)
+
+    def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
+        """Elements [offset, offset + numel) of our flattened parameter `name`, on the CPU, in the dtype on disk."""
+        theirs, first_row = self._places[name]
+        of_row = math.prod(self.shapes[name][1:])
+        start, end = offset // of_row, -(-(offset + numel) // of_row)
+        rows = self._tensors[theirs].rows(first_row + start, first_row + end)
+        return rows.reshape(-1).narrow(0, offset - start * of_row, numel)
+
+
+def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Read a Hugging Face xLSTM directory: the configuration, and {our parameter name: tensor} in the dtype on disk.
+
+    Raises as HuggingFaceReader does.
+    """
+    reader = HuggingFaceReader(directory)
+    whole = {name: reader.read_range(name, 0, math.prod(shape)).view(shape) for name, shape in reader.shapes.items()}
+    return reader.config, whole
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -94,7 +133,7 @@ def _config_from(directory: Path, values: dict[str, Any], tensors: Tensors) -> M
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
             raise HuggingFaceError(f"{directory} does not hold an xLSTM", [f"tensor {name} is missing"])
-        return tuple(tensors[name]().shape)
+        return tensors[name].shape
 
     block = "backbone.blocks.0"
     vocab_size, d_model = shape(_EMBEDDING)
@@ -131,7 +170,7 @@ def _is_fused(values: dict[str, Any]) -> bool:
 
 
 def _open_tensors(directory: Path) -> Tensors:
-    """Tensor name -> function that reads it, from one file or from the shards of an index."""
+    """Tensor name -> tensor, of one file or of the shards of an index."""
     index = directory / INDEX
     if index.is_file():
         paths = [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -140,16 +179,16 @@ def _open_tensors(directory: Path) -> Tensors:
     absent = [f"{path} does not exist" for path in paths if not path.is_file()]
     if absent:
         raise HuggingFaceError(f"{directory} has no complete safetensors weights", absent)
-    tensors = {name: read for path in paths for name, read in _readers(path)}
+    tensors = {tensor.name: tensor for path in paths for tensor in _tensors_in(path)}
     if _OLDER_EMBEDDING in tensors:
         tensors[_EMBEDDING] = tensors.pop(_OLDER_EMBEDDING)
     return tensors
 
 
-def _readers(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _tensors_in(path: Path) -> Iterator[_Tensor]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise HuggingFaceError(f"{path} cannot be read (damaged or cut short)", [str(error)]) from None
     for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        yield name, functools.partial(file.get_tensor, name)
+        yield _Tensor(file, name)

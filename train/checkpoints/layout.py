@@ -14,13 +14,13 @@ reads the same files. A folder without complete.json, or with a file that does n
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import hash_file
 from model.locate import COMPLETE as MARKER
+from model.locate import step_folders, step_of
 
 FORMAT_VERSION = 1
 STATE_JSON = "state.json"
@@ -28,27 +28,6 @@ STATE_JSON = "state.json"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and what to do."""
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` completed steps lies."""
-    return root / f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The number of completed steps that a folder of `step_folder` is named after."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders under `root` that carry the marker, oldest first."""
-    return [path for path in _step_folders(root) if (path / MARKER).exists()]
-
-
-def _step_folders(root: Path) -> list[Path]:
-    """Folders that `step_folder` names, oldest first; what else a user keeps beside them is not the run's to touch."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def generators_file(folder: Path, rank: int) -> Path:
@@ -70,7 +49,7 @@ def remove(folder: Path) -> None:
 
 def remove_torn(root: Path) -> list[str]:
     """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in _step_folders(root) if not (path / MARKER).exists()]
+    torn = [path for path in step_folders(root) if not (path / MARKER).exists()]
     for path in torn:
         shutil.rmtree(path)
     return [path.name for path in torn]
@@ -78,7 +57,7 @@ def remove_torn(root: Path) -> list[str]:
 
 def remove_after(root: Path, step: int) -> list[str]:
     """Delete checkpoints of later steps than `step`; returns their names. Rank 0 only, while nothing is written."""
-    later = [path for path in _step_folders(root) if step_of(path) > step]
+    later = [path for path in step_folders(root) if step_of(path) > step]
     for path in reversed(later):
         remove(path)
     return [path.name for path in later]

@@ -17,19 +17,17 @@ import torch
 from data_pipeline.corpus.files import sync
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
+from model.locate import complete_checkpoints, step_folder, step_of
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
 from train.checkpoints.layout import (
     FORMAT_VERSION,
     MARKER,
     CheckpointError,
-    complete_checkpoints,
     describe_file,
     generators_file,
     remove,
     remove_after,
-    step_folder,
-    step_of,
 )
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
