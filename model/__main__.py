@@ -1,4 +1,4 @@
-"""Command line: `python -m model describe|generate|export|import`."""
+"""Command line: `python -m model describe|generate|export|import|average`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,18 @@ Read a Hugging Face xLSTM directory and write it in this project's weights forma
 example:
   python -m model import source=xLSTM-7b output=weights/xlstm_7b
 """
+AVERAGE_HELP = """\
+Average the weights of several models, such as of checkpoints of one run, and write them as a weights directory, which
+generate, export and a run's initialise_from take.
+
+  NAME NAME ...                 two or more: a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a
+                                weights directory or a Hugging Face directory
+  output=DIR                    must not exist yet, or be empty
+  weights=null                  one number for each, such as 2,1,1; null (default): all count the same
+
+example:
+  python -m model average runs/first@1000 runs/first@2000 output=averaged
+"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,12 @@ class ExportSettings:
 class ImportSettings:
     source: str = "???"
     output: str = "???"
+
+
+@dataclass(frozen=True)
+class AverageSettings:
+    output: str = "???"
+    weights: str | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,6 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
+    average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
+    average.usage = "python -m model average [-h] NAME NAME ... output=DIR [weights=LIST]"
     return parser
 
 
@@ -278,11 +298,10 @@ def _import(options: argparse.Namespace) -> int:
     settings = _settings(ImportSettings, options.settings)
 
     from model.huggingface import import_huggingface
-    from model.weights import save_state_dict
+    from model.weights import refuse_taken, save_state_dict
 
     output = Path(settings.output)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+    refuse_taken(output)
     config, state_dict = import_huggingface(settings.source)
     save_state_dict(state_dict, config, output)
     tokenizer_json = Path(settings.source) / "tokenizer.json"
@@ -292,6 +311,67 @@ def _import(options: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() for tensor in state_dict.values())
     print(f"wrote {output}: {parameters:,} parameters in {len(state_dict)} tensors")
     return 0
+
+
+def _average(options: argparse.Namespace) -> int:
+    keys = [field.name for field in fields(AverageSettings)]
+    # A path may hold "=", but not behind one of these names.
+    given = [setting for setting in options.settings if setting.partition("=")[0] in keys]
+    names = [setting for setting in options.settings if setting not in given]
+    settings = _settings(AverageSettings, given)
+    problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
+    shares: list[float] | None = None
+    if settings.weights is not None:
+        try:
+            shares = [float(number) for number in settings.weights.split(",")]
+        except ValueError:
+            problems.append(f"weights: numbers with commas between them are wanted, such as 2,1 ({settings.weights})")
+    if problems:
+        raise ConfigError(problems)
+
+    from model.averaging import average, misfits
+    from model.loading import open_stored
+
+    sources = []
+    for name in names:
+        try:
+            sources.append(open_stored(name))
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        problems = misfits(sources)
+    tokenizer, misfits_of_tokenizers = _common_tokenizer([source.located.tokenizer for source in sources])
+    if problems := problems + misfits_of_tokenizers:
+        raise ConfigError(problems)
+    average(sources, settings.output, shares)
+    if tokenizer is not None:
+        tokenizer.save_to(Path(settings.output) / "tokenizer")
+    print(f"wrote {settings.output}: the average of")
+    for source in sources:
+        print(f"  {source.located.checkpoint or source.located.weights}")
+    return 0
+
+
+def _common_tokenizer(paths: list[Path | None]) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of several models, the first that has one; and where others have another."""
+    from data_pipeline.errors import TokenizerError
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
+
+    first: Tokenizer | None = None
+    problems = []
+    for path in dict.fromkeys(path for path in paths if path is not None):
+        try:
+            tokenizer = Tokenizer.load(path)
+        except TokenizerError as error:
+            problems.append(str(error))
+            continue
+        if first is None:
+            first = tokenizer
+        elif not first.gives_same_ids(tokenizer):
+            problems.append(
+                f"{first.path} and {tokenizer.path} are other tokenizers; ids mean other text to each model"
+            )
+    return first, problems
 
 
 def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:

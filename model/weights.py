@@ -116,6 +116,12 @@ def save_state_dict(state_dict: Mapping[str, torch.Tensor], config: ModelConfig,
     write_model_json(directory, config)
 
 
+def refuse_taken(output: Path) -> None:
+    """Raises ValueError unless `output` does not exist or is an empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+
+
 def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter in `directory`, whole, on the CPU, in the dtype on disk, one at a time.
 

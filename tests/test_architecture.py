@@ -22,6 +22,7 @@ READ_VALUES = {
     "model/presets.py",
     "data_pipeline/__main__.py",
     "train/__main__.py",
+    "train/checkpoint.py",
     "train/requirements.py",
     "train/context.py",
     "train/run.py",
