@@ -77,8 +77,8 @@ AVERAGE_HELP = """\
 Average the weights of several models, such as of checkpoints of one run, and write them as a weights directory, which
 generate, export and a run's initialise_from take.
 
-  NAME NAME ...                 two or more: a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a
-                                weights directory or a Hugging Face directory
+  NAME NAME ...                 two or more, each a run's directory (its newest complete checkpoint), RUN@STEP, a
+                                checkpoint, a weights directory or a Hugging Face directory
   output=DIR                    must not exist yet, or be empty
   weights=null                  one number for each, such as 2,1,1; null (default): all count the same
 
@@ -314,11 +314,9 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _average(options: argparse.Namespace) -> int:
-    keys = [field.name for field in fields(AverageSettings)]
-    # A path may hold "=", but not behind one of these names.
-    given = [setting for setting in options.settings if setting.partition("=")[0] in keys]
-    names = [setting for setting in options.settings if setting not in given]
-    settings = _settings(AverageSettings, given)
+    # A path that exists may hold "=".
+    names = [text for text in options.settings if "=" not in text or Path(text.rpartition("@")[0] or text).exists()]
+    settings = _settings(AverageSettings, [text for text in options.settings if text not in names])
     problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
     shares: list[float] | None = None
     if settings.weights is not None:
