@@ -26,7 +26,7 @@ class TrainingConfig:
     micro_batch_size: int = 8
     # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
     total_steps: int | None = None
-    # The same in tokens; the last step may go beyond it.
+    # The same in tokens: the run ends with the first step that reaches it, whatever its batches were before a resume.
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
@@ -216,7 +216,7 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of a run that has this configuration from its first step on (`train.length`: of any)."""
         if self.training.total_steps is not None:
             return self.training.total_steps
         assert self.training.total_tokens is not None, "validate() wants one of the two"

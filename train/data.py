@@ -120,7 +120,7 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     """Where the run is longer than its data allow, one line each; of text tokenized on the way it shows later."""
     if isinstance(stream, LiveStream):
         return []
-    samples = plan.total_steps * plan.global_batch_size
+    samples = plan.total_samples
     if stream.limit is not None and samples > stream.limit:
         return [
             f"corpus.epoch_caps: every source has reached its cap after {stream.limit:,} samples, the run takes "
@@ -136,15 +136,17 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
 
 def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> str:
     """What the run reads, as the lines that it prints at its start."""
-    samples = plan.total_steps * plan.global_batch_size
+    samples = plan.total_samples
+    left = f" left of {samples:,}" if plan.completed_steps else ""
+    shown = f"{plan.steps_left * plan.global_batch_size:,} samples{left}"
     if isinstance(stream, LiveStream):
-        lines = [f"data       {samples:,} samples, tokenized while they are read, order {stream.fingerprint[:16]}"]
+        lines = [f"data       {shown}, tokenized while they are read, order {stream.fingerprint[:16]}"]
         lines += [f"           {note}" for note in stream.corpus.notes]
         if stream.corpus.why_not_again:
             lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
         return "\n".join(lines)
     epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
-    lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
+    lines = [f"data       {shown}, order {stream.fingerprint[:16]}"]
     lines += [
         f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
         for source, passes in epochs.items()
@@ -193,13 +195,9 @@ def changes_of_data(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, lis
     return {key: [saved.get(key), now.get(key)] for key in sorted({**saved, **now}) if saved.get(key) != now.get(key)}
 
 
-def refuse_changed_data(changes: dict[str, list[Any]], checkpoint: Path) -> None:
-    """Raises CorpusError that shows `changes`."""
-    shown = [f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in changes.items()]
-    raise CorpusError(
-        f"{checkpoint} was trained on other data ({'; '.join(shown)}), so its position means nothing here. Go back to "
-        "the data it was trained on, or give the reason for the change in corpus.allow_changed_data='...'"
-    )
+def describe_changes(changes: dict[str, list[Any]]) -> str:
+    """`changes`, as `changes_of_data` finds them, in a line."""
+    return "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in changes.items())
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,14 @@ from model.config import ModelConfig
 from model.loading import StoredModel, open_stored
 from model.locate import complete_checkpoints, step_folder
 from model.stored import differences
-from train.checkpoints.layout import MARKER
+from train.checkpoints.layout import MARKER, STATE_JSON, CheckpointError, describe_file
 from train.checkpoints.reader import check
-from train.checkpoints.state import read_state
+from train.checkpoints.state import TrainState, read_state, write_state
 from train.config import RunConfig
-from train.data import changes_of_data
+from train.length import steps_left
 from train.parallel.mesh import Mesh
 from train.run_directory import RunDirectory, read_events, write_atomically
+from train.stored_configuration import as_override, written
 
 # The events that tell where a run began.
 EVENTS = ("initialise", "branch")
@@ -43,16 +45,12 @@ class Origin:
 
     key: str
     stored: StoredModel
+    # Of a branch: what it goes on from. None: everything but the weights begins anew.
+    state: TrainState | None
 
     @property
     def is_branch(self) -> bool:
         return self.key == "resume_from"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The checkpoint that a branch goes on from."""
-        assert self.stored.located.checkpoint is not None, "`open_origin` refuses a branch of anything else"
-        return self.stored.located.checkpoint
 
     def ancestry(self) -> dict[str, Any]:
         """What an event says of it. `attempt`: which start of that run saved the checkpoint, from 1."""
@@ -93,35 +91,30 @@ def open_origin(config: RunConfig, directory: RunDirectory) -> tuple[Origin | No
         return None, []
     name = getattr(config, key)
     try:
-        stored = open_stored(name)
-    # WeightsError, HuggingFaceError; and a file that cannot be read.
-    except (ValueError, OSError) as error:
+        stored, state = open_stored(name), None
+        if key == "resume_from":
+            if stored.located.checkpoint is None:
+                return None, [
+                    f"resume_from: {name} has weights but no optimizer, counters or place in the data; name a run, "
+                    f"RUN@STEP or a checkpoint, or begin with its weights alone: initialise_from={name}"
+                ]
+            state = read_state(stored.located.checkpoint)
+    # WeightsError, HuggingFaceError, CheckpointError; and a file that cannot be read.
+    except (ValueError, OSError, CheckpointError) as error:
         return None, [f"{key}: {error}"]
-    if key == "resume_from" and stored.located.checkpoint is None:
-        return None, [
-            f"resume_from: {name} has weights but no optimizer, counters or place in the data; name a run, RUN@STEP or "
-            f"a checkpoint, or begin with its weights alone: initialise_from={name}"
-        ]
-    return Origin(key, stored), _misfits_of_model(key, name, config.model, stored.config)
+    return Origin(key, stored, state), _misfits_of_model(key, name, config.model, stored.config)
 
 
 def _misfits_of_model(key: str, name: str, wanted: ModelConfig, found: ModelConfig) -> list[str]:
     differing = differences(wanted, found)
     if not differing:
         return []
-    here = ", ".join(f"{path}={as_override(one)}" for path, (one, _) in differing.items())
-    there = " ".join(f"'model.{path}={as_override(other)}'" for path, (_, other) in differing.items())
+    here = ", ".join(f"{path}={written(one)}" for path, (one, _) in differing.items())
+    there = " ".join(shlex.quote(f"model.{path}={as_override(other)}") for path, (_, other) in differing.items())
     return [
         f"{key}: the model of {name} differs from this run's ({here}); to take its model, choose the model=... that it "
-        f"was trained with, or add {there.replace(chr(39), '') if '{' not in there else there}"
+        f"was trained with, or add {there}"
     ]
-
-
-def as_override(value: Any) -> str:
-    """`value` as it is typed behind `key=`."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def misfits_of_tokenizer(origin: Origin | None, corpus: Corpus | LiveCorpus) -> list[str]:
@@ -151,39 +144,20 @@ def _load_tokenizer(path: Path, eod_token: str) -> Tokenizer:
 
 
 def misfits_of_position(origin: Origin | None, config: RunConfig) -> list[str]:
-    """Where a branch could not go on from its step, whatever the data: the run ends before, or orders its data anew."""
-    if origin is None or not origin.is_branch:
+    """Where a branch could not go on from its step, whatever the data."""
+    if origin is None or origin.state is None:
         return []
-    state, problems = read_state(origin.checkpoint), []
-    if state.step >= config.total_steps:
+    state, problems = origin.state, []
+    if not steps_left(config, state):
+        key = "total_steps" if config.training.total_tokens is None else "total_tokens"
         problems.append(
-            f"training.total_steps: the branch begins at step {state.step}, the run ends after {config.total_steps}; "
-            "steps and tokens count from the parent's beginning: set it higher"
+            f"training.{key}: the branch begins at step {state.step}, {state.tokens:,} tokens, and has nothing left to "
+            f"do ({getattr(config.training, key)}); its length counts from its parent's beginning: set it higher"
         )
-    for key, now in _order(config).items():
-        then = state.data_identity.get(key.rpartition(".")[2], now)
-        if then != now:
-            problems.append(f"{key}: a branch keeps its parent's order of samples, so it must be {then} ({now})")
+    seed = state.data_identity.get("seed", config.seed)
+    if seed != config.seed:
+        problems.append(f"seed: a branch keeps its parent's order of samples; set it to {seed} ({config.seed})")
     return problems
-
-
-def _order(config: RunConfig) -> dict[str, int]:
-    """What of the data's identity does not depend on the corpus, and may not change for any reason."""
-    return {"seed": config.seed, "training.sequence_length": config.training.sequence_length}
-
-
-def misfits_of_data(origin: Origin | None, config: RunConfig, identity: dict[str, Any]) -> list[str]:
-    """Where a branch's place in its parent's data means nothing in its own; `identity`: `train.data.data_identity`."""
-    if origin is None or not origin.is_branch or config.corpus.allow_changed_data is not None:
-        return []
-    changes = changes_of_data(read_state(origin.checkpoint).data_identity, identity)
-    if not changes:
-        return []
-    shown = "; ".join(f"{key}: {then} there, {now} here" for key, (then, now) in changes.items())
-    return [
-        f"corpus: {config.resume_from} was trained on other data ({shown}), so its position means nothing here. Name "
-        "the same data, or give the reason for the change in corpus.allow_changed_data='...'"
-    ]
 
 
 def changes_of_origin(config: RunConfig, stored: dict[str, Any], directory: RunDirectory) -> list[str]:
@@ -206,7 +180,7 @@ def _place(reference: str | None) -> str | None:
     return None if reference is None else os.path.realpath(reference)
 
 
-def begin(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:
+def take_up(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:
     """Check the source's files, and give a branch its parent's checkpoint as its first. Collective.
 
     Returns what is wrong with the files, the same on all ranks.
@@ -218,27 +192,30 @@ def begin(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:
     of_ranks = mesh.gather_objects(check(checkpoint, mesh.rank, mesh.size, part), group="world")
     if problems := [problem for of_rank in of_ranks for problem in of_rank]:
         return [f"{origin.key}: {checkpoint} is damaged ({problems[0]}); name another checkpoint"]
-    if origin.is_branch and mesh.is_main:
-        _adopt(checkpoint, directory.checkpoints)
+    if origin.state is not None and mesh.is_main:
+        _adopt(checkpoint, origin.state, directory.checkpoints)
     mesh.barrier(group="world")
     return []
 
 
-def _adopt(checkpoint: Path, root: Path) -> None:
+def _adopt(checkpoint: Path, state: TrainState, root: Path) -> None:
     """Make `checkpoint` one of the run with the folder `root` for checkpoints: from then on the run needs no other.
 
-    Its files are never written to, so the two share them where the file system can.
+    Its files are never written to, so the two share them where the file system can. Only its state is written anew:
+    one of version 0.2.0 leaves out what is found beside it in the parent's folder.
     """
-    marker = (checkpoint / MARKER).read_text(encoding="utf-8")
-    folder = step_folder(root, read_state(checkpoint).step)
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    folder = step_folder(root, state.step)
     shutil.rmtree(folder, ignore_errors=True)
-    for name in json.loads(marker)["files"]:
+    for name in marker["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(checkpoint / name, folder / name)
-    for path in {folder, *(path.parent for path in folder.rglob("*"))}:
+        if name != STATE_JSON:
+            _link_or_copy(checkpoint / name, folder / name)
+    marker["files"][STATE_JSON] = describe_file(write_state(folder, state))
+    for path in {folder, folder / STATE_JSON, *(path.parent for path in folder.rglob("*"))}:
         sync(path)
     # Last: without it the folder is no checkpoint.
-    write_atomically(folder / MARKER, marker)
+    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
     sync(root)
 
 
