@@ -318,17 +318,19 @@ def _average(options: argparse.Namespace) -> int:
     names = [text for text in options.settings if "=" not in text or Path(text.rpartition("@")[0] or text).exists()]
     settings = _settings(AverageSettings, [text for text in options.settings if text not in names])
     problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
+
+    from model.averaging import average, misfits, share_problems
+    from model.loading import open_stored
+
     shares: list[float] | None = None
     if settings.weights is not None:
         try:
             shares = [float(number) for number in settings.weights.split(",")]
+            problems += share_problems(shares, len(names))
         except ValueError:
             problems.append(f"weights: numbers with commas between them are wanted, such as 2,1 ({settings.weights})")
     if problems:
         raise ConfigError(problems)
-
-    from model.averaging import average, misfits
-    from model.loading import open_stored
 
     sources = []
     for name in names:

@@ -32,6 +32,14 @@ def misfits(sources: Sequence[StoredModel]) -> list[str]:
     return problems
 
 
+def share_problems(shares: Sequence[float], count: int) -> list[str]:
+    """Why `shares` cannot weigh `count` sources, one line each."""
+    if len(shares) == count and all(map(math.isfinite, shares)) and sum(shares) > 0:
+        return []
+    shown = ",".join(f"{share:g}" for share in shares)
+    return [f"weights: {shown} for {count} models; give one number for each, with commas between, of a positive sum"]
+
+
 def average(sources: Sequence[StoredModel], output: str | Path, shares: Sequence[float] | None = None) -> None:
     """Write sum(share_i * weights_i) / sum(share_i), summed in float64, as a weights directory in float32.
 
@@ -49,8 +57,8 @@ def average(sources: Sequence[StoredModel], output: str | Path, shares: Sequence
     shares = [1.0] * len(sources) if shares is None else list(shares)
     if len(sources) < 2:
         raise ValueError("an average takes two sources or more")
-    if len(shares) != len(sources) or not all(map(math.isfinite, shares)) or not sum(shares) > 0:
-        raise ValueError(f"weights: {shares} for {len(sources)} sources; give one number for each, of a positive sum")
+    if problems := share_problems(shares, len(sources)):
+        raise ValueError(*problems)
     assert not misfits(sources)
     output = Path(output)
     refuse_taken(output)
