@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, compose, suggestion, to_dataclass
 from conf.command_line import exit_code, refuse_undecodable
+from conf.problems import local_folder
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ Settings = TypeVar("Settings")
 
 DESCRIBE_HELP = """\
 Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
+Of a run also how far it is, its latest losses, its checkpoints, and the commands that come next.
 
+  RUN                           a run's directory, in the place of what follows; also RUN@STEP, a checkpoint, a weights
+                                directory or a Hugging Face directory
   model=CHOICE                  xlstm_7b (default), xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ... (conf/model/)
   model.KEY=VALUE               any value of it, e.g. model.n_blocks=16
 
 examples:
+  python -m model describe runs/first
+  python -m model describe exported
   python -m model describe model=xlstm_7b
   python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
 """
@@ -53,6 +59,7 @@ examples:
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
+mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama.
 
   checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint or a weights
                                 directory
@@ -65,7 +72,7 @@ example:
   python -m model export checkpoint=runs/first output=exported
 """
 IMPORT_HELP = """\
-Read a Hugging Face xLSTM directory and write it in this project's weights format.
+Read a Hugging Face directory of an xLSTM or a Llama and write it in this project's weights format.
 
   source=DIR                    holds config.json and safetensors files
   output=DIR                    must not exist yet, or be empty
@@ -169,6 +176,12 @@ def _positive(text: str) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
+    named = [setting for setting in options.settings if "=" not in setting]
+    if named and len(options.settings) > 1:
+        raise ConfigError([f"{named[0]}: a run is described as it is; leave the other settings out"])
+    if named and (Path(named[0]).is_dir() or "/" in named[0] or "@" in named[0]):
+        is_run = (Path(named[0]) / "config.yaml").is_file()
+        return _describe_run(Path(named[0]), options) if is_run else _describe_weights(named[0], options)
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
@@ -180,6 +193,46 @@ def _describe(options: argparse.Namespace) -> int:
         raise ConfigError(problems)
     description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
     print(json.dumps(description, indent=2) if options.json else as_table(description))
+    return 0
+
+
+def _describe_run(path: Path, options: argparse.Namespace) -> int:
+    from model.config import ModelConfig
+    from model.describe import as_table, describe
+    from train.run_summary import as_lines, summarise
+
+    summary = summarise(path)
+    config = to_dataclass(ModelConfig, summary.pop("model"))
+    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
+    if options.json:
+        print(json.dumps({"run": summary, **description}, indent=2))
+    else:
+        print(f"{as_lines(summary)}\n\n{as_table(description)}")
+    return 0
+
+
+def _describe_weights(reference: str, options: argparse.Namespace) -> int:
+    from model.describe import as_table, describe
+    from model.loading import open_stored
+
+    try:
+        stored = open_stored(reference)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    sizes = (options.sequence_length, options.micro_batch_size, options.ranks, options.device)
+    description = describe(stored.config, *sizes)
+    located = stored.located
+    where = {
+        "weights": str(located.weights),
+        "run": None if located.run is None else str(located.run),
+        "step": located.step,
+        "tokenizer": None if located.tokenizer is None else str(located.tokenizer),
+    }
+    if options.json:
+        print(json.dumps({**where, **description}, indent=2))
+    else:
+        lines = [f"{key:<11} {value}" for key, value in where.items() if value is not None]
+        print("\n".join([*lines, "", as_table(description)]))
     return 0
 
 
@@ -268,6 +321,7 @@ class _Printer:
 
 def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
+    _refuse_url(settings.output)
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -283,7 +337,12 @@ def _export(options: argparse.Namespace) -> int:
     except TokenizerError as error:
         raise ValueError(str(error)) from None
     notes = export_huggingface(
-        located.weights, settings.output, tokenizer, dtype=_dtype(settings.dtype), verify=settings.verify
+        located.weights,
+        settings.output,
+        tokenizer,
+        dtype=_dtype(settings.dtype),
+        verify=settings.verify,
+        sequence_length=located.sequence_length,
     )
     if tokenizer is None:
         notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")
@@ -300,6 +359,7 @@ def _import(options: argparse.Namespace) -> int:
     from model.huggingface import import_huggingface
     from model.weights import refuse_taken, save_state_dict
 
+    _refuse_url(settings.output)
     output = Path(settings.output)
     refuse_taken(output)
     config, state_dict = import_huggingface(settings.source)
@@ -391,6 +451,11 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     if problems:
         raise ConfigError(problems)
     return to_dataclass(schema, values)
+
+
+def _refuse_url(output: str) -> None:
+    if problems := local_folder("output", output):
+        raise ConfigError(problems)
 
 
 def _dtype(name: str) -> torch.dtype:

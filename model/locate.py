@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from model.weights import MODEL_JSON, WeightsError
 
 # Written last into a checkpoint: a folder without it is none.
@@ -34,6 +36,8 @@ class Located:
     tokenizer: Path | None
     # The checkpoint that the weights are a part of; None: of none.
     checkpoint: Path | None = None
+    # Tokens of a sample in training; None where no run is around the weights.
+    sequence_length: int | None = None
 
     @property
     def is_huggingface(self) -> bool:
@@ -93,7 +97,8 @@ def _at_step(run: Path, step: str) -> Located:
 
 def _of_checkpoint(folder: Path) -> Located:
     if (folder / COMPLETE).is_file():
-        return Located(folder / "weights", _tokenizer(folder.parent.parent), folder)
+        run = folder.parent.parent
+        return Located(folder / "weights", _tokenizer(run), folder, _sequence_length(run))
     if folder.exists():
         raise WeightsError(f"{folder} is no complete checkpoint: it has no {COMPLETE}, its writing was interrupted")
     steps = [str(step_of(path)) for path in complete_checkpoints(folder.parent)]
@@ -133,3 +138,10 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 def _tokenizer(directory: Path) -> Path | None:
     return directory / "tokenizer" if (directory / "tokenizer").is_dir() else None
+
+
+def _sequence_length(run: Path) -> int | None:
+    path = run / "config.yaml"
+    configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    training = configuration.get("training") if isinstance(configuration, dict) else None
+    return training.get("sequence_length") if isinstance(training, dict) else None

@@ -121,14 +121,15 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     if isinstance(stream, LiveStream):
         return []
     samples = plan.total_samples
+    length = "training.total_tokens" if config.training.total_steps is None else "training.total_steps"
     if stream.limit is not None and samples > stream.limit:
         return [
             f"corpus.epoch_caps: every source has reached its cap after {stream.limit:,} samples, the run takes "
-            f"{samples:,}; raise the caps or shorten training.total_tokens"
+            f"{samples:,}; raise the caps or lower {length}"
         ]
     return [
         f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
-        "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
+        f"lower {length}, prepare more data, or raise corpus.max_epochs"
         for source, count in stream.mixture.epochs(samples).items()
         if count > config.corpus.max_epochs
     ]
@@ -144,6 +145,7 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
         lines += [f"           {note}" for note in stream.corpus.notes]
         if stream.corpus.why_not_again:
             lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
+        lines += _describe_vocabulary(config, stream.corpus.vocab_size)
         return "\n".join(lines)
     epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
     lines = [f"data       {shown}, order {stream.fingerprint[:16]}"]
@@ -160,7 +162,21 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
             f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
             "longer than a sample"
         )
+    lines += _describe_vocabulary(config, stream.corpus.vocab_size)
     return "\n".join(lines + _describe_cache(config, stream))
+
+
+def _describe_vocabulary(config: RunConfig, tokens: int) -> list[str]:
+    """What a vocabulary that is larger than the tokenizer's costs; up to the next multiple of 128 it is usual."""
+    ids, enough = config.model.vocab_size, -(-tokens // 64) * 64
+    if ids <= -(-tokens // 128) * 128:
+        return []
+    matrices = 1 if config.model.tie_embeddings else 2
+    wasted = (ids - enough) * config.model.d_model * matrices
+    return [
+        f"vocabulary HINT: the tokenizer has {tokens:,} ids, the model {ids:,}: {wasted:,} parameters that no text",
+        f"           uses, and time in the loss; model.vocab_size={enough} is enough",
+    ]
 
 
 def _describe_cache(config: RunConfig, stream: SampleStream) -> list[str]:

@@ -76,7 +76,7 @@ def validate_origin(config: RunConfig) -> list[str]:
     if not problems and all(value is not None for value in given.values()):
         problems.append(
             f"initialise_from: set initialise_from ({config.initialise_from}: its weights, everything else fresh) or "
-            f"resume_from ({config.resume_from}: optimizer, counters and place in the data too), not both"
+            f"resume_from ({config.resume_from}: optimizer, counters and place in the data too), and the other to null"
         )
     return problems
 

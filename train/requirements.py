@@ -21,6 +21,7 @@ from data_pipeline.errors import DataError, ReadingError
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
+from train.callbacks.tensorboard_logger import missing_tensorboard
 from train.changes import changes_of_order, changes_of_run, refused_changes_of_data
 from train.checkpoints.reader import newest_state
 from train.config import RunConfig
@@ -64,9 +65,15 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     origin, misfits_of_origin = open_origin(config, directory)
     if state is None and origin is not None:
         state = origin.state
-    _refuse([*validate(config, world_size, state), *wandb_variable_problems(config.logging.wandb, os.environ)])
+    _refuse(
+        [
+            *validate(config, world_size, state),
+            *wandb_variable_problems(config.logging.wandb, os.environ),
+            *(missing_tensorboard() if config.logging.tensorboard else []),
+        ]
+    )
     plan = make_plan(config, world_size, state=state)
-    with _data_as_configured():
+    with data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     _refuse(
@@ -78,10 +85,10 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
             *misfits_of_tokenizer(origin, corpus),
             *([] if state is None else changes_of_order(config, state)),
             *_misfits_of_corpus(config, corpus),
-            *_misfits_of_evaluation(config, evaluation_corpora),
+            *misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
-    with _data_as_configured("corpus."):
+    with data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
     changed = [] if state is None else refused_changes_of_data(config, state, data_identity(stream))
     _refuse(changed or too_little_data(config, plan, stream))
@@ -89,7 +96,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
 
 
 @contextlib.contextmanager
-def _data_as_configured(prefix: str = "") -> Iterator[None]:
+def data_as_configured(prefix: str = "") -> Iterator[None]:
     """A corpus that is missing, incomplete or unfit is a problem of the configuration that names it.
 
     Raises ConfigError; `prefix`: what a ValueError leaves out of its key. Not for a ReadingError: the machine fails.
@@ -134,7 +141,8 @@ def _misfits_of_corpus(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[s
     return problems + misfits_of_mixture(config, corpus)
 
 
-def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+def misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+    """What evaluation sets ask of their corpora that these lack, one line each."""
     problems = []
     for name, evaluation_set in config.evaluation.sets.items():
         key, held_out = f"evaluation.sets.{name}", evaluation_corpora[name]

@@ -64,6 +64,17 @@ def duration_in_steps(duration: int | float | None, total_steps: int) -> int:
     return round(duration * total_steps) if duration < 1 else int(duration)
 
 
+def describe_schedule(config: ScheduleConfig, total_steps: int) -> str:
+    """The schedule of a run of `total_steps` steps as a reader's line, durations in steps."""
+    parts = [config.kind, f"warm-up {duration_in_steps(config.warmup, total_steps):,} steps"]
+    for name, duration in {"decay": config.decay, "cooldown to 0": config.cooldown}.items():
+        if duration is not None:
+            parts.append(f"{name} {duration_in_steps(duration, total_steps):,} steps")
+    if config.final_factor is not None:
+        parts.append(f"falls to {config.final_factor:g} of the peak")
+    return ", ".join(parts)
+
+
 def learning_rate(config: ScheduleConfig, peak: float, step: float, total_steps: int) -> float:
     """The learning rate of the step that follows `step` applied optimizer steps (0: the first step of the run).
 
@@ -170,7 +181,8 @@ def _length_problems(config: ScheduleConfig, total_steps: int, prefix: str) -> l
         keys = " or ".join(f"{prefix}.{name}" for name, steps in parts.items() if steps)
         problems.append(
             f"{prefix}: {listing} = {sum(parts.values())} steps do not fit into the run's {total_steps} steps; "
-            f"shorten {keys}, or lengthen the run"
+            f"shorten {keys}, lengthen the run, or take a schedule whose parts are shares of the run, such as "
+            f"{prefix}=cosine"
         )
     if config.decay is not None and duration_in_steps(config.decay, total_steps) == 0:
         problems.append(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
-from conf.problems import at_least, choice, exactly_one
+from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
+from model.generation import sampling_problems
+from model.layers import sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
-from train.config import PRECISIONS, RunConfig
+from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.origin import validate_origin
 from train.parallel.mesh import MeshShape
+from train.parallel.state_exchange import AUTO, EXCHANGES
 from train.schedule import validate_schedule
 from train.wandb_settings import validate_wandb
 
@@ -31,6 +34,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *validate_optimizer(config.optimizer, "optimizer"),
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
+        *_validate_sequence_ranks(config, world_size),
         *_validate_intervals(config),
         *validate_origin(config),
     ]
@@ -39,6 +43,8 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         problems += validate_schedule(config.schedule, length, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
+    problems += local_folder("run_root", config.run_root)
+    problems += _validate_samples(config.logging.samples)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
@@ -66,7 +72,9 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
-    replicas = MeshShape.of_world(world_size).data
+    ranks = config.parallel.sequence
+    # Where the processes do not divide among replicas, that is the problem.
+    replicas = MeshShape.of_world(world_size, sequence=ranks).data if ranks > 0 and world_size % ranks == 0 else 1
     per_pass = training.micro_batch_size * replicas
     if sizes_are_positive and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
@@ -91,15 +99,39 @@ def _validate_parallel(config: RunConfig) -> list[str]:
     ]
 
 
-def _validate_intervals(config: RunConfig) -> list[str]:
+def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
+    ranks, length = config.parallel.sequence, config.training.sequence_length
+    problems = choice("parallel.sequence_exchange", config.parallel.sequence_exchange, (AUTO, *EXCHANGES))
+    if ranks < 1:
+        return problems + at_least("parallel.sequence", ranks, 1)
+    if world_size % ranks:
+        problems.append(
+            f"parallel.sequence: {world_size} processes do not divide into groups of {ranks} that share a sequence; "
+            f"start a multiple of {ranks}, or choose a divisor of {world_size}"
+        )
+    if length > 0 and length % ranks:
+        problems.append(
+            f"training.sequence_length: {length} tokens do not divide into {ranks} equal slices (parallel.sequence); "
+            f"use training.sequence_length={max(1, round(length / ranks)) * ranks}"
+        )
+    if not validate_model(config.model):
+        problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
+    return problems
+
+
+def _validate_samples(samples: SamplesConfig) -> list[str]:
+    problems = at_least("logging.samples.interval", samples.interval, 0)
+    if samples.interval and not samples.prompts:
+        problems.append('logging.samples.prompts: there is none; give a text, or [""] to begin a document')
+    settings = sampling_problems(samples.max_new_tokens, samples.temperature, samples.top_k, samples.top_p)
+    return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings]
+
+
+def validate_evaluation(config: RunConfig) -> list[str]:
+    """The problems of the keys under `evaluation`, one line each. Pure."""
     problems = [
-        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
-        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
-        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         *at_least("evaluation.interval", config.evaluation.interval, 0),
         *at_least("evaluation.batch_size", config.evaluation.batch_size, 1),
-        *at_least("logging.interval", config.logging.interval, 1),
-        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
     ]
     for name, evaluation_set in config.evaluation.sets.items():
         problems += at_least(f"evaluation.sets.{name}.max_tokens", evaluation_set.max_tokens, 1)
@@ -113,6 +145,18 @@ def _validate_intervals(config: RunConfig) -> list[str]:
                 f"evaluation.sets.{name}.by_source: the set is one source already ({evaluation_set.source}); set "
                 "by_source=false or source=null"
             )
+    return problems
+
+
+def _validate_intervals(config: RunConfig) -> list[str]:
+    problems = [
+        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
+        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
+        *validate_evaluation(config),
+        *at_least("logging.interval", config.logging.interval, 1),
+        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
+    ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
     return problems
