@@ -180,12 +180,12 @@ def _open_corpora(config: RunConfig, target: _Target) -> dict[str, Corpus]:
         corpus = open_run_corpus(config, "size")
         corpora = open_evaluation_corpora(config, corpus)
     problems = misfits_of_evaluation(config, corpora)
-    if target.run is not None and target.located.tokenizer is not None:
-        if not Tokenizer.load(target.located.tokenizer).gives_same_ids(corpus.tokenizer()):
-            problems.append(
-                f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
-                f"with ({target.located.tokenizer}); prepare it again with that one"
-            )
+    path = None if target.run is None else target.located.tokenizer
+    if path is not None and not Tokenizer.load(path).gives_same_ids(corpus.tokenizer()):
+        problems.append(
+            f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
+            f"with ({path}); prepare it again with that one"
+        )
     if problems:
         raise ConfigError(problems)
     return corpora
