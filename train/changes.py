@@ -52,7 +52,7 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
         )
     return problems + [
         f"{key}: {directory.path} was started with another value ({written(old)}, now {written(new)}); give the run "
-        f"another name=..., or go back to {key}={written(old)}"
+        f"another name=..., or set {key}={written(old)}"
         for key, (old, new) in differences(before, now).items()
         if _is_within(key, _FIXED)
     ]
