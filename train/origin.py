@@ -177,7 +177,7 @@ def changes_of_origin(config: RunConfig, stored: dict[str, Any], directory: RunD
 
 
 def _place(reference: str | None) -> str | None:
-    return None if reference is None else os.path.realpath(reference)
+    return None if reference is None else os.path.realpath(str(reference))
 
 
 def take_up(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from conf import ConfigError
 from model.huggingface import export_huggingface
 from model.loading import open_stored
+from tests.documented import has_type, keys_and_types, quoted, table
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import TINY_RUN, run_train
 from tests.train.plain_runs import figures, run_plainly, train_losses
@@ -259,6 +260,23 @@ def test_a_rollback_to_the_beginning_goes_to_the_source(key, step, base, parent)
     stored = open_stored(f"{parent}@4")
     assert back.seen[0] == step
     assert all(torch.equal(back.seen[1][name], stored.read(name)) for name in stored.shapes)
+
+
+def test_every_key_of_the_events_of_a_beginning(base, parent):
+    """Of a run, and of a folder that is no checkpoint."""
+    root, overrides = base
+    for name in ("keys_branch", "keys_run", "keys_folder"):
+        weights = parent / "checkpoints" / "step-00000004" / "weights"
+        if name == "keys_folder" and not (root / "bare").exists():
+            shutil.copytree(weights, root / "bare")
+        key = "resume_from" if name == "keys_branch" else "initialise_from"
+        source = root / "bare" if name == "keys_folder" else f"{parent}@4"
+        assert run_plainly([f"name={name}", *overrides, f"{key}={source}", "training.total_steps=5"]) == 0
+    for name, kind in (("keys_branch", "branch"), ("keys_run", "initialise"), ("keys_folder", "initialise")):
+        documented = keys_and_types([row for row in table("training.md", "event") if quoted(row[0]) == [kind]])
+        (event,) = events_of(root / name, kind)
+        assert event.keys() == documented.keys() | {"time", "event"}
+        assert all(has_type(event[key], words) for key, words in documented.items())
 
 
 def test_a_branch_has_a_wandb_id_of_its_own(tmp_path):
