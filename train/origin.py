@@ -102,18 +102,20 @@ def open_origin(config: RunConfig, directory: RunDirectory) -> tuple[Origin | No
     # WeightsError, HuggingFaceError, CheckpointError; and a file that cannot be read.
     except (ValueError, OSError, CheckpointError) as error:
         return None, [f"{key}: {error}"]
-    return Origin(key, stored, state), _misfits_of_model(key, name, config.model, stored.config)
+    origin = Origin(key, stored, state)
+    return origin, _misfits_of_model(origin, name, config.model)
 
 
-def _misfits_of_model(key: str, name: str, wanted: ModelConfig, found: ModelConfig) -> list[str]:
-    differing = differences(wanted, found)
+def _misfits_of_model(origin: Origin, name: str, wanted: ModelConfig) -> list[str]:
+    differing, run = differences(wanted, origin.stored.config), origin.stored.located.run
     if not differing:
         return []
     here = ", ".join(f"{path}={written(one)}" for path, (one, _) in differing.items())
     there = " ".join(shlex.quote(f"model.{path}={as_override(other)}") for path, (_, other) in differing.items())
+    all_settings = f", start with its settings (--config {run})" if run and RunDirectory(run).config.is_file() else ""
     return [
-        f"{key}: the model of {name} differs from this run's ({here}); to take its model, choose the model=... that it "
-        f"was trained with, or add {there}"
+        f"{origin.key}: the model of {name} differs from this run's ({here}); to take its model, choose the model=... "
+        f"that it was trained with{all_settings}, or add {there}"
     ]
 
 
