@@ -1,4 +1,4 @@
-"""Command line: `python -m model describe|generate|export|import`."""
+"""Command line: `python -m model describe|generate|export|import|average`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ DESCRIBE_HELP = """\
 Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
 Of a run also how far it is, its latest losses, its checkpoints, and the commands that come next.
 
-  RUN                           a run's directory, in the place of what follows
+  RUN                           a run's directory, in the place of what follows; also RUN@STEP, a checkpoint, a weights
+                                directory or a Hugging Face directory
   model=CHOICE                  xlstm_7b (default), xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ... (conf/model/)
   model.KEY=VALUE               any value of it, e.g. model.n_blocks=16
 
 examples:
   python -m model describe runs/first
+  python -m model describe exported
   python -m model describe model=xlstm_7b
   python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
 """
 GENERATE_HELP = """\
 Continue text with a trained model.
 
-  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a weights
+                                directory or a Hugging Face directory
   prompt=TEXT                   what to continue; give it several times for a batch; without it a document is begun
   tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
   max_new_tokens=100
@@ -52,13 +55,14 @@ Continue text with a trained model.
 
 examples:
   python -m model generate checkpoint=runs/first prompt="The order" max_new_tokens=20
-  python -m model generate checkpoint=runs/first/checkpoints/step-00001000 prompt="def f(" temperature=0
+  python -m model generate checkpoint=runs/first@1000 prompt="def f(" temperature=0
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
 mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama.
 
-  checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
+  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint or a weights
+                                directory
   output=DIR                    must not exist yet, or be empty
   tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
   dtype=float32                 of the written weights: float32 | bfloat16
@@ -75,6 +79,18 @@ Read a Hugging Face directory of an xLSTM or a Llama and write it in this projec
 
 example:
   python -m model import source=xLSTM-7b output=weights/xlstm_7b
+"""
+AVERAGE_HELP = """\
+Average the weights of several models, such as of checkpoints of one run, and write them as a weights directory, which
+generate, export and a run's initialise_from take.
+
+  NAME NAME ...                 two or more, each a run's directory (its newest complete checkpoint), RUN@STEP, a
+                                checkpoint, a weights directory or a Hugging Face directory
+  output=DIR                    must not exist yet, or be empty
+  weights=null                  one number for each, such as 2,1,1; null (default): all count the same
+
+example:
+  python -m model average runs/first@1000 runs/first@2000 output=averaged
 """
 
 
@@ -104,6 +120,12 @@ class ExportSettings:
 class ImportSettings:
     source: str = "???"
     output: str = "???"
+
+
+@dataclass(frozen=True)
+class AverageSettings:
+    output: str = "???"
+    weights: str | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
+    average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
+    average.usage = "python -m model average [-h] NAME NAME ... output=DIR [weights=LIST]"
     return parser
 
 
@@ -155,8 +179,9 @@ def _describe(options: argparse.Namespace) -> int:
     named = [setting for setting in options.settings if "=" not in setting]
     if named and len(options.settings) > 1:
         raise ConfigError([f"{named[0]}: a run is described as it is; leave the other settings out"])
-    if named and (Path(named[0]).is_dir() or "/" in named[0]):
-        return _describe_run(Path(named[0]), options)
+    if named and (Path(named[0]).is_dir() or "/" in named[0] or "@" in named[0]):
+        is_run = (Path(named[0]) / "config.yaml").is_file()
+        return _describe_run(Path(named[0]), options) if is_run else _describe_weights(named[0], options)
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
@@ -183,6 +208,31 @@ def _describe_run(path: Path, options: argparse.Namespace) -> int:
         print(json.dumps({"run": summary, **description}, indent=2))
     else:
         print(f"{as_lines(summary)}\n\n{as_table(description)}")
+    return 0
+
+
+def _describe_weights(reference: str, options: argparse.Namespace) -> int:
+    from model.describe import as_table, describe
+    from model.loading import open_stored
+
+    try:
+        stored = open_stored(reference)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    sizes = (options.sequence_length, options.micro_batch_size, options.ranks, options.device)
+    description = describe(stored.config, *sizes)
+    located = stored.located
+    where = {
+        "weights": str(located.weights),
+        "run": None if located.run is None else str(located.run),
+        "step": located.step,
+        "tokenizer": None if located.tokenizer is None else str(located.tokenizer),
+    }
+    if options.json:
+        print(json.dumps({**where, **description}, indent=2))
+    else:
+        lines = [f"{key:<11} {value}" for key, value in where.items() if value is not None]
+        print("\n".join([*lines, "", as_table(description)]))
     return 0
 
 
@@ -279,6 +329,8 @@ def _export(options: argparse.Namespace) -> int:
     from model.locate import locate
 
     located = locate(settings.checkpoint)
+    if located.is_huggingface:
+        raise ConfigError([f"checkpoint: {located.weights} is a Hugging Face directory already; name a run or weights"])
     try:
         path = settings.tokenizer or located.tokenizer
         tokenizer = None if path is None else Tokenizer.load(path)
@@ -305,12 +357,11 @@ def _import(options: argparse.Namespace) -> int:
     settings = _settings(ImportSettings, options.settings)
 
     from model.huggingface import import_huggingface
-    from model.weights import save_state_dict
+    from model.weights import refuse_taken, save_state_dict
 
     _refuse_url(settings.output)
     output = Path(settings.output)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+    refuse_taken(output)
     config, state_dict = import_huggingface(settings.source)
     save_state_dict(state_dict, config, output)
     tokenizer_json = Path(settings.source) / "tokenizer.json"
@@ -320,6 +371,67 @@ def _import(options: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() for tensor in state_dict.values())
     print(f"wrote {output}: {parameters:,} parameters in {len(state_dict)} tensors")
     return 0
+
+
+def _average(options: argparse.Namespace) -> int:
+    # A path that exists may hold "=".
+    names = [text for text in options.settings if "=" not in text or Path(text.rpartition("@")[0] or text).exists()]
+    settings = _settings(AverageSettings, [text for text in options.settings if text not in names])
+    problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
+
+    from model.averaging import average, misfits, share_problems
+    from model.loading import open_stored
+
+    shares: list[float] | None = None
+    if settings.weights is not None:
+        try:
+            shares = [float(number) for number in settings.weights.split(",")]
+            problems += share_problems(shares, len(names))
+        except ValueError:
+            problems.append(f"weights: numbers with commas between them are wanted, such as 2,1 ({settings.weights})")
+    if problems:
+        raise ConfigError(problems)
+
+    sources = []
+    for name in names:
+        try:
+            sources.append(open_stored(name))
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        problems = misfits(sources)
+    tokenizer, misfits_of_tokenizers = _common_tokenizer([source.located.tokenizer for source in sources])
+    if problems := problems + misfits_of_tokenizers:
+        raise ConfigError(problems)
+    average(sources, settings.output, shares)
+    if tokenizer is not None:
+        tokenizer.save_to(Path(settings.output) / "tokenizer")
+    print(f"wrote {settings.output}: the average of")
+    for source in sources:
+        print(f"  {source.located.checkpoint or source.located.weights}")
+    return 0
+
+
+def _common_tokenizer(paths: list[Path | None]) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of several models, the first that has one; and where others have another."""
+    from data_pipeline.errors import TokenizerError
+    from data_pipeline.tokenizing.tokenizer import Tokenizer
+
+    first: Tokenizer | None = None
+    problems = []
+    for path in dict.fromkeys(path for path in paths if path is not None):
+        try:
+            tokenizer = Tokenizer.load(path)
+        except TokenizerError as error:
+            problems.append(str(error))
+            continue
+        if first is None:
+            first = tokenizer
+        elif not first.gives_same_ids(tokenizer):
+            problems.append(
+                f"{first.path} and {tokenizer.path} are other tokenizers; ids mean other text to each model"
+            )
+    return first, problems
 
 
 def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:

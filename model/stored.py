@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model import layers
@@ -27,10 +27,11 @@ def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def what_is_computed(stored: Mapping[str, Any]) -> dict[str, Any]:
+def what_is_computed(stored: Mapping[str, Any], first_values: bool = True) -> dict[str, Any]:
     """`stored` without what only chooses how fast the same is computed, and with the defaults of what it lacks.
 
-    Two runs compute the same function of their weights where this is equal.
+    Two runs compute the same function of their weights where this is equal. `first_values`: False leaves out, too, what
+    only chooses the weights' first values, which mean nothing where there are weights already.
     """
     current = with_current_keys(stored)
     for field in dataclasses.fields(ModelConfig):
@@ -40,14 +41,35 @@ def what_is_computed(stored: Mapping[str, Any]) -> dict[str, Any]:
             current[field.name] = field.default
     # Where a kind is found, not what it is.
     del current["plugins"]
-    speed = {kind.name: kind.speed_settings for kind in layers.registered_kinds()}
+    left_out = {
+        kind.name: (*kind.speed_settings, *(() if first_values else kind.first_value_settings))
+        for kind in layers.registered_kinds()
+    }
 
-    def without_speed(name: str, section: Any) -> Any:
+    def without(name: str, section: Any) -> Any:
         if not isinstance(section, Mapping):
             return section
-        return {key: value for key, value in section.items() if key not in speed.get(name, ())}
+        return {key: value for key, value in section.items() if key not in left_out.get(name, ())}
 
     for kind in layers.built_in_kinds():
-        current[kind.name] = without_speed(kind.name, current[kind.name])
-    current["layers"] = {name: without_speed(name, section) for name, section in current["layers"].items()}
+        current[kind.name] = without(kind.name, current[kind.name])
+    current["layers"] = {name: without(name, section) for name, section in current["layers"].items()}
     return current
+
+
+def differences(wanted: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Key path -> (value in `wanted`, value in `found`) of what keeps weights of `found` from serving `wanted`.
+
+    A section that only one of the two has is one entry.
+    """
+    first, second = (what_is_computed(dataclasses.asdict(config), first_values=False) for config in (wanted, found))
+    return dict(_differing(first, second))
+
+
+def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in {**wanted, **found}:
+        one, other = wanted.get(key), found.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differing(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", (one, other)

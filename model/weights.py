@@ -116,6 +116,12 @@ def save_state_dict(state_dict: Mapping[str, torch.Tensor], config: ModelConfig,
     write_model_json(directory, config)
 
 
+def refuse_taken(output: Path) -> None:
+    """Raises ValueError unless `output` does not exist or is an empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+
+
 def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter in `directory`, whole, on the CPU, in the dtype on disk, one at a time.
 
@@ -126,29 +132,6 @@ def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     index = WeightsReader(Path(directory))
     index.check_coverage()
     return index.read()
-
-
-def load_into(model: nn.Module, directory: str | Path) -> None:
-    """Copy the weights in `directory` into the parameters of `model`, converting to their dtype and device.
-
-    Raises WeightsError when the two do not have the same parameters and shapes.
-    """
-    index = WeightsReader(Path(directory))
-    index.check_coverage()
-    parameters = dict(model.named_parameters())
-    problems = [f"{name} is not in {directory}" for name in parameters if name not in index.shapes]
-    problems += [f"{name} is in {directory} but not in the model" for name in index.shapes if name not in parameters]
-    problems += [
-        f"{name} has shape {list(parameters[name].shape)} in the model and {list(shape)} in {directory}"
-        for name, shape in index.shapes.items()
-        if name in parameters and tuple(parameters[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise WeightsError(f"the weights do not belong to this model ({len(problems)} differences): {shown}")
-    with torch.no_grad():
-        for name, tensor in index.read():
-            parameters[name].copy_(tensor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ READ_VALUES = {
     "model/__main__.py",
     "model/presets.py",
     "data_pipeline/__main__.py",
+    "train/checkpoint.py",
     "train/command.py",
     "train/evaluate/__main__.py",
     "train/requirements.py",

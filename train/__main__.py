@@ -12,6 +12,7 @@ Train a model:  python -m train name=NAME corpus.directory=DIR training.total_to
 Several processes:  python -m torch.distributed.run --standalone --nproc-per-node=2 -m train ...
 
 The run lives in runs/NAME. The same command started again resumes it from its newest whole checkpoint.
+Begin with the weights of a run or model:  initialise_from=RUN@STEP     as a branch of a run:  resume_from=RUN@STEP
 Choices (group=choice):
   model       xlstm_7b, xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ...   (conf/model/)
   parallel    zero0, zero1, zero2, zero3      precision   bf16, fp32

@@ -12,12 +12,13 @@ from train.config import RunConfig, TrainingConfig
 from train.data import changes_of_data, describe_changes
 from train.length import learning_rate_of_next_step
 from train.optimizer import OptimizerConfig
+from train.origin import KEYS, changes_of_origin
 from train.run_directory import RunDirectory
 from train.schedule import ScheduleConfig
 from train.stored_configuration import as_json, differences, in_current_form, read_configuration, written
 
 # A run resumed with another value of one of these would not be the same run.
-_FIXED = ("name", "seed", "model")
+_FIXED = ("seed", "model")
 # Whatever the corpus, another value of one of these is another order of samples. What may be one, the data tell.
 _ORDER = ("training.sequence_length", "corpus.split", "corpus.packing", "corpus.window_shards")
 # Part of the data's identity -> keys that may change it.
@@ -41,7 +42,15 @@ def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
         return []
     before, now = in_current_form(read_configuration(directory.config)), as_json(config)
     before["model"], now["model"] = what_is_computed(before["model"]), what_is_computed(now["model"])
-    return [
+    problems = changes_of_origin(config, before, directory)
+    if before["name"] != config.name:
+        original = directory.path.with_name(str(before["name"]))
+        problems.append(
+            f"name: {directory.path} holds the run '{before['name']}', copied or renamed. To try something from one of "
+            f"its steps, remove the copy and start a branch: name={config.name} resume_from={original}@STEP; to go on "
+            f"with it, call the folder {original} again"
+        )
+    return problems + [
         f"{key}: {directory.path} was started with another value ({written(old)}, now {written(new)}); give the run "
         f"another name=..., or set {key}={written(old)}"
         for key, (old, new) in differences(before, now).items()
@@ -101,8 +110,9 @@ def changes_since(config: RunConfig, state: TrainState) -> dict[str, list[Any]]:
     if not state.configuration:
         return {}
     changes = differences(in_current_form(state.configuration), as_json(config))
-    # The run's folder was found: where it lies now changes nothing.
-    changes.pop("run_root", None)
+    # The run's folder was found: where it lies now changes nothing. A branch is told by an event of its own.
+    for key in ("run_root", "name", *KEYS):
+        changes.pop(key, None)
     return changes
 
 

@@ -223,6 +223,12 @@ class RunConfig:
     run_root: str = "runs"
     # Of initial weights, of the order of samples and of every rank's random generators.
     seed: int = 0
+    # Begin with the weights of a run, RUN@STEP, a checkpoint, a weights directory or a Hugging Face directory; the
+    # optimizer, the schedule and the data begin anew.
+    initialise_from: str | None = None
+    # Begin as a branch of another run (RUN@STEP, RUN or a checkpoint): optimizer, counters, schedule and place in the
+    # data go on. A run that has checkpoints of its own goes on from those.
+    resume_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

@@ -34,6 +34,7 @@ from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
 from train.length import steps_left
+from train.origin import Origin, take_up
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib, make_plan
 from train.requirements import Requirements, open_requirements
@@ -61,6 +62,8 @@ class RunContext:
     # What a position in the data is a position of (`train.data.data_identity`).
     data_identity: dict[str, Any]
     callbacks: Sequence[Callback]
+    # What the run begins with; None: its seed, or it has begun.
+    origin: Origin | None = None
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -136,6 +139,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
         evaluation_corpora=found.evaluation_corpora,
         data_identity=data_identity(found.stream),
         callbacks=callbacks,
+        origin=found.origin,
     )
     context.closing.callback(mesh.close)
     try:
@@ -164,11 +168,29 @@ def _enter(context: RunContext, found: Requirements) -> None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
     context.checkpoint = newest_usable(directory.checkpoints, mesh, context.report_rejected)
+    if context.checkpoint is None and context.origin is not None:
+        _begin_from(context, context.origin)
     if context.checkpoint is not None:
         _go_on_from(context, context.checkpoint)
     if mesh.is_main and not context.is_complete:
         _prepare_folder(context, found)
     mesh.barrier(group="world")
+
+
+def _begin_from(context: RunContext, origin: Origin) -> None:
+    """Take up what the run begins with: a branch then has its parent's checkpoint as its own. Collective."""
+    if problems := take_up(origin, context.mesh, context.directory):
+        raise ConfigError(problems)
+    ancestry = origin.ancestry()
+    if origin.stored.located.tokenizer is None:
+        context.say(f"WARNING    {ancestry['source']} has no tokenizer: do its ids mean the same text?")
+    if not origin.is_branch:
+        context.events.append("initialise", **ancestry)
+        context.say(f"Weights of {ancestry['source']}; optimizer, schedule and data begin anew.")
+        return
+    context.events.append("branch", **ancestry)
+    context.say(f"Branch of {ancestry['source']}.")
+    context.checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected)
 
 
 def _go_on_from(context: RunContext, checkpoint: Path) -> None:

@@ -28,6 +28,12 @@ from train.config import RunConfig
 from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
+from train.origin import (
+    Origin,
+    misfits_of_position,
+    misfits_of_tokenizer,
+    open_origin,
+)
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
@@ -43,6 +49,8 @@ class Requirements:
     corpus: Corpus | LiveCorpus
     evaluation_corpora: dict[str, Corpus]
     stream: SampleStream | LiveStream
+    # What the run begins with; None: its seed, or it has begun.
+    origin: Origin | None
 
 
 def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "size") -> Requirements:
@@ -54,6 +62,9 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     directory = RunDirectory(Path(config.run_root) / config.name)
     # As far as its checkpoint turns out to be whole, which the ranks find out together.
     state = newest_state(directory.checkpoints)
+    origin, misfits_of_origin = open_origin(config, directory)
+    if state is None and origin is not None:
+        state = origin.state
     _refuse(
         [
             *validate(config, world_size, state),
@@ -69,6 +80,9 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
         [
             *_misfits_of_backends(config),
             *changes_of_run(config, directory),
+            *misfits_of_origin,
+            *misfits_of_position(origin, config),
+            *misfits_of_tokenizer(origin, corpus),
             *([] if state is None else changes_of_order(config, state)),
             *_misfits_of_corpus(config, corpus),
             *misfits_of_evaluation(config, evaluation_corpora),
@@ -78,7 +92,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
     changed = [] if state is None else refused_changes_of_data(config, state, data_identity(stream))
     _refuse(changed or too_little_data(config, plan, stream))
-    return Requirements(plan, directory, corpus, evaluation_corpora, stream)
+    return Requirements(plan, directory, corpus, evaluation_corpora, stream, origin)
 
 
 @contextlib.contextmanager

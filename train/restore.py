@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.accounting import parameter_shapes
 from model.initialisation import initialise_parameter
+from model.loading import open_stored
 from train.changes import change_of_rate, changes_since, describe_resume
 from train.checkpoints.generators import seed_everything
 from train.checkpoints.reader import load, newest_usable
@@ -18,6 +19,7 @@ from train.config import RunConfig
 from train.context import RunContext
 from train.data import changes_of_data, describe_changes
 from train.length import begin, learning_rate_of_next_step, taken_over
+from train.origin import read_ancestry
 from train.parallel.engine import Engine, EngineFactory, make_engine
 from train.parallel.fragments import ReadRange
 
@@ -83,13 +85,24 @@ def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainS
 
 
 def _bring_to(context: RunContext, engine: Engine, checkpoint: Path | None) -> TrainState:
+    config = context.config
+    if checkpoint is None and config.resume_from is not None:
+        # The beginning of a branch.
+        checkpoint = Path(_source(context))
     if checkpoint is not None:
-        return load(checkpoint, engine, context.config.model)
-    engine.fill(initial_weights(context.config), 0)
-    return begin(context.config, context.data_identity)
+        return load(checkpoint, engine, config.model)
+    read = drawn_weights(config) if config.initialise_from is None else open_stored(_source(context)).read_range
+    engine.fill(read, 0)
+    return begin(config, context.data_identity)
 
 
-def initial_weights(config: RunConfig) -> ReadRange:
+def _source(context: RunContext) -> str:
+    """Where the run began, by its events: its configuration may name a run that has gone on since. Collective."""
+    ancestry = read_ancestry(context.directory.path) if context.mesh.is_main else None
+    return str(context.mesh.broadcast_object(None if ancestry is None else ancestry["source"], group="world"))
+
+
+def drawn_weights(config: RunConfig) -> ReadRange:
     """All weights as the run's seed draws them, by name and the same under every layout."""
     shapes = parameter_shapes(config.model)
 

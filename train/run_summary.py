@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.problems import ConfigError
+from model.locate import complete_checkpoints, step_of
 from model.stored import with_current_keys
 from train.callbacks.metrics_file import read_metrics
-from train.checkpoints.layout import complete_checkpoints, step_of
 from train.command import read_run_config
 from train.run_directory import RunDirectory, read_events
 

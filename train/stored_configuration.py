@@ -56,18 +56,20 @@ def _is_one_place(old: Any, new: Any) -> bool:
     return isinstance(old, str) and isinstance(new, str) and os.path.realpath(old) == os.path.realpath(new)
 
 
-def written(value: Any) -> str:
-    """`value` as a configuration's override writes it, shortened."""
+def as_override(value: Any) -> str:
+    """`value` as it is typed behind `key=`."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    if isinstance(value, str):
-        text = value
-    elif isinstance(value, list):
-        text = f"[{', '.join(map(written, value))}]"
-    elif isinstance(value, Mapping):
-        text = f"{{{', '.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
-    else:
-        text = str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_override, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_override(item)}' for key, item in value.items())}}}"
+    return str(value)
+
+
+def written(value: Any) -> str:
+    """`as_override`, shortened for messages."""
+    text = as_override(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

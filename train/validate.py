@@ -14,6 +14,7 @@ from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
+from train.origin import validate_origin
 from train.parallel.mesh import MeshShape
 from train.parallel.state_exchange import AUTO, EXCHANGES
 from train.schedule import validate_schedule
@@ -35,6 +36,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_parallel(config),
         *_validate_sequence_ranks(config, world_size),
         *_validate_intervals(config),
+        *validate_origin(config),
     ]
     if _length_is_known(config):
         length = config.total_steps if state is None else schedule_length(config, taken_over(config, state))

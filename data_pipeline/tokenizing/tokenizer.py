@@ -128,6 +128,12 @@ class Tokenizer(abc.ABC):
         """sha256 of the ids of a fixed text: differs when another library version encodes differently."""
         return hashlib.sha256(json.dumps([int(i) for i in self._encode_plainly(PROBE)]).encode()).hexdigest()
 
+    def gives_same_ids(self, other: Tokenizer) -> bool:
+        """Whether ids of both mean the same text: one file, or two of which the same text gives the same ids."""
+        return self.fingerprint == other.fingerprint or (
+            (self.vocab_size, self.eod_id, self.probe_sha256) == (other.vocab_size, other.eod_id, other.probe_sha256)
+        )
+
     @property
     def library_version(self) -> str:
         return version(self.library)

@@ -3,6 +3,6 @@
 from model.huggingface.base import HuggingFaceError
 from model.huggingface.exporting import export_huggingface
 from model.huggingface.formats import inexpressible
-from model.huggingface.importing import import_huggingface
+from model.huggingface.importing import HuggingFaceReader, import_huggingface
 
-__all__ = ["HuggingFaceError", "export_huggingface", "import_huggingface", "inexpressible"]
+__all__ = ["HuggingFaceError", "HuggingFaceReader", "export_huggingface", "import_huggingface", "inexpressible"]

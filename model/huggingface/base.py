@@ -6,7 +6,8 @@ One file for each: `xlstm`, `llama`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,26 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 
-# Name of a tensor of theirs -> function that reads it.
-Tensors = dict[str, Callable[[], torch.Tensor]]
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in an open safetensors file, not read yet. `name`: its name there."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of the first axis."""
+        rows: torch.Tensor = self.file.get_slice(self.name)[start:end]
+        return rows
+
+
+# Name of a tensor of theirs -> the tensor.
+Tensors = dict[str, StoredTensor]
 
 
 class HuggingFaceError(ValueError):
@@ -88,4 +107,4 @@ def tensor_shape(directory: Path, tensors: Tensors, name: str, what: str) -> tup
     """The shape of the tensor `name`; raises HuggingFaceError where `directory` has none, and so is no `what`."""
     if name not in tensors:
         raise HuggingFaceError(f"{directory} does not hold {what}", [f"tensor {name} is missing"])
-    return tuple(tensors[name]().shape)
+    return tensors[name].shape

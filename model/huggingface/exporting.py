@@ -17,7 +17,7 @@ from model.huggingface.formats import format_for
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
 from model.parameters import parameter_shapes
-from model.weights import WeightsReader, read_model_json, save_tensors
+from model.weights import WeightsReader, read_model_json, refuse_taken, save_tensors
 
 TOLERANCE = 1e-4
 SHARD_BYTES = 4 * 2**30
@@ -71,8 +71,7 @@ def export_huggingface(
         shapes, read = _untied(shapes, read)
     transformers = _import_transformers() if verify else None
     output = Path(output_directory)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+    refuse_taken(output)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +12,65 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, validate_model
-from model.huggingface.base import CONFIG, INDEX, WEIGHTS, Format, HuggingFaceError, Tensors
+from model.huggingface.base import CONFIG, INDEX, WEIGHTS, Format, HuggingFaceError, StoredTensor, Tensors
 from model.huggingface.formats import FORMATS
 from model.parameters import parameter_shapes
+
+
+class HuggingFaceReader:
+    """Random access to a Hugging Face directory of an xLSTM or a Llama; `shapes` maps our parameters to their shapes.
+
+    Understands single and fused weights, one file or shards with an index, and the older names of keys in config.json
+    and of the embedding. All widths are taken from the tensors, so that no rounding rule matters. Does not need
+    `transformers`, and reads no weights before it is asked for them.
+
+    Raises HuggingFaceError with every reason why the directory is not such a model, or is incomplete.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        source, values = _read_config(directory)
+        self._tensors = source.usual_names(_open_tensors(directory))
+        self.config = source.model_config(directory, values, self._tensors)
+        problems = validate_model(self.config)
+        if problems:
+            raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
+        self.shapes = parameter_shapes(self.config)
+        layout = source.tensor_layout(self.shapes, values)
+        reasons = [f"tensor {name} is missing" for name in layout if name not in self._tensors]
+        reasons += [f"tensor {name} is unknown" for name in sorted(set(self._tensors) - set(layout))]
+        if reasons:
+            raise HuggingFaceError(f"{directory} does not hold the weights that its {CONFIG} describes", reasons)
+        # Our parameter -> their tensor, and its first row there.
+        self._places: dict[str, tuple[str, int]] = {}
+        for theirs, names in layout.items():
+            rows = 0
+            for name in names:
+                self._places[name] = theirs, rows
+                rows += self.shapes[name][0]
+            found, expected = self._tensors[theirs].shape, (rows, *self.shapes[names[0]][1:])
+            if found != expected:
+                reasons.append(f"{theirs} has shape {list(found)} instead of {list(expected)}")
+        if reasons:
+            raise HuggingFaceError(f"{directory} holds tensors of wrong shapes", reasons)
+
+    def read_range(self, name: str, offset: int, numel: int) -> torch.Tensor:
+        """Elements [offset, offset + numel) of our flattened parameter `name`, on the CPU, in the dtype on disk."""
+        theirs, first_row = self._places[name]
+        of_row = math.prod(self.shapes[name][1:])
+        start, end = offset // of_row, -(-(offset + numel) // of_row)
+        rows = self._tensors[theirs].rows(first_row + start, first_row + end)
+        return rows.reshape(-1).narrow(0, offset - start * of_row, numel)
 
 
 def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """Read an xLSTM or a Llama: its configuration, and {our parameter name: tensor} in the dtype on disk.
 
-    Understands single and fused weights, one file or shards with an index, and the older names of keys in config.json
-    and of the embedding. All widths are taken from the tensors, so that no rounding rule matters. Does not need
-    `transformers`.
-
-    Raises:
-        HuggingFaceError: with every reason why the directory is not such a model, or is incomplete.
+    Raises as HuggingFaceReader does.
     """
-    directory = Path(directory)
-    source, values = _read_config(directory)
-    tensors = source.usual_names(_open_tensors(directory))
-    config = source.model_config(directory, values, tensors)
-    problems = validate_model(config)
-    if problems:
-        raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
-    shapes = parameter_shapes(config)
-    layout = source.tensor_layout(shapes, values)
-    reasons = [f"tensor {name} is missing" for name in layout if name not in tensors]
-    reasons += [f"tensor {name} is unknown" for name in sorted(set(tensors) - set(layout))]
-    if reasons:
-        raise HuggingFaceError(f"{directory} does not hold the weights that its {CONFIG} describes", reasons)
-    state_dict: dict[str, torch.Tensor] = {}
-    for theirs, names in layout.items():
-        tensor = tensors[theirs]()
-        rows = [shapes[name][0] for name in names]
-        expected = (sum(rows), *shapes[names[0]][1:])
-        if tuple(tensor.shape) != expected:
-            reasons.append(f"{theirs} has shape {list(tensor.shape)} instead of {list(expected)}")
-            continue
-        state_dict |= zip(names, tensor.split(rows), strict=True)
-    if reasons:
-        raise HuggingFaceError(f"{directory} holds tensors of wrong shapes", reasons)
-    return config, {name: state_dict[name] for name in shapes}
+    reader = HuggingFaceReader(directory)
+    whole = {name: reader.read_range(name, 0, math.prod(shape)).view(shape) for name, shape in reader.shapes.items()}
+    return reader.config, whole
 
 
 def _read_config(directory: Path) -> tuple[Format, dict[str, Any]]:
@@ -74,7 +93,7 @@ def _read_config(directory: Path) -> tuple[Format, dict[str, Any]]:
 
 
 def _open_tensors(directory: Path) -> Tensors:
-    """Tensor name -> function that reads it, from one file or from the shards of an index."""
+    """Tensor name -> tensor, of one file or of the shards of an index."""
     index = directory / INDEX
     if index.is_file():
         paths = [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -83,13 +102,13 @@ def _open_tensors(directory: Path) -> Tensors:
     absent = [f"{path} does not exist" for path in paths if not path.is_file()]
     if absent:
         raise HuggingFaceError(f"{directory} has no complete safetensors weights", absent)
-    return {name: read for path in paths for name, read in _readers(path)}
+    return {tensor.name: tensor for path in paths for tensor in _tensors_in(path)}
 
 
-def _readers(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _tensors_in(path: Path) -> Iterator[StoredTensor]:
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise HuggingFaceError(f"{path} cannot be read (damaged or cut short)", [str(error)]) from None
     for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        yield name, functools.partial(file.get_tensor, name)
+        yield StoredTensor(file, name)

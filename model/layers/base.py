@@ -120,6 +120,7 @@ class LayerKind(ABC):
         has_feed_forward: whether the block has a feed-forward layer behind it.
         settings_class: frozen dataclass of its settings.
         speed_settings: settings that choose how fast the same is computed; a run may resume with others.
+        first_value_settings: settings that choose the parameters' first values and nothing else.
     """
 
     name: ClassVar[str]
@@ -129,6 +130,7 @@ class LayerKind(ABC):
     has_feed_forward: ClassVar[bool] = True
     settings_class: ClassVar[type]
     speed_settings: ClassVar[tuple[str, ...]] = ("backend",)
+    first_value_settings: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def validate(self, config: ModelConfig, problem: Problem) -> None:

@@ -134,6 +134,7 @@ class MLSTMKind(LayerKind):
     families = ("xlstm_7b",)
     settings_class = MLSTMConfig
     speed_settings = ("backend", "reference_chunk_size")
+    first_value_settings = ("igate_bias_init",)
 
     def validate(self, config: ModelConfig, problem: Problem) -> None:
         mlstm: MLSTMConfig = self.settings(config)

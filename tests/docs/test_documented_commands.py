@@ -32,13 +32,14 @@ ALL = [block for page in PAGES for block in blocks(page)]
 README = ROOT / "README.md"
 # The README's commands come first: they make corpora/first and runs/first, which the other pages use.
 RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
-OUR_MODULES = {"train", "train.report", "train.evaluate", "launch", "data_pipeline", "model"}
+OUR_MODULES = {"train", "train.report", "train.evaluate", "train.checkpoint", "launch", "data_pipeline", "model"}
 MODULES = OUR_MODULES | {"pip", "pytest", "torch.distributed.run"}
 # What the pages' commands leave behind, by page.
 LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png", "exported/config.json"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
     "docs/model.md": ["weights/first/model.json"],
+    "docs/guides/weights.md": ["runs/tuned/checkpoints/step-00000002", "averaged/average.json"],
     "docs/guides/resume.md": ["runs/first/checkpoints/step-00000008", "runs/annealed/checkpoints/step-00000010"],
 }
 

@@ -63,6 +63,9 @@ def changed(config, key):
 def folder(tmp_path_factory):
     directory = RunDirectory(tmp_path_factory.mktemp("runs") / "NAME")
     directory.path.mkdir()
+    # Of a run that has begun.
+    (directory.checkpoints / "step-00000001").mkdir(parents=True)
+    (directory.checkpoints / "step-00000001" / "complete.json").touch()
     directory.config.write_text(OmegaConf.to_yaml(OmegaConf.structured(some_run())), encoding="utf-8")
     return directory
 

@@ -123,14 +123,32 @@ def test_locate_says_what_is_wrong(run_directory, tmp_path):
     for path in (torn, torn / "weights"):
         with pytest.raises(WeightsError, match="no complete checkpoint: it has no complete.json"):
             locate(path)
-    with pytest.raises(WeightsError, match="does not exist; name a run directory"):
+    with pytest.raises(WeightsError, match="does not exist; name a run's directory"):
         locate(tmp_path / "missing")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="looks like a Hugging Face model: convert it first"):
+    with pytest.raises(WeightsError, match="is nothing with weights; name a run's directory"):
         locate(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(WeightsError, match="no complete checkpoint among 1"):
         locate(tmp_path)
+
+
+def test_a_step_of_a_run_is_named_behind_an_at(run_directory, tmp_path):
+    checkpoint = run_directory / "checkpoints" / "step-00000010"
+    found = locate(f"{run_directory}@10")
+    assert found == locate(checkpoint) == locate(f"{run_directory}@00010") == locate(checkpoint / "weights")
+    assert (found.step, found.run, found.checkpoint) == (10, run_directory, checkpoint)
+    assert locate(run_directory).step == 20
+    for missing in (f"{run_directory}@11", run_directory / "checkpoints" / "step-00000011"):
+        with pytest.raises(WeightsError, match="step-00000011 does not exist; .* of the steps 10, 20$"):
+            locate(missing)
+    for step in ("", "last", "-10", "1e3"):
+        with pytest.raises(WeightsError, match="a whole number of completed steps is wanted behind the @"):
+            locate(f"{run_directory}@{step}")
+    with pytest.raises(WeightsError, match="missing does not exist; name the directory of a run before the @"):
+        locate(f"{tmp_path / 'missing'}@10")
+    # In a name that exists it is a letter as any other.
+    (tmp_path / "me@10").symlink_to(run_directory)
+    assert locate(tmp_path / "me@10").step == 20 and locate(f"{tmp_path / 'me@10'}@10").step == 10
 
 
 def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):

@@ -16,6 +16,7 @@ from model.huggingface import export_huggingface
 from model.initialisation import initialise
 from model.language_model import LanguageModel
 from model.loading import load
+from model.locate import locate
 from model.presets import preset
 from model.weights import save_model
 from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, train_command
@@ -246,6 +247,20 @@ def test_the_state_of_a_run_is_that_of_its_last_start(run, tmp_path):
 
 def test_what_is_no_run_cannot_be_described(run, tmp_path):
     code, _, err = call(model_main, ["describe", tmp_path])
-    assert code == 2 and "is no run's directory, it has no config.yaml" in err
+    assert code == 2 and "is nothing with weights; name a run's directory" in err
     code, _, err = call(model_main, ["describe", run, "model=tiny"])
     assert code == 2 and "leave the other settings out" in err
+
+
+def test_a_step_of_a_run_and_a_weights_directory_are_described_and_evaluated(run, tmp_path):
+    step = f"{run}@{locate(run).step}"
+    code, out, _ = call(model_main, ["describe", step])
+    assert code == 0 and f"step        {locate(run).step}" in out and str(run / "tokenizer") in out
+    code, out, _ = call(model_main, ["describe", locate(run).weights, "--json"])
+    assert code == 0 and json.loads(out)["weights"] == str(locate(run).weights)
+    code, _, err = call(model_main, ["describe", f"{run}@77"])
+    assert code == 2 and "step-00000077 does not exist" in err
+    code, _, err = call(evaluate_main, [step, "--output", tmp_path / "scores.json"])
+    assert code == 0, err
+    assert json.loads((tmp_path / "scores.json").read_text())["step"] == locate(run).step
+    assert call(evaluate_main, [f"{run}@77"])[0] == 2

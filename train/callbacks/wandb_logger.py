@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
+from train.origin import read_ancestry
 from train.run_directory import write_atomically
 from train.wandb_settings import reach_seconds, wandb_mode
 
@@ -45,7 +46,7 @@ class WandbLogger(Callback):
         import wandb
 
         self._offline = mode == "offline"
-        self._id = self._find_id(Path(trainer.run_directory))
+        self._id = self._find_id(Path(trainer.run_directory), trainer.config.resume_from is not None)
         started = time.monotonic()
         try:
             self._run = self._start(trainer)
@@ -74,7 +75,7 @@ class WandbLogger(Callback):
             resume=None if self._offline else "allow",
             mode="offline" if self._offline else "online",
             dir=str(trainer.run_directory),
-            config=dataclasses.asdict(trainer.config),
+            config={**dataclasses.asdict(trainer.config), "ancestry": read_ancestry(Path(trainer.run_directory))},
             settings=wandb.Settings(silent=True, console="off", init_timeout=reach_seconds(os.environ)),
         )
 
@@ -133,12 +134,13 @@ class WandbLogger(Callback):
         self._id = state.get("id", self._id)
         self._rows_ahead = max(self._rows_ahead, state.get("rows_ahead", 0))
 
-    def _find_id(self, run_directory: Path) -> str:
+    def _find_id(self, run_directory: Path, is_branch: bool = False) -> str:
         """The id of this run: from its folder, else from the checkpoint, else a new one, kept in the folder."""
         path = run_directory / _ID_FILE
         if path.is_file() and (kept := path.read_text(encoding="utf-8").strip()):
             return kept
-        new = self._id or secrets.token_hex(4)
+        # The first checkpoint of a branch has the id of its parent.
+        new = secrets.token_hex(4) if is_branch else self._id or secrets.token_hex(4)
         write_atomically(path, new + "\n")
         return new
 

@@ -7,6 +7,7 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX/`:
     random-RRRRR.json                                         the random generators of rank R
     state.json                                                position, counters, callbacks, layout, identities
     complete.json                                             size and checksum of every other file; written last
+    kept.json                                                 where a user keeps it for good: nothing deletes it
 
 Everything that is cut over ranks is stored as named parts of parameters, so another number of ranks or another stage
 reads the same files. A folder without complete.json, or with a file that does not match it, is not a checkpoint.
@@ -14,41 +15,26 @@ reads the same files. A folder without complete.json, or with a file that does n
 
 from __future__ import annotations
 
-import re
+import contextlib
+import fcntl
+import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import hash_file
 from model.locate import COMPLETE as MARKER
+from model.locate import step_folders, step_of
 
 FORMAT_VERSION = 1
 STATE_JSON = "state.json"
+KEPT = "kept.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and what to do."""
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` completed steps lies."""
-    return root / f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The number of completed steps that a folder of `step_folder` is named after."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders under `root` that carry the marker, oldest first."""
-    return [path for path in _step_folders(root) if (path / MARKER).exists()]
-
-
-def _step_folders(root: Path) -> list[Path]:
-    """Folders that `step_folder` names, oldest first; what else a user keeps beside them is not the run's to touch."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def generators_file(folder: Path, rank: int) -> Path:
@@ -70,15 +56,64 @@ def remove(folder: Path) -> None:
 
 def remove_torn(root: Path) -> list[str]:
     """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in _step_folders(root) if not (path / MARKER).exists()]
+    torn = [path for path in step_folders(root) if not (path / MARKER).exists()]
     for path in torn:
         shutil.rmtree(path)
     return [path.name for path in torn]
 
 
 def remove_after(root: Path, step: int) -> list[str]:
-    """Delete checkpoints of later steps than `step`; returns their names. Rank 0 only, while nothing is written."""
-    later = [path for path in _step_folders(root) if step_of(path) > step]
-    for path in reversed(later):
-        remove(path)
+    """Take checkpoints of later steps than `step` out of the run; returns their names. Rank 0 only, while nothing is
+    written. One that is kept for good is called set-aside-step-XXXXXXXX from then on."""
+    later = [path for path in step_folders(root) if step_of(path) > step]
+    with deciding_what_stays(root):
+        for path in reversed(later):
+            if is_kept(path):
+                _set_aside(path)
+            else:
+                remove(path)
     return [path.name for path in later]
+
+
+def _set_aside(folder: Path) -> None:
+    name, number = f"set-aside-{folder.name}", 1
+    while folder.with_name(name).exists():
+        number += 1
+        name = f"set-aside-{number}-{folder.name}"
+    folder.rename(folder.with_name(name))
+
+
+def begin_folder(folder: Path, parts: tuple[str, ...]) -> None:
+    """Make the empty folder of a checkpoint, with its folders `parts`; what an earlier try left there goes, but for its
+    being kept."""
+    with deciding_what_stays(folder.parent):
+        kept = is_kept(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in parts:
+            (folder / name).mkdir(parents=True)
+        if kept:
+            keep(folder)
+
+
+@contextlib.contextmanager
+def deciding_what_stays(root: Path) -> Iterator[None]:
+    """While a checkpoint under `root` is deleted or kept: no other process does either."""
+    with (root.parent / "checkpoints.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a user keeps the checkpoint for good."""
+    return (folder / KEPT).exists()
+
+
+def keep(folder: Path) -> None:
+    """Let nothing delete the checkpoint. Call it while `deciding_what_stays`."""
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    (folder / KEPT).write_text(json.dumps({"format_version": FORMAT_VERSION, "since": since}) + "\n", encoding="utf-8")
+
+
+def release(folder: Path) -> None:
+    """Undo `keep`."""
+    (folder / KEPT).unlink(missing_ok=True)

@@ -9,16 +9,15 @@ from pathlib import Path
 
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
+from model.locate import complete_checkpoints, step_of
 from model.weights import WeightsReader
 from train.checkpoints.generators import restore_generators
 from train.checkpoints.layout import (
     FORMAT_VERSION,
     MARKER,
     CheckpointError,
-    complete_checkpoints,
     describe_file,
     generators_file,
-    step_of,
 )
 from train.checkpoints.state import TrainState, read_state
 from train.parallel.engine import Engine
@@ -64,8 +63,11 @@ def newest_state(root: Path) -> TrainState | None:
     return None
 
 
-def check(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """What is wrong with every `shares`-th file of a checkpoint, beginning with number `share`; [] when all is well."""
+def check(folder: Path, share: int = 0, shares: int = 1, part: str = "") -> list[str]:
+    """What is wrong with every `shares`-th file of a checkpoint, beginning with number `share`; [] when all is well.
+
+    `part`: look only at files whose paths begin with it, such as "weights/".
+    """
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         files = marker["files"]
@@ -77,7 +79,7 @@ def check(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
             f"{folder / MARKER} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"
         ]
     problems = []
-    for name in sorted(files)[share::shares]:
+    for name in sorted(name for name in files if name.startswith(part))[share::shares]:
         path, expected = folder / name, files[name]
         if not path.exists():
             problems.append(f"{path} is missing")

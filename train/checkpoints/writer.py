@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,19 +16,20 @@ import torch
 from data_pipeline.corpus.files import sync
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
+from model.locate import complete_checkpoints, step_folder, step_of
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
 from train.checkpoints.layout import (
     FORMAT_VERSION,
     MARKER,
     CheckpointError,
-    complete_checkpoints,
+    begin_folder,
+    deciding_what_stays,
     describe_file,
     generators_file,
+    is_kept,
     remove,
     remove_after,
-    step_folder,
-    step_of,
 )
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
@@ -71,9 +71,7 @@ class CheckpointWriter:
         self._last_step = state.step
         snapshot = _Snapshot.take(engine, state, self.model)
         if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            for name in ("weights", *MOMENTS):
-                (folder / name).mkdir(parents=True)
+            begin_folder(folder, ("weights", *MOMENTS))
         self.mesh.barrier(group="world")
         self._thread = threading.Thread(
             target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
@@ -138,9 +136,10 @@ class CheckpointWriter:
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
-        for folder in complete[: -self.keep_last]:
-            if self.keep_every is None or step_of(folder) % self.keep_every:
-                remove(folder)
+        with deciding_what_stays(self.root):
+            for folder in complete[: -self.keep_last]:
+                if not is_kept(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
+                    remove(folder)
 
 
 @dataclass

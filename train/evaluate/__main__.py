@@ -23,7 +23,7 @@ from data_pipeline.reading.batch import Batch
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.language_model import LanguageModel
 from model.loading import load
-from model.locate import Located, is_huggingface, locate
+from model.locate import Located, locate
 from model.weights import WeightsError
 from train.checkpoints.layout import CheckpointError
 from train.checkpoints.state import read_state
@@ -42,8 +42,8 @@ HELP = """\
 Score held-out text with a trained model:  python -m train.evaluate MODEL [--output FILE] [key=value ...]
 On several GPUs:  python -m torch.distributed.run --standalone --nproc-per-node=2 -m train.evaluate MODEL ...
 
-MODEL is a run's directory (its newest complete checkpoint), a checkpoint (step-XXXXXXXX), a weights directory or a
-Hugging Face xLSTM directory. A run brings its configuration: corpus, evaluation sets, sequence length, precision.
+MODEL is a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint (step-XXXXXXXX), a weights directory
+or a Hugging Face directory. A run brings its configuration: corpus, evaluation sets, sequence length, precision.
 Each set is scored as a whole and by source. What else has no run: give corpus.directory=DIR at least.
 
 Values of a run's configuration can be set (docs/configuration.md), such as
@@ -62,10 +62,17 @@ class _Target:
     """What is evaluated, and what is known of it."""
 
     path: Path
-    # None: a Hugging Face directory.
-    located: Located | None
-    run: Path | None
-    checkpoint: Path | None
+    located: Located
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.located.checkpoint
+
+    @property
+    def run(self) -> Path | None:
+        """The run that it is of, where that has left its configuration."""
+        run = self.located.run
+        return run if run is not None and (run / "config.yaml").is_file() else None
 
     @property
     def output(self) -> Path:
@@ -117,7 +124,7 @@ def _evaluate(arguments: list[str]) -> None:
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) != 1:
         raise ConfigError(
-            [f"name one model: a run, a checkpoint or a weights directory (not {' '.join(named) or 'none'})"]
+            [f"name one model: a run, RUN@STEP, a checkpoint or a weights directory (not {' '.join(named) or 'none'})"]
         )
     target = _find(Path(named[0]))
     config = _configuration(target, [argument for argument in arguments if "=" in argument])
@@ -135,15 +142,10 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _find(path: Path) -> _Target:
-    if is_huggingface(path):
-        return _Target(path, None, None, None)
     try:
-        located = locate(path)
+        return _Target(path, locate(path))
     except WeightsError as error:
         raise ConfigError([str(error)]) from None
-    checkpoint = located.weights.parent if located.weights.parent.name.startswith("step-") else None
-    run = checkpoint.parent.parent if checkpoint is not None else None
-    return _Target(path, located, run if run is not None and (run / "config.yaml").is_file() else None, checkpoint)
 
 
 def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
@@ -178,13 +180,12 @@ def _open_corpora(config: RunConfig, target: _Target) -> dict[str, Corpus]:
         corpus = open_run_corpus(config, "size")
         corpora = open_evaluation_corpora(config, corpus)
     problems = misfits_of_evaluation(config, corpora)
-    if target.run is not None and target.located is not None and target.located.tokenizer is not None:
-        trained_with = Tokenizer.load(target.located.tokenizer).fingerprint
-        if trained_with != corpus.tokenizer().fingerprint:
-            problems.append(
-                f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
-                f"with ({target.located.tokenizer}); prepare it again with that one"
-            )
+    path = None if target.run is None else target.located.tokenizer
+    if path is not None and not Tokenizer.load(path).gives_same_ids(corpus.tokenizer()):
+        problems.append(
+            f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
+            f"with ({path}); prepare it again with that one"
+        )
     if problems:
         raise ConfigError(problems)
     return corpora

@@ -11,8 +11,9 @@ import time
 import psutil
 import pytest
 
+from model.locate import complete_checkpoints
 from tests.runs import PATIENCE, ROOT, environment, paused_train_command, run_train, train_command
-from train.checkpoints.layout import MARKER, complete_checkpoints, describe_file, remove_torn
+from train.checkpoints.layout import MARKER, describe_file, remove_torn
 
 STEPS = 24
 

@@ -23,13 +23,13 @@ from train.config import RunConfig
 from train.parallel.engine import make_engine
 from train.parallel.mesh import join_mesh
 from train.plan import make_plan
-from train.restore import initial_weights
+from train.restore import drawn_weights
 
 mesh = join_mesh(timedelta(seconds=100))
 for stage in (0, 1, 2, 3):
     config = compose(RunConfig, "train", [*sys.argv[1:], f"parallel=zero{stage}"])
     engine = make_engine(config, make_plan(config, mesh.size), mesh)
-    drawn, reads = initial_weights(config), []
+    drawn, reads = drawn_weights(config), []
 
     def read(name, offset, numel):
         reads.append((name, offset, numel))

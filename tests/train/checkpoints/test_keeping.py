@@ -1,0 +1,100 @@
+"""Checkpoints that a user keeps for good: `python -m train.checkpoint`, and what deletes all others."""
+
+import threading
+
+import pytest
+
+from tests.runs import TINY_RUN
+from tests.train.plain_runs import run_plainly
+from train.checkpoint import main
+from train.checkpoints.layout import begin_folder, deciding_what_stays, is_kept, keep, remove_after
+from train.parallel.fragments import MOMENTS
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with three complete checkpoints and a torn one."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (2, 4, 6, 8):
+        (checkpoints / f"step-{step:08d}" / "weights").mkdir(parents=True)
+        if step < 8:
+            (checkpoints / f"step-{step:08d}" / "complete.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def test_a_kept_checkpoint_outlives_pruning_until_it_is_released(small_corpus, tmp_path, capsys):
+    overrides = [f"run_root={tmp_path}", f"corpus.directory={small_corpus}", *TINY_RUN, "name=run", "schedule=constant"]
+    overrides += ["checkpoint.interval=1", "checkpoint.keep_last=1", "parallel=zero0"]
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert run_plainly([*overrides, "training.total_steps=1"]) == 0
+    assert main(["keep", f"{run}@1"]) == 0
+    assert "release undoes it" in capsys.readouterr().out
+    assert run_plainly([*overrides, "training.total_steps=3"]) == 0
+    assert names(checkpoints) == ["step-00000001", "step-00000003"]
+    assert main(["list", str(run)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.split()[0] == "1" and first.endswith("kept")
+    assert second.split()[0] == "3" and not second.endswith("kept")
+    assert main(["release", f"{run}@1"]) == 0
+    assert run_plainly([*overrides, "training.total_steps=4"]) == 0
+    assert names(checkpoints) == ["step-00000004"]
+
+
+def test_the_commands_name_what_does_not_exist_and_change_nothing_then(run, tmp_path, capsys):
+    assert main(["keep", f"{run}@2", f"{run}@3", f"{run}@8", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "step-00000003 does not exist; the complete ones there are of the steps 2, 4, 6" in error
+    assert "step-00000008 is no complete checkpoint" in error
+    assert f"{tmp_path} is nothing with weights" in error
+    assert not any(is_kept(folder) for folder in (run / "checkpoints").iterdir())
+    assert main(["list", str(run)]) == 0
+    assert "incomplete" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["list", str(tmp_path)]) == 2
+    assert "no run's directory" in capsys.readouterr().err
+    for arguments in ([], ["keep"], ["delete", str(run)]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+
+def test_without_a_step_the_newest_is_kept(run):
+    assert main(["keep", str(run), str(run / "checkpoints" / "step-00000002")]) == 0
+    assert [is_kept(run / "checkpoints" / f"step-0000000{step}") for step in (2, 4, 6)] == [True, False, True]
+
+
+def test_a_rollback_sets_a_kept_checkpoint_aside_and_no_start_takes_it_up(run):
+    root = run / "checkpoints"
+    for _ in range(2):
+        keep(root / "step-00000006")
+        assert remove_after(root, 4)[0] == "step-00000006"
+        begin_folder(root / "step-00000006", ("weights",))
+    aside = ["set-aside-2-step-00000006", "set-aside-step-00000006"]
+    assert names(root) == [*aside, "step-00000002", "step-00000004", "step-00000006"]
+    assert (root / aside[1] / "complete.json").exists()
+
+
+def test_a_checkpoint_that_is_written_again_stays_kept(run):
+    folder = run / "checkpoints" / "step-00000004"
+    keep(folder)
+    begin_folder(folder, ("weights", *MOMENTS))
+    assert is_kept(folder) and not (folder / "complete.json").exists()
+    begin_folder(run / "checkpoints" / "step-00000006", ("weights",))
+    assert not is_kept(run / "checkpoints" / "step-00000006")
+
+
+def test_keeping_waits_for_a_deletion_under_way(run, capsys):
+    """And then does not say that it keeps what is gone."""
+    root, codes = run / "checkpoints", []
+    with deciding_what_stays(root):
+        keeper = threading.Thread(target=lambda: codes.append(main(["keep", f"{run}@2"])))
+        keeper.start()
+        keeper.join(timeout=0.3)
+        assert keeper.is_alive() and not is_kept(root / "step-00000002")
+        (root / "step-00000002" / "complete.json").unlink()
+    keeper.join()
+    assert codes == [2] and not is_kept(root / "step-00000002")
+    assert "has just been deleted by its run" in capsys.readouterr().err
