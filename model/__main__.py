@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, compose, suggestion, to_dataclass
 from conf.command_line import exit_code, refuse_undecodable
+from conf.problems import local_folder
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -247,6 +248,7 @@ class _Printer:
 
 def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
+    _refuse_url(settings.output)
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -282,6 +284,7 @@ def _import(options: argparse.Namespace) -> int:
     from model.huggingface import import_huggingface
     from model.weights import save_state_dict
 
+    _refuse_url(settings.output)
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} exists and is not empty; choose another output directory")
@@ -313,6 +316,11 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     if problems:
         raise ConfigError(problems)
     return to_dataclass(schema, values)
+
+
+def _refuse_url(output: str) -> None:
+    if problems := local_folder("output", output):
+        raise ConfigError(problems)
 
 
 def _dtype(name: str) -> torch.dtype:
