@@ -11,11 +11,14 @@ from data_pipeline.errors import DataError
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
+from train.callbacks.csv_tables import CsvTables
 from train.callbacks.evaluation import Evaluation
 from train.callbacks.metrics_file import MetricsFile
 from train.callbacks.preemption import Preemption
 from train.callbacks.progress import Progress
+from train.callbacks.samples import Samples
 from train.callbacks.stability import Stability
+from train.callbacks.tensorboard_logger import TensorBoardLogger
 from train.callbacks.wandb_logger import WandbLogger
 from train.checkpoints.layout import CheckpointError
 from train.config import RunConfig
@@ -81,6 +84,12 @@ def _length_key(config: RunConfig) -> str:
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
     callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger()]
+    # Behind the file that it is made from.
+    if config.logging.csv:
+        callbacks.append(CsvTables())
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLogger())
     if config.logging.progress:
         callbacks.append(Progress())
-    return [*callbacks, *more, Preemption(), Evaluation(), Checkpointing()]
+    sampling = [Samples()] if config.logging.samples.interval else []
+    return [*callbacks, *more, Preemption(), Evaluation(), *sampling, Checkpointing()]
