@@ -146,7 +146,7 @@ def _compose_tree(
                 continue
             elif problem := _no_choice(override, parsed):
                 problems.append(problem)
-            elif base is not None and groups.get(parsed.key_or_group):
+            elif base is not None and not elsewhere and parsed.key_or_group not in field_types(schema):
                 problems.append(
                     f"{override}: sets values in many sections, which are given already; set them one by one"
                 )

@@ -160,3 +160,11 @@ def test_a_run_too_short_for_the_published_schedule_is_told_what_to_choose():
     assert "warmup 750 + cooldown 1000 = 1750 steps do not fit into the run's 1000 steps" in problem
     assert problem.endswith("such as schedule=cosine")
     assert validate(compose(RunConfig, "train", [*GIVEN[:2], "training.total_steps=1000", "schedule=cosine"]), 1) == []
+
+
+def test_on_top_of_another_run_a_file_replaces_its_section_and_a_recipe_is_refused():
+    base = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(composed("model=xlstm_1b4"))))
+    found = compose(RunConfig, "train", ["name=y", "schedule=wsd"], base=base)
+    assert recipe_of(found) == (8e-4, 1e-8, 0.5, "wsd", 0.01, None, 8192, 256)
+    with pytest.raises(ConfigError, match="recipe=xlstm_7b: sets values in many sections, which are given already"):
+        compose(RunConfig, "train", ["name=y", "recipe=xlstm_7b"], base=base)

@@ -59,7 +59,7 @@ def test_a_field_without_a_comment_and_a_section_without_a_docstring_are_named()
     ("row", "why"),
     [
         ("| `name` | text | required | ", "no default"),
-        ("| `training.micro_batch_size` | whole number | `8` | ", "the value of conf/train.yaml"),
+        ("| `training.micro_batch_size` | whole number | `2` | ", "the value of the default model's recipe"),
         ("| `corpus.weights` | mapping of text to number or null | `null` | ", "a mapping"),
         ('| `evaluation.sets.NAME.split` | text | `"validation"` | ', "a section under a name of the user's"),
         ("| `data.tolerance.rejected_fraction` | number | ", "of a preparation"),

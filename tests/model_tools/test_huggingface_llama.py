@@ -9,8 +9,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from model import load
+from model.__main__ import main
 from model.config import AttentionConfig
 from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface
+from model.locate import locate
+from model.weights import save_model
 from tests.model_tools.small_models import CONFIGS, random_model
 
 # Grouped queries, a head of its own, and a base of the rotary frequencies that is no default.
@@ -117,3 +120,14 @@ def test_a_soft_cap_and_blocks_of_another_kind_are_refused(tmp_path):
     with pytest.raises(HuggingFaceError, match=r"xLSTM format cannot .*:\n  - slstm blocks at \[1\]"):
         export_huggingface(random_model(CONFIGS["hybrid"]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_text_is_a_sample_of_the_run(tmp_path):
+    weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "weights"
+    save_model(random_model(CONFIG), CONFIG, weights)
+    (weights.parent / "complete.json").touch()
+    assert locate(tmp_path / "run").sequence_length is None
+    (tmp_path / "run" / "config.yaml").write_text("training:\n  sequence_length: 77\n")
+    assert locate(tmp_path / "run").sequence_length == 77
+    assert main(["export", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", "verify=false"]) == 0
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 77

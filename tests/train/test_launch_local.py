@@ -42,7 +42,8 @@ def test_a_number_of_processes_that_is_none_exits_2(processes, capsys):
 
 
 def test_a_missing_corpus_exits_2(tmp_path, capsys):
-    assert local("name=x", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3") == 2
+    arguments = ["name=x", f"run_root={tmp_path}", "model=tiny", "training.total_steps=3"]
+    assert local(*arguments, f"corpus.directory={tmp_path}/no") == 2
     assert "prepare" in capsys.readouterr().err
 
 

@@ -107,7 +107,8 @@ def test_the_command_line_exits_2_with_every_problem_and_makes_no_folder(tmp_pat
 
 @pytest.mark.slow
 def test_a_missing_corpus_exits_2_and_says_how_to_make_one(tmp_path):
-    done = run_train(["name=bad", f"run_root={tmp_path}", f"corpus.directory={tmp_path}/no", "training.total_steps=3"])
+    arguments = ["name=bad", f"run_root={tmp_path}", "model=tiny", "training.total_steps=3"]
+    done = run_train([*arguments, f"corpus.directory={tmp_path}/no"])
     assert done.returncode == 2
     assert str(tmp_path / "no") in done.stderr and "prepare" in done.stderr
     assert "Traceback" not in done.stderr
