@@ -146,7 +146,7 @@ def _compose_tree(
                 continue
             elif problem := _no_choice(override, parsed):
                 problems.append(problem)
-            elif base is not None and groups.get(parsed.key_or_group):
+            elif base is not None and (parsed.package or parsed.key_or_group).split(".")[0] not in field_types(schema):
                 problems.append(
                     f"{override}: sets values in many sections, which are given already; set them one by one"
                 )
@@ -167,7 +167,8 @@ def _compose_tree(
 def _groups(config_name: str) -> dict[str, bool]:
     """The groups that `conf/<config_name>.yaml` chooses from, and whether a group may be left out (null)."""
     defaults = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text())["defaults"]
-    return {group: choice is None for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
+    entries = [entry for entry in defaults if isinstance(entry, dict)]
+    return {group.removeprefix("optional "): choice is None for entry in entries for group, choice in entry.items()}
 
 
 def _is_null(override: Override) -> bool:

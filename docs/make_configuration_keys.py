@@ -37,7 +37,8 @@ HEAD = """\
 
 `make docs` writes this page from the comments in the code; a test holds it current. Do not edit it by hand.
 [configuration.md](configuration.md) explains how values are set: `group=choice` takes a file, `section.key=value` a
-value. `required` means that you must give one. Below `NAME` you choose the names yourself.
+value. `required` means that you must give one. Below `NAME` you choose the names yourself. Another model has another
+[recipe](configuration.md#recipes): other defaults of `model`, `optimizer`, `schedule` and of some keys of `training`.
 """
 
 

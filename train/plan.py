@@ -10,8 +10,12 @@ import torch
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
 from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
+from train.checkpoints.state import TrainState
 from train.config import RunConfig
+from train.length import steps_left
+from train.optimizer import OptimizerConfig, describe_optimizer
 from train.parallel.mesh import MeshShape
+from train.schedule import ScheduleConfig, describe_schedule
 
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
@@ -41,8 +45,14 @@ class Plan:
     global_batch_size: int
     sequence_length: int
     tokens_per_step: int
+    # Of the whole run: what is completed, when it resumes, and what is left.
     total_steps: int
     total_tokens: int
+    # Length of the data order that the run goes through, samples that it left out included.
+    total_samples: int
+    # What an earlier start has done.
+    completed_steps: int
+    completed_tokens: int
     parameters: int
     parameter_tensors: int
     tokens_per_parameter: float
@@ -59,8 +69,19 @@ class Plan:
     device: str
     # Dense bf16 peak of the device in FLOP/s; null when unknown.
     peak_flops: float | None
-    # Wall-clock of the run at ASSUMED_UTILISATION; null when the peak is unknown.
+    # Wall-clock of what is left of the run at ASSUMED_UTILISATION; null when the peak is unknown.
     predicted_seconds: float | None
+    # As the recipe of the model and the command line gave them.
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+    @property
+    def steps_left(self) -> int:
+        return self.total_steps - self.completed_steps
+
+    @property
+    def tokens_left(self) -> int:
+        return self.total_tokens - self.completed_tokens
 
     def model_flops_utilisation(self, tokens_per_second_per_device: float) -> dict[str, float | None]:
         """Share of the device's peak that the model's own FLOPs make up, by 6N and by the exact count.
@@ -83,8 +104,9 @@ class Plan:
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas",
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
-            f"length     {self.total_steps:,} steps, {self.total_tokens:,} tokens "
-            f"({self.tokens_per_parameter:.1f} a parameter)",
+            self._describe_length(),
+            f"optimizer  {describe_optimizer(self.optimizer)}",
+            f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
             f"memory     {gib(memory)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
@@ -92,19 +114,34 @@ class Plan:
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None and self.peak_flops is not None:
+            left = " left" if self.completed_steps else ""
             lines.append(
-                f"time       about {self.predicted_seconds / 3600:.1f} h at {ASSUMED_UTILISATION:.0%} of "
+                f"time       about {self.predicted_seconds / 3600:.1f} h{left} at {ASSUMED_UTILISATION:.0%} of "
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
             )
         return "\n".join(lines)
 
+    def _describe_length(self) -> str:
+        whole = (
+            f"{self.total_steps:,} steps, {self.total_tokens:,} tokens ({self.tokens_per_parameter:.1f} a parameter)"
+        )
+        if not self.completed_steps:
+            return f"length     {whole}"
+        return f"left       {self.steps_left:,} steps, {self.tokens_left:,} tokens, of {whole}"
 
-def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> Plan:
-    """Work out the plan of a valid `config`. `device`: the accelerator's name; None: this machine's."""
+
+def make_plan(config: RunConfig, world_size: int, device: str | None = None, state: TrainState | None = None) -> Plan:
+    """Work out the plan of a valid `config`.
+
+    `device`: the accelerator's name; None: this machine's. `state`: what the run goes on from; None when it begins.
+    """
+    state = state or TrainState()
     device = device or _device_name()
     training = config.training
     counted = count_parameters(config.model)
-    total_tokens = config.total_steps * config.tokens_per_step
+    left = steps_left(config, state)
+    tokens_left = left * config.tokens_per_step
+    total_tokens = state.tokens + tokens_left
     shape = MeshShape.of_world(world_size)
     zero_stage = config.parallel.zero_stage
     compute_bytes = config.precision.compute_dtype.itemsize
@@ -123,8 +160,11 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         global_batch_size=training.global_batch_size,
         sequence_length=training.sequence_length,
         tokens_per_step=config.tokens_per_step,
-        total_steps=config.total_steps,
+        total_steps=state.step + left,
         total_tokens=total_tokens,
+        total_samples=state.next_sample + left * training.global_batch_size,
+        completed_steps=state.step,
+        completed_tokens=state.tokens,
         parameters=counted.total,
         parameter_tensors=counted.tensors,
         tokens_per_parameter=total_tokens / counted.total,
@@ -144,7 +184,9 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
         checkpoint_bytes=12.0 * counted.total,
         device=device,
         peak_flops=peak,
-        predicted_seconds=None if peak is None else six_n * total_tokens / (peak * ASSUMED_UTILISATION * world_size),
+        predicted_seconds=None if peak is None else six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
     )
 
 

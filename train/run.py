@@ -55,7 +55,11 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), factory: Engine
 def _train(context: RunContext, factory: EngineFactory) -> int:
     config, events = context.config, context.events
     if context.is_complete:
-        context.say(f"The run '{config.name}' is complete: {config.total_steps} steps in {context.directory.path}.")
+        plan = context.plan
+        context.say(
+            f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
+            f"{context.directory.path}. To go on, raise {_length_key(config)}."
+        )
         return 0
     check_kernels(config, context.mesh, events)
     state = restore(context, factory)
@@ -67,6 +71,14 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
     if outcome == "stopped":
         context.say(f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
     return 0
+
+
+def _length_key(config: RunConfig) -> str:
+    """The length as the configuration gives it."""
+    training = config.training
+    if training.total_tokens is None:
+        return f"training.total_steps={training.total_steps}"
+    return f"training.total_tokens={training.total_tokens}"
 
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
-from conf.problems import at_least, choice, exactly_one
+from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
 from model.generation import sampling_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
+from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import validate_corpus
+from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.parallel.mesh import MeshShape
 from train.schedule import validate_schedule
@@ -18,8 +20,11 @@ from train.wandb_settings import validate_wandb
 ZERO_STAGES = (0, 1, 2, 3)
 
 
-def validate(config: RunConfig, world_size: int) -> list[str]:
-    """All problems of `config` on `world_size` processes, one line each: key path, value, what to change."""
+def validate(config: RunConfig, world_size: int, state: TrainState | None = None) -> list[str]:
+    """All problems of `config` on `world_size` processes, one line each: key path, value, what to change.
+
+    `state`: what the run goes on from; None when it begins.
+    """
     problems = [
         *validate_model(config.model, "model"),
         *_validate_training(config, world_size),
@@ -29,10 +34,12 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         *_validate_intervals(config),
     ]
     if _length_is_known(config):
-        problems += validate_schedule(config.schedule, config.total_steps, "schedule")
+        length = config.total_steps if state is None else schedule_length(config, taken_over(config, state))
+        problems += validate_schedule(config.schedule, length, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
     problems += _validate_samples(config.logging.samples)
+    problems += local_folder("run_root", config.run_root)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 

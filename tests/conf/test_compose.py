@@ -1,5 +1,6 @@
 """From YAML and overrides to dataclasses: every mistake is found, all at once, with what to do about it."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_path_that_needs_quotes_is_shown_with_them(value):
     found = problems([*BASE, f"corpus.directory={value}"])
     hint = f'corpus.directory="{value}"'
     assert len(found) == 1 and found[0].endswith(f"; if the value is one text, quote it: '{hint}'")
-    assert compose(RunConfig, "train", [*BASE, hint]).corpus.directory == value
+    assert compose(RunConfig, "train", [*BASE, hint]).corpus.directory == os.path.expanduser(value)
     assert "quote" not in problems([*BASE, "corpus.phases=[{from_step: 1"])[0]
 
 
@@ -93,7 +94,7 @@ def test_lists_mappings_and_optional_sections():
     assert "maybe: a section with keys is expected" in text
 
 
-GROUPS = ["model", "optimizer", "schedule", "parallel", "precision", "checkpoint", "evaluation", "logging"]
+GROUPS = ["model", "recipe", "optimizer", "schedule", "parallel", "precision", "checkpoint", "evaluation", "logging"]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF_DIR / group).glob("*.yaml"))]
 
 

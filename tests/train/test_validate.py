@@ -7,7 +7,7 @@ from tests.runs import run_train
 from train.config import RunConfig
 from train.validate import validate
 
-BASE = ["name=x", "corpus.directory=y", "training.total_steps=100"]
+BASE = ["name=x", "corpus.directory=y", "training.total_steps=100", "recipe=none"]
 
 
 def problems(*overrides, world_size=2):
