@@ -84,6 +84,10 @@ class ParallelConfig:
     zero_stage: int = 1
     # What is recomputed in the backward pass: none, unit (each residual half of a block by itself) or block.
     activation_checkpointing: str = "none"
+    # Processes that share each sample, with an equal slice of its tokens each.
+    sequence: int = 1
+    # How they pass on the mLSTM's state: auto, all_gather, recursive_doubling or ring.
+    sequence_exchange: str = "auto"
     # Seconds after which a collective that does not finish ends the run.
     collective_timeout_seconds: int = 1800
 

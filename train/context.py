@@ -124,7 +124,8 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
     # One look at every shard's file is enough; each rank checks what it reads.
     corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
     found = open_requirements(config, launched_processes(), corpus_check)
-    mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
+    timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
+    mesh = join_mesh(timeout, sequence=config.parallel.sequence)
     context = RunContext(
         config=config,
         plan=found.plan,

@@ -38,8 +38,10 @@ class Plan:
     """Numbers that follow from a configuration and the number of processes."""
 
     world_size: int
-    # Data-parallel copies of the model; sequence and pipeline parallelism will divide the world further.
+    # Copies of the model that take samples of their own; each is computed by `sequence_ranks` processes, with a slice
+    # of every sample each.
     replicas: int
+    sequence_ranks: int
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
@@ -93,6 +95,13 @@ class Plan:
         rate = tokens_per_second_per_device / self.peak_flops
         return {"mfu_6n": self.flops_per_token_6n * rate, "mfu_exact": self.flops_per_token_exact * rate}
 
+    @property
+    def _slices(self) -> str:
+        if self.sequence_ranks == 1:
+            return ""
+        tokens = self.sequence_length // self.sequence_ranks
+        return f" of {self.sequence_ranks} sequence ranks with {tokens:,} tokens of each sample"
+
     def as_dict(self) -> dict[str, Any]:
         return {"format_version": 1, **asdict(self)}
 
@@ -101,7 +110,7 @@ class Plan:
         memory = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
-            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas",
+            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._slices}",
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
             self._describe_length(),
@@ -142,7 +151,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     left = steps_left(config, state)
     tokens_left = left * config.tokens_per_step
     total_tokens = state.tokens + tokens_left
-    shape = MeshShape.of_world(world_size)
+    shape = MeshShape.of_world(world_size, sequence=config.parallel.sequence)
     zero_stage = config.parallel.zero_stage
     compute_bytes = config.precision.compute_dtype.itemsize
     hardware = Hardware(device, compute_bytes)
@@ -155,6 +164,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     return Plan(
         world_size=world_size,
         replicas=shape.data,
+        sequence_ranks=shape.sequence,
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.global_batch_size // (training.micro_batch_size * shape.data),
         global_batch_size=training.global_batch_size,
@@ -179,6 +189,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
             training.sequence_length,
             config.parallel.activation_checkpointing,
             hardware,
+            sequence_ranks=shape.sequence,
         ),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total,

@@ -7,6 +7,7 @@ import math
 from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
 from model.generation import sampling_problems
+from model.layers import sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig, SamplesConfig
@@ -14,6 +15,7 @@ from train.data import validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.parallel.mesh import MeshShape
+from train.parallel.state_exchange import AUTO, EXCHANGES
 from train.schedule import validate_schedule
 from train.wandb_settings import validate_wandb
 
@@ -31,6 +33,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *validate_optimizer(config.optimizer, "optimizer"),
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
+        *_validate_sequence_ranks(config, world_size),
         *_validate_intervals(config),
     ]
     if _length_is_known(config):
@@ -38,8 +41,8 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         problems += validate_schedule(config.schedule, length, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
-    problems += _validate_samples(config.logging.samples)
     problems += local_folder("run_root", config.run_root)
+    problems += _validate_samples(config.logging.samples)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
@@ -67,7 +70,9 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
-    replicas = MeshShape.of_world(world_size).data
+    ranks = config.parallel.sequence
+    # Where the processes do not divide among replicas, that is the problem.
+    replicas = MeshShape.of_world(world_size, sequence=ranks).data if ranks > 0 and world_size % ranks == 0 else 1
     per_pass = training.micro_batch_size * replicas
     if sizes_are_positive and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
@@ -90,6 +95,26 @@ def _validate_parallel(config: RunConfig) -> list[str]:
         *at_least("parallel.collective_timeout_seconds", parallel.collective_timeout_seconds, 1),
         *choice("precision.compute", config.precision.compute, PRECISIONS),
     ]
+
+
+def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
+    ranks, length = config.parallel.sequence, config.training.sequence_length
+    problems = choice("parallel.sequence_exchange", config.parallel.sequence_exchange, (AUTO, *EXCHANGES))
+    if ranks < 1:
+        return problems + at_least("parallel.sequence", ranks, 1)
+    if world_size % ranks:
+        problems.append(
+            f"parallel.sequence: {world_size} processes do not divide into groups of {ranks} that share a sequence; "
+            f"start a multiple of {ranks}, or choose a divisor of {world_size}"
+        )
+    if length > 0 and length % ranks:
+        problems.append(
+            f"training.sequence_length: {length} tokens do not divide into {ranks} equal slices (parallel.sequence); "
+            f"use training.sequence_length={max(1, round(length / ranks)) * ranks}"
+        )
+    if not validate_model(config.model):
+        problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
+    return problems
 
 
 def _validate_samples(samples: SamplesConfig) -> list[str]:

@@ -47,6 +47,7 @@ class Tokenizer(abc.ABC):
     `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
     what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
     `unknown_id`: the id of what has no piece; None: all has pieces, or what has none vanishes (`drops_characters`).
+    `unknown_words`: an unknown token may stand for a word of characters that have pieces.
     `notes`: what was changed of what the file says, one line each.
     """
 
@@ -62,6 +63,7 @@ class Tokenizer(abc.ABC):
     rewritten_text: str = ""
     unknown_id: int | None = None
     drops_characters = False
+    unknown_words = False
     notes: Sequence[str] = ()
 
     @staticmethod
@@ -103,13 +105,13 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; end of document and other control ids give no text."""
 
-    @abc.abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
-        """The parts of `text` that become unknown tokens."""
+        """The parts of `text` that become unknown tokens, where these may be words (`unknown_words`)."""
+        return []
 
-    def drops(self, character: str) -> bool:
-        """Whether a character of a text leaves nothing behind, or not all of it; white space always counts as kept."""
-        return False
+    @abc.abstractmethod
+    def loses(self, character: str) -> bool:
+        """Whether a character becomes an unknown token, or leaves nothing behind, or not all of its bytes."""
 
     @property
     def file_sha256(self) -> str:
@@ -210,10 +212,8 @@ class SentencePieceTokenizer(Tokenizer):
             return ids
         return self._model.encode(text)
 
-    def unknown_parts(self, text: str) -> list[str]:
-        pieces = zip(self._model.encode(text), self._model.encode(text, out_type=str), strict=True)
-        # The spelling of an unknown piece is the text that it stands for.
-        return [piece.replace(META_SPACE, " ") for number, piece in pieces if number == self.unknown_id]
+    def loses(self, character: str) -> bool:
+        return self.unknown_id in self._model.encode(character)
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
@@ -309,6 +309,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "with bytes"
             )
         self.unknown_id, self.drops_characters = unknown_id, unknown_id is None
+        self.unknown_words = kind in ("WordLevel", "WordPiece")
 
     def encode(self, text: str) -> list[int]:
         encoding = self._model.encode(text, add_special_tokens=False)
@@ -336,15 +337,15 @@ class HuggingFaceTokenizer(Tokenizer):
         spans = {span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == self.unknown_id}
         return [text[start:end] for start, end in spans]
 
-    def drops(self, character: str) -> bool:
-        if not self.drops_characters or character.isspace():
-            return False
+    def loses(self, character: str) -> bool:
+        encoding = self._model.encode(character, add_special_tokens=False)
+        if self.unknown_id is not None:
+            return self.unknown_id in encoding.ids
         model, normalizer, pre_tokenizer = self._model.model, self._model.normalizer, self._model.pre_tokenizer
         text = normalizer.normalize_str(character) if normalizer else character
         pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else [text]
         prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
-        tokens = self._model.encode(character, add_special_tokens=False).tokens
-        kept = sum(len(token.removeprefix(prefix).removesuffix(suffix)) for token in tokens)
+        kept = sum(len(token.removeprefix(prefix).removesuffix(suffix)) for token in encoding.tokens)
         return kept < sum(map(len, pieces))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from conf import compose
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.stream import WindowStream
 from data_pipeline.tokenizing.config import TokenizerConfig
+from model.initialisation import initialise
 from tests.data_pipeline.small_corpora import quietly, slimpajama_config
 from tests.runs import TINY_RUN
 from tests.train.plain_engine import PlainEngine
@@ -74,6 +75,7 @@ def test_sources_count_in_the_set_as_much_as_they_have_in_the_split(max_tokens, 
     mesh = join_mesh(timedelta(seconds=60))
     try:
         engine = PlainEngine(config, make_plan(config, 1), mesh)
+        initialise(engine.model, seed=0)
         # Sources must differ for their weights to matter.
         with torch.no_grad():
             dict(engine.model.named_parameters())["lm_head.weight"][:] *= torch.linspace(0, 30, 448)[:, None]

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.batch import Batch, Columns
 from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
@@ -67,8 +67,9 @@ class EvaluationWindows:
     count: int
     scale: float = 1.0
 
-    def batch(self, first: int, size: int) -> Batch:
-        return self.stream.batch(first, min(size, self.count - first))
+    def batch(self, first: int, size: int, columns: Columns | None = None) -> Batch:
+        """Windows first ... first + size - 1, fewer at the end, or these columns of them."""
+        return self.stream.batch(first, min(size, self.count - first), columns)
 
     @property
     def targets(self) -> int:
@@ -141,13 +142,14 @@ def _result(mean: float, tokens: int) -> EvaluationResult:
 def _sum_losses(scorer: Scorer, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
     """(sum of the losses in nats, tokens) over all ranks."""
     mesh = scorer.mesh
+    columns = Columns.of_rank(windows.stream.sequence_length, mesh.sequence, mesh.shape.sequence)
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
     for turn in range(0, windows.count, batch_size * mesh.shape.data):
         first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = scorer.evaluate_batch(windows.batch(first if has_own else turn, batch_size))
+        loss, count = scorer.evaluate_batch(windows.batch(first if has_own else turn, batch_size, columns))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)
