@@ -137,7 +137,10 @@ def _check_words(words):
 
 
 def _train_arguments(words):
-    """The settings of a command that trains; None for another, and for one that only names the program."""
+    """The settings of a command that trains; None for another, for one that only names the program, and for one whose
+    settings another run gives."""
+    if "--config" in words:
+        return None
     for start in (["-m", "train"], ["-m", "launch", "local"]):
         for position in range(len(words)):
             if words[position : position + len(start)] == start:
@@ -159,7 +162,7 @@ def _check(module, arguments):
     if module == "train" or (module == "launch" and arguments[0] == "local"):
         if overrides:
             # With --config, a run gives these.
-            given = ["corpus.directory=corpora/x", "training.total_steps=1"] if "--config" in arguments else []
+            given = ["corpus.directory=corpora/x", "training.total_steps=100_000"] if "--config" in arguments else []
             config = _composed(*given, *overrides)
             assert validate(config, world_size=1) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
