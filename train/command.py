@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf import ConfigError, compose
-from model.stored import with_current_keys
 from train.config import RunConfig
 from train.data import describe_data
 from train.requirements import open_requirements
+from train.stored_configuration import in_current_form, read_configuration
 from train.validate import validate
 
 
@@ -78,11 +78,7 @@ def read_run_config(path: Path) -> DictConfig:
         raise ConfigError([f"{file}: is no YAML ({' '.join(str(error).split())})"]) from None
     if not isinstance(tree, DictConfig):
         raise ConfigError([f"{file}: holds no keys and values; name the config.yaml of a run"])
-    if isinstance(tree.get("model"), DictConfig):
-        model = OmegaConf.to_container(tree["model"])
-        assert isinstance(model, dict)
-        tree["model"] = with_current_keys({str(key): value for key, value in model.items()})
-    return tree
+    return OmegaConf.create(in_current_form(read_configuration(file)))
 
 
 def show_plan(config: RunConfig, processes: int) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from pathlib import Path
 from typing import Any
 
 from conf.problems import ConfigError
 from model.locate import complete_checkpoints, step_of
-from model.stored import with_current_keys
 from train.callbacks.metrics_file import read_metrics
-from train.command import read_run_config
 from train.run_directory import RunDirectory, read_events
+from train.stored_configuration import in_current_form, read_configuration
 
 # Of the end of a run, by the event that stands last.
 _ENDINGS = {"complete": "complete", "stop": "stopped", "error": "failed"}
@@ -25,7 +25,8 @@ def summarise(path: Path) -> dict[str, Any]:
     directory = RunDirectory(path)
     if not directory.config.is_file():
         raise ConfigError([f"{path}: is no run's directory, it has no config.yaml"])
-    config = read_run_config(path)
+    config = in_current_form(read_configuration(directory.config))
+    plan = json.loads(directory.plan.read_text(encoding="utf-8")) if directory.plan.is_file() else {}
     events = read_events(path) if directory.events.is_file() else []
     lines = read_metrics(path) if directory.metrics.is_file() else []
     train = [line for line in lines if line["kind"] == "train"]
@@ -33,12 +34,12 @@ def summarise(path: Path) -> dict[str, Any]:
     last = train[-1] if train else {}
     state, reason = _state(directory, events)
     return {
-        "name": str(config.get("name")),
+        "name": config["name"],
         "directory": str(path.resolve()),
         "state": state,
         "reason": reason,
         "steps": last.get("step", 0),
-        "total_steps": _total_steps(config),
+        "total_steps": plan.get("total_steps"),
         "tokens": last.get("tokens", 0),
         "loss": last.get("loss"),
         "tokens_per_second": last.get("tokens_per_second"),
@@ -47,8 +48,8 @@ def summarise(path: Path) -> dict[str, Any]:
         },
         "checkpoints": [step_of(folder) for folder in checkpoints],
         "newest_checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "corpus": config.corpus.get("directory"),
-        "model": with_current_keys(config["model"]),
+        "corpus": config["corpus"]["directory"],
+        "model": config["model"],
     }
 
 
@@ -67,15 +68,6 @@ def _state(directory: RunDirectory, events: list[dict[str, Any]]) -> tuple[str, 
     if last["event"] in _ENDINGS:
         return _ENDINGS[last["event"]], last.get("reason") or last.get("message")
     return "ended without a word", "the process was killed, or its machine was lost"
-
-
-def _total_steps(config: Any) -> int | None:
-    training = config.training
-    if training.get("total_steps") is not None:
-        return int(training.total_steps)
-    if training.get("total_tokens") is None:
-        return None
-    return int(-(-training.total_tokens // (training.global_batch_size * training.sequence_length)))
 
 
 def as_lines(summary: dict[str, Any]) -> str:

@@ -140,7 +140,10 @@ def _check_words(words):
 
 
 def _train_arguments(words):
-    """The settings of a command that trains; None for another, and for one that only names the program."""
+    """The settings of a command that trains; None for another, for one that only names the program, and for one whose
+    settings another run gives."""
+    if "--config" in words:
+        return None
     for start in (["-m", "train"], ["-m", "launch", "local"]):
         for position in range(len(words)):
             if words[position : position + len(start)] == start:
@@ -153,17 +156,18 @@ def _check(module, arguments):
     assert module in MODULES or (top == "benchmarks" and importlib.util.find_spec(module)), module
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if module in OUR_MODULES or top == "benchmarks":
-        source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / top).glob("*.py"))
+        path = ROOT / module.replace(".", "/")
+        files = [path.with_suffix(".py"), *path.glob("*.py")]
+        source = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
         known = [argument for argument in arguments if re.fullmatch(r"--[\w-]+(=.*)?", argument)]
         known += arguments[:1] if module in ("launch", "data_pipeline", "model") else []
         assert all(f'"{argument.split("=")[0]}"' in source for argument in known), (module, known)
     if module == "train" or (module == "launch" and arguments[0] == "local"):
-        if "--config" in arguments:
-            # The run gives these.
-            overrides = ["corpus.directory=corpora/x", "training.total_steps=100000", *overrides]
         # Three dots stand for the rest of a command.
         if overrides and "..." not in arguments:
-            config = _composed(*overrides)
+            # With --config, a run gives these.
+            given = ["corpus.directory=corpora/x", "training.total_steps=100_000"] if "--config" in arguments else []
+            config = _composed(*given, *overrides)
             assert validate(config, world_size=1) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)

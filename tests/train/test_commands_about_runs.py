@@ -136,7 +136,6 @@ def test_a_run_is_evaluated_as_it_did_itself(run):
     found = json.loads(path.read_text())
     assert {name: (r["loss"], r["tokens"]) for name, r in found["results"].items()} == own_figures(run)
     assert (found["step"], found["trained_tokens"]) == (STEPS, STEPS * 8 * 32)
-    assert found["sets"]["validation"]["by_source"] is True
     events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     assert found["results"]["validation"]["fingerprint"] in [event.get("fingerprint") for event in events]
 
@@ -146,6 +145,7 @@ def test_another_split_a_checkpoint_and_another_file_can_be_named(run, tmp_path)
     arguments += ["evaluation.sets.validation.split=train", "evaluation.sets.validation.max_tokens=512"]
     assert call(evaluate_main, arguments)[0] == 0
     found = json.loads((tmp_path / "out.json").read_text())
+    assert found["sets"]["validation"]["by_source"] is False, "a part by source would be another part"
     assert found["sets"]["validation"]["split"] == "train" and found["results"]["validation"]["tokens"] == 512
 
 
@@ -153,8 +153,10 @@ def test_weights_without_a_run_are_evaluated_on_a_corpus_that_is_named(run, smal
     weights = shutil.copytree(run / "checkpoints" / f"step-{STEPS:08d}" / "weights", tmp_path / "weights")
     code, _, err = call(evaluate_main, [weights])
     assert code == 2 and "corpus.directory: a value is required" in err
-    settings = ["precision=fp32", "training.sequence_length=32", "evaluation.sets.validation.max_tokens=256"]
-    assert call(evaluate_main, [weights, f"corpus.directory={small_corpus}", *settings])[0] == 0
+    settings = ["precision=fp32", "training.sequence_length=32", f"corpus.directory={small_corpus}"]
+    assert call(evaluate_main, [weights, *settings, "--output", tmp_path / "whole.json"])[0] == 0
+    assert json.loads((tmp_path / "whole.json").read_text())["sets"]["validation"]["by_source"] is True
+    assert call(evaluate_main, [weights, *settings, "evaluation.sets.validation.max_tokens=256"])[0] == 0
     found = json.loads((weights / "evaluation.json").read_text())
     loss, tokens = own_figures(run)["validation"]
     assert found["results"]["validation"]["loss"] == pytest.approx(loss, rel=1e-6)

@@ -44,12 +44,13 @@ On several GPUs:  python -m torch.distributed.run --standalone --nproc-per-node=
 
 MODEL is a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint (step-XXXXXXXX), a weights directory
 or a Hugging Face directory. A run brings its configuration: corpus, evaluation sets, sequence length, precision.
-Each set is scored as a whole and by source. What else has no run: give corpus.directory=DIR at least.
+A set of a whole split is scored by source too. What else has no run: give corpus.directory=DIR at least.
 
 Values of a run's configuration can be set (docs/configuration.md), such as
   corpus.directory=DIR                          another corpus of the same tokenizer
   evaluation.sets.validation.split=test         another split
   evaluation.sets.validation.max_tokens=null    all of it, where the run scored a part
+  evaluation.sets.validation.by_source=true     each source of a part
   evaluation.batch_size=32  training.sequence_length=8192  precision=fp32
 
 Prints loss (nats per token), perplexity and tokens, and writes them as JSON to RUN/evaluations/step-XXXXXXXX.json, or
@@ -149,7 +150,7 @@ def _find(path: Path) -> _Target:
 
 
 def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
-    """The run's configuration, or the defaults, with `overrides`; each set by source, unless they say otherwise."""
+    """The run's configuration, or the defaults, with `overrides`; whole splits by source, unless they say otherwise."""
     if changed := [one for one in overrides if one.lstrip("+~").partition("=")[0].split(".")[0] in ("model", "name")]:
         raise ConfigError([f"{one}: the model is evaluated as it is; leave this out" for one in changed])
     base = None
@@ -170,7 +171,9 @@ def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
     if any("by_source" in override for override in overrides):
         return config
     sets = {
-        name: dataclasses.replace(one, by_source=one.source is None) for name, one in config.evaluation.sets.items()
+        # A part of a split would be another part by source, with another loss.
+        name: dataclasses.replace(one, by_source=one.by_source or (one.source is None and one.max_tokens is None))
+        for name, one in config.evaluation.sets.items()
     }
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, sets=sets))
 
