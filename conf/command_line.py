@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from conf.problems import ConfigError, undecodable
 
@@ -21,17 +23,35 @@ def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...],
     2 for a wrong configuration, 1 for one of `failures` and for an interrupt (`interrupted` is what to say then); the
     message goes to stderr. 0 when the reader of the output (head, less) has seen enough. Other exceptions pass.
     """
+    code = 0
+    with _quiet_without_reader():
+        try:
+            code = command()
+            # What is still held would fail when the interpreter ends.
+            sys.stdout.flush()
+        except ConfigError as error:
+            code = 2
+            print(error, file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except failures as error:
+            code = 1
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            code = 1
+            print(interrupted, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Where a pipe has no reader any more, what is still to be said goes nowhere."""
     try:
-        return command()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except failures as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 1
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                with contextlib.suppress(io.UnsupportedOperation):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -21,6 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
+from conf.lasting_output import LastingOutput
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
@@ -32,6 +33,7 @@ from train.checkpoints.state import read_state
 from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
+from train.memory_check import Room, memory_warnings
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib
 from train.requirements import Requirements, changes_of_run, open_requirements
@@ -43,6 +45,7 @@ from train.run_directory import (
     environment_description,
     write_atomically,
 )
+from train.stop_requests import OUTSIDE_TRAINING
 
 
 @dataclass
@@ -59,6 +62,8 @@ class RunContext:
     # What a position in the data is a position of (`train.data.data_identity`).
     data_identity: dict[str, Any]
     callbacks: Sequence[Callback]
+    # What this process says.
+    output: LastingOutput = field(default_factory=LastingOutput)
     # The newest usable checkpoint; None when the run begins.
     checkpoint: Path | None = None
     # What is closed with the context, last first.
@@ -77,6 +82,12 @@ class RunContext:
     def report_rejected(self, folder: Path, problem: str) -> None:
         """Make an event of a checkpoint that is passed over."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
+
+    def report_lost_output(self, stream: str, reason: str) -> None:
+        """Make an event of an output that nobody reads any more."""
+        # A disk may be full: where that was why the output is lost, the run goes on to say so where it matters.
+        with contextlib.suppress(OSError):
+            self.events.append("output_lost", stream=stream, reason=reason)
 
     def save_engine_settings(self, settings: dict[str, Any]) -> None:
         """Keep what the engine derived from the configuration in the run's folder."""
@@ -108,7 +119,7 @@ class RunContext:
         self.close(error)
 
 
-def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContext:
+def open_run(config: RunConfig, callbacks: Sequence[Callback] = (), output: LastingOutput | None = None) -> RunContext:
     """Check everything that a run needs, join its processes, and prepare its folder. Collective.
 
     Raises ConfigError for a configuration or a corpus that cannot work, ReadingError where reading fails, RunError for
@@ -120,6 +131,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
     corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
     found = open_requirements(config, launched_processes(), corpus_check)
     mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
+    OUTSIDE_TRAINING.processes_met(mesh.size)
     context = RunContext(
         config=config,
         plan=found.plan,
@@ -130,6 +142,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
         evaluation_corpora=found.evaluation_corpora,
         data_identity=data_identity(found.stream),
         callbacks=callbacks,
+        output=output or LastingOutput(),
     )
     context.closing.callback(mesh.close)
     try:
@@ -153,7 +166,9 @@ def _enter(context: RunContext, found: Requirements) -> None:
             raise ConfigError(problems)
         _prepare_folder(context, found)
     mesh.barrier(group="world")
-    closing.enter_context(_log_to_file(directory.logs / f"rank-{mesh.rank:05d}.log"))
+    log = directory.log(mesh.rank)
+    closing.enter_context(_log_to_file(log))
+    closing.enter_context(context.output.spilling_to(log, context.report_lost_output))
     if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
@@ -189,7 +204,13 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
     # Written last: without it an earlier start was killed while it copied.
     if not (directory.tokenizer / SIDECAR).exists():
         found.corpus.tokenizer().save_to(directory.tokenizer)
-    context.say(f"{plan.describe()}\n{describe_data(config, plan, context.stream)}")
+    lines = [
+        f"run        {directory.path}, which also gets {directory.log(0).relative_to(directory.path)}",
+        plan.describe(),
+        describe_data(config, plan, context.stream),
+        *memory_warnings(config, plan, Room.here(plan.world_size)),
+    ]
+    context.say("\n".join(lines))
 
 
 def _check_room(plan: Plan, directory: RunDirectory) -> None:
