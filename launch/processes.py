@@ -71,12 +71,12 @@ class TrainingProcesses:
     def _end_at_once(self, started: psutil.Process, number: signal.Signals) -> None:
         """No process has come as far as to train, or to answer signals: what they would say is a traceback."""
         self._ended_early = True
+        tell(f"launch: stopped by {number.name} before training began; the same command goes on.")
         # Stopped, it starts no more of them.
         started.suspend()
         for one in (*started.children(recursive=True), started):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        tell(f"launch: stopped by {number.name} before training began; the same command goes on.")
 
 
 def _answers(process: psutil.Process) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from conf import ConfigError, compose, suggestion, to_dataclass
+from conf import ConfigError, suggestion
 from conf.command_line import exit_code, refuse_undecodable
 
 # PyTorch takes a while to import: each command does so, the help does not.
@@ -147,6 +147,7 @@ def _positive(text: str) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
+    from conf import compose
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
@@ -306,6 +307,8 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
         values[key] = None if value == "null" else value
     if problems:
         raise ConfigError(problems)
+    from conf import to_dataclass
+
     return to_dataclass(schema, values)
 
 

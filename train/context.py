@@ -205,7 +205,7 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
     if not (directory.tokenizer / SIDECAR).exists():
         found.corpus.tokenizer().save_to(directory.tokenizer)
     lines = [
-        f"run        {directory.path}, which also gets {directory.log(0).relative_to(directory.path)}",
+        f"run        {directory.path}, with a log of each process in {directory.logs.name}/",
         plan.describe(),
         describe_data(config, plan, context.stream),
         *memory_warnings(config, plan, Room.here(plan.world_size)),

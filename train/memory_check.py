@@ -49,13 +49,13 @@ def memory_warnings(config: RunConfig, plan: Plan, room: Room) -> list[str]:
     needed = plan.rank_bytes
     warnings = []
     if room.device_bytes is not None:
-        warnings += _warning(needed, needed * GPU_FACTOR, room.device_bytes, "a rank", "free on its GPU")
+        warnings += _warning(needed, needed * GPU_FACTOR, room.device_bytes, "a rank needs", "free on its GPU")
         # A checkpoint is copied to the host before it is written.
         needed = plan.checkpoint_bytes / plan.world_size
         factor = 1.0
     else:
         factor = CPU_FACTOR
-    who = "the run's process" if room.ranks == 1 else f"{room.ranks} ranks"
+    who = "the run's process needs" if room.ranks == 1 else f"{room.ranks} ranks need"
     where = "left below the memory limit of this container or job" if room.is_limited else "available on this machine"
     low, high = (room.ranks * (needed * times + PROCESS_BYTES) for times in (1.0, factor))
     on_host = _warning(low, high, room.host_bytes, who, where)
@@ -70,7 +70,7 @@ def _warning(low: float, high: float, room: float, who: str, where: str) -> list
         return []
     verdict = "does not fit" if low > room else "may not fit"
     return [
-        f"warning    this run {verdict} into memory: by the plan {who} needs {gib(low)}, up to about {gib(high)} at "
+        f"warning    this run {verdict} into memory: by the plan {who} {gib(low)}, up to about {gib(high)} at "
         f"the peak; {gib(room)} are {where}"
     ]
 

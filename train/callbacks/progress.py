@@ -51,7 +51,7 @@ class Progress(Callback):
     def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         loss, speed = f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f" {speed}  {loss}", refresh=False)
+            self._bar.set_postfix_str(f"{speed}, {loss}", refresh=False)
         if trainer.is_main:
             left = _duration((trainer.total_steps - trainer.step) * record["step_seconds"])
             self._write(f"step {trainer.step}/{trainer.total_steps}  {loss}  {speed}  {left} left")
