@@ -1,6 +1,5 @@
 """Work goes on without a reader of its output; commands whose output is the work end quietly."""
 
-import contextlib
 import io
 import os
 import subprocess
@@ -10,20 +9,7 @@ import pytest
 
 from conf.command_line import exit_code
 from conf.lasting_output import lasting_output
-from tests.runs import ROOT, environment
-
-
-@contextlib.contextmanager
-def closed_pipe():
-    """sys.stderr as a pipe that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = os.fdopen(writer, "w", buffering=1)
-    with contextlib.redirect_stderr(stream):
-        yield stream
-    # What could not be written would fail once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
-    stream.close()
+from tests.runs import ROOT, closed_pipe, environment
 
 
 def test_what_nobody_reads_goes_to_the_file_and_is_reported_once(tmp_path):

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -12,8 +13,10 @@ import time
 
 import pytest
 
-from tests.runs import PATIENCE, ROOT, environment, train_command
+from model.__main__ import main as generate_text
+from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, train_command
 from train.callbacks.metrics_file import read_metrics
+from train.report import main as draw_report
 from train.run_directory import read_events
 
 COLUMNS = 80
@@ -51,8 +54,6 @@ def wait_until(condition, process):
 def lost(small_corpus, tmp_path_factory):
     """What a terminal showed of a run before it vanished, and the run's folder, as the run left it when it was asked
     to stop some steps later."""
-    from tests.runs import TINY_RUN
-
     root = tmp_path_factory.mktemp("terminal")
     base = ["name=run", f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN]
     overrides = [*base, "logging.progress=true", "training.total_steps=100000"]
@@ -91,7 +92,7 @@ def test_losses_leave_lines_above_a_bar_that_keeps_speed_and_time_left_at_80_col
     full = [bar for bar in bars if "tokens/s" in bar]
     assert full
     for bar in full:
-        assert re.search(r"%\|.+\| step \d+/100000  \d[\d:]* left, [\d,]+ tokens/s, loss \d\.\d{4}$", bar), bar
+        assert re.search(r"%\|.+\| step \d+/100000  (\?|\d[\d:]*) left, [\d,]+ tokens/s, loss \d\.\d{4}$", bar), bar
         assert len(bar) <= COLUMNS
 
 
@@ -130,3 +131,17 @@ def test_a_request_to_stop_is_acknowledged_and_noted(lost):
         "ends. Asking again changes nothing." in log
     )
     assert f"The run lies in {run}. Next:" in log
+
+
+@pytest.mark.slow
+def test_what_is_to_be_typed_next_works_as_it_stands(lost, capsys):
+    _, run = lost
+    _, resume, *commands = (run / "logs" / "rank-00000.log").read_text().splitlines()[-4:]
+    _, *words = shlex.split(resume)
+    assert words[:3] == ["-m", "train", "name=run"] and words[-1] == "training.total_steps=100000"
+    generate, report = (shlex.split(line) for line in commands)
+    assert subprocess.run([generate[0], "-c", ""], cwd=ROOT).returncode == 0
+    assert generate[1:4] == ["-m", "model", "generate"] and report[1:3] == ["-m", "train.report"]
+    assert generate_text([*generate[3:], "max_new_tokens=2"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+    assert draw_report(report[3:]) == 0 and (run / "report.png").exists()
