@@ -173,7 +173,6 @@ def test_the_bar_ends_with_its_terminal_and_lines_go_on(tmp_path):
     callback = Progress(stream=terminal)
     log_steps(callback, trainer, range(41, 43))
     terminal.gone = True
-    callback.on_step_end(trainer)
     before = len(terminal.getvalue())
     trainer.step = 43
     callback.on_step_end(trainer)

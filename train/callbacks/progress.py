@@ -39,17 +39,14 @@ class Progress(Callback):
             )
 
     def on_step_end(self, trainer: Trainer) -> Decision:
+        self._leave_lost_terminal()
         if self._bar is not None:
-            if self._stream is not None and not self._stream.isatty():
-                # The terminal is gone (`conf.lasting_output`): a log file gets the lines alone.
-                self._bar.disable = True
-                self._bar = None
-                return CONTINUE
             self._bar.update(trainer.step - self._bar.n)
         return CONTINUE
 
     def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         loss, speed = f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"
+        self._leave_lost_terminal()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed}, {loss}", refresh=False)
         if trainer.is_main:
@@ -79,6 +76,12 @@ class Progress(Callback):
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+    def _leave_lost_terminal(self) -> None:
+        """Where the terminal is gone (`conf.lasting_output`) a log file gets the lines alone."""
+        if self._bar is not None and self._stream is not None and not self._stream.isatty():
+            self._bar.disable = True
             self._bar = None
 
     def _write(self, line: str) -> None:
