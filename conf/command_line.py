@@ -31,7 +31,8 @@ def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...],
         try:
             code = command()
             # What is still held would fail when the interpreter ends.
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except ConfigError as error:
             code = 2
             print(error, file=sys.stderr)
@@ -82,7 +83,7 @@ def _quiet_without_reader() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
                 stream.flush()
             except BrokenPipeError:

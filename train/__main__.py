@@ -78,10 +78,11 @@ def end_process(exit_code: int) -> NoReturn:
         # Everything is done that a request could stop.
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
-    # Nobody may read it any more.
+    # Nobody may read it any more; a process started without one (`2>&-`) has None.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
-            stream.flush()
+            if stream is not None:
+                stream.flush()
     os._exit(exit_code)
 
 

@@ -13,9 +13,9 @@ from train.config import RunConfig
 from train.plan import Plan, gib
 
 # What a run may take, as a multiple of the plan's sum: temporaries of single operations, gradients of activations,
-# fragmentation. Models of 0.4B and 1.4B allocated 0.99 and 1.00 times their plan at the peak on an H200, without what the
-# allocator keeps unused. On a CPU the C library keeps much of what was freed: plans of 1.6 and
-# 15.3 GiB took 1.4 and 1.5 times that beside PROCESS_BYTES.
+# fragmentation. On an H200 models of 0.4B and 1.4B allocated 0.99 and 1.00 times their plan at the peak, without what
+# the allocator keeps unused. On a CPU the C library keeps much of what was freed: plans of 1.6 and 15.3 GiB took 1.4
+# and 1.5 times that beside PROCESS_BYTES.
 GPU_FACTOR = 1.1
 CPU_FACTOR = 1.5
 # Of a process without a model: Python, torch and the other libraries.

@@ -81,8 +81,11 @@ def test_a_command_without_any_output_stream_or_reader_leaves_nothing_to_fail_at
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT).returncode == 0
     started_without = (
-        "import os, sys\nfrom conf.lasting_output import lasting_output\n"
-        "with lasting_output():\n print('x', file=sys.stderr, flush=True)\n assert open('conf/train.yaml').fileno() > 2"
+        "import sys\nfrom conf.command_line import exit_code\nfrom conf.lasting_output import lasting_output\n"
+        "from train.__main__ import end_process\n"
+        "with lasting_output():\n print('x', file=sys.stderr, flush=True)\n"
+        " assert open('conf/train.yaml').fileno() > 2\n"
+        "end_process(exit_code(lambda: 0, (), ''))"
     )
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", started_without]
     assert subprocess.run(shell, env=environment(), cwd=ROOT).returncode == 0
