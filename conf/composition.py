@@ -152,7 +152,8 @@ def _compose_tree(schema: type, config_name: str, overrides: list[str]) -> tuple
 def _groups(config_name: str) -> dict[str, bool]:
     """The groups that `conf/<config_name>.yaml` chooses from, and whether a group may be left out (null)."""
     defaults = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text())["defaults"]
-    return {group: choice is None for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
+    entries = [entry for entry in defaults if isinstance(entry, dict)]
+    return {group.removeprefix("optional "): choice is None for entry in entries for group, choice in entry.items()}
 
 
 def _is_null(override: Override) -> bool:

@@ -6,6 +6,7 @@ Hydra's own reading makes a number of every text that looks like one: `name=12e4
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -176,6 +177,9 @@ def conform(value: Any, annotation: Any, key: str, problems: list[str]) -> Any:
         return [conform(one, below, f"{key}[{index}]", problems) for index, one in enumerate(value)]
     if kind is str and value is not None and not isinstance(value, str):
         problems.append(f"{key}: a text is wanted, not {value!r}; quote it as it is meant")
+    if kind is str and isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        # A shell leaves it as it is where it is quoted, or follows a key with a dot.
+        value = os.path.expanduser(value)
     value = whole_number(value, kind)
     if kind is int and isinstance(value, float):
         problems.append(f"{key}: a whole number is wanted, such as 1000, 1_000 or 1e3 ({value})")

@@ -60,6 +60,15 @@ def exactly_one(key: str, values: Mapping[str, object]) -> list[str]:
     return [f"{key}: set exactly one of {shown}, the other to null"]
 
 
+def local_folder(key: str, path: str) -> list[str]:
+    """`path`, where something is written, would make a folder named `~` or `s3:`."""
+    if path == "~" or path.startswith("~/"):
+        return [f"{key}: write the home folder in full ({path})"]
+    if "://" in path:
+        return [f"{key}: must be a folder of this machine, not a URL ({path}); write to one, then copy it there"]
+    return []
+
+
 def undecodable(texts: Iterable[str]) -> list[str]:
     """`texts`, such as arguments of a command, that hold bytes which are no UTF-8: Python keeps those as surrogates,
     which no file, tokenizer or terminal takes."""

@@ -67,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
     prepare.set_defaults(run=_prepare)
     inspect = commands.add_parser("inspect", help="statistics of a corpus and a decoded sample of it")
-    inspect.add_argument("directory", type=Path, help="corpus folder")
+    inspect.add_argument("directory", type=_folder, help="corpus folder")
     inspect.add_argument(
         "--sample", type=int, metavar="I", help="show sample I of a run: where it comes from, its text"
     )
     inspect.add_argument(
         "--run",
-        type=Path,
+        type=_folder,
         metavar="RUN",
         dest="run_directory",
         help="folder of the run, whose config.yaml has its order of samples; instead of the options below",
@@ -87,17 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--window-shards", type=int, metavar="W", help="corpus.window_shards of the run")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check every file of a corpus against its manifest")
-    verify.add_argument("directory", type=Path, help="corpus folder")
+    verify.add_argument("directory", type=_folder, help="corpus folder")
     verify.add_argument("--workers", type=int, default=1, metavar="N", help="shards checked at a time (default: 1)")
     verify.set_defaults(run=_verify)
     merge = commands.add_parser("merge", help="one corpus of several, without rewriting a shard")
-    merge.add_argument("directories", type=Path, nargs="+", metavar="DIRECTORY", help="corpus folders")
-    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new corpus")
+    merge.add_argument("directories", type=_folder, nargs="+", metavar="DIRECTORY", help="corpus folders")
+    merge.add_argument("--output", type=_folder, required=True, metavar="DIR", help="folder of the new corpus")
     merge.set_defaults(run=_merge)
     split = commands.add_parser("split", help="a part of a corpus, or several, without rewriting a shard")
-    split.add_argument("directory", type=Path, help="corpus folder")
+    split.add_argument("directory", type=_folder, help="corpus folder")
     split.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="new corpus; with --parts DIR-00000 ..."
+        "--output", type=_folder, required=True, metavar="DIR", help="new corpus; with --parts DIR-00000 ..."
     )
     split.add_argument("--split", action="append", default=[], metavar="SPLIT", help="only this one (repeat for more)")
     split.add_argument("--source", action="append", default=[], metavar="LABEL", help="only this one (repeat for more)")
@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
             help="how the new folder gets the shards' files: second names of the same files (default), links, copies",
         )
     return parser
+
+
+def _folder(text: str) -> Path:
+    # A shell leaves a ~ behind the = of an option as it is.
+    return Path(text).expanduser()
 
 
 def _prepare(options: argparse.Namespace) -> int:

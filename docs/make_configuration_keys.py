@@ -37,7 +37,8 @@ HEAD = """\
 
 `make docs` writes this page from the comments in the code; a test holds it current. Do not edit it by hand.
 [configuration.md](configuration.md) explains how values are set: `group=choice` takes a file, `section.key=value` a
-value. `required` means that you must give one. Below `NAME` you choose the names yourself.
+value. `required` means that you must give one. Below `NAME` you choose the names yourself. Another model has another
+[recipe](configuration.md#recipes): other defaults of `model`, `optimizer`, `schedule` and of some keys of `training`.
 """
 
 
@@ -71,7 +72,8 @@ def page() -> str:
     ]
     if missing:
         raise ValueError("\n".join(["the configuration keys need an explanation in the code:", *missing]))
-    lines = [HEAD, "## A run: `python -m train`\n"]
+    # Recipes set keys of several sections and have none of their own.
+    lines = [HEAD, f"## A run: `python -m train`{_choices_of_group('recipe')}\n"]
     shared = tuple(section.path for section in sections(run) if section.schema in of_preparation)
     for section in sections(run):
         if section.path in shared and not _is_below(section.path, shared):
@@ -200,10 +202,13 @@ def _render(section: Section, required: set[str], choices: Callable[[str], list[
 
 
 def _files(section: Section) -> str:
-    """The choices of a configuration group."""
-    folder = CONF_DIR / section.path.rstrip(".")
-    names = sorted(path.stem for path in folder.glob("*.yaml")) if section.path else []
-    return f"\n\nChoices of `{folder.name}=`: {', '.join(f'`{name}`' for name in names)}." if names else ""
+    """The choices of a configuration group, after a blank line."""
+    return _choices_of_group(section.path.rstrip(".")) if section.path else ""
+
+
+def _choices_of_group(group: str) -> str:
+    names = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    return f"\n\nChoices of `{group}=`: {', '.join(f'`{name}`' for name in names)}." if names else ""
 
 
 def _value(section: Section, name: str) -> str:

@@ -17,7 +17,7 @@ from train.callbacks.metrics_file import read_metrics
 from train.config import RunConfig
 from train.ngram_baselines import write_baselines
 from train.report import draw_report
-from train.run_directory import RunDirectory, write_atomically
+from train.run_directory import RunDirectory, read_events, write_atomically
 
 PROMPT = "    def __init__(self, name):\n"
 SAMPLE_TOKENS = 120
@@ -45,7 +45,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     _say("2/4  Training")
     if code := train_locally(overrides, default_processes()):
         return code
-    held_out = _final_held_out_loss(directory.path, config.total_steps)
+    held_out = _final_held_out_loss(directory.path)
     if held_out is None:
         _say("The run was stopped before its end; `make demo` continues it.")
         return 1
@@ -64,11 +64,13 @@ def _say(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def _final_held_out_loss(run_directory: Path, total_steps: int) -> float | None:
+def _final_held_out_loss(run_directory: Path) -> float | None:
     """The last held-out loss, in nats per token; None when the run has not ended."""
-    final = [
-        line for line in read_metrics(run_directory) if line["kind"] == "evaluation" and line["step"] == total_steps
-    ]
+    ends = [event for event in read_events(run_directory) if event["event"] in ("complete", "stop")]
+    if not ends or ends[-1]["event"] == "stop":
+        return None
+    step = ends[-1]["step"]
+    final = [line for line in read_metrics(run_directory) if line["kind"] == "evaluation" and line["step"] == step]
     return final[-1]["loss"] if final else None
 
 

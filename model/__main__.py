@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, suggestion
 from conf.command_line import exit_code, refuse_undecodable
+from conf.problems import local_folder
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ examples:
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
+mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama.
 
   checkpoint=DIR                a run's directory (its newest complete checkpoint), a checkpoint, or a weights directory
   output=DIR                    must not exist yet, or be empty
@@ -63,7 +65,7 @@ example:
   python -m model export checkpoint=runs/first output=exported
 """
 IMPORT_HELP = """\
-Read a Hugging Face xLSTM directory and write it in this project's weights format.
+Read a Hugging Face directory of an xLSTM or a Llama and write it in this project's weights format.
 
   source=DIR                    holds config.json and safetensors files
   output=DIR                    must not exist yet, or be empty
@@ -247,6 +249,7 @@ class _Printer:
 
 def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
+    _refuse_url(settings.output)
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -260,7 +263,12 @@ def _export(options: argparse.Namespace) -> int:
     except TokenizerError as error:
         raise ValueError(str(error)) from None
     notes = export_huggingface(
-        located.weights, settings.output, tokenizer, dtype=_dtype(settings.dtype), verify=settings.verify
+        located.weights,
+        settings.output,
+        tokenizer,
+        dtype=_dtype(settings.dtype),
+        verify=settings.verify,
+        sequence_length=located.sequence_length,
     )
     if tokenizer is None:
         notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")
@@ -277,6 +285,7 @@ def _import(options: argparse.Namespace) -> int:
     from model.huggingface import import_huggingface
     from model.weights import save_state_dict
 
+    _refuse_url(settings.output)
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} exists and is not empty; choose another output directory")
@@ -310,6 +319,11 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     from conf import to_dataclass
 
     return to_dataclass(schema, values)
+
+
+def _refuse_url(output: str) -> None:
+    if problems := local_folder("output", output):
+        raise ConfigError(problems)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -18,7 +18,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
     Args:
         path: a run's directory (its newest complete checkpoint), a checkpoint (step-XXXXXXXX), a weights directory
-            (model.json and weights-*.safetensors), or a Hugging Face xLSTM directory.
+            (model.json and weights-*.safetensors), or a Hugging Face xLSTM or Llama directory.
         device: where its parameters lie.
         dtype: of its parameters. Gates, norms, states and logits compute in float32 at least.
 

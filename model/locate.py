@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from model.weights import MODEL_JSON, WeightsError
 
 # Written last into a checkpoint: a folder without it is none.
@@ -17,6 +19,8 @@ class Located:
     weights: Path
     # Directory or file of the tokenizer; None where there is none beside the weights.
     tokenizer: Path | None
+    # Tokens of a sample in training; None where no run is around the weights.
+    sequence_length: int | None = None
 
 
 def locate(path: str | Path) -> Located:
@@ -34,7 +38,8 @@ def locate(path: str | Path) -> Located:
     if path.name.startswith("step-") or (path / "weights").is_dir():
         if not (path / COMPLETE).is_file():
             raise WeightsError(f"{path} is no complete checkpoint: it has no {COMPLETE}, its writing was interrupted")
-        return Located(path / "weights", _tokenizer(path.parent.parent))
+        run = path.parent.parent
+        return Located(path / "weights", _tokenizer(run), _sequence_length(run))
     steps = sorted((path / "checkpoints").glob("step-*"), key=lambda step: step.name)
     complete = [step for step in steps if (step / COMPLETE).is_file()]
     if complete:
@@ -56,3 +61,10 @@ def is_huggingface(path: Path) -> bool:
 
 def _tokenizer(directory: Path) -> Path | None:
     return directory / "tokenizer" if (directory / "tokenizer").is_dir() else None
+
+
+def _sequence_length(run: Path) -> int | None:
+    path = run / "config.yaml"
+    configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    training = configuration.get("training") if isinstance(configuration, dict) else None
+    return training.get("sequence_length") if isinstance(training, dict) else None

@@ -74,6 +74,7 @@ def activation_bytes(
     activation_checkpointing: str = "none",
     hardware: Hardware = REFERENCE,
     part: Part | None = None,
+    sequence_ranks: int = 1,
 ) -> float:
     """Bytes of activations at the peak of one micro-batch, from the formula in this module's docstring.
 
@@ -86,6 +87,8 @@ def activation_bytes(
         activation_checkpointing: one of model.recomputation.ACTIVATION_CHECKPOINTING.
         hardware: where it runs and in which precision; the default is the reference in bf16.
         part: of the model, as a stage holds it; None: all.
+        sequence_ranks: ranks that share each sequence. Beside its share of the tokens, each keeps the state that enters
+            its slice, of every block in float32.
 
     Raises:
         ValueError: an unknown activation_checkpointing.
@@ -93,7 +96,7 @@ def activation_bytes(
     if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise ValueError(unknown_mode(activation_checkpointing))
     part = part or Part.whole(config)
-    tokens = micro_batch_size * sequence_length
+    tokens = micro_batch_size * sequence_length // sequence_ranks
     recomputed = activation_checkpointing != "none"
     kinds = layer_kinds(config)
     blocks = [
@@ -111,11 +114,14 @@ def activation_bytes(
         per_token = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks) + largest
     else:
         per_token = unit_input * len(blocks) + max((mixer + ffn for mixer, ffn in blocks), default=0.0)
+    in_blocks = per_token * tokens
+    if sequence_ranks > 1:
+        in_blocks += 4 * micro_batch_size * sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
     if not part.head:
-        return float(per_token * tokens)
+        return float(in_blocks)
     head = 2 * hardware.compute_bytes * config.d_model * tokens
     logits = (8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS)
-    return float(per_token * tokens + head + logits)
+    return float(in_blocks + head + logits)
 
 
 def state_bytes(config: ModelConfig, context: int = 0, state_dtype_bytes: int = 4, cache_dtype_bytes: int = 2) -> int:

@@ -12,14 +12,15 @@ asks its `SequenceContext` for what crosses the borders. There are two ways, and
 Every method that moves tensors is differentiable, is called by all ranks in the same order, and keeps in the graph of
 gradients what it was given, also where this rank has no use for the result: else others would wait for ever.
 
-Axes: B batch, S tokens of the whole sequence, P ranks (`size`), NH heads, C channels.
+Axes: B batch, S tokens of the whole sequence, P ranks (`size`), NH heads, C channels, E numbers that decay together.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -27,15 +28,41 @@ State = TypeVar("State")
 EnteringState = TypeVar("EnteringState", covariant=True)
 
 
-class SliceSummary(Protocol[State]):
-    """What a slice does to the state that enters it. Summaries combine associatively, so that ranks can scan them."""
+@dataclass
+class ScaledSums:
+    """What a layer carries from slice to slice: sums that decay, kept as numbers that cannot overflow.
 
-    def followed_by(self, later: Self) -> Self:
-        """The summary of this slice and the one behind it, as if they were one."""
+    Attributes:
+        values: [B, NH, E], float32 (float64 for float64 inputs). The sums are exp(log_scale) times these.
+        log_scale: [B, NH], same dtype. It never carries a gradient: whoever reads the sums undoes the scale.
+    """
+
+    values: Tensor
+    log_scale: Tensor
+
+
+class SliceSummary(Protocol[State]):
+    """What a slice does to the state that enters it: it keeps a share of the state's sums, and adds its own.
+
+    Summaries of neighbouring slices merge associatively (kernels.mlstm.merge_weights), so that ranks can scan them.
+    """
+
+    @property
+    def added(self) -> ScaledSums:
+        """What the slice's own tokens leave."""
         ...
 
-    def after(self, before: State | None) -> State:
-        """The state behind the slice, where `before` enters it; None: the empty state."""
+    @property
+    def log_kept(self) -> Tensor:
+        """[B, NH]: the logarithm of the share of the sums before that survives; -inf: none. It has a gradient."""
+        ...
+
+    def sums_of(self, state: State | None) -> ScaledSums:
+        """The sums in a state; None: the empty state."""
+        ...
+
+    def state_of(self, sums: ScaledSums) -> State:
+        """The state with these sums."""
         ...
 
 
@@ -60,7 +87,7 @@ class SequenceContext(Protocol):
         """Begin to exchange what the slices do to a state.
 
         Args:
-            summarise: gives the summary of this rank's slice; called only if another rank needs it.
+            summarise: gives the summary of this rank's slice; called only if there are other ranks.
             before: the state before the whole sequence; None: the empty state.
 
         Returns:

@@ -6,7 +6,8 @@ waits for the GPU. Names, of layer 3 for example:
     blocks.03.mixer_norm.input_rms, .output_rms      the same for blocks.03.ffn_norm and for out_norm
     blocks.03.mixer.igate_preact_min, _max, _mean    after the soft cap; the same for fgate
     blocks.03.mixer.igate_soft_cap_saturation        share of pre-activations beyond 0.8 of the cap; the same for fgate
-    blocks.03.mixer.stabiliser_min, _max             the running maximum m of the cell
+    blocks.03.mixer.stabiliser_min, _max             the running maximum m of the cell, on its first 256 tokens (of a
+                                                     sequence that ranks share: those of the first slice)
     blocks.03.mixer.normaliser_floor_fraction        share of tokens where |n q| <= exp(-m); mLSTM only
     blocks.03.output_rms                             of the residual stream behind the block
     logits.max, logits.soft_cap_saturation           on the first 64 tokens of the first sequence
@@ -15,6 +16,7 @@ waits for the GPU. Names, of layer 3 for example:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from kernels.precision import compute_dtype
 
-REDUCTIONS = ("mean", "min", "max")
+# "rms" is the mean of root mean squares; of ranks that hold slices of a sequence, of those of the whole sequence.
+REDUCTIONS = ("mean", "rms", "min", "max")
 SATURATED_SHARE_OF_CAP = 0.8
 
 
@@ -30,26 +33,40 @@ class Statistics:
     """Values recorded so far; a name that is recorded again (micro-batches) is combined by its reduction."""
 
     def __init__(self) -> None:
-        self._values: dict[str, tuple[str, Tensor, int]] = {}
+        self._values: dict[str, tuple[str, list[Tensor]]] = {}
 
     def add(self, name: str, reduction: str, value: Tensor) -> None:
         """Combine the 0-d tensor `value` into `name` by `reduction`, one of REDUCTIONS."""
         assert reduction in REDUCTIONS and value.dim() == 0, (name, reduction, value.shape)
         value = value.detach().float()
         if name not in self._values:
-            self._values[name] = (reduction, value, 1)
+            self._values[name] = (reduction, [value])
             return
-        _, previous, count = self._values[name]
-        combine: Callable[[Tensor, Tensor], Tensor]
-        combine = {"mean": Tensor.add, "min": Tensor.minimum, "max": Tensor.maximum}[reduction]
-        self._values[name] = (reduction, combine(previous, value), count + 1)
+        _, values = self._values[name]
+        if reduction in ("min", "max"):
+            values[0] = (torch.minimum if reduction == "min" else torch.maximum)(values[0], value)
+        else:
+            values.append(value)
 
-    def values(self) -> dict[str, tuple[str, Tensor]]:
-        """name -> (reduction, 0-d float32 tensor on the layer's device), in the order of the first recording."""
-        return {
-            name: (reduction, value / count if reduction == "mean" else value)
-            for name, (reduction, value, count) in self._values.items()
-        }
+    def values(self, mean_over_slices: Callable[[Tensor], Tensor] | None = None) -> dict[str, tuple[str, Tensor]]:
+        """name -> (mean, min or max, 0-d float32 tensor on the layer's device), in the order of the first recording.
+
+        Args:
+            mean_over_slices: averages the elements of a tensor over the ranks that hold slices of the same sequences;
+                called once, by all of them. None: this rank has whole sequences.
+        """
+        squares = [value for reduction, values in self._values.values() if reduction == "rms" for value in values]
+        of_sequences = iter(squares)
+        if mean_over_slices is not None and squares:
+            of_sequences = iter(mean_over_slices(torch.stack(squares).square()).sqrt().unbind())
+        found = {}
+        for name, (reduction, values) in self._values.items():
+            if reduction in ("min", "max"):
+                found[name] = (reduction, values[0])
+                continue
+            parts = [next(of_sequences) for _ in values] if reduction == "rms" else values
+            found[name] = ("mean", functools.reduce(Tensor.add, parts) / len(parts))
+        return found
 
 
 _active: Statistics | None = None
@@ -93,7 +110,7 @@ def record(name: str, reduction: str, tensor_fn: Callable[[], Tensor]) -> None:
 def record_rms(name: str, x: Tensor) -> None:
     """Record the root mean square of all elements of `x`."""
     # vector_norm accumulates in the wider dtype without a wider copy of x.
-    record(name, "mean", lambda: torch.linalg.vector_norm(x, dtype=compute_dtype(x)) / x.numel() ** 0.5)
+    record(name, "rms", lambda: torch.linalg.vector_norm(x, dtype=compute_dtype(x)) / x.numel() ** 0.5)
 
 
 def record_gate(name: str, uncapped: Tensor, capped: Tensor, cap: float | None) -> None:

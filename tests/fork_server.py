@@ -1,4 +1,5 @@
-"""Runs of `python -m train`, each a process that begins as a copy of one that has imported everything already.
+"""Runs of `python -m train`, or of another module, each a process that begins as a copy of one that has imported
+everything already.
 
 To import torch and DeepSpeed takes 6 seconds of CPU time, most runs of the tests take one. What follows the imports is
 that of any run: its own process or processes, environment, standard streams, process group over gloo, exit code. Tests
@@ -37,12 +38,14 @@ class ForkServer:
         """Whether a process with this environment would have been imported the same."""
         return environment == self._environment
 
-    def run(self, overrides: list[str], processes: int, timeout: float) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run of `python -m train`, under torchrun where there are several processes."""
+    def run(
+        self, overrides: list[str], processes: int, timeout: float, module: str
+    ) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run of `python -m` with this module, under torchrun where there are several processes."""
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             # The server opens what this process has open: by its descriptors in /proc.
             outputs = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
-            self._process.stdin.write(json.dumps([overrides, processes, *outputs]) + "\n")
+            self._process.stdin.write(json.dumps([module, overrides, processes, *outputs]) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 self._process.kill()
@@ -72,17 +75,17 @@ def _serve() -> None:
         print(_run(*json.loads(line)), file=answers, flush=True)
 
 
-def _run(overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
+def _run(module: str, overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
     """Exit code of a run: of its one process, or 1 where one of several failed, as torchrun has it."""
     from tests.runs import reserved_port
 
     if processes == 1:
-        _, status = os.waitpid(_start(overrides, {}, stdout, stderr), 0)
+        _, status = os.waitpid(_start(module, overrides, {}, stdout, stderr), 0)
         return os.waitstatus_to_exitcode(status)
     with reserved_port() as port:
         world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        ranks = {_start(overrides, world | place, stdout, stderr) for place in places}
+        ranks = {_start(module, overrides, world | place, stdout, stderr) for place in places}
         deadline = None
         while ranks:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -103,7 +106,7 @@ def _signal(processes: set[int], number: signal.Signals) -> None:
         os.kill(process, number)
 
 
-def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:
+def _start(module: str, overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -113,10 +116,10 @@ def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str
         for number, path in ((1, stdout), (2, stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
         os.environ.update(world)
-        sys.argv = ["train", *overrides]
-        from train.__main__ import end_process, main
+        sys.argv = [module, *overrides]
+        from train.__main__ import end_process
 
-        end_process(main(overrides))
+        end_process(importlib.import_module(module).main(overrides))
     except SystemExit as ended:
         code = ended.code
     except BaseException:  # noqa: BLE001 - as the interpreter does with what nobody catches

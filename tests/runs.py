@@ -75,8 +75,10 @@ def paused_train_command(step: int, go_on: Path, overrides: list[str], processes
 _SERVERS: list[ForkServer] = []
 
 
-def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """A run of `python -m train` from start to end: exit code and output."""
+def run_train(
+    overrides: list[str], processes: int = 1, timeout: float = PATIENCE, module: str = "train.__main__"
+) -> subprocess.CompletedProcess[str]:
+    """A run of `python -m train` from start to end: exit code and output. Or of a module with a `main` like that."""
     variables = environment()
     # Another value with every test; what a run imports does not depend on it.
     variables.pop("PYTEST_CURRENT_TEST", None)
@@ -84,9 +86,9 @@ def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENC
     if not _SERVERS and sys.platform == "linux" and not variables["CUDA_VISIBLE_DEVICES"]:
         _SERVERS.append(ForkServer(variables, ROOT))
     if _SERVERS and _SERVERS[0].suits(variables):
-        return _SERVERS[0].run(overrides, processes, timeout)
+        return _SERVERS[0].run(overrides, processes, timeout, module)
     return subprocess.run(
-        train_command(overrides, processes),
+        train_command(overrides, processes, module),
         env=variables,
         cwd=ROOT,
         capture_output=True,

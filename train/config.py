@@ -26,7 +26,7 @@ class TrainingConfig:
     micro_batch_size: int = 8
     # Length of the run: exactly one of the two is set. Tokens are rounded up to whole steps.
     total_steps: int | None = None
-    # The same in tokens; the last step may go beyond it.
+    # The same in tokens: the run ends with the first step that reaches it, whatever its batches were before a resume.
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
@@ -84,6 +84,10 @@ class ParallelConfig:
     zero_stage: int = 1
     # What is recomputed in the backward pass: none, unit (each residual half of a block by itself) or block.
     activation_checkpointing: str = "none"
+    # Processes that share each sample, with an equal slice of its tokens each.
+    sequence: int = 1
+    # How they pass on the mLSTM's state: auto, all_gather, recursive_doubling or ring.
+    sequence_exchange: str = "auto"
     # Seconds after which a collective that does not finish ends the run.
     collective_timeout_seconds: int = 1800
 
@@ -136,7 +140,8 @@ class EvaluationSetConfig:
     directory: str | None = None
     # One source label of the split; null: all.
     source: str | None = None
-    # Tokens scored at most (the first ones of the split, with by_source of each source); null: all.
+    # Tokens scored at most: the first ones of the split, whose sources follow one another by name; with by_source of
+    # each source, and the loss of the set weighs each by its tokens in the whole split. null: all.
     max_tokens: int | None = None
     # Also report each source of the split, as <set>/<source>.
     by_source: bool = False
@@ -210,7 +215,7 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of a run that has this configuration from its first step on (`train.length`: of any)."""
         if self.training.total_steps is not None:
             return self.training.total_steps
         assert self.training.total_tokens is not None, "validate() wants one of the two"

@@ -25,18 +25,20 @@ from conf.lasting_output import LastingOutput
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
-from data_pipeline.tokenizing.tokenizer import SIDECAR
+from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
 from train.callbacks.base import Callback
+from train.changes import changes_of_run, refused_changes_of_data
 from train.checkpoints.layout import remove_torn
 from train.checkpoints.reader import newest_usable
-from train.checkpoints.state import read_state
+from train.checkpoints.state import TrainState, read_state
 from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
+from train.length import steps_left
 from train.memory_check import Room, memory_warnings
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
-from train.plan import Plan, gib
-from train.requirements import Requirements, changes_of_run, open_requirements
+from train.plan import Plan, gib, make_plan
+from train.requirements import Requirements, open_requirements
 from train.run_directory import (
     EventLog,
     RunDirectory,
@@ -64,15 +66,18 @@ class RunContext:
     callbacks: Sequence[Callback]
     # What this process says.
     output: LastingOutput = field(default_factory=LastingOutput)
-    # The newest usable checkpoint; None when the run begins.
+    # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
+    saved: TrainState | None = None
+    # The file in the run's folder that keeps this attempt's configuration. Rank 0 only.
+    configuration_file: str | None = None
     # What is closed with the context, last first.
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def is_complete(self) -> bool:
         """Whether an earlier start took the run's last step."""
-        return self.checkpoint is not None and read_state(self.checkpoint).step >= self.config.total_steps
+        return self.saved is not None and not steps_left(self.config, self.saved)
 
     def say(self, text: str) -> None:
         """Tell whoever watches the run, once."""
@@ -130,7 +135,8 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = (), output: Last
     # One look at every shard's file is enough; each rank checks what it reads.
     corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
     found = open_requirements(config, launched_processes(), corpus_check)
-    mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
+    timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
+    mesh = join_mesh(timeout, sequence=config.parallel.sequence)
     OUTSIDE_TRAINING.processes_met(mesh.size)
     context = RunContext(
         config=config,
@@ -164,7 +170,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
         # Another command may have begun and ended the run since its folder was looked at without the lock.
         if problems := changes_of_run(config, directory):
             raise ConfigError(problems)
-        _prepare_folder(context, found)
+        remove_torn(directory.checkpoints)
     mesh.barrier(group="world")
     log = directory.log(mesh.rank)
     closing.enter_context(_log_to_file(log))
@@ -173,6 +179,20 @@ def _enter(context: RunContext, found: Requirements) -> None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
     context.checkpoint = newest_usable(directory.checkpoints, mesh, context.report_rejected)
+    if context.checkpoint is not None:
+        _go_on_from(context, context.checkpoint)
+    if mesh.is_main and not context.is_complete:
+        _prepare_folder(context, found)
+    mesh.barrier(group="world")
+
+
+def _go_on_from(context: RunContext, checkpoint: Path) -> None:
+    """Look at what the run goes on from. Raises ConfigError where its position means nothing in today's data."""
+    context.saved = read_state(checkpoint)
+    # Another one than was looked at without the ranks, where that was damaged.
+    context.plan = make_plan(context.config, context.mesh.size, state=context.saved)
+    if problems := refused_changes_of_data(context.config, context.saved, context.data_identity):
+        raise ConfigError(problems)
 
 
 def _check_same_on_all_ranks(context: RunContext) -> None:
@@ -194,16 +214,13 @@ def _check_same_on_all_ranks(context: RunContext) -> None:
 def _prepare_folder(context: RunContext, found: Requirements) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
     config, plan, directory = context.config, context.plan, context.directory
-    remove_torn(directory.checkpoints)
     _check_room(plan, directory)
-    write_atomically(directory.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    context.configuration_file = directory.keep_configuration(OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_atomically(directory.plan, json.dumps(plan.as_dict(), indent=1))
     repository = Path(__file__).resolve().parents[1]
     write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
-    # Written last: without it an earlier start was killed while it copied.
-    if not (directory.tokenizer / SIDECAR).exists():
-        found.corpus.tokenizer().save_to(directory.tokenizer)
+    _keep_tokenizer(found.corpus.tokenizer(), directory.tokenizer)
     lines = [
         f"run        {directory.path}, with a log of each process in {directory.logs.name}/",
         plan.describe(),
@@ -211,6 +228,15 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
         *memory_warnings(config, plan, Room.here(plan.world_size)),
     ]
     context.say("\n".join(lines))
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Leave a copy of `tokenizer` in `folder`, in the place of another that the run had before."""
+    # Written last: without it an earlier start was killed while it copied.
+    if (folder / SIDECAR).exists() and Tokenizer.load(folder).fingerprint == tokenizer.fingerprint:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer.save_to(folder)
 
 
 def _check_room(plan: Plan, directory: RunDirectory) -> None:

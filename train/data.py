@@ -120,15 +120,16 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     """Where the run is longer than its data allow, one line each; of text tokenized on the way it shows later."""
     if isinstance(stream, LiveStream):
         return []
-    samples = plan.total_steps * plan.global_batch_size
+    samples = plan.total_samples
+    length = "training.total_tokens" if config.training.total_steps is None else "training.total_steps"
     if stream.limit is not None and samples > stream.limit:
         return [
             f"corpus.epoch_caps: every source has reached its cap after {stream.limit:,} samples, the run takes "
-            f"{samples:,}; raise the caps or shorten training.total_tokens"
+            f"{samples:,}; raise the caps or lower {length}"
         ]
     return [
         f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
-        "shorten training.total_tokens, prepare more data, or raise corpus.max_epochs"
+        f"lower {length}, prepare more data, or raise corpus.max_epochs"
         for source, count in stream.mixture.epochs(samples).items()
         if count > config.corpus.max_epochs
     ]
@@ -136,15 +137,18 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
 
 def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> str:
     """What the run reads, as the lines that it prints at its start."""
-    samples = plan.total_steps * plan.global_batch_size
+    samples = plan.total_samples
+    left = f" left of {samples:,}" if plan.completed_steps else ""
+    shown = f"{plan.steps_left * plan.global_batch_size:,} samples{left}"
     if isinstance(stream, LiveStream):
-        lines = [f"data       {samples:,} samples, tokenized while they are read, order {stream.fingerprint[:16]}"]
+        lines = [f"data       {shown}, tokenized while they are read, order {stream.fingerprint[:16]}"]
         lines += [f"           {note}" for note in stream.corpus.notes]
         if stream.corpus.why_not_again:
             lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
+        lines += _describe_vocabulary(config, stream.corpus.vocab_size)
         return "\n".join(lines)
     epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
-    lines = [f"data       {samples:,} samples, order {stream.fingerprint[:16]}"]
+    lines = [f"data       {shown}, order {stream.fingerprint[:16]}"]
     lines += [
         f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"
         for source, passes in epochs.items()
@@ -158,7 +162,21 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
             f"packing    best fit: {padding / (padding + tokens):.2%} padding, {cut:,} of {documents:,} documents are "
             "longer than a sample"
         )
+    lines += _describe_vocabulary(config, stream.corpus.vocab_size)
     return "\n".join(lines + _describe_cache(config, stream))
+
+
+def _describe_vocabulary(config: RunConfig, tokens: int) -> list[str]:
+    """What a vocabulary that is larger than the tokenizer's costs; up to the next multiple of 128 it is usual."""
+    ids, enough = config.model.vocab_size, -(-tokens // 64) * 64
+    if ids <= -(-tokens // 128) * 128:
+        return []
+    matrices = 1 if config.model.tie_embeddings else 2
+    wasted = (ids - enough) * config.model.d_model * matrices
+    return [
+        f"vocabulary HINT: the tokenizer has {tokens:,} ids, the model {ids:,}: {wasted:,} parameters that no text",
+        f"           uses, and time in the loss; model.vocab_size={enough} is enough",
+    ]
 
 
 def _describe_cache(config: RunConfig, stream: SampleStream) -> list[str]:
@@ -193,13 +211,9 @@ def changes_of_data(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, lis
     return {key: [saved.get(key), now.get(key)] for key in sorted({**saved, **now}) if saved.get(key) != now.get(key)}
 
 
-def refuse_changed_data(changes: dict[str, list[Any]], checkpoint: Path) -> None:
-    """Raises CorpusError that shows `changes`."""
-    shown = [f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in changes.items()]
-    raise CorpusError(
-        f"{checkpoint} was trained on other data ({'; '.join(shown)}), so its position means nothing here. Go back to "
-        "the data it was trained on, or give the reason for the change in corpus.allow_changed_data='...'"
-    )
+def describe_changes(changes: dict[str, list[Any]]) -> str:
+    """`changes`, as `changes_of_data` finds them, in a line."""
+    return "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in changes.items())
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.reading.batch import Batch
+from data_pipeline.reading.batch import Batch, Columns
 from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
@@ -38,20 +39,26 @@ def open_evaluation_corpora(config: RunConfig, corpus: Corpus | LiveCorpus, chec
         if corpora[name].tokenizer().fingerprint != corpus.tokenizer().fingerprint:
             raise ValueError(
                 f"evaluation.sets.{name}.directory: {evaluation_set.directory} was prepared with another tokenizer "
-                f"than corpus.directory ({config.corpus.directory}); prepare it again with the run's tokenizer"
+                f"than corpus.directory ({config.corpus.directory}); prepare it elsewhere with the run's tokenizer"
             )
     return corpora
 
 
 @dataclass(frozen=True)
 class EvaluationWindows:
-    """Windows of consecutive text, in order, up to the limit of tokens."""
+    """Windows of consecutive text, in order, up to the limit of tokens.
+
+    `scale`: tokens of the split for which each scored one stands in the loss of the whole set. Above 1 for a source of
+    a set with `by_source` that `max_tokens` cuts: every source then counts in the set as much as it has in the split.
+    """
 
     stream: WindowStream
     count: int
+    scale: float = 1.0
 
-    def batch(self, first: int, size: int) -> Batch:
-        return self.stream.batch(first, min(size, self.count - first))
+    def batch(self, first: int, size: int, columns: Columns | None = None) -> Batch:
+        """Windows first ... first + size - 1, fewer at the end, or these columns of them."""
+        return self.stream.batch(first, min(size, self.count - first), columns)
 
     @property
     def targets(self) -> int:
@@ -81,7 +88,11 @@ def parts_of_set(corpus: Corpus, settings: EvaluationSetConfig, sequence_length:
     sources = [s for s in corpus.sources(settings.split) if corpus.tokens(settings.split, s) > 1]
     if not settings.by_source or len(sources) < 2:
         return {"": open_windows(corpus, settings, sequence_length)}
-    return {source: open_windows(corpus, settings, sequence_length, source) for source in sources}
+    parts = {source: open_windows(corpus, settings, sequence_length, source) for source in sources}
+    return {
+        source: dataclasses.replace(windows, scale=windows.stream.targets / windows.targets)
+        for source, windows in parts.items()
+    }
 
 
 def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationWindows]:
@@ -96,33 +107,38 @@ def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, Evalua
 def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
     """Score every evaluation set of `config`, and each source of those with `by_source` as <set>/<source>.
 
+    A set's loss is the mean over its tokens, also where `max_tokens` bounds what is scored of each source: the means of
+    the sources are then weighted by the tokens that each has in the split.
     Collective: all ranks call it and get equal results.
     """
     results = {}
     for name, settings in config.evaluation.sets.items():
         parts = parts_of_set(corpora[name], settings, config.training.sequence_length)
         sums = {source: _sum_losses(engine, config.evaluation.batch_size, windows) for source, windows in parts.items()}
-        losses, counts = zip(*sums.values(), strict=True)
-        results[name] = _result(sum(losses), sum(counts))
-        results |= {f"{name}/{source}": _result(*pair) for source, pair in sums.items() if source}
+        losses = [loss * parts[source].scale for source, (loss, _) in sums.items()]
+        stands_for = sum(tokens * parts[source].scale for source, (_, tokens) in sums.items())
+        results[name] = _result(sum(losses) / stands_for, sum(tokens for _, tokens in sums.values()))
+        results |= {
+            f"{name}/{source}": _result(loss / tokens, tokens) for source, (loss, tokens) in sums.items() if source
+        }
     return results
 
 
-def _result(loss_sum: float, tokens: int) -> EvaluationResult:
-    mean = loss_sum / tokens
+def _result(mean: float, tokens: int) -> EvaluationResult:
     return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
 
 
 def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
     """(sum of the losses in nats, tokens) over all ranks."""
     mesh = engine.mesh
+    columns = Columns.of_rank(windows.stream.sequence_length, mesh.sequence, mesh.shape.sequence)
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
     for turn in range(0, windows.count, batch_size * mesh.shape.data):
         first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = engine.evaluate_batch(windows.batch(first if has_own else turn, batch_size))
+        loss, count = engine.evaluate_batch(windows.batch(first if has_own else turn, batch_size, columns))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from data_pipeline.reading.batch import MASKED, Batch
 from data_pipeline.reading.stream import WindowStream
 from train.config import RunConfig
 from train.data import open_corpus
-from train.evaluate import open_evaluation_corpora, parts_of_set
+from train.evaluate import EvaluationWindows, open_evaluation_corpora, parts_of_set
 from train.run_directory import write_atomically
 
-FORMAT_VERSION = 1
+# 2: parts of a set that `max_tokens` cuts are weighted.
+FORMAT_VERSION = 2
 SMOOTHING_GRID = tuple(float(k) for k in 10.0 ** np.arange(-4, 1.5, 0.5))
 # One train window in so many is held back to choose k.
 HELD_BACK_EVERY = 10
@@ -107,26 +108,36 @@ def bigram_loss(train: PairCounts, held_out: PairCounts, k: float) -> float:
 
 
 def ngram_baselines(
-    counted: Iterable[Batch], held_back: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int
+    counted: Iterable[Batch],
+    held_back: Iterable[Batch],
+    held_out: Sequence[Iterable[Batch]],
+    vocab_size: int,
+    scales: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """`{"tokens": n, "unigram": {"loss", "k"}, "bigram": {"loss", "k"}}` of the targets in `held_out`.
 
     `counted` and `held_back` are the two parts of the train split: k is the best for `held_back` after counting
-    `counted`, and both are counted for the result. Raises ValueError when a part has no target.
+    `counted`, and both are counted for the result. `held_out`: the batches of each part of the scored set; `scales`:
+    the weight of a target in each (None: 1). Raises ValueError when a part has no target.
     """
-    parts = {"train": counted, "held-back train": held_back, "held-out": held_out}
-    counts = {name: PairCounts.of(batches, vocab_size) for name, batches in parts.items()}
-    for name, part in counts.items():
-        if not part.total:
+    train, tuning = (PairCounts.of(batches, vocab_size) for batches in (counted, held_back))
+    scored = [PairCounts.of(batches, vocab_size) for batches in held_out]
+    weights = [part.total * scale for part, scale in zip(scored, scales or [1.0] * len(scored), strict=True)]
+    for name, total in (("train", train.total), ("held-back train", tuning.total), ("held-out", sum(weights))):
+        if not total:
             raise ValueError(f"n-gram baselines: the {name} text has no token to predict; prepare more text")
-    train, tuning, scored = counts.values()
     everything = train + tuning
-    baselines: dict[str, Any] = {"tokens": scored.total}
+    baselines: dict[str, Any] = {"tokens": sum(part.total for part in scored)}
     for name, loss in (("unigram", unigram_loss), ("bigram", bigram_loss)):
         losses = {k: loss(train, tuning, k) for k in SMOOTHING_GRID}
         k = min(losses, key=lambda k: losses[k])  # noqa: B023 - called at once
-        baselines[name] = {"loss": loss(everything, scored, k), "k": k}
+        weighted = [weight * loss(everything, part, k) for part, weight in zip(scored, weights, strict=True) if weight]
+        baselines[name] = {"loss": sum(weighted) / sum(weights), "k": k}
     return baselines
+
+
+def _batches(windows: EvaluationWindows) -> Iterator[Batch]:
+    return (windows.batch(first, _BATCH) for first in range(0, windows.count, _BATCH))
 
 
 def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) -> dict[str, Any]:
@@ -154,12 +165,13 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
         if {key: kept.get(key) for key in identity} == identity:
             return kept
     train = WindowStream(corpus, config.corpus.split, _TRAIN_WINDOW)
-    parts = parts_of_set(held_out_corpus, sets[name], config.training.sequence_length).values()
+    parts = list(parts_of_set(held_out_corpus, sets[name], config.training.sequence_length).values())
     baselines = ngram_baselines(
         (train.batch(window, 1) for window in range(train.windows) if window % HELD_BACK_EVERY),
         (train.batch(window, 1) for window in range(0, train.windows, HELD_BACK_EVERY)),
-        (part.batch(first, _BATCH) for part in parts for first in range(0, part.count, _BATCH)),
+        [_batches(part) for part in parts],
         corpus.vocab_size,
+        [part.scale for part in parts],
     )
     result = identity | baselines
     write_atomically(path, json.dumps(result, indent=1) + "\n")

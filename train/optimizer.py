@@ -49,6 +49,15 @@ def validate_optimizer(config: OptimizerConfig, prefix: str = "optimizer") -> li
     return problems
 
 
+def describe_optimizer(config: OptimizerConfig) -> str:
+    """The settings as a reader's line."""
+    clipping = "not clipped" if config.gradient_clipping is None else f"clipped at {config.gradient_clipping:g}"
+    return (
+        f"AdamW, peak learning rate {config.learning_rate:g}, betas {config.betas[0]:g} and {config.betas[1]:g}, "
+        f"eps {config.eps:g}, weight decay {config.weight_decay:g}, gradient norm {clipping}"
+    )
+
+
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies to the parameter `name`.
 

@@ -10,8 +10,12 @@ import torch
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
 from model.hardware import Hardware
 from model.memory import activation_bytes, training_state_bytes
+from train.checkpoints.state import TrainState
 from train.config import RunConfig
+from train.length import steps_left
+from train.optimizer import OptimizerConfig, describe_optimizer
 from train.parallel.mesh import MeshShape
+from train.schedule import ScheduleConfig, describe_schedule
 
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
@@ -34,15 +38,23 @@ class Plan:
     """Numbers that follow from a configuration and the number of processes."""
 
     world_size: int
-    # Data-parallel copies of the model; sequence and pipeline parallelism will divide the world further.
+    # Copies of the model that take samples of their own; each is computed by `sequence_ranks` processes, with a slice
+    # of every sample each.
     replicas: int
+    sequence_ranks: int
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
     sequence_length: int
     tokens_per_step: int
+    # Of the whole run: what is completed, when it resumes, and what is left.
     total_steps: int
     total_tokens: int
+    # Length of the data order that the run goes through, samples that it left out included.
+    total_samples: int
+    # What an earlier start has done.
+    completed_steps: int
+    completed_tokens: int
     parameters: int
     parameter_tensors: int
     tokens_per_parameter: float
@@ -59,8 +71,19 @@ class Plan:
     device: str
     # Dense bf16 peak of the device in FLOP/s; null when unknown.
     peak_flops: float | None
-    # Wall-clock of the run at ASSUMED_UTILISATION; null when the peak is unknown.
+    # Wall-clock of what is left of the run at ASSUMED_UTILISATION; null when the peak is unknown.
     predicted_seconds: float | None
+    # As the recipe of the model and the command line gave them.
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+    @property
+    def steps_left(self) -> int:
+        return self.total_steps - self.completed_steps
+
+    @property
+    def tokens_left(self) -> int:
+        return self.total_tokens - self.completed_tokens
 
     @property
     def rank_bytes(self) -> float:
@@ -77,6 +100,13 @@ class Plan:
         rate = tokens_per_second_per_device / self.peak_flops
         return {"mfu_6n": self.flops_per_token_6n * rate, "mfu_exact": self.flops_per_token_exact * rate}
 
+    @property
+    def _slices(self) -> str:
+        if self.sequence_ranks == 1:
+            return ""
+        tokens = self.sequence_length // self.sequence_ranks
+        return f" of {self.sequence_ranks} sequence ranks with {tokens:,} tokens of each sample"
+
     def as_dict(self) -> dict[str, Any]:
         return {"format_version": 1, **asdict(self)}
 
@@ -84,11 +114,12 @@ class Plan:
         """The plan as the lines that a run prints at its start."""
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
-            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas",
+            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._slices}",
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
-            f"length     {self.total_steps:,} steps, {self.total_tokens:,} tokens "
-            f"({self.tokens_per_parameter:.1f} a parameter)",
+            self._describe_length(),
+            f"optimizer  {describe_optimizer(self.optimizer)}",
+            f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
             f"memory     {gib(self.rank_bytes)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
@@ -96,20 +127,35 @@ class Plan:
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None and self.peak_flops is not None:
+            left = " left" if self.completed_steps else ""
             lines.append(
-                f"time       about {self.predicted_seconds / 3600:.1f} h at {ASSUMED_UTILISATION:.0%} of "
+                f"time       about {self.predicted_seconds / 3600:.1f} h{left} at {ASSUMED_UTILISATION:.0%} of "
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
             )
         return "\n".join(lines)
 
+    def _describe_length(self) -> str:
+        whole = (
+            f"{self.total_steps:,} steps, {self.total_tokens:,} tokens ({self.tokens_per_parameter:.1f} a parameter)"
+        )
+        if not self.completed_steps:
+            return f"length     {whole}"
+        return f"left       {self.steps_left:,} steps, {self.tokens_left:,} tokens, of {whole}"
 
-def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> Plan:
-    """Work out the plan of a valid `config`. `device`: the accelerator's name; None: this machine's."""
+
+def make_plan(config: RunConfig, world_size: int, device: str | None = None, state: TrainState | None = None) -> Plan:
+    """Work out the plan of a valid `config`.
+
+    `device`: the accelerator's name; None: this machine's. `state`: what the run goes on from; None when it begins.
+    """
+    state = state or TrainState()
     device = device or _device_name()
     training = config.training
     counted = count_parameters(config.model)
-    total_tokens = config.total_steps * config.tokens_per_step
-    shape = MeshShape.of_world(world_size)
+    left = steps_left(config, state)
+    tokens_left = left * config.tokens_per_step
+    total_tokens = state.tokens + tokens_left
+    shape = MeshShape.of_world(world_size, sequence=config.parallel.sequence)
     zero_stage = config.parallel.zero_stage
     compute_bytes = config.precision.compute_dtype.itemsize
     hardware = Hardware(device, compute_bytes)
@@ -122,13 +168,17 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
     return Plan(
         world_size=world_size,
         replicas=shape.data,
+        sequence_ranks=shape.sequence,
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.global_batch_size // (training.micro_batch_size * shape.data),
         global_batch_size=training.global_batch_size,
         sequence_length=training.sequence_length,
         tokens_per_step=config.tokens_per_step,
-        total_steps=config.total_steps,
+        total_steps=state.step + left,
         total_tokens=total_tokens,
+        total_samples=state.next_sample + left * training.global_batch_size,
+        completed_steps=state.step,
+        completed_tokens=state.tokens,
         parameters=counted.total,
         parameter_tensors=counted.tensors,
         tokens_per_parameter=total_tokens / counted.total,
@@ -143,12 +193,15 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None) -> 
             training.sequence_length,
             config.parallel.activation_checkpointing,
             hardware,
+            sequence_ranks=shape.sequence,
         ),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total,
         device=device,
         peak_flops=peak,
-        predicted_seconds=None if peak is None else six_n * total_tokens / (peak * ASSUMED_UTILISATION * world_size),
+        predicted_seconds=None if peak is None else six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
     )
 
 

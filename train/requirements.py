@@ -8,16 +8,12 @@ calls it before the ranks meet, `launch local` before they exist.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from conf import ConfigError
 from data_pipeline.corpus.corpus import Corpus
@@ -25,34 +21,16 @@ from data_pipeline.errors import DataError, ReadingError
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
-from model.config import ModelConfig
-from model.stored import what_is_computed, with_current_keys
+from train.changes import changes_of_order, changes_of_run, refused_changes_of_data
+from train.checkpoints.reader import newest_state
 from train.config import RunConfig
-from train.data import misfits_of_mixture, open_run_corpus, open_stream, too_little_data
+from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
 from train.wandb_settings import wandb_variable_problems
-
-# A run resumed with another value of one of these would not be the same run.
-_FIXED = ("name", "seed", "model", "training.sequence_length")
-# Of these, unless corpus.allow_changed_data gives a reason.
-_FIXED_DATA = tuple(
-    f"corpus.{key}"
-    for key in (
-        "directory",
-        "split",
-        "weights",
-        "temperature",
-        "epoch_caps",
-        "phases",
-        "packing",
-        "window_shards",
-        "live",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -72,9 +50,11 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
     of the configuration, a corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
-    _refuse([*validate(config, world_size), *wandb_variable_problems(config.logging.wandb, os.environ)])
-    plan = make_plan(config, world_size)
     directory = RunDirectory(Path(config.run_root) / config.name)
+    # As far as its checkpoint turns out to be whole, which the ranks find out together.
+    state = newest_state(directory.checkpoints)
+    _refuse([*validate(config, world_size, state), *wandb_variable_problems(config.logging.wandb, os.environ)])
+    plan = make_plan(config, world_size, state=state)
     with _data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
@@ -82,13 +62,15 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
         [
             *_misfits_of_backends(config),
             *changes_of_run(config, directory),
+            *([] if state is None else changes_of_order(config, state)),
             *_misfits_of_corpus(config, corpus),
             *_misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
     with _data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
-    _refuse(too_little_data(config, plan, stream))
+    changed = [] if state is None else refused_changes_of_data(config, state, data_identity(stream))
+    _refuse(changed or too_little_data(config, plan, stream))
     return Requirements(plan, directory, corpus, evaluation_corpora, stream)
 
 
@@ -154,64 +136,3 @@ def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corp
 
 def _no_such_split(key: str, split: str, corpus: Corpus | LiveCorpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"
-
-
-def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
-    """Where the folder holds a run that differs in what must not change."""
-    if not directory.config.exists():
-        return []
-    stored: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
-    model = _with_defaults(ModelConfig, with_current_keys(stored.get("model") or {}))
-    before: dict[str, Any] = {**_with_defaults(RunConfig, stored), "model": what_is_computed(model)}
-    now = dataclasses.asdict(config)
-    now["model"] = what_is_computed(now["model"])
-    problems = []
-    for key in (*_FIXED, *(() if config.corpus.allow_changed_data else _FIXED_DATA)):
-        old: Any = before
-        new: Any = now
-        for part in key.split("."):
-            old, new = (old or {}).get(part), new[part]
-        if old != new:
-            problems.append(
-                f"{key}: {directory.path} was started with another value; give the run another name=..., or go back "
-                f"to {_difference(old, new)}"
-            )
-    return problems
-
-
-def _with_defaults(annotation: Any, value: Any) -> Any:
-    """`value` of a field of type `annotation`, with the default of every key that the sections in it lack.
-
-    The folder of a run that an earlier version of this program started has none of the keys that came since.
-    """
-    inner = typing.get_args(annotation)
-    if typing.get_origin(annotation) is list and isinstance(value, list):
-        return [_with_defaults(inner[0], item) for item in value]
-    if typing.get_origin(annotation) is dict and isinstance(value, dict):
-        return {key: _with_defaults(inner[1], item) for key, item in value.items()}
-    # X or X | None.
-    for schema in (annotation, *inner):
-        if isinstance(schema, type) and dataclasses.is_dataclass(schema) and isinstance(value, dict):
-            return _section_with_defaults(schema, value)
-    return value
-
-
-def _section_with_defaults(schema: type, values: dict[str, Any]) -> dict[str, Any]:
-    hints, filled = typing.get_type_hints(schema), dict(values)
-    for field in dataclasses.fields(schema):
-        if field.name not in filled and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-            is_section = dataclasses.is_dataclass(default) and not isinstance(default, type)
-            filled[field.name] = dataclasses.asdict(default) if is_section else default
-        elif field.name not in filled and field.default is not dataclasses.MISSING:
-            filled[field.name] = field.default
-        if field.name in filled:
-            filled[field.name] = _with_defaults(hints[field.name], filled[field.name])
-    return filled
-
-
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [f"{key}={old.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
-        return ", ".join(parts)
-    return repr(old)

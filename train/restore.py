@@ -10,12 +10,14 @@ from torch import Tensor
 
 from model.accounting import parameter_shapes
 from model.initialisation import initialise_parameter
+from train.changes import change_of_rate, changes_since, describe_resume
 from train.checkpoints.generators import seed_everything
 from train.checkpoints.reader import load, newest_usable
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.context import RunContext
-from train.data import changes_of_data, refuse_changed_data
+from train.data import changes_of_data, describe_changes
+from train.length import begin, learning_rate_of_next_step, taken_over
 from train.parallel.engine import Engine, EngineFactory, make_engine
 from train.parallel.fragments import ReadRange
 
@@ -32,7 +34,7 @@ def restore(context: RunContext, factory: EngineFactory = make_engine) -> RunSta
     """Make the engine and fill it from the run's newest usable checkpoint or, when there is none, from its seed.
 
     Collective. The engine is closed with the context. Logs `start`, or `resume` and whether the data changed. Raises
-    CheckpointError when the checkpoint is of another model, CorpusError when it was trained on other data.
+    CheckpointError when the checkpoint is of another model.
     """
     config, events, mesh = context.config, context.events, context.mesh
     seed_everything(config.seed, mesh.rank)
@@ -41,22 +43,25 @@ def restore(context: RunContext, factory: EngineFactory = make_engine) -> RunSta
     context.save_engine_settings(engine.describe())
     state = _bring_to(context, engine, context.checkpoint)
     if context.checkpoint is None:
-        events.append("start", world_size=mesh.size, steps=config.total_steps)
+        configuration = context.configuration_file
+        events.append("start", world_size=mesh.size, steps=config.total_steps, configuration=configuration)
     else:
-        _accept(context, context.checkpoint, state)
+        state = _accept(context, context.checkpoint, state)
     return RunState(engine, state)
 
 
-def _accept(context: RunContext, checkpoint: Path, state: TrainState) -> None:
-    """Log that the run goes on from `checkpoint`, unless its position means nothing in today's data."""
-    reason = context.config.corpus.allow_changed_data
+def _accept(context: RunContext, checkpoint: Path, saved: TrainState) -> TrainState:
+    """Log and say that the run goes on from `checkpoint`, and under what; returns `saved` as it does."""
+    config = context.config
+    state = taken_over(config, saved)
+    _report_resume(context, checkpoint, saved, state)
     changes = changes_of_data(state.data_identity, context.data_identity)
-    if changes and reason is None:
-        refuse_changed_data(changes, checkpoint)
-    _report_resume(context, checkpoint, state)
     if changes:
         state.data_identity = context.data_identity
+        reason = config.corpus.allow_changed_data
         context.events.append("data_changed", step=state.step, reason=reason, changes=changes)
+        context.say(f"WARNING    the data are others than before ({describe_changes(changes)}), allowed for: {reason}")
+    return state
 
 
 def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainState, Path | None]:
@@ -67,7 +72,7 @@ def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainS
     checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected, last_step)
     if checkpoint is None:
         seed_everything(context.config.seed, context.mesh.rank)
-    state = _bring_to(context, engine, checkpoint)
+    state = taken_over(context.config, _bring_to(context, engine, checkpoint))
     changes = changes_of_data(state.data_identity, context.data_identity)
     if changes:
         # Between that checkpoint and now the data changed, which was allowed at the time.
@@ -81,7 +86,7 @@ def _bring_to(context: RunContext, engine: Engine, checkpoint: Path | None) -> T
     if checkpoint is not None:
         return load(checkpoint, engine, context.config.model)
     engine.fill(initial_weights(context.config), 0)
-    return TrainState(data_identity=context.data_identity)
+    return begin(context.config, context.data_identity)
 
 
 def initial_weights(config: RunConfig) -> ReadRange:
@@ -96,8 +101,9 @@ def initial_weights(config: RunConfig) -> ReadRange:
     return read
 
 
-def _report_resume(context: RunContext, checkpoint: Path, state: TrainState) -> None:
+def _report_resume(context: RunContext, checkpoint: Path, saved: TrainState, state: TrainState) -> None:
     config = context.config
+    changes, rate = changes_since(config, saved), change_of_rate(config, saved, state)
     context.events.append(
         "resume",
         checkpoint=checkpoint.name,
@@ -108,8 +114,14 @@ def _report_resume(context: RunContext, checkpoint: Path, state: TrainState) -> 
         saved_by_world_size=state.world_size,
         zero_stage=config.parallel.zero_stage,
         saved_by_zero_stage=state.zero_stage,
+        configuration=context.configuration_file,
+        changes=changes,
+        learning_rate_before=None if rate is None else rate.before,
+        learning_rate=learning_rate_of_next_step(config, state),
     )
-    context.say(
-        f"Resuming '{config.name}' from {checkpoint.name}: {state.step} of {config.total_steps} steps, "
-        f"{state.tokens:,} tokens, next sample {state.next_sample:,}."
-    )
+    lines = [
+        f"Resuming '{config.name}' from {checkpoint.name}: {state.step} of {context.plan.total_steps} steps, "
+        f"{state.tokens:,} tokens, next sample {state.next_sample:,}.",
+        *describe_resume(changes, rate, state.step),
+    ]
+    context.say("\n".join(lines))

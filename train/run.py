@@ -61,7 +61,11 @@ def _reporting_errors(
 def _train(context: RunContext, factory: EngineFactory) -> int:
     config, events = context.config, context.events
     if context.is_complete:
-        context.say(f"The run '{config.name}' is complete: {config.total_steps} steps in {context.directory.path}.")
+        plan = context.plan
+        context.say(
+            f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
+            f"{context.directory.path}. To go on, raise {_length_key(config)}."
+        )
         context.say(next_commands(context.directory, is_complete=True))
         return 0
     check_kernels(config, context.mesh, events)
@@ -77,6 +81,14 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
         context.say(f"Complete: {trainer.step:,} steps, {trainer.tokens:,} tokens.")
     context.say(next_commands(context.directory, is_complete=outcome != "stopped"))
     return 0
+
+
+def _length_key(config: RunConfig) -> str:
+    """The length as the configuration gives it."""
+    training = config.training
+    if training.total_tokens is None:
+        return f"training.total_steps={training.total_steps}"
+    return f"training.total_tokens={training.total_tokens}"
 
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:

@@ -1,7 +1,7 @@
 """The folder of one run: every path in it, and the append-only event log.
 
-Layout (documented in docs/training.md): config.yaml, plan.json, deepspeed.json, code.json, environment.json,
-metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-XXXXXXXX/, report.png.
+Layout (documented in docs/training.md): config.yaml, configurations/NNNN.yaml, plan.json, deepspeed.json, code.json,
+environment.json, metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-XXXXXXXX/, report.png.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.yaml"
+        self.configurations = path / "configurations"
         self.plan = path / "plan.json"
         self.engine_settings = path / "deepspeed.json"
         self.code = path / "code.json"
@@ -51,6 +52,22 @@ class RunDirectory:
     def create(self) -> None:
         for folder in (self.path, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def keep_configuration(self, text: str) -> str:
+        """Make `text` the run's config.yaml, and keep it as that of one more attempt; returns this file's name.
+
+        The file lies in the run's folder and is never written again. Rank 0 only, under the run's lock.
+        """
+        self.configurations.mkdir(exist_ok=True)
+        kept = [int(file.stem) for file in self.configurations.glob("*.yaml") if file.stem.isdecimal()]
+        if not kept and self.config.exists():
+            # Of an attempt of version 0.2.0 or before.
+            write_atomically(self.configurations / "0001.yaml", self.config.read_text(encoding="utf-8"))
+            kept = [1]
+        file = self.configurations / f"{max(kept, default=0) + 1:04d}.yaml"
+        write_atomically(file, text)
+        write_atomically(self.config, text)
+        return str(file.relative_to(self.path))
 
 
 class RunLock:

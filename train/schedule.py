@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the number of optimizer steps applied.
+"""Learning-rate schedules as pure functions of the number of optimizer steps applied (`train.length`: or of tokens).
 
 Nothing here has state: a resumed, a repeated and an uninterrupted run ask for the same step and get the same rate.
 Published schedules that the kinds express: arXiv 2503.13427 (xLSTM 7B: exponential), arXiv 2405.04517 (xLSTM: cosine),
@@ -36,7 +36,8 @@ class ScheduleConfig:
 
     Durations are optimizer steps when they are whole numbers of at least 1 (`2000`), and a share of the run when they
     are fractions below 1 (`0.01`: the hundredth part, rounded to whole steps). A field that `kind` does not use is
-    null.
+    null. In a run whose length is given in tokens, the schedule is a curve over tokens, and these steps are those of
+    the batch that the run had when the schedule was set.
     """
 
     # cosine | linear | wsd | exponential | constant
@@ -63,8 +64,21 @@ def duration_in_steps(duration: int | float | None, total_steps: int) -> int:
     return round(duration * total_steps) if duration < 1 else int(duration)
 
 
-def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
+def describe_schedule(config: ScheduleConfig, total_steps: int) -> str:
+    """The schedule of a run of `total_steps` steps as a reader's line, durations in steps."""
+    parts = [config.kind, f"warm-up {duration_in_steps(config.warmup, total_steps):,} steps"]
+    for name, duration in {"decay": config.decay, "cooldown to 0": config.cooldown}.items():
+        if duration is not None:
+            parts.append(f"{name} {duration_in_steps(duration, total_steps):,} steps")
+    if config.final_factor is not None:
+        parts.append(f"falls to {config.final_factor:g} of the peak")
+    return ", ".join(parts)
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: float, total_steps: int) -> float:
     """The learning rate of the step that follows `step` applied optimizer steps (0: the first step of the run).
+
+    `step` is no whole number where a run in tokens takes steps of another size than those that its schedule counts.
 
     A decay of N steps that begins after step b has progress (step - b) / N: the first step after the warm-up still has
     the peak, and the value "at the end" is that of step b + N, so that no step of a decay to 0 is wasted on a rate of
@@ -75,7 +89,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: i
     return peak * _factor(config, min(step, total_steps), total_steps)
 
 
-def _factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+def _factor(config: ScheduleConfig, step: float, total_steps: int) -> float:
     warmup = duration_in_steps(config.warmup, total_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -87,7 +101,7 @@ def _factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
     return factor
 
 
-def _factor_before_cooldown(config: ScheduleConfig, step: int, warmup: int, end: int, total_steps: int) -> float:
+def _factor_before_cooldown(config: ScheduleConfig, step: float, warmup: int, end: int, total_steps: int) -> float:
     if config.kind == "constant":
         return 1.0
     decay = duration_in_steps(config.decay, total_steps) or end - warmup
@@ -167,7 +181,8 @@ def _length_problems(config: ScheduleConfig, total_steps: int, prefix: str) -> l
         keys = " or ".join(f"{prefix}.{name}" for name, steps in parts.items() if steps)
         problems.append(
             f"{prefix}: {listing} = {sum(parts.values())} steps do not fit into the run's {total_steps} steps; "
-            f"shorten {keys}, or lengthen the run"
+            f"shorten {keys}, lengthen the run, or take a schedule whose parts are shares of the run, such as "
+            f"{prefix}=cosine"
         )
     if config.decay is not None and duration_in_steps(config.decay, total_steps) == 0:
         problems.append(

@@ -20,8 +20,8 @@ from train.checkpoints.writer import CheckpointWriter
 from train.context import RunContext
 from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
 from train.errors import RunError
+from train.length import last_step, learning_rate_of_next_step, steps_left
 from train.restore import RunState, go_back
-from train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Trainer:
         self.engine = state.engine
         self.state = state.train
         self.callbacks = list(context.callbacks)
-        self.total_steps = self.config.total_steps
-        self.total_tokens = self.config.total_steps * self.config.tokens_per_step
         # Of the latest step; not a number before the first.
         self.last_loss = math.nan
         self.last_gradient_norm = math.nan
@@ -81,6 +79,16 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens consumed by completed steps."""
         return self.state.tokens
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, those before a change of the batch size counted as they were."""
+        return last_step(self.config, self.state)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run; the last step may go beyond a budget."""
+        return self.tokens + steps_left(self.config, self.state) * self.config.tokens_per_step
 
     @property
     def is_main(self) -> bool:
@@ -166,9 +174,7 @@ class Trainer:
                 "say what is wrong with them; restore the corpus and start the run again"
             )
         decision = self._decide() if agreement.wishes else CONTINUE
-        self.last_learning_rate = learning_rate(
-            self.config.schedule, self.config.optimizer.learning_rate, self.state.applied_steps, self.total_steps
-        )
+        self.last_learning_rate = learning_rate_of_next_step(self.config, self.state)
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
         self._advance(applied)
         if isinstance(decision, Rollback):
@@ -228,6 +234,7 @@ class Trainer:
         state = self.state
         if applied:
             state.applied_steps += 1
+            state.applied_tokens += self.config.tokens_per_step
         else:
             state.skipped_steps += 1
             self.events.append(

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import math
 
-from conf.problems import at_least, choice, exactly_one
+from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
+from model.layers import sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
+from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig
 from train.data import validate_corpus
+from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.parallel.mesh import MeshShape
+from train.parallel.state_exchange import AUTO, EXCHANGES
 from train.schedule import validate_schedule
 from train.wandb_settings import validate_wandb
 
 ZERO_STAGES = (0, 1, 2, 3)
 
 
-def validate(config: RunConfig, world_size: int) -> list[str]:
-    """All problems of `config` on `world_size` processes, one line each: key path, value, what to change."""
+def validate(config: RunConfig, world_size: int, state: TrainState | None = None) -> list[str]:
+    """All problems of `config` on `world_size` processes, one line each: key path, value, what to change.
+
+    `state`: what the run goes on from; None when it begins.
+    """
     problems = [
         *validate_model(config.model, "model"),
         *_validate_training(config, world_size),
         *validate_optimizer(config.optimizer, "optimizer"),
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
+        *_validate_sequence_ranks(config, world_size),
         *_validate_intervals(config),
     ]
     if _length_is_known(config):
-        problems += validate_schedule(config.schedule, config.total_steps, "schedule")
+        length = config.total_steps if state is None else schedule_length(config, taken_over(config, state))
+        problems += validate_schedule(config.schedule, length, "schedule")
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
+    problems += local_folder("run_root", config.run_root)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
@@ -58,7 +68,9 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
-    replicas = MeshShape.of_world(world_size).data
+    ranks = config.parallel.sequence
+    # Where the processes do not divide among replicas, that is the problem.
+    replicas = MeshShape.of_world(world_size, sequence=ranks).data if ranks > 0 and world_size % ranks == 0 else 1
     per_pass = training.micro_batch_size * replicas
     if sizes_are_positive and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
@@ -81,6 +93,26 @@ def _validate_parallel(config: RunConfig) -> list[str]:
         *at_least("parallel.collective_timeout_seconds", parallel.collective_timeout_seconds, 1),
         *choice("precision.compute", config.precision.compute, PRECISIONS),
     ]
+
+
+def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
+    ranks, length = config.parallel.sequence, config.training.sequence_length
+    problems = choice("parallel.sequence_exchange", config.parallel.sequence_exchange, (AUTO, *EXCHANGES))
+    if ranks < 1:
+        return problems + at_least("parallel.sequence", ranks, 1)
+    if world_size % ranks:
+        problems.append(
+            f"parallel.sequence: {world_size} processes do not divide into groups of {ranks} that share a sequence; "
+            f"start a multiple of {ranks}, or choose a divisor of {world_size}"
+        )
+    if length > 0 and length % ranks:
+        problems.append(
+            f"training.sequence_length: {length} tokens do not divide into {ranks} equal slices (parallel.sequence); "
+            f"use training.sequence_length={max(1, round(length / ranks)) * ranks}"
+        )
+    if not validate_model(config.model):
+        problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
+    return problems
 
 
 def _validate_intervals(config: RunConfig) -> list[str]:

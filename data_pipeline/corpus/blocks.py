@@ -10,7 +10,7 @@ import xxhash
 
 from data_pipeline.errors import CorpusError
 
-RESTORE = "restore it or prepare the corpus again"
+RESTORE = "restore it or prepare the corpus again elsewhere"
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

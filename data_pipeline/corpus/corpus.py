@@ -73,7 +73,7 @@ class Corpus:
         directory = Path(directory)
         manifest = Manifest.read(directory)
         if not len(manifest.shards):
-            raise CorpusError(f"{directory}: the corpus is empty; prepare it again from a source that holds documents")
+            raise CorpusError(f"{directory}: the corpus is empty; prepare another from a source that holds documents")
         if check != "none":
             _check_sizes(directory, manifest)
         if check == "hash":
@@ -93,7 +93,7 @@ class Corpus:
         remote.copy_description()
         manifest = Manifest.read(remote.folder)
         if not len(manifest.shards):
-            raise CorpusError(f"{url}: the corpus is empty; prepare it again from a source that holds documents")
+            raise CorpusError(f"{url}: the corpus is empty; prepare another from a source that holds documents")
         remote.use(manifest)
         corpus = Corpus(url, manifest, remote)
         corpus.tokenizer()
@@ -122,15 +122,22 @@ class Corpus:
             entry = self.manifest.tokenizer
             path = path_in(self.folder, entry.file)
             if not path.is_file():
-                raise CorpusError(f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again")
+                raise CorpusError(
+                    f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again elsewhere"
+                )
             try:
                 tokenizer = Tokenizer.load(path, entry.eod_token)
             except TokenizerError as error:
-                raise CorpusError(f"{error}; restore the file or prepare the corpus again") from None
+                raise CorpusError(f"{error}; restore the file or prepare the corpus again elsewhere") from None
             if tokenizer.fingerprint != entry.fingerprint:
                 raise CorpusError(
                     f"{path}: not the tokenizer that wrote this corpus (fingerprint {tokenizer.fingerprint[:12]}, the "
-                    f"manifest has {entry.fingerprint[:12]}); restore the file or prepare the corpus again"
+                    f"manifest has {entry.fingerprint[:12]}); restore the file or prepare the corpus again elsewhere"
+                )
+            if tokenizer.probe_sha256 != entry.probe_sha256 and tokenizer.library_version == entry.library_version:
+                raise CorpusError(
+                    f"{path}: the same {entry.library} {entry.library_version} encoded text differently when it wrote "
+                    "this corpus (a tokenizer with dropout, or a changed library); prepare the corpus again elsewhere"
                 )
             if tokenizer.probe_sha256 != entry.probe_sha256:
                 raise CorpusError(

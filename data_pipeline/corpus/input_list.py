@@ -8,10 +8,10 @@ INPUTS_FILE = "inputs.jsonl"
 
 
 def sum_counts(files: list[dict[str, Any]], key: str) -> dict[str, int]:
-    """reason -> records over some lines of inputs.jsonl; `key`: "rejected" or "repaired"."""
+    """Sums over some lines of inputs.jsonl: reason -> records of "rejected" or "repaired"; "lost": see InputsEntry."""
     sums: dict[str, int] = {}
     for entry in files:
-        for reason, count in entry[key].items():
+        for reason, count in entry.get(key, {}).items():
             sums[reason] = sums.get(reason, 0) + count
     return dict(sorted(sums.items()))
 

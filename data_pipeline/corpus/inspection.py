@@ -42,6 +42,8 @@ def show_corpus(directory: Path) -> None:
     )
     if inputs.repaired:
         print(f"repaired     {inputs.repaired}")
+    if inputs.lost:
+        print(f"lost text    {inputs.lost['bytes']:,} bytes in {inputs.lost['documents']:,} documents have no token")
     print()
     print(
         f"{'split':<12}{'source':<28}{'shards':>7}{'documents':>12}{'tokens':>16}{'share':>7}{'bytes/token':>12}"

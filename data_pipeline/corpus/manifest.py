@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from data_pipeline.errors import CorpusError
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+# What an unfinished preparation keeps beside the corpus.
+PREPARING_FOLDER = "preparing"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class InputsEntry:
     documents: int
     rejected: dict[str, int]
     repaired: dict[str, int]
+    # Text that the tokenizer lost: {"documents": that lost any, "bytes": UTF-8 bytes of it}; empty: none.
+    lost: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Manifest:
             "block_bytes": self.block_bytes,
             "splits": self.splits,
             "shards": dataclasses.asdict(self.shards.entry),
-            "inputs": dataclasses.asdict(self.inputs),
+            "inputs": {k: v for k, v in dataclasses.asdict(self.inputs).items() if k != "lost" or v},
             "report": dataclasses.asdict(self.report),
         }
 
@@ -115,10 +119,7 @@ class Manifest:
         if not folder.is_dir():
             raise CorpusError(f"{folder}: no such folder; prepare a corpus with `python -m data_pipeline prepare`")
         if not path.is_file():
-            raise CorpusError(
-                f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; run (again) "
-                f"`python -m data_pipeline prepare ... output={folder}`"
-            )
+            raise CorpusError(f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; {_how_to_finish(folder)}")
         try:
             document = json.loads(path.read_bytes())
         except ValueError as error:
@@ -128,8 +129,8 @@ class Manifest:
         if document.get("format_version") != FORMAT_VERSION:
             raise CorpusError(
                 f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION} "
-                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again or use the "
-                "release that wrote it"
+                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again in a new "
+                "folder or use the release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
         if fingerprint_of(document) != recorded:
@@ -148,7 +149,17 @@ class Manifest:
         return manifest
 
 
-_ADVICE = "restore the file or prepare the corpus again"
+_ADVICE = "restore the file or prepare the corpus again elsewhere"
+
+
+def _how_to_finish(folder: Path) -> str:
+    if (folder / PREPARING_FOLDER).is_dir():
+        return f"its preparation goes on with the same command, `python -m data_pipeline prepare ... output={folder}`"
+    if (folder / "shards").is_dir():
+        return _ADVICE
+    if any(folder.iterdir()):
+        return f"if it holds text, prepare it: `python -m data_pipeline prepare source={folder} ... output=ELSEWHERE`"
+    return f"it is empty; prepare a corpus with `python -m data_pipeline prepare ... output={folder}`"
 
 
 def _from_document(document: dict[str, Any], folder: Path) -> Manifest:

@@ -117,6 +117,9 @@ def _write(
 ) -> Manifest:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CorpusError(f"{output}: exists already and is not an empty folder; choose another")
+    for corpus in corpora:
+        if Path(os.path.realpath(corpus.folder)) in Path(os.path.realpath(output)).parents:
+            raise CorpusError(f"{output}: lies in the corpus {corpus.directory}; choose an output elsewhere")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -171,6 +174,7 @@ def _fill(
             documents=sum(entry["documents"] for entry in files),
             rejected=sum_counts(files, "rejected"),
             repaired=sum_counts(files, "repaired"),
+            lost=sum_counts(files, "lost"),
         ),
         report=ReportEntry(first.report.file, hashes["report"], len(lists["report"])),
     )

@@ -202,7 +202,9 @@ class RemoteCorpus:
             try:
                 return action()
             except FileNotFoundError:
-                raise CorpusError(f"{self.url}/{name}: missing; restore it or prepare the corpus again") from None
+                raise CorpusError(
+                    f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere"
+                ) from None
             except Exception as error:
                 # Each file system has its own errors for a network that fails for a moment.
                 if attempt == ATTEMPTS - 1:

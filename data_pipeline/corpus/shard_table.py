@@ -22,7 +22,7 @@ from data_pipeline.corpus.files import hash_file, path_in, write_whole
 from data_pipeline.errors import CorpusError
 
 SHARD_TABLE_FILE = "shards.arrow"
-_ADVICE = "restore the file or prepare the corpus again"
+_ADVICE = "restore the file or prepare the corpus again elsewhere"
 _COUNTS = ("documents", "tokens", "text_bytes")
 _LABEL = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(

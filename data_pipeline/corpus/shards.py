@@ -125,12 +125,14 @@ class Shard:
             self.document_hashes = batch.column("document_hash").to_numpy(zero_copy_only=True)
             self.text_bytes = batch.column("text_bytes").to_numpy(zero_copy_only=True)
         except FileNotFoundError:
-            raise CorpusError(f"{path}: the shard is missing; restore it or prepare the corpus again") from None
+            raise CorpusError(
+                f"{path}: the shard is missing; restore it or prepare the corpus again elsewhere"
+            ) from None
         except OSError as error:
             kind = ReadingError if error.errno in OUT_OF_RESOURCES else CorpusError
-            raise kind(f"{path}: not a readable shard ({error}); prepare the corpus again") from None
+            raise kind(f"{path}: not a readable shard ({error}); prepare the corpus again elsewhere") from None
         except (pa.ArrowException, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise CorpusError(f"{path}: not a readable shard ({error}); prepare the corpus again") from None
+            raise CorpusError(f"{path}: not a readable shard ({error}); prepare the corpus again elsewhere") from None
 
     @property
     def documents(self) -> int:

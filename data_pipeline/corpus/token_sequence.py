@@ -427,13 +427,13 @@ def open_shard(path: str | Path, entry: ShardEntry, manifest: Manifest) -> Shard
         if shard.metadata.get(key) != value:
             raise CorpusError(
                 f"{path}: its {key} is '{shard.metadata.get(key)}', the manifest says '{value}'; "
-                "restore the shard or prepare the corpus again"
+                "restore the shard or prepare the corpus again elsewhere"
             )
     shape = (shard.documents, len(shard.tokens), str(shard.tokens.dtype))
     if shape != (entry.documents, entry.tokens, manifest.token_dtype):
         raise CorpusError(
             f"{path}: {shape[0]} documents and {shape[1]} {shape[2]} tokens, the manifest says {entry.documents} "
-            f"and {entry.tokens} {manifest.token_dtype}; restore the shard or prepare the corpus again"
+            f"and {entry.tokens} {manifest.token_dtype}; restore the shard or prepare the corpus again elsewhere"
         )
     return shard
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from conf.problems import between
+from conf.problems import between, local_folder
 from data_pipeline.sources.config import DataConfig, validate_data
 from data_pipeline.tokenizing.config import TokenizerConfig, validate_tokenizer
 
@@ -43,6 +43,7 @@ def validate_prepare(config: PrepareConfig, prefix: str = "") -> list[str]:
     problems += validate_data(config.data, f"{prefix}data") + validate_tokenizer(config.tokenizer, f"{prefix}tokenizer")
     if not config.output:
         problems.append(f"{prefix}output: empty; set {prefix}output=DIR")
+    problems += local_folder(f"{prefix}output", config.output)
     problems += between(f"{prefix}shard_bytes", config.shard_bytes, 1, 2**31, "bytes")
     problems += between(f"{prefix}unit_bytes", config.unit_bytes, 1, 2**40, "bytes")
     problems += between(f"{prefix}workers", config.workers, 1, 1024)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import path_in, write_whole
-from data_pipeline.corpus.input_list import INPUTS_FILE
-from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, canonical_json
+from data_pipeline.corpus.manifest import Manifest, canonical_json
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
-from data_pipeline.sources.file_sources import FileSource
-from data_pipeline.sources.source import InputFile, Source
+from data_pipeline.sources.source import InputFile
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
 
@@ -57,16 +56,17 @@ def refuse_strangers(folder: Path) -> None:
         raise PrepareError(f"{folder}: not empty (it holds {strangers[0]}) and not a corpus; choose another output")
 
 
-def refuse_own_files_as_inputs(source: Source, folder: Path) -> None:
-    """Raises PrepareError where what is written to the corpus folder would be read as input the next time."""
-    if not isinstance(source, FileSource):
+def refuse_output_at_source(config: PrepareConfig) -> None:
+    """Raises PrepareError where the corpus would lie in the folder of the input, be it, or hold it."""
+    if config.data.path is None or not os.path.isdir(config.data.path):
         return
-    for name in ("shards/train/source.arrow", "shards.arrow", INPUTS_FILE, MANIFEST_FILE, "tokenizer/tokenizer.json"):
-        if source.would_read(folder / name):
-            raise PrepareError(
-                f"output: {folder} lies in data.path ({source.root}), and data.files would read {name} of it; choose "
-                "an output elsewhere"
-            )
+    output, path = (Path(os.path.realpath(name)) for name in (config.output, config.data.path))
+    if output == path or path in output.parents or output in path.parents:
+        how = "is" if output == path else "lies in" if path in output.parents else "holds"
+        raise PrepareError(
+            f"output: {config.output} {how} the folder of the input, data.path={config.data.path}; choose an output "
+            "elsewhere"
+        )
 
 
 def begin_preparation(

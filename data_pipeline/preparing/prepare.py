@@ -31,7 +31,7 @@ from data_pipeline.corpus.manifest import (
     canonical_json,
 )
 from data_pipeline.corpus.shard_table import ShardTable
-from data_pipeline.errors import PrepareError
+from data_pipeline.errors import PrepareError, TokenizerError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig, resolve_source, validate_prepare
@@ -39,7 +39,7 @@ from data_pipeline.preparing.plan import (
     begin_preparation,
     confirm_finished,
     content_settings,
-    refuse_own_files_as_inputs,
+    refuse_output_at_source,
     refuse_strangers,
 )
 from data_pipeline.preparing.units import UnitRecord, cut_units, losses, unlabelled_documents
@@ -57,6 +57,7 @@ from data_pipeline.preparing.workers import (
 from data_pipeline.sources.source import Document, InputFile, Rejection, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.encoders import Encoder, ReferenceEncoder, choose_encoder
+from data_pipeline.tokenizing.lost_text import describe_losses
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype, train_sentencepiece
 
 REPORT_FILE = "report.jsonl"
@@ -77,6 +78,8 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
         raise ConfigError(problems)
     config = resolve_source(config)
     folder = Path(config.output)
+    if not (folder / MANIFEST_FILE).exists():
+        refuse_output_at_source(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MANIFEST_FILE).exists():
@@ -107,7 +110,6 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
     check_inputs(inputs, config.data)
     index, count = task_of(config)
     work = WorkFolder(folder)
-    refuse_own_files_as_inputs(source, folder)
     refuse_strangers(folder)
     with Claims(work.claims) as claims:
         units = cut_units(source, inputs, config.unit_bytes)
@@ -119,7 +121,15 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
                 f"the first record has {why}. Records without a label count as '{config.data.source}'; where no record "
                 "has one the preparation is refused at its end"
             )
-        tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
+        try:
+            tokenizer = _get_tokenizer(config, folder, source, inputs, claims, log)
+        except (PrepareError, TokenizerError):
+            if not resumed:
+                # Nothing was made with these settings: the ones that the message asks for may take their place.
+                work.plan.unlink(missing_ok=True)
+            raise
+        for line in (*tokenizer.notes, *describe_losses(tokenizer)):
+            log(line)
         if resumed:
             _drop_damaged(work, folder, [n for n in sorted(work.finished()) if n % count == index], config.workers)
             log(f"{folder}: resuming, {len(work.finished())} of {len(units)} units are finished")
@@ -156,7 +166,7 @@ def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool)
             if not mine:
                 time.sleep(POLL_SECONDS)
     _remove_leftovers(folder, manifest)
-    _log_result(manifest, folder, log)
+    _log_result(manifest, folder, config.data.tolerance.lost_text_warning, log)
     return manifest
 
 
@@ -315,6 +325,7 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, records: 
             documents=documents,
             rejected=rejected,
             repaired=sum_counts(files, "repaired"),
+            lost=sum_counts(files, "lost"),
         ),
         report=ReportEntry(REPORT_FILE, _write_lines(folder / REPORT_FILE, report), len(report)),
     )
@@ -359,7 +370,7 @@ def _summary(manifest: Manifest) -> str:
     return f"{manifest.inputs.documents:,} documents; {', '.join(sums)}"
 
 
-def _log_result(manifest: Manifest, folder: Path, log: Log) -> None:
+def _log_result(manifest: Manifest, folder: Path, lost_text_warning: float, log: Log) -> None:
     inputs = manifest.inputs
     rejected = sum(inputs.rejected.values())
     log(f"{folder}: prepared {_summary(manifest)}, in {len(manifest.shards)} shards")
@@ -367,3 +378,12 @@ def _log_result(manifest: Manifest, folder: Path, log: Log) -> None:
     for title, counts in (("rejected", inputs.rejected), ("repaired", inputs.repaired)):
         for reason, count in counts.items():
             log(f"  {title} {reason}: {count:,} (file and line in {folder / REPORT_FILE})")
+    if inputs.lost:
+        share = inputs.lost["bytes"] / sum(
+            s["text_bytes"] for split in manifest.splits.values() for s in split.values()
+        )
+        log(
+            f"{'WARNING: ' if share > lost_text_warning else ''}the tokenizer lost {inputs.lost['bytes']:,} bytes "
+            f"({share:.3%} of the text) in {inputs.lost['documents']:,} documents (file and line of the first in "
+            f"{folder / REPORT_FILE})"
+        )

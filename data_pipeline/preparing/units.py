@@ -22,6 +22,7 @@ from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import Meter
 from data_pipeline.sources.source import FILE_LOST, Document, InputFile, Rejection, Source
 from data_pipeline.tokenizing.encoders import Encoder
+from data_pipeline.tokenizing.lost_text import LostText
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 # Texts are tokenized together up to about this many bytes: fewer changes between reading and tokenizing keep the
@@ -29,6 +30,8 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 BATCH_BYTES = 8 << 20
 # Lines of the report that one unit writes at most; its counts are always complete.
 REPORT_LINES = 1000
+# Of these, documents of which the tokenizer lost something: they must not crowd out the rejected ones.
+LOST_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class _Unit:
         self._tokenizer = tokenizer
         self._fingerprint = tokenizer.fingerprint
         self._encoder = encoder
+        self._lost_text = LostText(tokenizer)
         self._shard_bytes = config.shard_bytes
         self._folder = folder
         self._meter = meter
@@ -137,6 +141,7 @@ class _Unit:
         self._keys: list[tuple[str, str]] = []
         self._places: list[tuple[dict[str, Any], int]] = []
         self._waiting_bytes = 0
+        self._lost_lines = 0
 
     def begin(self, item: InputFile) -> None:
         """What follows comes from `item`."""
@@ -155,7 +160,7 @@ class _Unit:
             return
         if spoiled:
             # Its file has one line in the report.
-            _count(self._counts, "rejected", "damaged_archive")
+            _count(self._counts["rejected"], "damaged_archive")
             return
         if not record.text or record.text.isspace():
             self._note("rejected", record.position, "empty", "no text, or only white space")
@@ -184,7 +189,19 @@ class _Unit:
     def _note(self, action: str, position: int, reason: str, detail: str, counts: dict[str, Any] | None = None) -> None:
         """Count and report what happened to a record of the present input, or of the one with these `counts`."""
         counts = counts or self._counts
-        _count(counts, action, reason)
+        _count(counts[action], reason)
+        self._add_line(action, position, reason, detail, counts)
+
+    def _note_lost(self, position: int, lost: int, size: int, counts: dict[str, Any]) -> None:
+        """Count and report that the tokenizer lost `lost` of the `size` bytes of a document that is written."""
+        _count(counts.setdefault("lost", {}), "documents")
+        _count(counts["lost"], "bytes", lost)
+        self._lost_lines += 1
+        if self._lost_lines <= LOST_LINES:
+            detail = f"{lost} of {size} bytes have no token"
+            self._add_line("lost", position, "no_token", detail, counts)
+
+    def _add_line(self, action: str, position: int, reason: str, detail: str, counts: dict[str, Any]) -> None:
         if len(self._report) < REPORT_LINES:
             place = {"file": counts["file"], "position": position}
             self._report.append({"action": action, **place, "reason": reason, "detail": detail})
@@ -197,12 +214,16 @@ class _Unit:
             return
         ids, offsets = self._encoder.encode(texts)
         bounds = offsets.tolist()
+        lost = self._lost_text.of_batch(texts, ids, offsets)
         written = 0
         start = 0
-        for text, key, (counts, position), end in zip(texts, keys, places, bounds[1:], strict=True):
+        for number, (text, key, end) in enumerate(zip(texts, keys, bounds[1:], strict=True)):
+            counts, position = places[number]
             if start == end:
-                self._note("rejected", position, "empty", "the tokenizer makes no token of it", counts)
+                self._note("rejected", position, "no_token", "the tokenizer makes no token of it", counts)
                 continue
+            if number in lost:
+                self._note_lost(position, lost[number], len(text), counts)
             self._builder(key, end - start + 1, counts).add(ids[start:end], text)
             counts["documents"] += 1
             written += 1
@@ -248,8 +269,8 @@ class _Unit:
         self._shards.append(dataclasses.replace(entry, **dataclasses.asdict(hashes)))
 
 
-def _count(counts: dict[str, Any], action: str, reason: str) -> None:
-    counts[action][reason] = counts[action].get(reason, 0) + 1
+def _count(counts: dict[str, int], key: str, number: int = 1) -> None:
+    counts[key] = counts.get(key, 0) + number
 
 
 def _file_name(label: str) -> str:
@@ -267,6 +288,13 @@ def unlabelled_documents(records: list[UnitRecord], label: str) -> int:
     unlabelled = sum_counts(files, "repaired").get("no_source_label", 0)
     others = any(shard.source != label for record in records for shard in record.shards)
     return 0 if others or unlabelled < documents else documents
+
+
+def lost_text(records: list[UnitRecord]) -> tuple[dict[str, int], float]:
+    """What the tokenizer lost of the documents of some units, as `InputsEntry.lost`, and its share of their text."""
+    sums = sum_counts([entry for record in records for entry in record.inputs], "lost")
+    text_bytes = sum(shard.text_bytes for record in records for shard in record.shards)
+    return sums, sums.get("bytes", 0) / max(1, text_bytes)
 
 
 def losses(records: list[UnitRecord]) -> tuple[int, dict[str, int], Callable[[int], list[str]]]:

@@ -18,12 +18,12 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus.manifest import MANIFEST_FILE
+from data_pipeline.corpus.manifest import MANIFEST_FILE, PREPARING_FOLDER
 from data_pipeline.errors import DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
-from data_pipeline.preparing.units import UnitRecord, losses, run_unit
+from data_pipeline.preparing.units import UnitRecord, losses, lost_text, run_unit
 from data_pipeline.sources.config import TEXT_KINDS, TOLERANCE_RECORDS, DataConfig
 from data_pipeline.sources.source import FILE_LOST, InputFile, Source
 from data_pipeline.sources.sources import open_source
@@ -40,10 +40,8 @@ Log = Callable[[str], None]
 class WorkFolder:
     """What a preparation keeps beside the corpus until it is finished."""
 
-    NAME = "preparing"
-
     def __init__(self, corpus: Path):
-        self.path = corpus / self.NAME
+        self.path = corpus / PREPARING_FOLDER
         self.plan = self.path / "plan.json"
         self.claims = self.path / "claims"
         self._units = self.path / "units"
@@ -244,9 +242,25 @@ def check_losses(records: list[UnitRecord], data: DataConfig, enough: int) -> No
     The share of rejected records is only looked at when at least `enough` records were read.
     """
     total, rejected, places = losses(records)
+    _refuse_lost_text(records, data, total >= enough)
     entries = (entry for record in records for entry in record.inputs)
     damaged = len({entry["file"] for entry in entries if entry["rejected"].keys() & set(FILE_LOST)})
     _refuse_losses(data, damaged, total if total >= enough else 0, rejected, places(SHOWN_PLACES))
+
+
+def _refuse_lost_text(records: list[UnitRecord], data: DataConfig, enough: bool) -> None:
+    lost, share = lost_text(records)
+    allowed = data.tolerance.lost_text_fraction
+    if not enough or share <= allowed:
+        return
+    lines = [line for record in records for line in record.report if line["action"] == "lost"]
+    shown = "\n".join(f"  {line['file']}, record {line['position']}: {line['detail']}" for line in lines[:SHOWN_PLACES])
+    raise PrepareError(
+        f"the tokenizer loses too much of the text: {lost['bytes']:,} bytes of {lost['documents']:,} documents "
+        f"({share:.3%}) have no token, data.tolerance.lost_text_fraction allows {allowed:.3%}. "
+        f"The first places:\n{shown}\nTake a tokenizer with bytes for what is not in its vocabulary (a trained one: "
+        "tokenizer.byte_fallback=true) and another output, or raise the tolerance and run the same command again"
+    )
 
 
 def check_inputs(inputs: list[InputFile], data: DataConfig) -> None:
@@ -279,5 +293,6 @@ def _refuse_losses(data: DataConfig, damaged: int, total: int, rejected: dict[st
         shown = "\n".join(f"  {line}" for line in places)
         raise PrepareError(
             f"too much of the input is lost: {'; '.join(problems)}. The first places:\n{shown}\nMend the input, or "
-            "raise the tolerance and run the same command again (data.exclude leaves files out)"
+            "leave files out (data.exclude), and choose another output; or raise the tolerance and run the same "
+            "command again"
         )

@@ -32,6 +32,7 @@ from data_pipeline.sources.source import Document, Rejection, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
 from data_pipeline.tokenizing.encoders import choose_encoder
+from data_pipeline.tokenizing.lost_text import LostText, describe_losses
 from data_pipeline.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 # Documents are tokenized together up to about so much text, in characters.
@@ -54,6 +55,7 @@ class LiveCorpus:
         self.identity, self.why_not_again = _identity(data, self.source)
         self._tokenizer = load_tokenizer(tokenizer)
         self.encoder, self.notes = choose_encoder(self._tokenizer, tokenizer.backend, list)
+        self.notes = [*self._tokenizer.notes, *describe_losses(self._tokenizer), *self.notes]
         self._note_labels()
 
     def _note_labels(self) -> None:
@@ -90,6 +92,7 @@ class LiveStream:
         self._lanes = lanes
         self._max_epochs = max_epochs
         self._dtype = token_dtype(corpus.vocab_size)
+        self._lost_text = LostText(corpus.tokenizer())
         self._lock = threading.Lock()
         self._open: dict[int, _Lane] = {}
         self._chunks: Iterator[list[tuple[int, str, np.ndarray]]] | None = None
@@ -193,8 +196,9 @@ class LiveStream:
                     waiting.append((lane, record))
                     characters += len(record.text)
                 if characters >= BATCH_CHARACTERS:
-                    yield self._encode(waiting)
+                    yield self._encode(waiting, losses)
                     waiting, characters = [], 0
+            last = self._encode(waiting, losses)
             losses.check()
             if not read:
                 raise CorpusError(f"data.path={self.corpus.directory}: no document of split '{self.split}' was found")
@@ -207,10 +211,10 @@ class LiveStream:
                 )
             if losses.rejected:
                 _LOG.warning("pass %d: %d documents, %d records gave none", epoch, read, losses.rejected)
-            yield self._encode(waiting)
+            yield last
         raise CorpusError(
-            f"corpus.max_epochs: the text was read {int(self._max_epochs)} times; shorten training.total_tokens, find "
-            "more text, or raise corpus.max_epochs"
+            f"corpus.max_epochs: the text was read {int(self._max_epochs)} times; shorten the run, find more text, "
+            "or raise corpus.max_epochs"
         )
 
     def _records(self, epoch: int) -> Iterator[Any]:
@@ -219,10 +223,13 @@ class LiveStream:
         for place in order.tolist():
             yield from self.corpus.source.read(inputs[place], lambda count: None)
 
-    def _encode(self, waiting: list[tuple[int, Document]]) -> list[tuple[int, str, np.ndarray]]:
+    def _encode(self, waiting: list[tuple[int, Document]], losses: _Losses) -> list[tuple[int, str, np.ndarray]]:
         if not waiting:
             return []
-        ids, offsets = self.corpus.encoder.encode([_utf8(document.text) for _, document in waiting])
+        texts = [_utf8(document.text) for _, document in waiting]
+        ids, offsets = self.corpus.encoder.encode(texts)
+        lost = self._lost_text.of_batch(texts, ids, offsets)
+        losses.add_text(sum(map(len, texts)), sum(lost.values()), waiting[next(iter(lost), 0)][1])
         end = np.array([self.corpus.tokenizer().eod_id], dtype=self._dtype)
         return [
             (lane, document.source, np.concatenate((ids[offsets[n] : offsets[n + 1]].astype(self._dtype), end)))
@@ -239,6 +246,10 @@ class _Losses:
         self._records = 0
         self._damaged: set[str] = set()
         self._first: Rejection | None = None
+        self._text_bytes = 0
+        self._lost_bytes = 0
+        self._warned = False
+        self._first_lost: Document | None = None
 
     def add(self, record: Document | Rejection) -> None:
         """Count a record. Raises CorpusError when too much is lost."""
@@ -259,8 +270,34 @@ class _Losses:
         if self._records >= TOLERANCE_RECORDS:
             self.check()
 
+    def add_text(self, text_bytes: int, lost_bytes: int, first: Document) -> None:
+        """Count text that was encoded, and what the tokenizer lost of it. Raises CorpusError when that is too much."""
+        self._text_bytes += text_bytes
+        self._lost_bytes += lost_bytes
+        if lost_bytes and self._first_lost is None:
+            self._first_lost = first
+        if self._text_bytes >= BATCH_CHARACTERS:
+            self._check_lost_text()
+
+    def _check_lost_text(self) -> None:
+        share, document = self._lost_bytes / max(1, self._text_bytes), self._first_lost
+        if document is None or share <= self._tolerance.lost_text_warning:
+            return
+        place = f"{document.file}, record {document.position}" if document.position else document.file
+        found = f"the tokenizer loses {share:.3%} of the text (first in {place})"
+        if share > self._tolerance.lost_text_fraction:
+            raise CorpusError(
+                f"corpus.live.tokenizer: {found}, corpus.live.data.tolerance.lost_text_fraction allows "
+                f"{self._tolerance.lost_text_fraction:.3%}. Take a tokenizer with bytes for what is not in its "
+                "vocabulary, or raise the tolerance"
+            )
+        if not self._warned:
+            _LOG.warning("%s", found)
+        self._warned = True
+
     def check(self) -> None:
-        """Raises CorpusError when too large a share of the records so far was rejected."""
+        """Raises CorpusError when too large a share of the records so far was rejected, or of their text lost."""
+        self._check_lost_text()
         if self._first is not None and self.rejected > self._tolerance.rejected_fraction * self._records:
             self._refuse(
                 f"{self.rejected} of {self._records} records rejected, tolerance.rejected_fraction allows "

@@ -42,6 +42,11 @@ class ToleranceConfig:
     rejected_fraction: float = 0.001
     # Files that may end early, be damaged or not be readable: an unknown number of records is lost in each.
     damaged_files: int = 0
+    # Share of the text (of its UTF-8 bytes) that the tokenizer may lose: what becomes an unknown token, or no token.
+    # Looked at as the share of records is.
+    lost_text_fraction: float = 0.01
+    # Share of lost text above which a warning is printed.
+    lost_text_warning: float = 0.0001
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:
         problems.append(f"{prefix}.source: empty; name the label of records without one")
     problems += between(f"{prefix}.max_record_bytes", config.max_record_bytes, 1, 2**30)
     problems += between(f"{prefix}.tolerance.rejected_fraction", config.tolerance.rejected_fraction, 0, 1)
+    for key in ("lost_text_fraction", "lost_text_warning"):
+        problems += between(f"{prefix}.tolerance.{key}", getattr(config.tolerance, key), 0, 1)
     problems += at_least(f"{prefix}.tolerance.damaged_files", config.tolerance.damaged_files, 0)
     return problems + _validate_split(config, f"{prefix}.split")
 

@@ -57,6 +57,12 @@ SPECIAL_FILES = {
 }
 
 
+JSON_ARRAY = (
+    "a JSON array, where JSON lines have one object {...} a line, without commas between them (`jq -c '.[]' FILE` "
+    "converts an array)"
+)
+
+
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sort key by which chunk2 comes before chunk10."""
     parts = re.split(r"(\d+)", name)
@@ -136,14 +142,6 @@ class FileSource(Source):
 
     def _asked_for(self, name: str) -> bool:
         return any(_matches(name, pattern) for pattern in self.config.files)
-
-    def would_read(self, path: Path) -> bool:
-        """Whether a file would be an input if it were at `path`."""
-        name = os.path.relpath(os.path.realpath(path), os.path.realpath(self.root))
-        parts = name.split("/")
-        if self._only or parts[0] == ".." or any(map(self._excluded, parts)):
-            return False
-        return self._asked_for(name)
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.exclude)
@@ -258,6 +256,8 @@ class RecordSource(FileSource):
                 record = _parse_json(line)
             except ValueError as error:
                 return _not_json(item, bytes(line), position, error)
+        if isinstance(record, list):
+            return Rejection(item.name, position, "malformed", JSON_ARRAY)
         return self.from_record(item, record, position)
 
     def _read_columns(
@@ -296,4 +296,6 @@ def _not_json(item: InputFile, line: bytes, position: int, error: ValueError) ->
         return Rejection(item.name, position, "empty", "a blank line")
     if isinstance(error, UnicodeDecodeError):
         return Rejection(item.name, position, "not_utf8", f"byte {error.start} of the line: {error.reason}")
+    if position == 1 and line.lstrip().startswith(b"["):
+        return Rejection(item.name, position, "malformed", JSON_ARRAY)
     return Rejection(item.name, position, "malformed", f"not JSON: {error}")

@@ -38,6 +38,11 @@ class TokenizerConfig:
     split_digits: bool = True
 
 
+def smallest_vocabulary(config: TokenizerConfig) -> int:
+    """The least `vocab_size` of a trained tokenizer that is accepted: bytes and some characters must fit in."""
+    return 300 if config.byte_fallback else 32
+
+
 def validate_tokenizer(config: TokenizerConfig, prefix: str = "tokenizer") -> list[str]:
     """Every problem of a TokenizerConfig, one line each."""
     problems = choice(f"{prefix}.kind", config.kind, TOKENIZER_KINDS, "kind")
@@ -51,6 +56,6 @@ def validate_tokenizer(config: TokenizerConfig, prefix: str = "tokenizer") -> li
     if config.eod_token is not None:
         problems.append(f"{prefix}.eod_token: a trained tokenizer ends documents with '</s>'; set it to null")
     problems += choice(f"{prefix}.model_type", config.model_type, MODEL_TYPES, "type")
-    problems += at_least(f"{prefix}.vocab_size", config.vocab_size, 300 if config.byte_fallback else 32)
+    problems += at_least(f"{prefix}.vocab_size", config.vocab_size, smallest_vocabulary(config))
     problems += positive(f"{prefix}.sample_bytes", config.sample_bytes)
     return problems + between(f"{prefix}.character_coverage", config.character_coverage, 0.9, 1)

@@ -10,15 +10,17 @@ import abc
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from data_pipeline.errors import TokenizerError
-from data_pipeline.tokenizing.config import TokenizerConfig
+from data_pipeline.tokenizing.config import TokenizerConfig, smallest_vocabulary
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 # Beside a tokenizer.json whose end-of-document token is not evident from the file alone.
@@ -44,6 +46,9 @@ class Tokenizer(abc.ABC):
 
     `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
     what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
+    `unknown_id`: the id of what has no piece; None: all has pieces, or what has none vanishes (`drops_characters`).
+    `unknown_words`: an unknown token may stand for a word of characters that have pieces.
+    `notes`: what was changed of what the file says, one line each.
     """
 
     kind: str
@@ -56,6 +61,10 @@ class Tokenizer(abc.ABC):
     special_ids: list[int]
     added_tokens: list[str]
     rewritten_text: str = ""
+    unknown_id: int | None = None
+    drops_characters = False
+    unknown_words = False
+    notes: Sequence[str] = ()
 
     @staticmethod
     def load(path: str | Path, eod_token: str | None = None) -> Tokenizer:
@@ -84,6 +93,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without begin or end of document."""
 
+    def _encode_plainly(self, text: str) -> list[int]:
+        """`encode` as the library does it, whatever the text spells."""
+        return self.encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as an int64 array."""
         return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
@@ -91,6 +104,14 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; end of document and other control ids give no text."""
+
+    def unknown_parts(self, text: str) -> list[str]:
+        """The parts of `text` that become unknown tokens, where these may be words (`unknown_words`)."""
+        return []
+
+    @abc.abstractmethod
+    def loses(self, character: str) -> bool:
+        """Whether a character becomes an unknown token, or leaves nothing behind, or not all of its bytes."""
 
     @property
     def file_sha256(self) -> str:
@@ -105,7 +126,7 @@ class Tokenizer(abc.ABC):
     @property
     def probe_sha256(self) -> str:
         """sha256 of the ids of a fixed text: differs when another library version encodes differently."""
-        return hashlib.sha256(json.dumps([int(i) for i in self.encode(PROBE)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([int(i) for i in self._encode_plainly(PROBE)]).encode()).hexdigest()
 
     @property
     def library_version(self) -> str:
@@ -168,6 +189,8 @@ class SentencePieceTokenizer(Tokenizer):
         ids = range(self.vocab_size)
         self.special_ids = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
         self.added_tokens = [self._model.id_to_piece(i) for i in self.special_ids]
+        if sum(map(self._model.is_byte, ids)) < 256:
+            self.unknown_id = self._model.unk_id()
         self._meta_space_ids = self._find_meta_space_ids()
         if self._meta_space_ids:
             self.rewritten_text = META_SPACE
@@ -188,6 +211,9 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += [*self._meta_space_ids, *self._model.encode(part)]
             return ids
         return self._model.encode(text)
+
+    def loses(self, character: str) -> bool:
+        return self.unknown_id in self._model.encode(character)
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
@@ -214,27 +240,113 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         # Special tokens spelled in a text are split like any text.
         self._model.encode_special_tokens = True
+        if getattr(self._model.model, "dropout", None):
+            self.notes = [f"BPE dropout {self._model.model.dropout:g} of {path} is switched off: ids must repeat"]
+            self._model.model.dropout = None
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        self.eod_token = self._find_eod(eod_token, vocabulary)
+        self.eod_id = vocabulary[self.eod_token]
         added = self._model.get_added_tokens_decoder()
-        special = {token.content: i for i, token in added.items() if token.special}
-        self.special_ids = sorted(special.values())
+        self.special_ids = sorted(i for i, token in added.items() if token.special)
         self.added_tokens = [token.content for token in added.values()]
-        found = [eod_token] if eod_token is not None else [t for t in EOD_CANDIDATES if t in special]
-        if len(found) != 1 or found[0] not in special:
+        self._find_unknown()
+        if len(self.eod_token) == 1 and self.eod_id in self._encode_plainly(self.eod_token):
             raise TokenizerError(
-                f"{path}: cannot tell its end-of-document token (candidates {found}, its special tokens are "
-                f"{sorted(special)[:20]}); set tokenizer.eod_token to one of them"
+                f"{path}: {self.eod_token!r} is an ordinary character; set tokenizer.eod_token to a special token"
             )
-        self.eod_token = found[0]
-        self.eod_id = special[self.eod_token]
+
+    def _find_eod(self, wanted: str | None, vocabulary: dict[str, int]) -> str:
+        """The end-of-document token, made a special one in memory where the file does not mark it. TokenizerError."""
+        special = sorted(t.content for t in self._model.get_added_tokens_decoder().values() if t.special)
+        candidates = [token for token in EOD_CANDIDATES if token in special]
+        if wanted is None and len(candidates) == 1:
+            return candidates[0]
+        if wanted is not None and wanted in vocabulary:
+            if wanted not in special:
+                self._model.add_special_tokens([wanted])
+            return wanted
+        what = f"has no token {wanted!r}" if wanted is not None else "cannot tell its end-of-document token"
+        unmarked = [token for token in EOD_CANDIDATES if token in vocabulary and token not in special]
+        if special:
+            advice = (
+                f"(candidates {candidates}, its special tokens are {special[:20]}); set tokenizer.eod_token to one of "
+                "them"
+            )
+        elif unmarked:
+            advice = f"(none is marked special); set tokenizer.eod_token to one that it has: {', '.join(unmarked)}"
+        else:
+            advice = (
+                "(none is marked special); set tokenizer.eod_token to a token of its vocabulary that ends documents, "
+                "or add one to the file (`add_special_tokens` of the library tokenizers)"
+            )
+        raise TokenizerError(f"{self.path}: {what} {advice}")
+
+    def _find_unknown(self) -> None:
+        """Set what becomes of characters without a piece. Raises TokenizerError where encoding would fail on them."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        model = json.loads(self._model.to_str())
+        kind, vocabulary = model["model"]["type"], self._model.get_vocab(with_added_tokens=True)
+        if kind == "Unigram":
+            unknown_id = model["model"]["unk_id"]
+            name = "unk_id"
+        else:
+            name = repr(model["model"].get("unk_token"))
+            unknown_id = vocabulary.get(model["model"].get("unk_token"))
+        stages = json.dumps([model["normalizer"], model["pre_tokenizer"]])
+        byte_pieces = (
+            all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+            if model["model"].get("byte_fallback")
+            else '"ByteLevel"' in stages and vocabulary.keys() >= set(ByteLevel.alphabet())
+        )
+        if byte_pieces and kind in ("BPE", "Unigram"):
+            return
+        if unknown_id is None and (kind != "BPE" or model["model"]["unk_token"] is not None):
+            raise TokenizerError(
+                f"{self.path}: its unknown token ({name}) is not in its vocabulary, so encoding fails at the first "
+                f"text with something new; add it to the file (unk_token of the {kind} model), or use a tokenizer "
+                "with bytes"
+            )
+        self.unknown_id, self.drops_characters = unknown_id, unknown_id is None
+        self.unknown_words = kind in ("WordLevel", "WordPiece")
 
     def encode(self, text: str) -> list[int]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        if self.eod_id not in encoding.ids:
+            return encoding.ids
+        # The vocabulary itself has the token, as those of Unigram and WordLevel models: its spelling is cut in two.
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        cuts = [0, *((start + end + 1) // 2 for token, (start, end) in pairs if token == self.eod_id), len(text)]
+        return [token for begin, end in pairwise(cuts) for token in self._encode_plainly(text[begin:end])]
+
+    def _encode_plainly(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        parts = [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [
+            np.asarray(self.encode(text), dtype=np.int64) if (part == self.eod_id).any() else part
+            for text, part in zip(texts, parts, strict=True)
+        ]
+
+    def unknown_parts(self, text: str) -> list[str]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        # Several unknown tokens may stand for the bytes of one character.
+        spans = {span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == self.unknown_id}
+        return [text[start:end] for start, end in spans]
+
+    def loses(self, character: str) -> bool:
+        encoding = self._model.encode(character, add_special_tokens=False)
+        if self.unknown_id is not None:
+            return self.unknown_id in encoding.ids
+        model, normalizer, pre_tokenizer = self._model.model, self._model.normalizer, self._model.pre_tokenizer
+        text = normalizer.normalize_str(character) if normalizer else character
+        pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else [text]
+        prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
+        kept = sum(len(token.removeprefix(prefix).removesuffix(suffix)) for token in encoding.tokens)
+        return kept < sum(map(len, pieces))
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(i) for i in ids]
@@ -277,11 +389,25 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(
-            f"training the SentencePiece model failed: {str(error).strip()} (tokenizer.vocab_size={config.vocab_size}, "
-            f"tokenizer.model_type={config.model_type}): choose a smaller vocabulary or more text"
-        ) from None
+        raise TokenizerError(_why_training_failed(str(error), config)) from None
     return model.getvalue()
+
+
+def _why_training_failed(message: str, config: TokenizerConfig) -> str:
+    settings = f"tokenizer.vocab_size={config.vocab_size} and tokenizer.model_type={config.model_type}"
+    more_text = "give more text (tokenizer.sample_bytes bounds what is used of it)"
+    if found := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
+        largest = int(found[1])
+        fits = largest >= smallest_vocabulary(config)
+        advice = f"set tokenizer.vocab_size={largest}, or {more_text}" if fits else more_text
+        return f"the training text gives at most {largest} pieces with {settings}; {advice}"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"the characters of the training text need {found[1]} pieces with {settings} and "
+            f"tokenizer.character_coverage={config.character_coverage}; set tokenizer.vocab_size={found[1]} or more, "
+            "or lower tokenizer.character_coverage"
+        )
+    return f"training the SentencePiece model failed with {settings}: {message.strip()}"
 
 
 def _pieces(text: str, target: int = 2000) -> Iterator[str]:

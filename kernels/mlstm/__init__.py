@@ -18,7 +18,7 @@ from kernels.mlstm.reference import (
     mlstm_recurrent,
     read_statistics,
 )
-from kernels.mlstm.slices import SliceSummary, combine, summarise
+from kernels.mlstm.slices import SliceSummary, combine, merge_weights, summarise
 from kernels.mlstm.state import MLSTMState
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SliceSummary",
     "combine",
     "keeping_chunk_states",
+    "merge_weights",
     "mlstm",
     "mlstm_state",
     "mlstm_statistics",

@@ -37,6 +37,11 @@ class SliceSummary:
     log_forget_sum: Tensor
     document_started: Tensor
 
+    @property
+    def log_kept(self) -> Tensor:
+        """[B, NH]: the logarithm of the share of the state before that survives; -inf where a document started."""
+        return self.log_forget_sum.masked_fill(self.document_started[:, None], -torch.inf)
+
     @classmethod
     def of_state(cls, state: MLSTMState) -> SliceSummary:
         """Of no token at all, behind which the memory is `state`: what to begin with, before the first slice."""
@@ -70,20 +75,35 @@ def combine(first: SliceSummary, second: SliceSummary) -> SliceSummary:
     a, b = first.state, second.state
     dtype = compute_dtype(a.C, a.n, a.m, b.C, b.n, b.m, first.log_forget_sum, second.log_forget_sum)
     with autocast_disabled(a.C):
-        started = second.document_started[:, None]
-        log_forget_sum = second.log_forget_sum.to(dtype)
-        a_m, b_m = a.m.detach().to(dtype), b.m.detach().to(dtype)
-        log_kept = log_forget_sum + a_m
-        m = torch.where(started, b_m, torch.maximum(log_kept.detach(), b_m))
-        kept = torch.exp((log_kept - m).masked_fill(started, -torch.inf))
-        added = torch.exp(b_m - m)
+        log_kept = second.log_kept.to(dtype)
+        m, kept, added = merge_weights(a.m.to(dtype), log_kept, b.m.to(dtype))
 
         def merged(earlier: Tensor, later: Tensor) -> Tensor:
             shape = (*kept.shape, *[1] * (earlier.dim() - kept.dim()))
             return kept.view(shape) * earlier.to(dtype) + added.view(shape) * later.to(dtype)
 
+        started = second.document_started[:, None]
         return SliceSummary(
             MLSTMState(merged(a.C, b.C), merged(a.n, b.n), m),
-            log_forget_sum + first.log_forget_sum.to(dtype).masked_fill(started, 0),
+            second.log_forget_sum.to(dtype) + first.log_forget_sum.to(dtype).masked_fill(started, 0),
             first.document_started | second.document_started,
         )
+
+
+def merge_weights(log_scale_first: Tensor, log_kept: Tensor, log_scale_second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How much of two neighbours' sums is in the sum of both, where each is exp(log_scale) times what is stored of it.
+
+    Of any shape, float32 or float64. The scales are constants in the backward pass, `log_kept` is not.
+
+    Args:
+        log_scale_first: of what enters the second slice.
+        log_kept: the logarithm of the share of it that leaves the second slice; -inf: none.
+        log_scale_second: of what the second slice adds; finite.
+
+    Returns:
+        the scale of the sum, and the weights, each at most 1, of what is stored of the first and of the second.
+    """
+    log_scale_first, log_scale_second = log_scale_first.detach(), log_scale_second.detach()
+    log_carried = log_kept + log_scale_first
+    log_scale = torch.maximum(log_carried.detach(), log_scale_second)
+    return log_scale, torch.exp(log_carried - log_scale), torch.exp(log_scale_second - log_scale)

@@ -1,8 +1,4 @@
-"""Writes a model as a directory that transformers.AutoModelForCausalLM loads, and proves it.
-
-The format holds exactly one architecture, the 7B block with exponential gates (transformers, models/xlstm), so
-everything else is refused.
-"""
+"""Writes a model as a directory that transformers.AutoModelForCausalLM loads, and proves it."""
 
 from __future__ import annotations
 
@@ -16,31 +12,17 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
+from model.huggingface.base import CONFIG, HEAD, INDEX, WEIGHTS, Format, HuggingFaceError
+from model.huggingface.formats import format_for
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
-from model.layers import layer_kinds
 from model.parameters import parameter_shapes
 from model.weights import WeightsReader, read_model_json, save_tensors
 
 TOLERANCE = 1e-4
 SHARD_BYTES = 4 * 2**30
-# The factor of the feed-forward width is given with a multiple that it is rounded up to.
-FFN_ALIGNMENT = 64
-
-
-def inexpressible(config: ModelConfig) -> list[str]:
-    """Every reason why `config` has no counterpart in the Hugging Face xLSTM format; empty when it has one."""
-    reasons = []
-    if config.family != "xlstm_7b":
-        reasons.append(f"model.family={config.family}: only the block of the 7B family exists there")
-    kinds = layer_kinds(config)
-    for kind in dict.fromkeys(kinds):
-        positions = [index for index, other in enumerate(kinds) if other is kind]
-        reasons += kind.huggingface_reasons(config, positions)
-    if config.logit_soft_cap is None:
-        reasons.append("model.logit_soft_cap=null: the logits always have a soft cap there")
-    return reasons
+# Of a comparison, where no chunk of the mLSTM says how many tokens are enough.
+_FEW_TOKENS = 64
 
 
 def export_huggingface(
@@ -50,10 +32,12 @@ def export_huggingface(
     *,
     dtype: torch.dtype = torch.float32,
     verify: bool = True,
+    sequence_length: int | None = None,
 ) -> list[str]:
     """Write `source` as a directory that transformers.AutoModelForCausalLM and AutoTokenizer load.
 
-    A tied head is written as a second copy of the embedding, since the format unties them.
+    Models of attention blocks alone become a Llama, all others an xLSTM. A tied head of an xLSTM is written as a second
+    copy of the embedding, since that format unties them.
 
     Args:
         source: a model, or a directory in the format of model/weights.py.
@@ -63,6 +47,7 @@ def export_huggingface(
         dtype: of the written weights, float32 or bfloat16.
         verify: load the directory in transformers and in this package in float32 and compare logits. Takes twice the
             memory of the fp32 weights.
+        sequence_length: tokens of a training sample, for the longest text that config.json of a Llama names.
 
     Returns:
         Notes for the user: what could not be carried over exactly.
@@ -73,14 +58,17 @@ def export_huggingface(
         WeightsError: `source` is no whole weights directory.
     """
     config, shapes, read = _open_source(source)
-    reasons = inexpressible(config)
+    target = format_for(config)
+    reasons = target.inexpressible(config)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         reasons.append(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size}: it is not the "
             "tokenizer of this model"
         )
     if reasons:
-        raise HuggingFaceError("the Hugging Face xLSTM format cannot express this model", reasons)
+        raise HuggingFaceError(f"the Hugging Face {target.name} format cannot express this model", reasons)
+    if config.tie_embeddings and not target.ties_head:
+        shapes, read = _untied(shapes, read)
     transformers = _import_transformers() if verify else None
     output = Path(output_directory)
     if output.exists() and any(output.iterdir()):
@@ -89,8 +77,8 @@ def export_huggingface(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, shapes, read, dtype)
-        _write_json(partial / CONFIG, huggingface_config(config, dtype, tokenizer))
+        _write_weights(partial, target, shapes, read, dtype)
+        _write_json(partial / CONFIG, huggingface_config(config, dtype, tokenizer, sequence_length))
         ids = _special_ids(tokenizer)
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         notes = export_tokenizer(tokenizer, partial) if tokenizer is not None else []
@@ -101,55 +89,16 @@ def export_huggingface(
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if config.tie_embeddings:
+    if config.tie_embeddings and not target.ties_head:
         notes.append("the head is tied to the embedding; the directory holds two copies, which are no longer tied")
     return notes
 
 
-def huggingface_config(config: ModelConfig, dtype: torch.dtype, tokenizer: ExportedTokenizer | None) -> dict[str, Any]:
+def huggingface_config(
+    config: ModelConfig, dtype: torch.dtype, tokenizer: ExportedTokenizer | None, sequence_length: int | None = None
+) -> dict[str, Any]:
     """config.json of a model for which `inexpressible` found no reason."""
-    mlstm, ffn_dim = config.mlstm, config.ffn_dim
-    assert mlstm is not None and ffn_dim is not None and mlstm.gate_soft_cap is not None
-    assert config.logit_soft_cap is not None
-    multiple = math.gcd(ffn_dim, FFN_ALIGNMENT)
-
-    def rounded_up(width: float) -> int:
-        return int((width + multiple - 1) // multiple * multiple)
-
-    return {
-        "architectures": ["xLSTMForCausalLM"],
-        "model_type": "xlstm",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "embedding_dim": config.d_model,
-        "num_hidden_layers": config.n_blocks,
-        "num_blocks": config.n_blocks,
-        "num_heads": mlstm.n_heads,
-        "qk_dim_factor": _factor(mlstm.qk_width(config.d_model), config.d_model, int),
-        "v_dim_factor": _factor(mlstm.v_width(config.d_model), config.d_model, int),
-        "ffn_proj_factor": _factor(ffn_dim, config.d_model, rounded_up),
-        "ffn_round_up_to_multiple_of": multiple,
-        "use_bias": False,
-        "add_out_norm": True,
-        "tie_word_embeddings": False,
-        "norm_eps": config.norm_eps,
-        "norm_reduction_force_float32": True,
-        "eps": mlstm.cell_eps,
-        "gate_soft_cap": float(mlstm.gate_soft_cap),
-        "output_logit_soft_cap": float(config.logit_soft_cap),
-        "weight_mode": "single",
-        "mode": "inference",
-        "chunk_size": mlstm.reference_chunk_size,
-        "chunkwise_kernel": "chunkwise--native_autograd",
-        "sequence_kernel": "native_sequence__native",
-        "step_kernel": "native",
-        "autocast_kernel_dtype": str(dtype).removeprefix("torch."),
-        "inference_state_dtype": "float32",
-        "return_last_states": True,
-        "use_cache": True,
-        "dtype": str(dtype).removeprefix("torch."),
-        **_special_ids(tokenizer),
-    }
+    return {**format_for(config).config_json(config, dtype, sequence_length), **_special_ids(tokenizer)}
 
 
 def _special_ids(tokenizer: ExportedTokenizer | None) -> dict[str, int | None]:
@@ -157,19 +106,10 @@ def _special_ids(tokenizer: ExportedTokenizer | None) -> dict[str, int | None]:
     return {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
 
 
-def _factor(width: int, d_model: int, rounded: Callable[[float], int]) -> float:
-    """A factor from which transformers computes `width`: the quotient may fall short of it by one rounding."""
-    factor = width / d_model
-    if rounded(d_model * factor) != width:
-        factor = math.nextafter(factor, math.inf)
-    assert rounded(d_model * factor) == width, f"no factor of {d_model} gives {width}"
-    return factor
-
-
 def _open_source(
     source: LanguageModel | str | Path,
 ) -> tuple[ModelConfig, dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    """(configuration, shape of every parameter with the head untied, name -> whole tensor)."""
+    """(configuration, shape of every parameter, name -> whole tensor)."""
     if isinstance(source, LanguageModel):
         config, parameters = source.config, dict(source.named_parameters())
 
@@ -183,15 +123,23 @@ def _open_source(
             shape = reader.shapes[name]
             return reader.read_range(name, 0, math.prod(shape)).view(shape)
 
-    shapes = parameter_shapes(config)
-    if not config.tie_embeddings:
-        return config, shapes, read
-    shapes["lm_head.weight"] = shapes["embedding.weight"]
-    return config, shapes, lambda name: read("embedding.weight" if name == "lm_head.weight" else name)
+    return config, parameter_shapes(config), read
+
+
+def _untied(
+    shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+    """The shapes and the reader of a model whose head is a copy of its embedding."""
+    embedding = "embedding.weight"
+    return {**shapes, HEAD: shapes[embedding]}, lambda name: read(embedding if name == HEAD else name)
 
 
 def _write_weights(
-    directory: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor], dtype: torch.dtype
+    directory: Path,
+    target: Format,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
 ) -> None:
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -202,7 +150,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS
-        layout = tensor_layout(names, fused=False)
+        layout = target.tensor_layout(names, {})
         # Copies, since a file must not hold one storage twice (the head may be tied to the embedding).
         tensors = {theirs: read(name).to(dtype, copy=True).contiguous() for theirs, [name] in layout.items()}
         save_tensors(directory / file, tensors, {"format": "pt"})
@@ -221,8 +169,7 @@ def _verify(
             parameter.copy_(read(name).to(dtype))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     # More than one chunk, and not whole chunks.
-    assert config.mlstm is not None
-    length = config.mlstm.reference_chunk_size + 21
+    length = 21 + (_FEW_TOKENS if config.mlstm is None else config.mlstm.reference_chunk_size)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face xLSTM directory, without transformers."""
+"""Reads a Hugging Face directory of an xLSTM or a Llama, without transformers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import MLSTMConfig, ModelConfig, validate_model
-from model.huggingface.names import CONFIG, INDEX, WEIGHTS, HuggingFaceError, tensor_layout
+from model.config import ModelConfig, validate_model
+from model.huggingface.base import CONFIG, INDEX, WEIGHTS, Format, HuggingFaceError, Tensors
+from model.huggingface.formats import FORMATS
 from model.parameters import parameter_shapes
-
-Tensors = dict[str, Callable[[], torch.Tensor]]
-# Name in the original xlstm package, whose tensors are named alike but for this one.
-_OLDER_EMBEDDING = "embedding.weight"
-_EMBEDDING = "backbone.embeddings.weight"
-_HEAD = "lm_head.weight"
 
 
 def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Read a Hugging Face xLSTM directory: the configuration, and {our parameter name: tensor} in the dtype on disk.
+    """Read an xLSTM or a Llama: its configuration, and {our parameter name: tensor} in the dtype on disk.
 
     Understands single and fused weights, one file or shards with an index, and the older names of keys in config.json
     and of the embedding. All widths are taken from the tensors, so that no rounding rule matters. Does not need
@@ -33,14 +28,14 @@ def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, to
         HuggingFaceError: with every reason why the directory is not such a model, or is incomplete.
     """
     directory = Path(directory)
-    values = _read_config(directory)
-    tensors = _open_tensors(directory)
-    config = _config_from(directory, values, tensors)
+    source, values = _read_config(directory)
+    tensors = source.usual_names(_open_tensors(directory))
+    config = source.model_config(directory, values, tensors)
     problems = validate_model(config)
     if problems:
         raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
     shapes = parameter_shapes(config)
-    layout = tensor_layout(shapes, fused=_is_fused(values))
+    layout = source.tensor_layout(shapes, values)
     reasons = [f"tensor {name} is missing" for name in layout if name not in tensors]
     reasons += [f"tensor {name} is unknown" for name in sorted(set(tensors) - set(layout))]
     if reasons:
@@ -59,7 +54,7 @@ def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, to
     return config, {name: state_dict[name] for name in shapes}
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> tuple[Format, dict[str, Any]]:
     path = directory / CONFIG
     if not path.is_file():
         raise HuggingFaceError(f"{directory} is no Hugging Face model directory", [f"{path} does not exist"])
@@ -67,67 +62,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HuggingFaceError(f"{path} cannot be read", [str(error)]) from None
-    reasons = []
-    if values.get("model_type") != "xlstm":
-        reasons.append(f"model_type is {values.get('model_type')!r}, not 'xlstm'")
-    if values.get("use_bias"):
-        reasons.append("use_bias is true: our linear maps have no biases")
-    if values.get("add_out_norm") is False:
-        reasons.append("add_out_norm is false: our models have a norm before the head")
-    if values.get("weight_mode", "single") not in ("single", "fused"):
-        reasons.append(f"weight_mode is {values['weight_mode']!r}, not single or fused")
-    if reasons:
-        raise HuggingFaceError(f"{path} describes a model that cannot be imported", reasons)
-    return values
-
-
-def _config_from(directory: Path, values: dict[str, Any], tensors: Tensors) -> ModelConfig:
-    """Our configuration from config.json, with current and older key names, and the shapes of the first tensors."""
-
-    def value(default: Any, *keys: str) -> Any:
-        return next((values[key] for key in keys if values.get(key) is not None), default)
-
-    def optional(default: float, key: str) -> float | None:
-        given: float | None = values.get(key, default)
-        return given
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise HuggingFaceError(f"{directory} does not hold an xLSTM", [f"tensor {name} is missing"])
-        return tuple(tensors[name]().shape)
-
-    block = "backbone.blocks.0"
-    vocab_size, d_model = shape(_EMBEDDING)
-    (v_dim,) = shape(f"{block}.mlstm_layer.multihead_norm.weight")
-    if _is_fused(values):
-        qk_dim = (shape(f"{block}.mlstm_layer.qkv_opreact.weight")[0] - 2 * v_dim) // 2
+    known = {source.model_type: source for source in FORMATS}
+    source = known.get(values.get("model_type"))
+    if source is None:
+        reasons = [f"model_type is {values.get('model_type')!r}, not {' or '.join(sorted(known))}"]
     else:
-        qk_dim = shape(f"{block}.mlstm_layer.q.weight")[0]
-    bias_init = value(-10.0, "igate_bias_init_range")
-    norm_eps = float(value(1e-6, "norm_eps"))
-    return ModelConfig(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        n_blocks=int(value(32, "num_hidden_layers", "num_blocks")),
-        ffn_dim=shape(f"{block}.ffn.proj_down.weight")[1],
-        norm_eps=norm_eps,
-        logit_soft_cap=optional(30.0, "output_logit_soft_cap"),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)) and _HEAD not in tensors,
-        mlstm=MLSTMConfig(
-            n_heads=int(value(8, "num_heads")),
-            qk_dim_factor=qk_dim / d_model,
-            v_dim_factor=v_dim / d_model,
-            gate_soft_cap=optional(15.0, "gate_soft_cap"),
-            igate_bias_init=float(bias_init[0] if isinstance(bias_init, list) else bias_init),
-            head_norm_eps=float(value(norm_eps, "cell_norm_eps")),
-            cell_eps=float(value(1e-6, "eps")),
-            reference_chunk_size=int(value(64, "chunk_size")),
-        ),
-    )
-
-
-def _is_fused(values: dict[str, Any]) -> bool:
-    return values.get("weight_mode") == "fused"
+        reasons = source.unreadable(values)
+    if source is None or reasons:
+        raise HuggingFaceError(f"{path} describes a model that cannot be imported", reasons)
+    return source, values
 
 
 def _open_tensors(directory: Path) -> Tensors:
@@ -140,10 +83,7 @@ def _open_tensors(directory: Path) -> Tensors:
     absent = [f"{path} does not exist" for path in paths if not path.is_file()]
     if absent:
         raise HuggingFaceError(f"{directory} has no complete safetensors weights", absent)
-    tensors = {name: read for path in paths for name, read in _readers(path)}
-    if _OLDER_EMBEDDING in tensors:
-        tensors[_EMBEDDING] = tensors.pop(_OLDER_EMBEDDING)
-    return tensors
+    return {name: read for path in paths for name, read in _readers(path)}
 
 
 def _readers(path: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

@@ -104,7 +104,18 @@ def layer_kinds(config: ModelConfig) -> list[LayerKind]:
     return [kinds[name] for name in names]
 
 
-def sequence_problems(config: ModelConfig, ranks: int) -> list[str]:
-    """Why layers of a valid `config` cannot be spread over so many sequence ranks, each with the number to change."""
-    found = [kind.sequence_problem(config, ranks) for kind in dict.fromkeys(layer_kinds(config))]
-    return [problem for problem in found if problem is not None]
+def sequence_problems(config: ModelConfig, ranks: int, sequence_length: int | None = None) -> list[str]:
+    """Why layers of a valid `config` cannot be spread over so many sequence ranks, each with the number to change.
+
+    `sequence_length`: tokens of a sequence, all ranks together; None: long enough for any number of ranks.
+    """
+    kinds = list(dict.fromkeys(layer_kinds(config)))
+    problems = [problem for kind in kinds if (problem := kind.sequence_problem(config, ranks)) is not None]
+    if ranks == 1 or sequence_length is None:
+        return problems
+    return problems + [
+        f"{kind.block} blocks look {tokens} tokens back, and a slice has {sequence_length // ranks}; use at most "
+        f"{max(1, sequence_length // tokens)} ranks or longer sequences"
+        for kind in kinds
+        if (tokens := kind.shortest_slice(config)) > sequence_length // ranks
+    ]

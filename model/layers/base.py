@@ -176,6 +176,10 @@ class LayerKind(ABC):
         """
         return None if ranks == 1 else f"{self.block} blocks cannot share a sequence among {ranks} ranks; use one"
 
+    def shortest_slice(self, config: ModelConfig) -> int:
+        """Tokens that each rank's slice of a sequence must have: what the next one needs to see of it."""
+        return 1
+
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         """Every kernel call of the layer that differs in shape, dtype or setting, to be compared with its reference."""
         return []

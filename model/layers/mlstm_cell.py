@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
-from kernels.mlstm import MLSTMState, SliceSummary, accounting, combine, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm import MLSTMState, SliceSummary, accounting, mlstm, mlstm_state, mlstm_statistics
 from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
 from model.layers.base import KernelUse, StateElements
 from model.problems import Problem, check_choice, check_positive
-from model.sequence import Entering, SequenceContext
+from model.sequence import Entering, ScaledSums, SequenceContext
 from model.state import for_decoding
 
 if TYPE_CHECKING:
@@ -136,19 +136,32 @@ class MLSTMSummary:
 
     summary: SliceSummary
 
-    def followed_by(self, later: MLSTMSummary) -> MLSTMSummary:
-        """The summary of this slice and `later` as one slice."""
-        return MLSTMSummary(combine(self.summary, later.summary))
+    @property
+    def added(self) -> ScaledSums:
+        """What the slice's own tokens leave in the memory: [B, NH, DK * DV + DK], C before n."""
+        return self.sums_of(self.summary.state)
 
-    def after(self, before: CellState | None) -> MLSTMState:
-        """The state behind the slice where `before` enters it."""
-        if isinstance(before, DecodingState):
-            before = before.as_mlstm_state()
-        if before is None:
-            own = self.summary.state
-            # What the cell begins with: its stabiliser is 0, below which that of `own` may lie.
-            before = MLSTMState(torch.zeros_like(own.C), torch.zeros_like(own.n), torch.zeros_like(own.m))
-        return combine(SliceSummary.of_state(before), self.summary).state
+    @property
+    def log_kept(self) -> Tensor:
+        """[B, NH]: how much of the memory before survives, -inf where a document started."""
+        return self.summary.log_kept
+
+    def sums_of(self, state: CellState | None) -> ScaledSums:
+        """C and n in a row. The empty memory has the stabiliser 0 that the cell begins with."""
+        own = self.summary.state
+        if state is None:
+            return ScaledSums(
+                own.C.new_zeros(*own.m.shape, own.C[0, 0].numel() + own.n.shape[2]), own.m.new_zeros(own.m.shape)
+            )
+        if isinstance(state, DecodingState):
+            state = state.as_mlstm_state()
+        return ScaledSums(torch.cat([state.C.flatten(2), state.n], dim=2), state.m)
+
+    def state_of(self, sums: ScaledSums) -> MLSTMState:
+        """The memory with this C and n."""
+        own = self.summary.state
+        C, n = sums.values.split([own.C[0, 0].numel(), own.n.shape[2]], dim=2)
+        return MLSTMState(C.view_as(own.C), n, sums.log_scale)
 
 
 def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:

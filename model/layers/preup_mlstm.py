@@ -216,6 +216,11 @@ class PreUpMLSTMKind(LayerKind):
         """Any number: each hands on the state behind its slice."""
         return None
 
+    def shortest_slice(self, config: ModelConfig) -> int:
+        """The convolution looks back into the slice before, and no further."""
+        settings: PreUpMLSTMConfig = self.settings(config)
+        return settings.conv_kernel_size - 1
+
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         from kernels.preflight import HeadNormCase
 

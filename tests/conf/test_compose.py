@@ -1,5 +1,6 @@
 """From YAML and overrides to dataclasses: every mistake is found, all at once, with what to do about it."""
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_path_that_needs_quotes_is_shown_with_them(value):
     found = problems([*BASE, f"corpus.directory={value}"])
     hint = f'corpus.directory="{value}"'
     assert len(found) == 1 and found[0].endswith(f"; if the value is one text, quote it: '{hint}'")
-    assert compose(RunConfig, "train", [*BASE, hint]).corpus.directory == value
+    assert compose(RunConfig, "train", [*BASE, hint]).corpus.directory == os.path.expanduser(value)
     assert "quote" not in problems([*BASE, "corpus.phases=[{from_step: 1"])[0]
 
 
@@ -116,6 +117,7 @@ def test_every_experiment_composes_validates_and_plans_on_two_processes(experime
 def test_every_yaml_file_belongs_to_a_tested_group():
     tested = {*GROUPS, "experiment"}
     others = {path.parent.name for path in CONF_DIR.rglob("*.yaml")} - tested - {"conf"}
-    assert others == {"data", "tokenizer"}, "groups of `prepare` are composed in tests/data_pipeline"
+    # A recipe is composed with its model; the groups of `prepare` in tests/data_pipeline.
+    assert others == {"recipe", "data", "tokenizer"}
     for path in CONF_DIR.rglob("*.yaml"):
         OmegaConf.load(path)

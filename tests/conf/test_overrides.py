@@ -124,7 +124,7 @@ def test_a_section_set_to_a_value_is_refused():
 
 
 def test_combinations_that_cannot_work_are_shown_together_with_mistyped_keys_and_values():
-    overrides = ["lr=1", "optimizer.learning_rate=fast", "training.global_batch_size=30", "evaluation=null"]
+    overrides = ["lr=1", "optimizer.learning_rate=fast", "training.global_batch_size=31", "evaluation=null"]
     found = problems(*overrides, check=lambda rest: validate(rest, 1))
     assert [line.split(":")[0] for line in found] == [
         "evaluation=null",
@@ -133,7 +133,7 @@ def test_combinations_that_cannot_work_are_shown_together_with_mistyped_keys_and
         "training.global_batch_size",
     ]
     # Also without a name; and a mistyped key is one mistake, not that the right one is missing too.
-    found = problems("training.total_step=5", "training.global_batch_size=30", base=[], check=lambda r: validate(r, 1))
+    found = problems("training.total_step=5", "training.global_batch_size=31", base=[], check=lambda r: validate(r, 1))
     keys = ["training.total_step", "corpus.directory", "name", "training.global_batch_size"]
     assert [line.split(":")[0] for line in found] == keys
     assert problems("seed=${nowhere}", check=lambda r: validate(r, 1)) == ["Interpolation key 'nowhere' not found"]

@@ -52,6 +52,26 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
+def inline_commands(page: Path) -> list[str]:
+    """The commands in the sentences and tables of a page."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [text for text in re.findall(r"`([^`\n]+)`", prose) if _is_command(text)]
+
+
+def help_commands() -> list[tuple[str, str]]:
+    """(package, command) of every example in the help of a command line."""
+    found = []
+    for path in sorted(ROOT.glob("*/__main__.py")):
+        text = path.read_text(encoding="utf-8").replace("\\\\\n", " ")
+        found += [(path.parent.name, line.strip()) for line in text.splitlines() if line.startswith("  python -m ")]
+    return found
+
+
+def _is_command(text: str) -> bool:
+    # A lone word, such as `make`, is a name.
+    return re.match(r"(\w+=\S+ )*(\S*python\d? |make |pip |torchrun |wandb |sbatch |srun )", text) is not None
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """The words of each command, those inside of `bash -c '...'` too."""
     for line in text.replace("\\\n", " ").splitlines():

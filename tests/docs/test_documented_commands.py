@@ -1,25 +1,44 @@
 """Commands of the pages: those that need nothing special are run; of the others the syntax and the keys are checked."""
 
+import functools
+import importlib.util
 import re
+import shlex
 import subprocess
+import tomllib
 
 import pytest
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
-from tests.docs.documentation import NEEDS, PAGES, Shell, blocks, commands, name, python_blocks, run_python
+from model.config import ModelOnlyConfig, validate_model
+from tests.docs.documentation import (
+    NEEDS,
+    PAGES,
+    Shell,
+    blocks,
+    commands,
+    help_commands,
+    inline_commands,
+    name,
+    python_blocks,
+    run_python,
+)
 from tests.runs import ROOT
 from train.config import RunConfig
+from train.validate import validate
 
 ALL = [block for page in PAGES for block in blocks(page)]
 README = ROOT / "README.md"
 # The README's commands come first: they make corpora/first and runs/first, which the other pages use.
 RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
-MODULES = {"train", "train.report", "launch", "data_pipeline", "model", "pip", "pytest", "torch.distributed.run"}
+OUR_MODULES = {"train", "train.report", "launch", "data_pipeline", "model"}
+MODULES = OUR_MODULES | {"pip", "pytest", "torch.distributed.run"}
 # What the pages' commands leave behind, by page.
 LEFT = {
-    "README.md": ["corpora/first/manifest.json", "runs/first/report.png"],
+    "README.md": ["corpora/first/manifest.json", "runs/first/report.png", "exported/config.json"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
+    "docs/model.md": ["weights/first/model.json"],
     "docs/guides/resume.md": ["runs/first/checkpoints/step-00000008", "runs/annealed/checkpoints/step-00000010"],
 }
 
@@ -54,28 +73,112 @@ def test_commands_that_are_not_run_can_be_typed(block):
     assert block.needs in NEEDS
     checked = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for words in commands(block.text):
-        if words[:1] == ["make"]:
-            assert words[1] in targets
-        if "-m" in words and not words[words.index("-m") + 1].isnumeric():
-            # torchrun and python both take `-m module`; the last one names ours.
-            position = len(words) - 1 - words[::-1].index("-m")
-            _check(words[position + 1], words[position + 2 :])
+        _check_words(words)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if inline_commands(page)], ids=name)
+def test_commands_in_sentences_and_tables_can_be_typed(page):
+    for text in inline_commands(page):
+        _check_words(shlex.split(text))
+
+
+@pytest.mark.parametrize(("package", "text"), help_commands())
+def test_examples_in_helps_can_be_typed(package, text):
+    assert _check_words(shlex.split(text)) == package
+
+
+def test_no_command_is_hidden_from_these_tests():
+    """A command stands in a block of its own kind or in a sentence, where it is found and checked."""
+    assert {"model", "data_pipeline"} <= {package for package, _ in help_commands()}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.findall(r"^( *)```(.*)\n((?:.*\n)*?)^ *```$", text, flags=re.M)
+        assert 2 * len(fences) == len(re.findall(r"^ *```", text, flags=re.M)), name(page)
+        for indent, kind, content in fences:
+            assert not indent and kind.split(" ")[0] in ("sh", "python", "text", "yaml", "json"), (
+                f"{name(page)}: {kind}"
+            )
+            assert kind.startswith("sh") or not re.search(r"^\W*(\S*python\d? -m|make|torchrun) ", content, flags=re.M)
+
+
+def test_commands_of_one_run_agree_with_each_other():
+    """Wherever a reader begins: a run that a page began goes on with the command of another page."""
+    begun: dict[str, tuple[object, ...]] = {}
+    for block in (block for block in ALL if "python -c '" not in block.text):
+        for words in commands(block.text):
+            if (given := _train_arguments(words)) is None:
+                continue
+            config = _composed(*given)
+            identity = (config.model, config.seed, config.training.sequence_length, config.corpus.directory)
+            assert begun.setdefault(config.name, identity) == identity, f"{block}: {config.name}"
+    assert {"first", "big", "annealed"} <= begun.keys()
+
+
+@functools.cache
+def _composed(*overrides):
+    """The run that a command describes; pages show the same commands."""
+    return compose(RunConfig, "train", list(overrides))
+
+
+def _check_words(words):
+    """Check that a command can be typed as it stands; returns our module that it starts, if any."""
+    if words[:1] == ["make"]:
+        assert words[1] in re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M), words
+    if words[:2] == ["pip", "install"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.findall(r"\[([\w-]+)\]", words[2])) <= extras.keys(), words
+    if "-m" not in words or words[words.index("-m") + 1].isnumeric():
+        return None
+    # torchrun and python both take `-m module`; the last one names ours.
+    position = len(words) - 1 - words[::-1].index("-m")
+    _check(words[position + 1], words[position + 2 :])
+    return words[position + 1]
+
+
+def _train_arguments(words):
+    """The settings of a command that trains; None for another, and for one that only names the program."""
+    for start in (["-m", "train"], ["-m", "launch", "local"]):
+        for position in range(len(words)):
+            if words[position : position + len(start)] == start:
+                return [word for word in words[position + len(start) :] if "=" in word and word[0] != "-"] or None
+    return None
 
 
 def _check(module, arguments):
-    assert module in MODULES, module
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("--")]
+    top = module.split(".")[0]
+    assert module in MODULES or (top == "benchmarks" and importlib.util.find_spec(module)), module
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    if module in OUR_MODULES or top == "benchmarks":
+        file = ROOT / (f"{module.replace('.', '/')}.py" if "." in module else f"{module}/__main__.py")
+        source = file.read_text(encoding="utf-8")
+        known = [argument for argument in arguments if re.fullmatch(r"--[\w-]+(=.*)?", argument)]
+        known += arguments[:1] if module in ("launch", "data_pipeline", "model") else []
+        assert all(f'"{argument.split("=")[0]}"' in source for argument in known), (module, known)
     if module == "train" or (module == "launch" and arguments[0] == "local"):
-        config = compose(RunConfig, "train", overrides)
-        assert (config.training.total_steps is None) != (config.training.total_tokens is None)
-    elif module == "data_pipeline" and arguments[0] == "prepare":
+        if overrides:
+            config = _composed(*overrides)
+            assert validate(config, world_size=1) == []
+    elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)
+    elif module == "model" and arguments[0] == "describe":
+        assert validate_model(compose(ModelOnlyConfig, "model_only", overrides).model) == []
+    elif module == "pytest":
+        assert all((ROOT / argument).exists() for argument in arguments if "/" in argument), arguments
 
 
 def test_keys_of_commands_that_are_not_run_are_checked():
     with pytest.raises(ValueError, match="no such key"):
         _check("train", ["name=a", "corpus.directory=b", "training.total_step=1"])
+    with pytest.raises(AssertionError, match="do not fit into the run's 10 steps"):
+        _check("train", ["name=a", "corpus.directory=b", "model=xlstm_7b", "training.total_steps=10"])
+    for command in (
+        "python -m model explain",
+        "python -m model describe --fast",
+        "make everything",
+        "pip install .[no]",
+    ):
+        with pytest.raises(AssertionError):
+            _check_words(command.split())
     nested = "srun bash -c 'exec torchrun --nnodes=2 -m train name=a \\\n    seed=1'"
     assert ["exec", "torchrun", "--nnodes=2", "-m", "train", "name=a", "seed=1"] in list(commands(nested))

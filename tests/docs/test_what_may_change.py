@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from tests.docs.configuration_keys import run_keys, some_run
 from tests.documented import quoted, table
-from train.requirements import changes_of_run
+from train.changes import changes_of_run, refused_changes_of_data
+from train.length import begin
 from train.run_directory import RunDirectory
 
 REFUSED, REASON, FREE, TAKEN = "refused", "needs a reason", "free", "taken as it is"
@@ -68,6 +69,8 @@ def folder(tmp_path_factory):
 
 def test_every_key_does_what_the_table_says(folder):
     assert changes_of_run(some_run(), folder) == []
+    identity = dict.fromkeys(("corpus", "tokenizer", "split", "mixture", "sequence_length", "packing"), "then")
+    state = dataclasses.replace(begin(some_run(), identity | {"window_shards": 1}), step=1)
     tried = {}
     for key in run_keys():
         if any(other.startswith((f"{key}.", f"{key}[")) for other in run_keys()):
@@ -78,8 +81,15 @@ def test_every_key_does_what_the_table_says(folder):
             continue
         tried[key] = said
         problems = changes_of_run(config, folder)
-        assert bool(problems) == (said in (REFUSED, REASON)), f"{key}: {said}, but {problems}"
+        assert bool(problems) == (said == REFUSED), f"{key}: {said}, but {problems}"
+        # As if everything that makes up the data were another.
+        problems = refused_changes_of_data(config, state, {})
+        if key == "corpus.allow_changed_data":
+            assert problems == []
+            continue
+        named = [problem.split(":")[0] for problem in problems]
+        assert (key in named) == (said == REASON), f"{key}: {said}, but {problems}"
         if said == REASON:
             allowed = dataclasses.replace(config.corpus, allow_changed_data="a test")
-            assert changes_of_run(dataclasses.replace(config, corpus=allowed), folder) == [], key
+            assert refused_changes_of_data(dataclasses.replace(config, corpus=allowed), state, {}) == [], key
     assert len(tried) > 60 and set(tried.values()) == {REFUSED, REASON, FREE, TAKEN}

@@ -55,24 +55,25 @@ def small_configs() -> dict[str, ModelConfig]:
     return CONFIGS
 
 
+def model_in_play(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """A model whose every parameter is in play: the initial values, where gate weights are zero, plus noise."""
+    assert validate_model(config) == []
+    model = LanguageModel(config)
+    initialise(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("igate.bias"):
+                # Near zero the exponential input gate brings both branches of the normaliser's max into play.
+                parameter.fill_(-0.5)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype)
+
+
 @pytest.fixture
 def make_model():
-    """A model whose every parameter is in play: the initial values, where gate weights are zero, plus noise."""
-
-    def make(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LanguageModel:
-        assert validate_model(config) == []
-        model = LanguageModel(config)
-        initialise(model, seed=1)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("igate.bias"):
-                    # Near zero the exponential input gate brings both branches of the normaliser's max into play.
-                    parameter.fill_(-0.5)
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        return model.to(dtype)
-
-    return make
+    """`model_in_play`."""
+    return model_in_play
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from model.config import ModelConfig, SLSTMConfig
 from model.layers import layer_kind, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from model.sequence import LOCAL, last_inputs
-from model.state import ModelState, map_tensors
+from model.state import ModelState
 from tests.model.conftest import CONFIGS
-from tests.model.virtual_ranks import run_ranks
+from tests.model.virtual_ranks import merged, run_ranks
 
 LENGTH = 48
 # Where documents begin: in each row others, at a border of slices, none in the whole last third of row 1.
@@ -137,8 +137,8 @@ def test_what_is_recomputed_exchanges_nothing(make_model, name, mode):
         torch.testing.assert_close(ours[parameter], theirs[parameter], rtol=1e-9, atol=1e-10 * scale.item())
 
 
-def test_summaries_combine_in_any_grouping(make_model):
-    """((a b) c) = (a (b c)), as a scan between ranks needs it."""
+def test_a_summary_as_sums_is_what_its_slice_does(make_model):
+    """Also where a document starts, and behind a state that enters."""
     model = make_model(CONFIGS["mlstm"])
     collected = []
 
@@ -150,21 +150,16 @@ def test_summaries_combine_in_any_grouping(make_model):
     generator = torch.Generator().manual_seed(1)
     document_start = torch.zeros(2, 9, dtype=torch.bool)
     document_start[0, 4] = True
+    state = None
     for starts in (None, document_start, None):
         x = torch.randn(2, 9, 32, generator=generator, dtype=torch.float64)
-        model.blocks[0].mixer(x, starts, None, False, Collecting())
-    a, b, c = collected
-    before = a.summary.state
-    left, right = (s.summary for s in (a.followed_by(b).followed_by(c), a.followed_by(b.followed_by(c))))
-    assert torch.equal(left.document_started, torch.tensor([True, False]))
-    torch.testing.assert_close(left.log_forget_sum, right.log_forget_sum)
-    for x, y, z in zip(
-        *(dataclasses.astuple(map_tensors(s, torch.Tensor.detach)) for s in (left.state, right.state)),
-        dataclasses.astuple(map_tensors(c.after(b.after(before)), torch.Tensor.detach)),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-14)
+        before = state
+        _, state = model.blocks[0].mixer(x, starts, state, True, Collecting())
+        summary = collected.pop()
+        behind = summary.state_of(merged(summary.sums_of(before), summary.log_kept, summary.added))
+        assert (summary.log_kept[0] == -torch.inf).all() == (starts is not None)
+        for ours, theirs in zip((behind.C, behind.n, behind.m), (state.C, state.n, state.m), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_last_inputs_leave_out_documents_that_have_ended():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.sequence import last_inputs
+from kernels.mlstm import merge_weights
+from model.sequence import ScaledSums, last_inputs
 from model.state import map_tensors
 
 
@@ -119,10 +120,16 @@ class _Entering:
         return self.rank.exchanged(self._exchange)
 
     def _exchange(self) -> Any:
-        state = self.before
+        sums = self.summary.sums_of(self.before)
         for earlier in self.rank.exchange.gather(self.rank.rank, self.summary)[: self.rank.rank]:
-            state = earlier.after(state)
-        return state
+            sums = merged(sums, earlier.log_kept, earlier.added)
+        return self.summary.state_of(sums)
+
+
+def merged(first: ScaledSums, log_kept: Tensor, second: ScaledSums) -> ScaledSums:
+    """The sums behind a slice that adds `second` and keeps a share of `first`."""
+    log_scale, kept, added = merge_weights(first.log_scale, log_kept, second.log_scale)
+    return ScaledSums(kept[..., None] * first.values + added[..., None] * second.values, log_scale)
 
 
 def _cut(tensor: Tensor) -> Tensor:

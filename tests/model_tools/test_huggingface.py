@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import model.huggingface.exporting as exporting
 from model.config import MLSTMConfig, ModelConfig
-from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface
+from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface, inexpressible
 from model.language_model import LanguageModel
+from model.presets import preset, preset_names
 from model.weights import WeightsError, save_model
+from tests.documented import quoted, table
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
 
@@ -224,7 +226,10 @@ def test_import_names_what_is_wrong(tmp_path):
     random_transformers_model().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good, tensors = json.loads(config.read_text()), load_file(weights)
-    config.write_text(json.dumps(good | {"model_type": "llama", "use_bias": True, "weight_mode": "odd"}))
+    config.write_text(json.dumps(good | {"model_type": "gpt2"}))
+    with pytest.raises(HuggingFaceError, match="model_type is 'gpt2', not llama or xlstm"):
+        import_huggingface(tmp_path)
+    config.write_text(json.dumps(good | {"add_out_norm": False, "use_bias": True, "weight_mode": "odd"}))
     with pytest.raises(HuggingFaceError) as refused:
         import_huggingface(tmp_path)
     assert len(refused.value.reasons) == 3
@@ -290,6 +295,14 @@ except ValueError as error:
     assert not (tmp_path / "out").exists()
 
 
+def test_presets_of_one_kind_of_blocks_can_be_exported_as_the_page_says():
+    rows = table("model.md", "blocks")
+    said = {name for row in rows for name in quoted(row[-1])}
+    assert {"tiny_mlstm", "tiny_llama"} <= said
+    can = {name for name in preset_names() if inexpressible(preset(name)) == []}
+    assert can == said
+
+
 def test_published_config_of_the_7b_fits():
     """The parameters of the published 7B have the names and shapes that ours map to."""
     config = ModelConfig(mlstm=MLSTMConfig())
@@ -300,6 +313,6 @@ def test_published_config_of_the_7b_fits():
         ours = LanguageModel(config)
     their_shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     assert len(their_shapes) == 483
-    layout = exporting.tensor_layout([name for name, _ in ours.named_parameters()], fused=False)
+    layout = exporting.format_for(config).tensor_layout([name for name, _ in ours.named_parameters()], {})
     our_shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
     assert {name: our_shapes[mine] for name, [mine] in layout.items()} == their_shapes

@@ -108,8 +108,8 @@ def test_another_corpus_under_the_same_folder_is_refused_with_the_difference(sli
     write_slimpajama(tmp_path / "other", seed=8)
     quietly(slimpajama_config(tmp_path / "other", tmp_path / "corpus"))
     refused = run(tmp_path, "a", *overrides, "training.total_steps=6")
-    assert refused.returncode == 1
-    assert "was trained on other data (corpus: " in refused.stderr and "tokenizer: " in refused.stderr
+    assert refused.returncode == 2
+    assert "holds other data than before (corpus: " in refused.stderr and "tokenizer: " in refused.stderr
     assert "corpus.allow_changed_data=" in refused.stderr
     reason = "corpus.allow_changed_data=the corpus was prepared again"
     allowed = run(tmp_path, "a", *overrides, "training.total_steps=6", reason)

@@ -36,9 +36,9 @@ def runs(small_corpus, tmp_path_factory):
     newest = max((root / "run" / "checkpoints").iterdir())
     (newest / "state.json").write_text("{}")
     end = int(newest.name.removeprefix("step-")) + 5
-    changed = ["corpus.temperature=2.0", "corpus.allow_changed_data=a test"]
+    changed = ["corpus.window_shards=1", "corpus.allow_changed_data=a test"]
     refused = run_train([*run, f"training.total_steps={end}", changed[0]])
-    assert refused.returncode == 2 and "corpus.temperature: " in refused.stderr
+    assert refused.returncode == 2 and "corpus.window_shards: " in refused.stderr
     done = run_train([*run, f"training.total_steps={end}", *changed])
     assert done.returncode == 0, done.stderr
 

@@ -95,7 +95,7 @@ def test_a_large_vocabulary_is_sparse():
 def test_k_is_the_best_on_the_held_back_part_and_everything_is_counted_for_the_score():
     train, held_out = batches(0, 30), batches(1, 3)
     counted, held_back = train[3:], train[:3]
-    result = ngram_baselines.ngram_baselines(counted, held_back, held_out, VOCAB)
+    result = ngram_baselines.ngram_baselines(counted, held_back, [held_out], VOCAB)
     for place, name in enumerate(("unigram", "bigram")):
         best = min(SMOOTHING_GRID, key=lambda k, place=place: by_hand(counted, held_back, k)[place])
         assert result[name]["k"] == best

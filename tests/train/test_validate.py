@@ -7,7 +7,7 @@ from tests.runs import run_train
 from train.config import RunConfig
 from train.validate import validate
 
-BASE = ["name=x", "corpus.directory=y", "training.total_steps=100"]
+BASE = ["name=x", "corpus.directory=y", "training.total_steps=100", "recipe=none"]
 
 
 def problems(*overrides, world_size=2):
@@ -31,6 +31,26 @@ def test_a_sound_configuration_has_no_problem():
         (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),
         (["parallel.zero_stage=4"], "parallel.zero_stage: no such choice (4); choose one of 0, 1, 2, 3"),
         (["parallel.activation_checkpointing=all"], "choose one of none, unit, block"),
+        (["parallel.sequence=0"], "parallel.sequence: must be at least 1 (0)"),
+        (
+            ["parallel.sequence=3"],
+            "parallel.sequence: 2 processes do not divide into groups of 3 that share a sequence; start a multiple of "
+            "3, or choose a divisor of 2",
+        ),
+        (
+            ["parallel.sequence=2", "training.sequence_length=2049"],
+            "training.sequence_length: 2049 tokens do not divide into 2 equal slices (parallel.sequence); use "
+            "training.sequence_length=2048",
+        ),
+        (
+            ["parallel.sequence=2", "model=tiny", "model.slstm_at=[1]", "model.slstm.n_heads=1"],
+            "parallel.sequence: model.slstm.n_heads=1 heads do not divide among 2 sequence ranks; choose",
+        ),
+        (
+            ["parallel.sequence=2", "model=tiny_neurips", "training.sequence_length=4"],
+            "parallel.sequence: mlstm blocks look 3 tokens back, and a slice has 2; use at most 1 ranks or longer",
+        ),
+        (["parallel.sequence_exchange=tree"], "choose one of auto, all_gather, recursive_doubling, ring"),
         (["precision.compute=fp16"], "precision.compute: no such choice ('fp16'); choose one of bf16, fp32"),
         (["model.mlstm.n_heads=7"], "model.mlstm.n_heads"),
         (["model.slstm_at=[3]"], "model.slstm"),

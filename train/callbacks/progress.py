@@ -66,6 +66,8 @@ class Progress(Callback):
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         if self._bar is not None:
             self._bar.n = trainer.step
+            # Of a run in tokens: steps that are taken again may have another batch than the first time.
+            self._bar.total = trainer.total_steps
             self._bar.refresh()
         if trainer.is_main:
             self._write(

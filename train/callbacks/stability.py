@@ -52,7 +52,10 @@ class Stability(Callback):
     def on_gradients_ready(self, trainer: Trainer) -> None:
         if self._statistics is None:
             return
-        recorded = self._statistics.values()
+        mesh = trainer.mesh
+        slices = mesh.size_of("sequence")
+        shared = slices > 1
+        recorded = self._statistics.values((lambda x: mesh.sum(x, group="sequence") / slices) if shared else None)
         self._stop_recording()
         # Every rank must list the same groups, also those of which it holds no part.
         model = trainer.config.model
@@ -151,17 +154,35 @@ def _squared_norms(fragments: Sequence[Fragment], groups: dict[str, str], device
 def _combine_over_ranks(
     recorded: dict[str, tuple[str, Tensor]], squared_norms: dict[str, Tensor], mesh: Mesh
 ) -> _Combined:
-    """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima)."""
-    means = {name: value for name, (reduction, value) in recorded.items() if reduction == "mean"}
-    maxima = {name: value for name, (reduction, value) in recorded.items() if reduction == "max"}
-    minima = {name: value for name, (reduction, value) in recorded.items() if reduction == "min"}
-    added = torch.stack([*means.values(), *squared_norms.values()])
+    """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima).
+
+    What is measured at the beginning of a sequence only the rank with its first slice has recorded.
+    """
+    reductions = {name: reduction for name, (reduction, _) in recorded.items()}
+    if mesh.size_of("sequence") > 1:
+        of_ranks = mesh.gather_objects(reductions, group="sequence")
+        reductions = {name: reduction for of_rank in of_ranks for name, reduction in of_rank.items()}
+    zero = torch.zeros((), device=mesh.device)
+    nothing = zero - math.inf
+    means, maxima, minima = ([n for n, of_name in reductions.items() if of_name == r] for r in ("mean", "max", "min"))
+    added = torch.stack(
+        [
+            *(recorded[name][1] if name in recorded else zero for name in means),
+            *squared_norms.values(),
+            *(zero + (name in recorded) for name in means),
+        ]
+    )
     extremes = torch.stack(
-        [*maxima.values(), *(-value for value in minima.values()), torch.zeros((), device=mesh.device)]
+        [
+            *(recorded[name][1] if name in recorded else nothing for name in maxima),
+            *(-recorded[name][1] if name in recorded else nothing for name in minima),
+            zero,
+        ]
     )
     mesh.sum(added, group="world")
     mesh.maximum(extremes, group="world")
-    averages = added[: len(means)] / mesh.size
+    added, counts = added.split([len(means) + len(squared_norms), len(means)])
+    averages = added[: len(means)] / counts
     norms = added[len(means) :].sqrt()
     highest, lowest = extremes[: len(maxima)], -extremes[len(maxima) : len(maxima) + len(minima)]
     return _Combined([*means, *squared_norms, *maxima, *minima], torch.cat([averages, norms, highest, lowest]))

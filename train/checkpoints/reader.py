@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,17 @@ def newest_usable(
             f"no checkpoint under {root} can be used ({'; '.join(rejected)}). Restore one of them, or move the folder "
             "away to start the run from its beginning"
         )
+    return None
+
+
+def newest_state(root: Path) -> TrainState | None:
+    """The state in the newest checkpoint under `root` that has a readable one; None when there is none.
+
+    For a look ahead, by one process alone: nothing but the state is read, and `newest_usable` may pass over it.
+    """
+    for folder in reversed(complete_checkpoints(root)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
+            return read_state(folder)
     return None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -28,6 +29,8 @@ from torch import Tensor
 GroupName = Literal["world", "data_and_sequence", "sequence", "pipeline"]
 GROUP_NAMES: tuple[GroupName, ...] = typing.get_args(GroupName)
 Value = TypeVar("Value")
+# Waits for what was begun; on a GPU the current stream does.
+Wait = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ class Mesh:
         self.rank = rank
         self.device = device or torch.device("cpu")
         self.pipeline, self.data, self.sequence = shape.coordinates(rank)
+        # Of the methods that move tensors between slices and stages, since the start: what this rank received from
+        # others, in bytes, and how many times it took part.
+        self.received_bytes: dict[GroupName, int] = dict.fromkeys(GROUP_NAMES, 0)
+        self.exchanges: dict[GroupName, int] = dict.fromkeys(GROUP_NAMES, 0)
         self._members: dict[GroupName, list[int]] = {}
         self._groups: dict[GroupName, dist.ProcessGroup | None] = {}
         for name in GROUP_NAMES:
@@ -166,6 +173,57 @@ class Mesh:
         dist.broadcast_object_list(found, src=self._members[group][0], group=self._groups[group])
         return found[0]
 
+    def place_in(self, group: GroupName) -> int:
+        """The position of this rank among those of its group."""
+        return self._members[group].index(self.rank)
+
+    def start_gather(self, tensor: Tensor, *, group: GroupName) -> tuple[Tensor, Wait]:
+        """Begin to collect every rank's `tensor`, all alike in shape: [ranks, *shape], filled once waited for."""
+        size = self.size_of(group)
+        gathered = tensor.new_empty(size, *tensor.shape)
+        if size == 1:
+            gathered[0] = tensor
+            return gathered, _nothing
+        self._count(group, gathered[1:])
+        tensor = tensor.contiguous()
+        # In one dimension: gloo wants the result in the form of the parts.
+        work = _all_gather(gathered.view(-1), tensor.view(-1), group=self._groups[group], async_op=True)
+        return gathered, _waiting([work], tensor)
+
+    def all_to_all(self, tensor: Tensor, *, group: GroupName) -> Tensor:
+        """[ranks, ...] -> [ranks, ...]: element i goes to the i-th rank of the group, and one comes from it."""
+        assert tensor.shape[0] == self.size_of(group), "one part for each rank"
+        if self.size_of(group) == 1:
+            return tensor
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self._count(group, received[1:])
+        dist.all_to_all_single(received, tensor.contiguous(), group=self._groups[group])
+        return received
+
+    def broadcast(self, tensor: Tensor, source: int, *, group: GroupName) -> Tensor:
+        """Replace `tensor` by that of the rank at place `source` of the group, in place; returns it."""
+        if self.size_of(group) > 1:
+            self._count(group, *([] if self.place_in(group) == source else [tensor]))
+            dist.broadcast(tensor, self._members[group][source], group=self._groups[group])
+        return tensor
+
+    def start_transfers(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], *, group: GroupName) -> Wait:
+        """Begin to send tensors to the ranks at these places of the group, and to receive into others.
+
+        Of contiguous tensors. Whoever is sent to receives at the same time; ranks with neither need not call.
+        """
+        members, process_group = self._members[group], self._groups[group]
+        self._count(group, *receives.values())
+        operations = [
+            dist.P2POp(dist.irecv, tensor, members[place], process_group) for place, tensor in receives.items()
+        ]
+        operations += [dist.P2POp(dist.isend, tensor, members[place], process_group) for place, tensor in sends.items()]
+        return _waiting(dist.batch_isend_irecv(operations), *sends.values()) if operations else _nothing
+
+    def _count(self, group: GroupName, *received: Tensor) -> None:
+        self.exchanges[group] += 1
+        self.received_bytes[group] += sum(tensor.numel() * tensor.element_size() for tensor in received)
+
     def barrier(self, *, group: GroupName) -> None:
         """Wait for all ranks of the group."""
         if self.size_of(group) > 1:
@@ -182,6 +240,27 @@ class Mesh:
             else:
                 os.environ[name] = value
         self._variables_before.clear()
+
+
+# torch 2.13 warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
+def _waiting(works: Sequence[dist.Work | None], *sent: Tensor) -> Wait:
+    """Wait for `works`. Until then what they send stays in memory."""
+
+    def wait() -> None:
+        for work in works:
+            if work is not None:
+                work.wait()
+        del kept[:]
+
+    kept = list(sent)
+    return wait
 
 
 def launched_processes() -> int:

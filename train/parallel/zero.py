@@ -25,6 +25,7 @@ from train.config import RunConfig
 from train.optimizer import build_optimizer
 from train.parallel.fragments import Fragment, ReadRange, clip_gradients, prepare_moments, squared_gradient_norm
 from train.parallel.mesh import Mesh
+from train.parallel.sequence import DistributedSequence
 from train.parallel.token_loss import TokenLossSum, model_name, on_device
 from train.parallel.zero_fragments import fill_weights, parameter_fragments
 from train.plan import Plan
@@ -38,7 +39,8 @@ def deepspeed_config(config: RunConfig, plan: Plan) -> dict[str, Any]:
     derived = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "train_batch_size": plan.global_batch_size,
+        # It counts every process as a replica, also those that hold slices of the same samples.
+        "train_batch_size": plan.global_batch_size * plan.sequence_ranks,
         "gradient_clipping": 0.0,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
@@ -66,6 +68,8 @@ class ZeroEngine:
         with self._construction_context():
             self.model = LanguageModel(config.model)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
+        if mesh.shape.sequence > 1:
+            self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange)
         module = TokenLossSum(self.model, config.training.z_loss_weight)
         named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
         self._optimizer = build_optimizer(named, config.optimizer)

@@ -261,7 +261,13 @@ def test_an_altered_manifest_is_refused(copy, old, new, words):
 def test_missing_and_unfinished_and_empty_corpora_are_refused(copy, tmp_path):
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder", "prepare")
     (copy / "manifest.json").unlink()
-    refused(copy, str(copy), "not a finished corpus", "prepare")
+    refused(copy, str(copy), "not a finished corpus", "restore the file or prepare the corpus again elsewhere")
+    (tmp_path / "text").mkdir()
+    refused(tmp_path / "text", "not a finished corpus; it is empty; prepare a corpus", f"output={tmp_path}/text")
+    (tmp_path / "text" / "a.jsonl").touch()
+    refused(tmp_path / "text", "not a finished corpus", f"source={tmp_path}/text ... output=ELSEWHERE")
+    (tmp_path / "text" / "preparing").mkdir()
+    refused(tmp_path / "text", "its preparation goes on with the same command", f"output={tmp_path}/text")
 
 
 def test_a_manifest_without_shards_is_an_empty_corpus(copy):

@@ -139,3 +139,18 @@ def test_the_commands(two, tmp_path, capsys):
     ):
         assert main(arguments) == code
         assert words in capsys.readouterr().err
+
+
+def test_an_output_inside_a_corpus_is_refused(two):
+    inside = two[0] / "merged"
+    with pytest.raises(CorpusError, match=f"{inside}: lies in the corpus {two[0]}; choose an output elsewhere"):
+        merge_corpora(list(two), inside)
+    with pytest.raises(CorpusError, match="lies in the corpus"):
+        split_corpus(two[0], inside, splits=["train"])
+    assert verify_corpus(two[0]) == [] and not inside.exists()
+
+
+def test_a_home_folder_that_the_shell_left_as_it_was_is_expanded(two, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["split", str(two[0]), "--output=~/train", "--split=train"]) == 0
+    assert Corpus.open(tmp_path / "train").splits == ["train"]

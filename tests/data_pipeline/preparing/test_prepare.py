@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -13,12 +14,13 @@ import pytest
 import tokenizers
 import zstandard
 
+from conf.problems import ConfigError
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
-from data_pipeline.errors import PrepareError
+from data_pipeline.errors import PrepareError, TokenizerError
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.units import run_unit
-from data_pipeline.sources.config import DataConfig, SplitConfig
+from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import TOKENIZER, quietly, random_text, slimpajama_config, write_slimpajama
 
@@ -196,20 +198,47 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
-def test_an_output_that_would_be_read_as_input_is_refused(tmp_path):
-    write_slimpajama(tmp_path / "raw", files=2)
-    (tmp_path / "link").symlink_to(tmp_path / "raw")
-    inside = slimpajama_config(tmp_path / "raw", tmp_path / "link" / "train" / "out")
-    with pytest.raises(
-        PrepareError, match=r"/out lies in data\.path .* would read inputs\.jsonl of it; choose an output"
+def test_an_output_in_at_or_above_the_input_is_refused_before_anything_is_written(tmp_path):
+    write_slimpajama(tmp_path / "data" / "raw", files=1)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "raw")
+    before = sorted(tmp_path.rglob("*"))
+    for output, how in (
+        (tmp_path / "link" / "train" / "out", "lies in"),
+        (tmp_path / "link", "is"),
+        (tmp_path / "data", "holds"),
     ):
-        quietly(inside)
-    for changes in ({"files": ["**/*.jsonl.zst"]}, {"exclude": ["out"]}):
-        config = replace(inside, data=replace(inside.data, **changes))
+        with pytest.raises(
+            PrepareError, match=f"output: {output} {how} the folder of the input, data.path=.*elsewhere"
+        ):
+            quietly(slimpajama_config(tmp_path / "data" / "raw", output))
+    assert sorted(tmp_path.rglob("*")) == before
+    # Beside a single file there is room.
+    (file,) = (tmp_path / "data" / "raw" / "train").rglob("*.zst")
+    config = slimpajama_config(file, file.parent / "out")
+    manifest, _ = quietly(replace(config, data=replace(config.data, split=SplitConfig())))
+    assert manifest.inputs.files == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("~/c", "output: write the home folder in full"), ("s3://b/c", "output: must be a folder of this machine, not a")],
+)
+def test_an_output_that_would_get_a_strange_name_is_refused(output, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        quietly(slimpajama_config(tmp_path / "raw", output))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_gave_no_tokenizer_may_be_replaced_as_the_message_asks(tmp_path):
+    write_slimpajama(tmp_path / "raw", files=1)
+    tokenizer = TokenizerConfig(vocab_size=30_000, sample_bytes=200_000)
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(TokenizerError, match=r"set tokenizer\.vocab_size=\d+, or give more text") as refused:
         quietly(config)
-        _, log = quietly(config)
-        assert "already prepared" in log
-        shutil.rmtree(config.output)
+    (fitting,) = re.findall(r"set tokenizer\.vocab_size=(\d+)", str(refused.value))
+    manifest, _ = quietly(replace(config, tokenizer=replace(tokenizer, vocab_size=int(fitting))))
+    assert manifest.tokenizer.vocab_size == int(fitting)
 
 
 def test_a_tokenizer_from_a_file_and_text_that_spells_its_special_tokens(tmp_path):
@@ -272,7 +301,9 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     model.add_special_tokens(["<|endoftext|>"])
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"))
-    manifest, _ = quietly(slimpajama_config(tmp_path / "raw", tmp_path / "out", tokenizer=tokenizer))
+    config = slimpajama_config(tmp_path / "raw", tmp_path / "out", tokenizer=tokenizer)
+    tolerance = ToleranceConfig(lost_text_fraction=1)
+    manifest, _ = quietly(replace(config, data=replace(config.data, tolerance=tolerance)))
     assert manifest.token_dtype == "uint32" and manifest.tokenizer.eod_id == 70_000
     shard = Corpus.open(tmp_path / "out").sequence("train", "RedPajamaC4").shard(0)
     assert shard.tokens.dtype == "uint32" and set(shard.tokens.tolist()) == {69_999, 70_000}

@@ -149,8 +149,10 @@ def test_units_that_another_command_holds_are_left_to_it(tmp_path):
     config = slimpajama_config(tmp_path / "raw", tmp_path / "out")
     with Claims(WorkFolder(tmp_path / "out").claims) as other, other.take("000002") as mine:
         assert mine
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes").touch()
         with pytest.raises(PrepareError, match="not empty"):
-            quietly(replace(config, output=str(tmp_path)))
+            quietly(replace(config, output=str(tmp_path / "mine")))
         WorkFolder(tmp_path / "out").create()
         manifest, log = quietly(config)
         assert manifest is None

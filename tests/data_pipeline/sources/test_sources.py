@@ -318,3 +318,15 @@ def test_labels_that_are_no_file_names_get_files_of_their_own(tmp_path):
     assert sorted(manifest.splits["train"]) == sorted(labels)
     files = {shard.file for shard in manifest.shards}
     assert len(files) == 5 and all((tmp_path / "out" / file).parent.name == "train" for file in files)
+
+
+@pytest.mark.parametrize("indent", [None, 2], ids=["one line", "many lines"])
+def test_a_json_array_is_named_with_its_file_and_place(indent, tmp_path):
+    (tmp_path / "raw").mkdir()
+    records = [{"text": "one"}, {"text": "two"}]
+    (tmp_path / "raw" / "a.jsonl").write_text(json.dumps(records, indent=indent))
+    data = DataConfig(kind="jsonl", path=str(tmp_path / "raw"), files=["*.jsonl"])
+    with pytest.raises(
+        PrepareError, match=r"a\.jsonl, record 1: malformed: a JSON array, where JSON lines have one obj"
+    ):
+        quietly(PrepareConfig(data, TOKENIZER, str(tmp_path / "out")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -100,6 +101,27 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path, hugging_face_file, s
         Tokenizer.load(sentencepiece_file, eod_token="e")
 
 
-def test_vocabulary_too_large_for_the_text_is_refused():
-    with pytest.raises(TokenizerError, match=r"tokenizer\.vocab_size=5000.*choose a smaller vocabulary or more text"):
-        train_sentencepiece(["just a few words"], TokenizerConfig(vocab_size=5000))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 5000}, r"at most 292 pieces with tokenizer\.vocab_size=5000 .*; give more text"),
+        (
+            {"vocab_size": 5000, "byte_fallback": False},
+            r"at most (\d+) pieces with .*; set tokenizer\.vocab_size=\1, or give more text",
+        ),
+        (
+            {"vocab_size": 32, "byte_fallback": False, "character_coverage": 1.0},
+            r"need (\d+) pieces with .*; set tokenizer\.vocab_size=\1 or more, or lower",
+        ),
+    ],
+    ids=["too little text", "too large", "too small"],
+)
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_the_size_that_does(settings, message):
+    texts = ["just a few words that are all different, of the kind: " + "".join(map(chr, range(65, 123)))]
+    if "byte_fallback" not in settings:
+        texts = ["just a few words"]
+    with pytest.raises(TokenizerError, match=message) as refused:
+        train_sentencepiece(texts, TokenizerConfig(**settings))
+    if found := re.search(r"set tokenizer\.vocab_size=(\d+)", str(refused.value)):
+        # As the message says.
+        assert train_sentencepiece(texts, TokenizerConfig(**{**settings, "vocab_size": int(found[1])}))

@@ -263,7 +263,7 @@ def test_another_model_or_corpus_under_the_same_name_is_refused(tiny_run, tmp_pa
     assert run_train(overrides).returncode == 0
     changed = run_train([*overrides, "model.logit_soft_cap=20.0", "seed=5"])
     assert changed.returncode == 2
-    assert "model:" in changed.stderr and "logit_soft_cap=30.0" in changed.stderr
+    assert "model.logit_soft_cap:" in changed.stderr and "logit_soft_cap=30.0" in changed.stderr
     assert "seed:" in changed.stderr
     # How the same is computed may change: the check of the kernels advises it.
     faster = ["model.mlstm.backend=reference", "model.mlstm.reference_chunk_size=8", "training.total_steps=3"]

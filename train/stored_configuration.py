@@ -1,0 +1,102 @@
+"""Configurations of a run as its folder keeps them, and how they differ: what today's changes of the last one's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from model.stored import with_current_keys
+from train.config import RunConfig
+
+# Texts that name a place, not what is there.
+_PLACES = ("directory", "path", "run_root")
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """`config` as JSON gives it back."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A config.yaml of any version, as it stands there."""
+    stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return typing.cast(dict[str, Any], stored)
+
+
+def in_current_form(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that any version stored, with the keys of this one and the default of what it lacks."""
+    stored = {**stored, "model": with_current_keys(stored.get("model") or {})}
+    return typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored))))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Key -> [value before, value now] of what differs; a section that one of them lacks counts as one value.
+
+    Two names of the same place on this machine, such as an absolute and a relative one, are equal.
+    """
+    found: dict[str, list[Any]] = {}
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new and not (key.endswith(_PLACES) and _is_one_place(old, new)):
+            found[f"{prefix}{key}"] = [old, new]
+    return found
+
+
+def _is_one_place(old: Any, new: Any) -> bool:
+    return isinstance(old, str) and isinstance(new, str) and os.path.realpath(old) == os.path.realpath(new)
+
+
+def written(value: Any) -> str:
+    """`value` as a configuration's override writes it, shortened."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, list):
+        text = f"[{', '.join(map(written, value))}]"
+    elif isinstance(value, Mapping):
+        text = f"{{{', '.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
+    else:
+        text = str(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _with_defaults(annotation: Any, value: Any) -> Any:
+    """`value` of a field of type `annotation`, with the default of every key that the sections in it lack.
+
+    The folder of a run that an earlier version of this program started has none of the keys that came since.
+    """
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is list and isinstance(value, list):
+        return [_with_defaults(inner[0], item) for item in value]
+    if typing.get_origin(annotation) is dict and isinstance(value, dict):
+        return {key: _with_defaults(inner[1], item) for key, item in value.items()}
+    # X or X | None.
+    for schema in (annotation, *inner):
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema) and isinstance(value, dict):
+            return _section_with_defaults(schema, value)
+    return value
+
+
+def _section_with_defaults(schema: type, values: dict[str, Any]) -> dict[str, Any]:
+    hints, filled = typing.get_type_hints(schema), dict(values)
+    for field in dataclasses.fields(schema):
+        if field.name not in filled and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            is_section = dataclasses.is_dataclass(default) and not isinstance(default, type)
+            filled[field.name] = dataclasses.asdict(default) if is_section else default
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+        if field.name in filled:
+            filled[field.name] = _with_defaults(hints[field.name], filled[field.name])
+    return filled
