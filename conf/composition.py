@@ -40,6 +40,7 @@ def compose(
     config_name: str,
     overrides: Sequence[str] = (),
     check: Callable[[Schema], list[str]] | None = None,
+    base: DictConfig | None = None,
 ) -> Schema:
     """Compose `conf/<config_name>.yaml` with Hydra `overrides` into an instance of the dataclass `schema`.
 
@@ -47,19 +48,21 @@ def compose(
 
     `check`: finds the problems of an instance. It is asked only where there are problems, about what is left without
     them, so that a message shows all at once.
+    `base`: whole values that stand in the place of those of `conf/<config_name>.yaml`; the choice of a group replaces
+    its section.
     Raises ConfigError with every problem found: overrides that name no key, unknown keys (with the nearest known one),
     values of a wrong type, values still missing (`???`), broken interpolations.
     """
     if unreadable := undecodable(overrides):
         raise ConfigError(unreadable)
-    tree, applied, problems = _compose_tree(schema, config_name, list(overrides))
+    tree, applied, problems = _compose_tree(schema, config_name, list(overrides), base)
     try:
         built = to_dataclass(schema, tree)
     except ConfigError as error:
         problems += error.problems
     if not problems:
         return built
-    if check is not None and (rest := _without_problems(schema, config_name, applied, problems)) is not None:
+    if check is not None and (rest := _without_problems(schema, config_name, applied, problems, base)) is not None:
         # What follows from a mistyped key or a missing value would be a second line about one mistake.
         at_fault = [re.escape(line.split(":")[0].rpartition(".")[2]) for line in problems]
         follows = re.compile(rf"\b({'|'.join(at_fault)})")
@@ -67,7 +70,9 @@ def compose(
     raise ConfigError(problems)
 
 
-def _without_problems(schema: type[Schema], config_name: str, applied: list[str], problems: list[str]) -> Schema | None:
+def _without_problems(
+    schema: type[Schema], config_name: str, applied: list[str], problems: list[str], base: DictConfig | None
+) -> Schema | None:
     """The instance that the `applied` overrides without `problems` give; None where they give none."""
     bad = [line.split(":")[0].replace("[", ".") for line in problems]
     good = [
@@ -75,7 +80,7 @@ def _without_problems(schema: type[Schema], config_name: str, applied: list[str]
         for override in applied
         if not any((key + ".").startswith(override.lstrip("+~").partition("=")[0] + ".") for key in bad)
     ]
-    tree, _, _ = _compose_tree(schema, config_name, good)
+    tree, _, _ = _compose_tree(schema, config_name, good, base)
     try:
         for key in OmegaConf.missing_keys(tree):
             OmegaConf.update(tree, key, "NONE_YET")
@@ -113,13 +118,16 @@ def _make_interpolated_texts(schema: type, tree: DictConfig) -> None:
             parent[name] = value if value is None else str(value)
 
 
-def _compose_tree(schema: type, config_name: str, overrides: list[str]) -> tuple[DictConfig, list[str], list[str]]:
+def _compose_tree(
+    schema: type, config_name: str, overrides: list[str], base: DictConfig | None
+) -> tuple[DictConfig, list[str], list[str]]:
     """The tree, those of `overrides` that went into it, and what is wrong with the others: Hydra itself stops at the
     first problem, and reads values without knowing their types."""
     groups = _groups(config_name)
     problems: list[str] = []
     values: list[Override] = []
     choices: list[str] = []
+    sections: list[str] = []
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
         for override, problem in with_dashes_and_spaces(overrides, [*keys_of(schema), *groups]):
             if problem:
@@ -138,9 +146,16 @@ def _compose_tree(schema: type, config_name: str, overrides: list[str]) -> tuple
                 continue
             elif problem := _no_choice(override, parsed):
                 problems.append(problem)
+            elif base is not None and groups.get(parsed.key_or_group):
+                problems.append(
+                    f"{override}: sets values in many sections, which are given already; set them one by one"
+                )
             else:
                 choices.append(override)
+                sections.append(parsed.package or parsed.key_or_group)
         tree, applied = _compose_choices(config_name, choices, problems)
+        if base is not None:
+            tree = _on_top_of(base, tree, sections)
     for parsed in values:
         found = _apply(schema, tree, parsed)
         problems += found
@@ -183,6 +198,17 @@ def _compose_choices(config_name: str, choices: list[str], problems: list[str]) 
     except (HydraException, OmegaConfBaseException) as error:
         problems.append(_first_line(error))
         return hydra_compose(config_name), []
+
+
+def _on_top_of(base: DictConfig, chosen: DictConfig, sections: list[str]) -> DictConfig:
+    """`base` with the `sections` of `chosen`."""
+    tree = OmegaConf.create(OmegaConf.to_container(base))
+    assert isinstance(tree, DictConfig)
+    for section in sections:
+        # The old values go: a section of another choice may have other keys.
+        OmegaConf.update(tree, section, OmegaConf.to_container(OmegaConf.select(chosen, section)), merge=False)
+    OmegaConf.set_struct(tree, True)
+    return tree
 
 
 def _apply(schema: type, tree: DictConfig, override: Override) -> list[str]:

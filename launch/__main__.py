@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from conf import ConfigError
 from conf.lasting_output import lasting_output
@@ -17,6 +18,8 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
     local.add_argument("--processes", type=_positive, default=None, help="number of processes")
+    local.add_argument("--plan", action="store_true", help="check and plan the run, print it, and start nothing")
+    local.add_argument("--config", metavar="FILE", help="a run's config.yaml: its values, with overrides on top")
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
@@ -25,14 +28,17 @@ def main(arguments: list[str]) -> int:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))
         with SignalListener(answered_signals(), lambda number: OUTSIDE_TRAINING.answer(number, output)):
-            return _exit_code(lambda: _local(options.overrides, options.processes))
+            return _exit_code(lambda: _local(options))
 
 
 # Importing torch takes seconds, which the help does without.
-def _local(overrides: list[str], processes: int | None) -> int:
+def _local(options: argparse.Namespace) -> int:
     from launch.local import default_processes, train_locally
+    from train.command import Command
 
-    return train_locally(overrides, processes or default_processes())
+    config = None if options.config is None else Path(options.config)
+    given = Command(options.overrides, options.plan, config)
+    return train_locally(given, options.processes or default_processes())
 
 
 def _demo(overrides: list[str]) -> int:

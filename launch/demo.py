@@ -14,6 +14,7 @@ from pathlib import Path
 from conf import compose
 from launch.local import default_processes, train_locally
 from train.callbacks.metrics_file import read_metrics
+from train.command import Command
 from train.config import RunConfig
 from train.ngram_baselines import write_baselines
 from train.report import draw_report
@@ -43,7 +44,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     baselines = write_baselines(config, directory.baselines)
 
     _say("2/4  Training")
-    if code := train_locally(overrides, default_processes()):
+    if code := train_locally(Command(overrides), default_processes()):
         return code
     held_out = _final_held_out_loss(directory.path)
     if held_out is None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 import torch
 
-from conf import compose
 from launch.processes import TrainingProcesses
-from train.config import RunConfig
+from train.command import Command, compose_run, show_plan
 from train.requirements import open_requirements
-from train.validate import validate
 
 CPU_PROCESSES = 2
 
@@ -22,19 +19,22 @@ def default_processes() -> int:
     return torch.cuda.device_count() or CPU_PROCESSES
 
 
-def train_locally(overrides: Sequence[str], processes: int) -> int:
-    """Run `python -m train` with Hydra `overrides` in `processes` processes; returns the exit code.
+def train_locally(given: Command, processes: int) -> int:
+    """Run `python -m train` as `given` in `processes` processes; returns the exit code.
 
     Raises ConfigError for a configuration that cannot work, a missing or incomplete corpus included, before any process
     starts: torchrun's own exit code is 1 whatever the processes say.
     """
     # The ranks compare the shards' checksums.
-    config = compose(RunConfig, "train", overrides, check=lambda rest: validate(rest, processes))
+    config = compose_run(given, processes)
+    if given.plan:
+        show_plan(config, processes)
+        return 0
     open_requirements(config, processes, corpus_check="size")
-    command = [sys.executable, "-m", "train", *overrides]
+    command = [sys.executable, "-m", "train", *given.arguments]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, "-m", *launcher, "-m", "train", *overrides]
+        command = [sys.executable, "-m", *launcher, "-m", "train", *given.arguments]
     return TrainingProcesses(processes).run(command, _environment(processes))
 
 

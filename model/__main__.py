@@ -25,11 +25,14 @@ Settings = TypeVar("Settings")
 
 DESCRIBE_HELP = """\
 Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
+Of a run also how far it is, its latest losses, its checkpoints, and the commands that come next.
 
+  RUN                           a run's directory, in the place of what follows
   model=CHOICE                  xlstm_7b (default), xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ... (conf/model/)
   model.KEY=VALUE               any value of it, e.g. model.n_blocks=16
 
 examples:
+  python -m model describe runs/first
   python -m model describe model=xlstm_7b
   python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
 """
@@ -149,6 +152,11 @@ def _positive(text: str) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
+    named = [setting for setting in options.settings if "=" not in setting]
+    if named and len(options.settings) > 1:
+        raise ConfigError([f"{named[0]}: a run is described as it is; leave the other settings out"])
+    if named and (Path(named[0]).is_dir() or "/" in named[0]):
+        return _describe_run(Path(named[0]), options)
     from conf import compose
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
@@ -161,6 +169,22 @@ def _describe(options: argparse.Namespace) -> int:
         raise ConfigError(problems)
     description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
     print(json.dumps(description, indent=2) if options.json else as_table(description))
+    return 0
+
+
+def _describe_run(path: Path, options: argparse.Namespace) -> int:
+    from conf import to_dataclass
+    from model.config import ModelConfig
+    from model.describe import as_table, describe
+    from train.run_summary import as_lines, summarise
+
+    summary = summarise(path)
+    config = to_dataclass(ModelConfig, summary.pop("model"))
+    description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
+    if options.json:
+        print(json.dumps({"run": summary, **description}, indent=2))
+    else:
+        print(f"{as_lines(summary)}\n\n{as_table(description)}")
     return 0
 
 

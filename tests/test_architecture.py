@@ -18,21 +18,23 @@ MAY_IMPORT = {
 PACKAGES = set(MAY_IMPORT)
 # Where a package's command line or configuration meets the values; library code takes dataclasses.
 READ_VALUES = {
+    "train/__main__.py",
     "model/__main__.py",
     "model/presets.py",
     "data_pipeline/__main__.py",
-    "train/__main__.py",
+    "train/command.py",
+    "train/evaluate/__main__.py",
+    "train/evaluate/command.py",
     "train/requirements.py",
     "train/context.py",
     "train/run.py",
     "launch/__main__.py",
-    "launch/local.py",
     "launch/demo.py",
 }
 # How to speak of values that are wrong, and to whom; they import nothing, so that every package may import them.
 SHARED = ("conf.problems", "conf.lasting_output")
-# The command line of the model turns text into tokens; the library does not.
-EXCEPTIONS = {("model/__main__.py", "data_pipeline")}
+# The command line of the model turns text into tokens and describes runs; the library does neither.
+EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
 # The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.
 DATA_ROOMS = {
     "tokenizing": set(),

@@ -25,6 +25,10 @@ Choices (group=choice):
 A model brings the learning rate, schedule and batch of its recipe; what you give wins.
 Every value can be set:  training.global_batch_size=512 optimizer.learning_rate=1e-3 ...   See docs/configuration.md.
 
+  --plan            check and plan the run, print its whole configuration, and start nothing
+  --config FILE     take every value from a run's config.yaml (or the run's directory); name=... and other
+                    key=value go on top
+
 Prepare a corpus first:  python -m data_pipeline prepare --help
 """
 
@@ -42,14 +46,18 @@ def main(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     # Importing torch takes seconds, which the help does without.
-    from conf import ConfigError, compose
-    from train.config import RunConfig
+    from conf import ConfigError
+    from train.command import compose_run, parse, show_plan
     from train.errors import UnfitDataError
-    from train.validate import validate
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        config = compose(RunConfig, "train", arguments, check=lambda rest: validate(rest, processes))
+        command = parse(arguments)
+        config = compose_run(command, processes)
+        if command.plan:
+            if os.environ.get("RANK", "0") == "0":
+                show_plan(config, processes)
+            return 0
         from train.run import train
 
         exit_code = train(config)

@@ -174,6 +174,26 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Text that the model writes while it is trained."""
+
+    # Steps between samples; 0: never.
+    interval: int = 0
+    # Texts to continue; an empty one: a document is begun.
+    prompts: list[str] = field(default_factory=lambda: [""])
+    # Tokens of each sample.
+    max_new_tokens: int = 100
+    # 0: always the most likely token.
+    temperature: float = 0.8
+    # Draw from the k most likely tokens only; null: from all.
+    top_k: int | None = None
+    # Draw from the most likely tokens that together have this probability.
+    top_p: float = 0.95
+    # Of the draws: the same at every step.
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What a run records, and how often."""
 
@@ -185,6 +205,11 @@ class LoggingConfig:
     spike_factor: float = 4.0
     # Show a progress bar on a terminal, and lines elsewhere.
     progress: bool = True
+    # Also write the figures of metrics.jsonl as tables, csv/train.csv and others in the run's folder.
+    csv: bool = False
+    # Also write the figures for TensorBoard, to tensorboard/ in the run's folder.
+    tensorboard: bool = False
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

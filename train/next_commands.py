@@ -8,15 +8,17 @@ import shutil
 import sys
 from pathlib import Path
 
+from train.config import RunConfig
 from train.parallel.mesh import launched_processes
 from train.run_directory import RunDirectory
 
 
-def next_commands(directory: RunDirectory, is_complete: bool) -> str:
+def next_commands(config: RunConfig, directory: RunDirectory, is_complete: bool) -> str:
     """Where the run lies, how it goes on where it is not complete, and what may be done with it."""
     run = shlex.quote(str(directory.path))
     commands = [
         f"model generate {shlex.quote(f'checkpoint={directory.path}')} prompt='The '",
+        *([f"train.evaluate {run}"] if config.evaluation.sets else []),
         f"train.report {run}",
     ]
     if not is_complete and (resume := _this_command()) is not None:

@@ -21,6 +21,7 @@ from data_pipeline.errors import DataError, ReadingError
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
+from train.callbacks.tensorboard_logger import missing_tensorboard
 from train.changes import changes_of_order, changes_of_run, refused_changes_of_data
 from train.checkpoints.reader import newest_state
 from train.config import RunConfig
@@ -53,9 +54,15 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     directory = RunDirectory(Path(config.run_root) / config.name)
     # As far as its checkpoint turns out to be whole, which the ranks find out together.
     state = newest_state(directory.checkpoints)
-    _refuse([*validate(config, world_size, state), *wandb_variable_problems(config.logging.wandb, os.environ)])
+    _refuse(
+        [
+            *validate(config, world_size, state),
+            *wandb_variable_problems(config.logging.wandb, os.environ),
+            *(missing_tensorboard() if config.logging.tensorboard else []),
+        ]
+    )
     plan = make_plan(config, world_size, state=state)
-    with _data_as_configured():
+    with data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     _refuse(
@@ -64,10 +71,10 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
             *changes_of_run(config, directory),
             *([] if state is None else changes_of_order(config, state)),
             *_misfits_of_corpus(config, corpus),
-            *_misfits_of_evaluation(config, evaluation_corpora),
+            *misfits_of_evaluation(config, evaluation_corpora),
         ]
     )
-    with _data_as_configured("corpus."):
+    with data_as_configured("corpus."):
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
     changed = [] if state is None else refused_changes_of_data(config, state, data_identity(stream))
     _refuse(changed or too_little_data(config, plan, stream))
@@ -75,7 +82,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
 
 
 @contextlib.contextmanager
-def _data_as_configured(prefix: str = "") -> Iterator[None]:
+def data_as_configured(prefix: str = "") -> Iterator[None]:
     """A corpus that is missing, incomplete or unfit is a problem of the configuration that names it.
 
     Raises ConfigError; `prefix`: what a ValueError leaves out of its key. Not for a ReadingError: the machine fails.
@@ -120,7 +127,8 @@ def _misfits_of_corpus(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[s
     return problems + misfits_of_mixture(config, corpus)
 
 
-def _misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+def misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpus]) -> list[str]:
+    """What evaluation sets ask of their corpora that these lack, one line each."""
     problems = []
     for name, evaluation_set in config.evaluation.sets.items():
         key, held_out = f"evaluation.sets.{name}", evaluation_corpora[name]

@@ -12,11 +12,14 @@ from data_pipeline.errors import DataError
 from model.weights import WeightsError
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
+from train.callbacks.csv_tables import CsvTables
 from train.callbacks.evaluation import Evaluation
 from train.callbacks.metrics_file import MetricsFile
 from train.callbacks.preemption import Preemption
 from train.callbacks.progress import Progress
+from train.callbacks.samples import Samples
 from train.callbacks.stability import Stability
+from train.callbacks.tensorboard_logger import TensorBoardLogger
 from train.callbacks.wandb_logger import WandbLogger
 from train.checkpoints.layout import CheckpointError
 from train.config import RunConfig
@@ -66,7 +69,7 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
             f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
             f"{context.directory.path}. To go on, raise {_length_key(config)}."
         )
-        context.say(next_commands(context.directory, is_complete=True))
+        context.say(next_commands(config, context.directory, is_complete=True))
         return 0
     check_kernels(config, context.mesh, events)
     state = restore(context, factory)
@@ -79,7 +82,7 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
         context.say(f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
     else:
         context.say(f"Complete: {trainer.step:,} steps, {trainer.tokens:,} tokens.")
-    context.say(next_commands(context.directory, is_complete=outcome != "stopped"))
+    context.say(next_commands(config, context.directory, is_complete=outcome != "stopped"))
     return 0
 
 
@@ -94,6 +97,12 @@ def _length_key(config: RunConfig) -> str:
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
     callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger()]
+    # Behind the file that it is made from.
+    if config.logging.csv:
+        callbacks.append(CsvTables())
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLogger())
     if config.logging.progress:
         callbacks.append(Progress())
-    return [*callbacks, *more, Preemption(), Evaluation(), Checkpointing()]
+    sampling = [Samples()] if config.logging.samples.interval else []
+    return [*callbacks, *more, Preemption(), Evaluation(), *sampling, Checkpointing()]

@@ -6,10 +6,11 @@ import math
 
 from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
+from model.generation import sampling_problems
 from model.layers import sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
-from train.config import PRECISIONS, RunConfig
+from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
@@ -41,6 +42,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
     if not config.name.strip():
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
     problems += local_folder("run_root", config.run_root)
+    problems += _validate_samples(config.logging.samples)
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 
@@ -115,15 +117,19 @@ def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
     return problems
 
 
-def _validate_intervals(config: RunConfig) -> list[str]:
+def _validate_samples(samples: SamplesConfig) -> list[str]:
+    problems = at_least("logging.samples.interval", samples.interval, 0)
+    if samples.interval and not samples.prompts:
+        problems.append('logging.samples.prompts: there is none; give a text, or [""] to begin a document')
+    settings = sampling_problems(samples.max_new_tokens, samples.temperature, samples.top_k, samples.top_p)
+    return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings]
+
+
+def validate_evaluation(config: RunConfig) -> list[str]:
+    """The problems of the keys under `evaluation`, one line each. Pure."""
     problems = [
-        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
-        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
-        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         *at_least("evaluation.interval", config.evaluation.interval, 0),
         *at_least("evaluation.batch_size", config.evaluation.batch_size, 1),
-        *at_least("logging.interval", config.logging.interval, 1),
-        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
     ]
     for name, evaluation_set in config.evaluation.sets.items():
         problems += at_least(f"evaluation.sets.{name}.max_tokens", evaluation_set.max_tokens, 1)
@@ -137,6 +143,18 @@ def _validate_intervals(config: RunConfig) -> list[str]:
                 f"evaluation.sets.{name}.by_source: the set is one source already ({evaluation_set.source}); set "
                 "by_source=false or source=null"
             )
+    return problems
+
+
+def _validate_intervals(config: RunConfig) -> list[str]:
+    problems = [
+        *at_least("checkpoint.interval", config.checkpoint.interval, 0),
+        *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
+        *validate_evaluation(config),
+        *at_least("logging.interval", config.logging.interval, 1),
+        *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
+    ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
     return problems

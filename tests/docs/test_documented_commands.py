@@ -32,7 +32,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 README = ROOT / "README.md"
 # The README's commands come first: they make corpora/first and runs/first, which the other pages use.
 RUN = [README, *(page for page in PAGES if page != README and any(block.needs is None for block in blocks(page)))]
-OUR_MODULES = {"train", "train.report", "launch", "data_pipeline", "model"}
+OUR_MODULES = {"train", "train.report", "train.evaluate", "launch", "data_pipeline", "model"}
 MODULES = OUR_MODULES | {"pip", "pytest", "torch.distributed.run"}
 # What the pages' commands leave behind, by page.
 LEFT = {
@@ -150,12 +150,16 @@ def _check(module, arguments):
     assert module in MODULES or (top == "benchmarks" and importlib.util.find_spec(module)), module
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if module in OUR_MODULES or top == "benchmarks":
-        file = ROOT / (f"{module.replace('.', '/')}.py" if "." in module else f"{module}/__main__.py")
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        file = file if file.exists() else file.with_suffix("") / "__main__.py"
         source = file.read_text(encoding="utf-8")
         known = [argument for argument in arguments if re.fullmatch(r"--[\w-]+(=.*)?", argument)]
         known += arguments[:1] if module in ("launch", "data_pipeline", "model") else []
         assert all(f'"{argument.split("=")[0]}"' in source for argument in known), (module, known)
     if module == "train" or (module == "launch" and arguments[0] == "local"):
+        if "--config" in arguments:
+            # The run gives these.
+            overrides = ["corpus.directory=corpora/x", "training.total_steps=1", *overrides]
         if overrides:
             config = _composed(*overrides)
             assert validate(config, world_size=1) == []

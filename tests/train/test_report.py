@@ -4,13 +4,20 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
+from matplotlib.axis import Axis
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from tests.runs import PATIENCE, ROOT, environment
-from train.report import Series, draw_report, main
+from train.comparison import comparison_page
+from train.figure import Page, series_style
+from train.report import Series, draw_report, main, report_page
 
 HEADER = {"kind": "header", "format_version": 1, "step": 0}
 
@@ -53,7 +60,7 @@ def statistics_line(step: int, blocks: int) -> dict:
     return {"kind": "statistics", "step": step, "values": values | {"logits.soft_cap_saturation": 0.001}}
 
 
-def write_run(folder: Path, blocks: int = 6, steps: int = 600) -> Path:
+def write_run(folder: Path, blocks: int = 6, steps: int = 600, sets: Sequence[str] = ("validation",)) -> Path:
     noise = np.random.default_rng(0).standard_normal(steps)
     lines = [HEADER]
     for step in range(2, steps + 1, 2):
@@ -62,7 +69,7 @@ def write_run(folder: Path, blocks: int = 6, steps: int = 600) -> Path:
             lines.append(statistics_line(step, blocks))
         if step % 100 == 0:
             loss = train_line(step)["loss"] + 0.06
-            lines.append({"kind": "evaluation", "step": step, "set": "validation", "loss": loss, "tokens": 65536})
+            lines += [{"kind": "evaluation", "step": step, "set": s, "loss": loss, "tokens": 65536} for s in sets]
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     baselines = {"unigram": {"loss": 6.02, "k": 1.0}, "bigram": {"loss": 4.31, "k": 0.01}}
@@ -144,3 +151,98 @@ def test_the_command_line(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "demo" / "report.png")
     assert done.stderr == ""
+
+
+LONG = "a name of many words, as a folder of the web's second crawl may have it; part"
+
+
+def boxes(page: Page) -> dict[str, object]:
+    """Everything written in the picture but the numbers at axes, by what it says, in pixels."""
+    page.figure.canvas.draw()
+    ticks = {text for axis in page.figure.findobj(Axis) for text in axis.get_ticklabels(which="both")}
+    ticks |= {axis.get_offset_text() for axis in page.figure.findobj(Axis)}
+    texts = [text for text in page.figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return {f"{number} {text.get_text()}": text.get_window_extent() for number, text in enumerate(texts)
+            if text not in ticks}  # fmt: skip
+
+
+def check_layout(page: Page) -> None:
+    """Nothing is cut at the edge, nothing lies on something else, and legends lie beside what they explain."""
+    found = boxes(page)
+    canvas = page.figure.bbox
+    for text, box in found.items():
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.x1 + 1 and box.y1 <= canvas.y1 + 1, text
+    names = list(found)
+    for place, name in enumerate(names):
+        over = [other for other in names[place + 1 :] if found[name].shrunk(0.98, 0.9).overlaps(found[other])]
+        assert not over, f"{name} lies on {over}"
+    panels = [axes for axes in page.figure.axes if axes.get_label() != "legend"]
+    for legend in page.figure.findobj(Legend):
+        box = legend.get_window_extent()
+        assert canvas.x1 >= box.x1 and box.x0 >= 0 and box.y0 >= 0
+        assert not [axes.get_title("left") for axes in panels if axes.bbox.overlaps(box)]
+    heights = [axes.bbox.height for axes in panels if axes.get_label() != "<colorbar>"]
+    assert min(heights) > 100, "a panel has no room"
+    pyplot.close(page.figure)
+
+
+@pytest.mark.parametrize(
+    "count, name, blocks", [(1, "s", 0), (2, LONG, 6), (7, LONG, 0), (20, "W_$y$" * 40, 6)], ids=["1", "2", "7", "20"]
+)
+def test_a_report_of_any_number_of_sets_has_room_for_all_it_says(tmp_path, count, name, blocks):
+    sets = ["validation", *(f"validation/{name}{number}" for number in range(count - 1))]
+    page = report_page(write_run(tmp_path / name[:180], blocks, 600, sets))
+    lines = [line for line in page.figure.axes[0].lines if line.get_label().startswith("held out")]
+    assert len(lines) == count
+    assert len({line.get_label() for line in lines}) == count
+    assert len({(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in lines}) == count
+    check_layout(page)
+
+
+def test_no_two_of_forty_series_look_alike():
+    assert len({json.dumps(series_style(index)) for index in range(40)}) == 40
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_runs_are_compared_in_one_picture(tmp_path, count):
+    folders = [write_run(tmp_path / str(n), blocks=0, steps=20 + 100 * (n == 0)) for n in range(count)]
+    folders[1] = folders[1].rename(tmp_path / f"_{LONG[:70]}")
+    page = comparison_page(folders)
+    losses, held_out = page.figure.axes[0], next(a for a in page.figure.axes if a.get_title("left") == "Held-out loss")
+    labels = [line.get_label() for line in losses.lines]
+    assert len(labels) == len(set(labels)) == count
+    assert labels[0] == f"0  {train_line(120)['loss'] + 0.08 * np.random.default_rng(0).standard_normal(120)[-1]:.3f}"
+    assert len(held_out.lines) == 0, "the short runs have scored nothing"
+    assert losses.lines[0].get_xdata().tolist() == [step * 8192 for step in range(2, 121, 2)]
+    assert {text.get_text() for text in page.figure.findobj(Legend)[0].get_texts()} == set(labels)
+    check_layout(page)
+
+
+def test_runs_of_one_name_are_told_apart_and_share_a_held_out_set(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    folders = [
+        write_run(tmp_path / "a" / "run", 0, 200, ["x", "both"]),
+        write_run(tmp_path / "b" / "run", 0, 200, ["both"]),
+    ]
+    page = comparison_page(folders)
+    held_out = next(axes for axes in page.figure.axes if axes.get_title("left") == "Held-out loss")
+    assert [line.get_label().split()[0] for line in page.figure.axes[0].lines] == ["a/run", "b/run"]
+    assert [line.get_xdata().tolist() for line in held_out.lines] == [[100 * 8192.0, 200 * 8192.0]] * 2
+    pyplot.close(page.figure)
+
+
+def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(write_run(tmp_path / name, blocks=0, steps=20)) for name in "ab"]
+    assert main(runs) == 0
+    assert capsys.readouterr().out == "comparison.png\n"
+    assert pixels(tmp_path / "comparison.png").shape[1] > 1400
+    assert main([runs[0], "--output", "one.png"]) == 0 and (tmp_path / "one.png").is_file()
+    assert main([*runs, "--dpi"]) == 2
+    assert "no such option: --dpi" in capsys.readouterr().err
+    assert main([runs[0], "--output"]) == 2
+    assert main([runs[0], str(tmp_path / "nothing")]) == 1
+    assert "nothing/metrics.jsonl: no such file" in capsys.readouterr().err
+    assert main(runs * 11) == 1
+    assert "22 runs are more than one picture shows; name at most 20" in capsys.readouterr().err

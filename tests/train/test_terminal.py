@@ -16,6 +16,7 @@ import pytest
 from model.__main__ import main as generate_text
 from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, train_command
 from train.callbacks.metrics_file import read_metrics
+from train.evaluate.__main__ import main as evaluate_model
 from train.report import main as draw_report
 from train.run_directory import read_events
 
@@ -138,12 +139,14 @@ def test_a_request_to_stop_is_acknowledged_and_noted(lost):
 @pytest.mark.slow
 def test_what_is_to_be_typed_next_works_as_it_stands(lost, capsys):
     _, run = lost
-    _, resume, *commands = (run / "logs" / "rank-00000.log").read_text().splitlines()[-4:]
+    _, resume, *commands = (run / "logs" / "rank-00000.log").read_text().splitlines()[-5:]
     _, *words = shlex.split(resume)
     assert words[:3] == ["-m", "train", "name=run"] and words[-1] == "training.total_steps=100000"
-    generate, report = (shlex.split(line) for line in commands)
+    generate, evaluate, report = (shlex.split(line) for line in commands)
     assert subprocess.run([generate[0], "-c", ""], cwd=ROOT).returncode == 0
     assert generate[1:4] == ["-m", "model", "generate"] and report[1:3] == ["-m", "train.report"]
     assert generate_text([*generate[3:], "max_new_tokens=2"]) == 0
     assert capsys.readouterr().out.startswith("The ")
+    assert evaluate[1:3] == ["-m", "train.evaluate"] and evaluate_model(evaluate[3:]) == 0
+    assert "validation" in capsys.readouterr().out
     assert draw_report(report[3:]) == 0 and (run / "report.png").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.decisions import CONTINUE, Decision, Rollback
 
 if TYPE_CHECKING:
+    from train.callbacks.samples import Sample
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
 
@@ -47,6 +49,9 @@ class Callback:
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         """Held-out losses by set name."""
         return CONTINUE
+
+    def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
+        """Texts that the model has generated, on rank 0 alone."""
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         """The run went back: `trainer.step` counts as completed what is so again, `left` steps were before.

@@ -12,14 +12,13 @@ A number that is not finite is written as null: JSON has no other word for it, a
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
+from train.callbacks.step_lines import StepLines
 from train.decisions import CONTINUE, Decision, Rollback
-from train.run_directory import read_lines, read_versioned_lines, write_atomically
+from train.run_directory import read_versioned_lines
 
 if TYPE_CHECKING:
     from train.evaluate import EvaluationResult
@@ -34,7 +33,7 @@ class MetricsFile(Callback):
     """Appends to metrics.jsonl on rank 0. Where a run resumes or goes back, what it will measure again is removed."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: StepLines | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         if trainer.is_main:
@@ -46,10 +45,7 @@ class MetricsFile(Callback):
             self._go_on_from(trainer)
 
     def _go_on_from(self, trainer: Trainer) -> None:
-        path = Path(trainer.run_directory) / FILE_NAME
-        kept = [line for line in read_lines(path) if line["kind"] != "header" and line["step"] <= trainer.step]
-        write_atomically(path, "".join(_as_line(line) for line in [_HEADER, *kept]))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = StepLines(Path(trainer.run_directory) / FILE_NAME, _HEADER, trainer.step)
 
     def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
         self._append({"kind": "train", **record})
@@ -80,22 +76,9 @@ class MetricsFile(Callback):
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(_as_line(line))
-            self._file.flush()
+            self._file.append(line)
 
 
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
     """Every line of a run's metrics.jsonl but the header, in order. Raises as `read_versioned_lines` does."""
     return read_versioned_lines(Path(run_directory) / FILE_NAME, FORMAT_VERSION)[1:]
-
-
-def _as_line(line: dict[str, Any]) -> str:
-    return json.dumps(_finite(line), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -11,9 +12,11 @@ from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
 
 if TYPE_CHECKING:
+    from train.callbacks.samples import Sample
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
 
+_SHOWN_OF_SAMPLES = 300
 # At 80 columns all of it fits. Narrower terminals cut off the end, and the loss stands in the lines above.
 _BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 
@@ -62,6 +65,12 @@ class Progress(Callback):
                     f"perplexity {result.perplexity:,.2f} over {result.tokens:,} tokens"
                 )
         return CONTINUE
+
+    def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            # One line, and not more of it than a terminal shows in a few.
+            text = " ".join((sample.prompt + sample.text).split())
+            self._write(f"step {trainer.step}/{trainer.total_steps}  sample: {text[:_SHOWN_OF_SAMPLES]}")
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         if self._bar is not None:

@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from train.run_directory import write_atomically
 from train.wandb_settings import reach_seconds, wandb_mode
 
 if TYPE_CHECKING:
+    from train.callbacks.samples import Sample
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
 
@@ -108,6 +109,13 @@ class WandbLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
+        if self._run is not None:
+            import wandb
+
+            rows = [[trainer.step, sample.prompt, sample.text] for sample in samples]
+            self._log(trainer, {"samples": wandb.Table(columns=["step", "prompt", "text"], data=rows)})
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         self._rows_ahead += left - trainer.step

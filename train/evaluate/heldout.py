@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -15,7 +16,17 @@ from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
-from train.parallel.engine import Engine
+from train.parallel.mesh import Mesh
+
+
+class Scorer(Protocol):
+    """What scores batches: an engine, or a model that is not trained."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+        """(sum of the losses in nats, scored targets) of a batch. Collective."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def open_sets(config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, Evalua
     }
 
 
-def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
+def evaluate(scorer: Scorer, config: RunConfig, corpora: dict[str, Corpus]) -> dict[str, EvaluationResult]:
     """Score every evaluation set of `config`, and each source of those with `by_source` as <set>/<source>.
 
     A set's loss is the mean over its tokens, also where `max_tokens` bounds what is scored of each source: the means of
@@ -114,7 +125,7 @@ def evaluate(engine: Engine, config: RunConfig, corpora: dict[str, Corpus]) -> d
     results = {}
     for name, settings in config.evaluation.sets.items():
         parts = parts_of_set(corpora[name], settings, config.training.sequence_length)
-        sums = {source: _sum_losses(engine, config.evaluation.batch_size, windows) for source, windows in parts.items()}
+        sums = {source: _sum_losses(scorer, config.evaluation.batch_size, windows) for source, windows in parts.items()}
         losses = [loss * parts[source].scale for source, (loss, _) in sums.items()]
         stands_for = sum(tokens * parts[source].scale for source, (_, tokens) in sums.items())
         results[name] = _result(sum(losses) / stands_for, sum(tokens for _, tokens in sums.values()))
@@ -128,9 +139,9 @@ def _result(mean: float, tokens: int) -> EvaluationResult:
     return EvaluationResult(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
 
 
-def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
+def _sum_losses(scorer: Scorer, batch_size: int, windows: EvaluationWindows) -> tuple[float, int]:
     """(sum of the losses in nats, tokens) over all ranks."""
-    mesh = engine.mesh
+    mesh = scorer.mesh
     columns = Columns.of_rank(windows.stream.sequence_length, mesh.sequence, mesh.shape.sequence)
     # fp64 on the host: the sum then hardly depends on how batches fall to ranks.
     loss_sum, tokens = 0.0, 0
@@ -138,7 +149,7 @@ def _sum_losses(engine: Engine, batch_size: int, windows: EvaluationWindows) -> 
         first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
-        loss, count = engine.evaluate_batch(windows.batch(first if has_own else turn, batch_size, columns))
+        loss, count = scorer.evaluate_batch(windows.batch(first if has_own else turn, batch_size, columns))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count
     total = torch.tensor([loss_sum, tokens], dtype=torch.float64, device=mesh.device)
