@@ -25,6 +25,7 @@ READ_VALUES = {
     "train/command.py",
     "train/evaluate/__main__.py",
     "train/evaluate/command.py",
+    "train/report.py",
     "train/requirements.py",
     "train/context.py",
     "train/run.py",

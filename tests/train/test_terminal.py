@@ -102,9 +102,10 @@ def test_the_start_says_where_the_run_lies_and_only_the_plan_is_shown(lost):
     shown, run = lost
     lines = shown.splitlines()
     assert lines[0] == f"run        {run}, with a log of each process in logs/"
-    plan = lines[: next(number for number, line in enumerate(lines) if "step" in line and "%|" in line)]
+    bar = next(number for number, line in enumerate(lines) if "step" in line and "%|" in line)
+    plan = [line for line in lines[:bar] if line.strip()]
     # A label, or the continuation of a line; the bar begins behind them.
-    assert [line for line in plan if not re.match(r"[a-z]+ {2,}\S| {11}\S", line)] == []
+    assert [line for line in plan if not re.match(r"(?=.{11}\S)[a-z]* +\S", line)] == []
     assert {"run", "model", "memory", "checkpoint", "data"} <= {line.split()[0] for line in plan}
 
 
