@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from conf.problems import ConfigError, undecodable
 
@@ -21,17 +26,66 @@ def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...],
     2 for a wrong configuration, 1 for one of `failures` and for an interrupt (`interrupted` is what to say then); the
     message goes to stderr. 0 when the reader of the output (head, less) has seen enough. Other exceptions pass.
     """
+    code = 0
+    with _quiet_without_reader(), _interrupts_end_imports(interrupted):
+        try:
+            code = command()
+            # What is still held would fail when the interpreter ends.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except ConfigError as error:
+            code = 2
+            print(error, file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except failures as error:
+            code = 1
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            code = 1
+            print(interrupted, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _interrupts_end_imports(text: str) -> Iterator[None]:
+    """An interrupt (Ctrl-C) while a module is imported ends the process at once, with 1 and `text`.
+
+    There is nothing to clean up yet, and a KeyboardInterrupt would be lost in libraries that try imports out, or come
+    out of them as another error. Elsewhere it is raised as ever.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        inner = frame
+        while inner is not None:
+            if inner.f_code.co_filename.startswith("<frozen importlib"):
+                # print() may be what was interrupted.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{text}\n".encode())
+                os._exit(1)
+            inner = inner.f_back
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
     try:
-        return command()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Where a pipe has no reader any more, what is still to be said goes nowhere."""
+    try:
+        yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except failures as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 1
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                with contextlib.suppress(io.UnsupportedOperation):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

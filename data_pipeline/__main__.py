@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from conf.lasting_output import lasting_output
 from conf.problems import ConfigError, at_least
 from data_pipeline.errors import DataError
 from data_pipeline.ordering.config import OrderConfig
@@ -122,7 +123,8 @@ def _prepare(options: argparse.Namespace) -> int:
     from data_pipeline.preparing.config import PrepareConfig
     from data_pipeline.preparing.prepare import prepare
 
-    prepare(compose(PrepareConfig, "prepare", options.overrides))
+    with lasting_output():
+        prepare(compose(PrepareConfig, "prepare", options.overrides))
     return 0
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from conf import ConfigError
+from conf.lasting_output import lasting_output
+from data_pipeline.errors import DataError
+from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
 
 def main(arguments: list[str]) -> int:
@@ -18,25 +24,40 @@ def main(arguments: list[str]) -> int:
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
     options = parser.parse_args(arguments)
-    # Importing torch takes seconds, which the help does without.
-    from conf import ConfigError
-    from data_pipeline.errors import DataError
+    with lasting_output() as output:
+        if options.command == "demo":
+            return _exit_code(lambda: _demo(options.overrides))
+        with SignalListener(answered_signals(), lambda number: OUTSIDE_TRAINING.answer(number, output)):
+            return _exit_code(lambda: _local(options))
+
+
+# Importing torch takes seconds, which the help does without.
+def _local(options: argparse.Namespace) -> int:
     from launch.local import default_processes, train_locally
     from train.command import Command
 
-    try:
-        if options.command == "demo":
-            from launch.demo import run_demo
+    config = None if options.config is None else Path(options.config)
+    given = Command(options.overrides, options.plan, config)
+    return train_locally(given, options.processes or default_processes())
 
-            return run_demo(options.overrides)
-        config = None if options.config is None else Path(options.config)
-        given = Command(options.overrides, options.plan, config)
-        return train_locally(given, options.processes or default_processes())
+
+def _demo(overrides: list[str]) -> int:
+    from launch.demo import run_demo
+
+    return run_demo(overrides)
+
+
+def _exit_code(command: Callable[[], int]) -> int:
+    try:
+        return command()
     except ConfigError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
     except DataError as error:
         print(f"launch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("launch: interrupted; the same command goes on", file=sys.stderr)
         return 1
 
 

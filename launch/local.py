@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
 
-import psutil
 import torch
 
+from launch.processes import TrainingProcesses
 from train.command import Command, compose_run, show_plan
 from train.requirements import open_requirements
 
 CPU_PROCESSES = 2
-# Signals that ask this command to stop, and what the training processes get: those that they answer with a checkpoint.
-_PASSED_ON = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-_PASSED_ON[signal.SIGHUP] = signal.SIGTERM
 
 
 def default_processes() -> int:
@@ -42,33 +35,7 @@ def train_locally(given: Command, processes: int) -> int:
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, "-m", *launcher, "-m", "train", *given.arguments]
-    return _run(command, processes)
-
-
-def _run(command: Sequence[str], processes: int) -> int:
-    """Run `command` to its end and return its exit code; signals that ask for a stop go on to the training processes.
-
-    torchrun is passed by, and kept from what the terminal sends: it would end them after 30 seconds, checkpoint or not,
-    and die of SIGUSR1 without ending them.
-    """
-    process = subprocess.Popen(command, env=_environment(processes), process_group=0)
-
-    def pass_on(number: int, _: object) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            workers = psutil.Process(process.pid).children() if processes > 1 else []
-            receivers: Sequence[psutil.Process | subprocess.Popen[bytes]] = workers or [process]
-            for one in receivers:
-                one.send_signal(_PASSED_ON[signal.Signals(number)])
-
-    before = {number: signal.getsignal(number) for number in _PASSED_ON}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, pass_on)
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return TrainingProcesses(processes).run(command, _environment(processes))
 
 
 def _environment(processes: int) -> dict[str, str]:

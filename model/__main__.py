@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from conf import ConfigError, compose, suggestion, to_dataclass
+from conf import ConfigError, suggestion
 from conf.command_line import exit_code, refuse_undecodable
 from conf.problems import local_folder
 
@@ -182,6 +182,7 @@ def _describe(options: argparse.Namespace) -> int:
     if named and (Path(named[0]).is_dir() or "/" in named[0] or "@" in named[0]):
         is_run = (Path(named[0]) / "config.yaml").is_file()
         return _describe_run(Path(named[0]), options) if is_run else _describe_weights(named[0], options)
+    from conf import compose
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
@@ -197,6 +198,7 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _describe_run(path: Path, options: argparse.Namespace) -> int:
+    from conf import to_dataclass
     from model.config import ModelConfig
     from model.describe import as_table, describe
     from train.run_summary import as_lines, summarise
@@ -450,6 +452,8 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
         values[key] = None if value == "null" else value
     if problems:
         raise ConfigError(problems)
+    from conf import to_dataclass
+
     return to_dataclass(schema, values)
 
 

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import TextIO
 
 from tests.fork_server import ForkServer
 
@@ -103,3 +104,18 @@ def reserved_port() -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
         yield holder.getsockname()[1]
+
+
+@contextmanager
+def closed_pipe() -> Iterator[TextIO]:
+    """This process's standard error as a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w", buffering=1)
+    with redirect_stderr(stream):
+        yield stream
+    # What could not be written would fail once more.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, writer)
+    os.close(nowhere)
+    stream.close()

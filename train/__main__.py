@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import signal
 import sys
 from typing import NoReturn
+
+from conf.lasting_output import lasting_output
+from train.stop_requests import OUTSIDE_TRAINING, SIGNALS, SignalListener, answered_signals
 
 HELP = """\
 Train a model:  python -m train name=NAME corpus.directory=DIR training.total_tokens=N [key=value ...]
@@ -33,6 +38,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
+    with (
+        lasting_output() as output,
+        SignalListener(answered_signals(), lambda number: OUTSIDE_TRAINING.answer(number, output)),
+    ):
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     # Importing torch takes seconds, which the help does without.
     from conf import ConfigError
     from train.command import compose_run, parse, show_plan
@@ -71,9 +84,15 @@ def end_process(exit_code: int) -> NoReturn:
     DeepSpeed's globals hold the groups. One that lets go of a tensor while the interpreter is being finalized aborts
     the process (SIGABRT): a run that is complete would count as failed.
     """
+    for number in SIGNALS:
+        # Everything is done that a request could stop.
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # Nobody may read it any more; a process started without one (`2>&-`) has None.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.flush()
     os._exit(exit_code)
 
 

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from conf import ConfigError, compose
 from train.config import RunConfig
 from train.data import describe_data
+from train.memory_check import Room, memory_warnings
 from train.requirements import open_requirements
 from train.stored_configuration import in_current_form, read_configuration
 from train.validate import validate
@@ -90,5 +91,9 @@ def show_plan(config: RunConfig, processes: int) -> None:
     print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     sys.stdout.flush()
     folder = "goes on in" if found.directory.config.exists() else "would begin in"
-    lines = [found.plan.describe(), describe_data(config, found.plan, found.stream)]
+    lines = [
+        found.plan.describe(),
+        describe_data(config, found.plan, found.stream),
+        *memory_warnings(config, found.plan, Room.here(processes)),
+    ]
     print(*lines, f"the run    {folder} {found.directory.path}; nothing was started", sep="\n", file=sys.stderr)

@@ -21,6 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError
+from conf.lasting_output import LastingOutput
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
@@ -34,6 +35,7 @@ from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
 from train.length import steps_left
+from train.memory_check import Room, memory_warnings
 from train.origin import Origin, take_up
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib, make_plan
@@ -46,6 +48,7 @@ from train.run_directory import (
     environment_description,
     write_atomically,
 )
+from train.stop_requests import OUTSIDE_TRAINING
 
 
 @dataclass
@@ -64,6 +67,8 @@ class RunContext:
     callbacks: Sequence[Callback]
     # What the run begins with; None: its seed, or it has begun.
     origin: Origin | None = None
+    # What this process says.
+    output: LastingOutput = field(default_factory=LastingOutput)
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -85,6 +90,12 @@ class RunContext:
     def report_rejected(self, folder: Path, problem: str) -> None:
         """Make an event of a checkpoint that is passed over."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
+
+    def report_lost_output(self, stream: str, reason: str) -> None:
+        """Make an event of an output that nobody reads any more."""
+        # A disk may be full: where that was why the output is lost, the run goes on to say so where it matters.
+        with contextlib.suppress(OSError):
+            self.events.append("output_lost", stream=stream, reason=reason)
 
     def save_engine_settings(self, settings: dict[str, Any]) -> None:
         """Keep what the engine derived from the configuration in the run's folder."""
@@ -116,7 +127,7 @@ class RunContext:
         self.close(error)
 
 
-def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContext:
+def open_run(config: RunConfig, callbacks: Sequence[Callback] = (), output: LastingOutput | None = None) -> RunContext:
     """Check everything that a run needs, join its processes, and prepare its folder. Collective.
 
     Raises ConfigError for a configuration or a corpus that cannot work, ReadingError where reading fails, RunError for
@@ -129,6 +140,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
     found = open_requirements(config, launched_processes(), corpus_check)
     timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
     mesh = join_mesh(timeout, sequence=config.parallel.sequence)
+    OUTSIDE_TRAINING.processes_met(mesh.size)
     context = RunContext(
         config=config,
         plan=found.plan,
@@ -140,6 +152,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunContex
         data_identity=data_identity(found.stream),
         callbacks=callbacks,
         origin=found.origin,
+        output=output or LastingOutput(),
     )
     context.closing.callback(mesh.close)
     try:
@@ -163,7 +176,9 @@ def _enter(context: RunContext, found: Requirements) -> None:
             raise ConfigError(problems)
         remove_torn(directory.checkpoints)
     mesh.barrier(group="world")
-    closing.enter_context(_log_to_file(directory.logs / f"rank-{mesh.rank:05d}.log"))
+    log = directory.log(mesh.rank)
+    closing.enter_context(_log_to_file(log))
+    closing.enter_context(context.output.spilling_to(log, context.report_lost_output))
     if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
@@ -228,7 +243,13 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
     write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     _keep_tokenizer(found.corpus.tokenizer(), directory.tokenizer)
-    context.say(f"{plan.describe()}\n{describe_data(config, plan, context.stream)}")
+    lines = [
+        f"run        {directory.path}, with a log of each process in {directory.logs.name}/",
+        plan.describe(),
+        describe_data(config, plan, context.stream),
+        *memory_warnings(config, plan, Room.here(plan.world_size)),
+    ]
+    context.say("\n".join(lines))
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -85,6 +85,11 @@ class Plan:
     def tokens_left(self) -> int:
         return self.total_tokens - self.completed_tokens
 
+    @property
+    def rank_bytes(self) -> float:
+        """What one rank keeps in the memory that it computes in, at the peak of a step."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
     def model_flops_utilisation(self, tokens_per_second_per_device: float) -> dict[str, float | None]:
         """Share of the device's peak that the model's own FLOPs make up, by 6N and by the exact count.
 
@@ -107,7 +112,6 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as the lines that a run prints at its start."""
-        memory = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._slices}",
@@ -117,7 +121,7 @@ class Plan:
             f"optimizer  {describe_optimizer(self.optimizer)}",
             f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
-            f"memory     {gib(memory)} a rank: weights {gib(self.weight_bytes)}, "
+            f"memory     {gib(self.rank_bytes)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
             f"activations {gib(self.activation_bytes)}",
             f"checkpoint {gib(self.checkpoint_bytes)}",

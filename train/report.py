@@ -16,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from conf.command_line import exit_code
 from conf.problems import undecodable
 from train.callbacks.metrics_file import read_metrics
 from train.comparison import draw_comparison
@@ -280,6 +281,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         print(draw_report(runs[0], output) if len(runs) == 1 else draw_comparison(runs, output))
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         print(f"train.report: {error}", file=sys.stderr)
         return 1
@@ -301,4 +304,4 @@ def _parsed(arguments: list[str]) -> tuple[list[str], Path | None, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(lambda: main(sys.argv[1:]), (), "train.report: interrupted"))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from conf import ConfigError
+from conf.lasting_output import LastingOutput, lasting_output
 from data_pipeline.errors import DataError
 from model.weights import WeightsError
 from train.callbacks.base import Callback
@@ -26,6 +27,7 @@ from train.context import RunContext, open_run
 from train.errors import RunError
 from train.evaluate import open_sets
 from train.kernel_check import check_kernels
+from train.next_commands import next_commands
 from train.parallel.engine import EngineFactory, make_engine
 from train.restore import restore
 from train.trainer import Trainer
@@ -42,8 +44,15 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), factory: Engine
     makes the engine.
     Raises ConfigError for a configuration that cannot work.
     """
+    with lasting_output() as output:
+        return _reporting_errors(config, callbacks, factory, output)
+
+
+def _reporting_errors(
+    config: RunConfig, callbacks: Sequence[Callback], factory: EngineFactory, output: LastingOutput
+) -> int:
     try:
-        with open_run(config, make_callbacks(config, callbacks)) as context:
+        with open_run(config, make_callbacks(config, callbacks), output) as context:
             return _train(context, factory)
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -60,6 +69,7 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
             f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
             f"{context.directory.path}. To go on, raise {_length_key(config)}."
         )
+        context.say(next_commands(config, context.directory, is_complete=True))
         return 0
     check_kernels(config, context.mesh, events)
     state = restore(context, factory)
@@ -70,6 +80,9 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
     events.append(outcome if outcome == "complete" else "stop", step=trainer.step, reason=trainer.stop_reason)
     if outcome == "stopped":
         context.say(f"Stopped by {trainer.stop_reason} after step {trainer.step}; the same command resumes.")
+    else:
+        context.say(f"Complete: {trainer.step:,} steps, {trainer.tokens:,} tokens.")
+    context.say(next_commands(config, context.directory, is_complete=outcome != "stopped"))
     return 0
 
 

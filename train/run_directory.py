@@ -45,6 +45,10 @@ class RunDirectory:
         self.lock = path / "run.lock"
         self.baselines = path / "baselines.json"
 
+    def log(self, rank: int) -> Path:
+        """What one rank logs."""
+        return self.logs / f"rank-{rank:05d}.log"
+
     def create(self) -> None:
         for folder in (self.path, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from data_pipeline.sources.config import DataConfig, SplitConfig, ToleranceConfi
 from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import random_text, write_slimpajama
 from tests.documented import has_type, keys_and_types, table
+from tests.runs import closed_pipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +33,14 @@ def flat_keys(value: object, prefix: str = "") -> set[str]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return flat_keys(value[0], f"{prefix.rstrip('.')}[].")
     return {prefix.rstrip(".")}
+
+
+def test_a_preparation_goes_on_when_nobody_reads_its_output(tmp_path):
+    write_slimpajama(tmp_path / "raw")
+    settings = [f"data.path={tmp_path / 'raw'}", f"output={tmp_path / 'out'}", "tokenizer.vocab_size=400"]
+    with closed_pipe() as pipe, redirect_stdout(pipe):
+        assert main(["prepare", "data=slimpajama", *settings]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):

@@ -155,9 +155,30 @@ def test_the_bar_shows_step_loss_speed_and_time_left(tmp_path):
     shown = terminal.getvalue().split("\r")
     assert "step 40/100" in shown[1]
     assert "step 50/100" in shown[-1]
-    assert "loss 2.0000  12,346 tokens/s" in shown[-1]
-    assert "left" in shown[-1]
+    assert "left, 12,346 tokens/s, loss 2.0000" in shown[-1]
     assert "held-out validation: loss 1.5000, perplexity 4.48 over 1,000 tokens" in terminal.getvalue()
+    # What the bar showed stays above it.
+    for step in range(41, 51):
+        assert f"step {step}/100  loss 2.0000  12,346 tokens/s" in terminal.getvalue()
+
+
+def test_the_bar_ends_with_its_terminal_and_lines_go_on(tmp_path):
+    class Vanishing(Terminal):
+        gone = False
+
+        def isatty(self) -> bool:
+            return not self.gone
+
+    terminal, trainer = Vanishing(), FakeTrainer(tmp_path, step=40)
+    callback = Progress(stream=terminal)
+    log_steps(callback, trainer, range(41, 43))
+    terminal.gone = True
+    before = len(terminal.getvalue())
+    trainer.step = 43
+    callback.on_step_end(trainer)
+    callback.on_metrics(trainer, record(43))
+    callback.on_run_end(trainer, "complete")
+    assert terminal.getvalue()[before:] == "step 43/100  loss 2.0000  12,346 tokens/s  28s left\n"
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,71 @@
-"""A signal from the scheduler or the keyboard ends the run at the next step, with a checkpoint."""
+"""A signal from the scheduler or the keyboard ends the run at the next step, with a checkpoint.
+
+The request is answered at once, from a thread. SIGHUP means a lost terminal, and the run goes on without it.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING
 
 from train.callbacks.base import Callback
 from train.decisions import Stop
+from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals, is_lost_terminal, tell
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Seconds between two answers to requests that keep coming.
+_ANSWER_INTERVAL = 1.0
 
 
 class Preemption(Callback):
-    """Answers SIGNALS while the run goes on, in the main thread only; elsewhere they keep their handlers."""
+    """Answers signals while the run goes on, in the main thread only; elsewhere they keep their handlers."""
 
     def __init__(self) -> None:
-        self._previous: dict[signal.Signals, Any] = {}
+        self._listener: SignalListener | None = None
+        self._answers = 0
+        self._last_answer = 0.0
 
     def on_run_start(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def ask_to_stop(received: int, frame: FrameType | None) -> None:
-            trainer.wish(Stop(signal.Signals(received).name))
+        def note(number: signal.Signals) -> None:
+            if not is_lost_terminal(number):
+                trainer.wish(Stop(number.name))
 
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, ask_to_stop)
+        self._listener = SignalListener(answered_signals(), lambda number: self._answer(trainer, number), note)
+        self._listener.__enter__()
+        for name in OUTSIDE_TRAINING.begin_training():
+            trainer.wish(Stop(name))
+
+    def _answer(self, trainer: Trainer, number: signal.Signals) -> None:
+        """Say what will happen. In a thread of its own, while a step may be under way."""
+        if is_lost_terminal(number):
+            trainer.context.output.lose_terminal(number.name)
+            return
+        if self._answers > 1 and time.monotonic() - self._last_answer < _ANSWER_INTERVAL:
+            return
+        self._answers += 1
+        self._last_answer = time.monotonic()
+        if self._answers == 1:
+            tell(
+                f"{number.name}: the run finishes the step under way (step {trainer.step + 1} of "
+                f"{trainer.total_steps:,}), saves a checkpoint and ends. Asking again changes nothing."
+            )
+            trainer.events.append("stop_request", step=trainer.step, reason=number.name)
+        else:
+            tell(
+                f"{number.name}: still at it, after {trainer.step:,} steps. To end at once, and lose what was not "
+                f"saved: kill -9 {os.getpid()}"
+            )
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        if self._listener is not None:
+            self._listener.__exit__(None, None, None)
+            self._listener = None
+            OUTSIDE_TRAINING.end_training()

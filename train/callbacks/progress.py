@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 _SHOWN_OF_SAMPLES = 300
-_BAR_FORMAT = "{desc}{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix}  {elapsed} gone, {remaining} left"
+# At 80 columns all of it fits. Narrower terminals cut off the end, and the loss stands in the lines above.
+_BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 
 
 class Progress(Callback):
-    """A bar on rank 0's standard error where that is a terminal; elsewhere one plain line for each logged step."""
+    """One plain line for each logged step on rank 0's standard error, and where that is a terminal a bar below them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """`stream`: where to write; standard error by default."""
@@ -34,7 +35,6 @@ class Progress(Callback):
             self._bar = tqdm(
                 total=trainer.total_steps,
                 initial=trainer.step,
-                desc=f"{trainer.config.name} ",
                 bar_format=_BAR_FORMAT,
                 dynamic_ncols=True,
                 smoothing=0.05,
@@ -42,17 +42,19 @@ class Progress(Callback):
             )
 
     def on_step_end(self, trainer: Trainer) -> Decision:
+        self._leave_lost_terminal()
         if self._bar is not None:
             self._bar.update(trainer.step - self._bar.n)
         return CONTINUE
 
     def on_metrics(self, trainer: Trainer, record: dict[str, Any]) -> Decision:
-        figures = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        loss, speed = f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"
+        self._leave_lost_terminal()
         if self._bar is not None:
-            self._bar.set_postfix_str(f" {figures}", refresh=False)
-        elif trainer.is_main:
+            self._bar.set_postfix_str(f"{speed}, {loss}", refresh=False)
+        if trainer.is_main:
             left = _duration((trainer.total_steps - trainer.step) * record["step_seconds"])
-            self._write(f"step {trainer.step}/{trainer.total_steps}  {figures}  {left} left")
+            self._write(f"step {trainer.step}/{trainer.total_steps}  {loss}  {speed}  {left} left")
         return CONTINUE
 
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
@@ -85,6 +87,12 @@ class Progress(Callback):
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+    def _leave_lost_terminal(self) -> None:
+        """Where the terminal is gone (`conf.lasting_output`) a log file gets the lines alone."""
+        if self._bar is not None and self._stream is not None and not self._stream.isatty():
+            self._bar.disable = True
             self._bar = None
 
     def _write(self, line: str) -> None:

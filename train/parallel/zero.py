@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -72,12 +73,13 @@ class ZeroEngine:
         module = TokenLossSum(self.model, config.training.z_loss_weight)
         named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
         self._optimizer = build_optimizer(named, config.optimizer)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self._optimizer,
-            config=self._settings,
-            dist_init_required=False,
-        )
+        with _prints_logged():
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer,
+                config=self._settings,
+                dist_init_required=False,
+            )
         self.fragments: list[Fragment] = parameter_fragments(self._deepspeed)
 
     def _construction_context(self) -> contextlib.AbstractContextManager[Any]:
@@ -150,6 +152,27 @@ class ZeroEngine:
         self._deepspeed.destroy()
         # DeepSpeed's globals hold its groups: the next engine of this process would use those of a world that is gone.
         deepspeed_groups._release_process_group_references()
+
+
+class _PrintedLines(io.TextIOBase):
+    """A text stream whose lines become records of DeepSpeed's log."""
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("DeepSpeed").getChild("printed")
+        # The logger above has its own level for what it is told itself; what reaches its handlers is theirs to choose.
+        self._logger.setLevel(logging.INFO)
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                self._logger.info("%s", line.rstrip())
+        return len(text)
+
+
+def _prints_logged() -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed's optimizer for bf16 prints the memory in use, 18 lines of it, whatever the level of its log is. The
+    run's log file gets them, beside what DeepSpeed warns of; the terminal gets its errors."""
+    return contextlib.redirect_stdout(cast("TextIO", _PrintedLines()))
 
 
 def _join_process_group(mesh: Mesh) -> None:

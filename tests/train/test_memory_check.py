@@ -1,0 +1,96 @@
+"""A run that may not fit is warned of before its start, with both numbers and what to change."""
+
+import dataclasses
+
+import pytest
+
+from model.presets import preset
+from train.config import RunConfig, TrainingConfig
+from train.memory_check import CPU_FACTOR, PROCESS_BYTES, Room, control_group_bytes, memory_warnings
+from train.plan import make_plan
+
+GIB = 2.0**30
+
+
+def planned(world_size=1, rank_gib=15.3, **parallel):
+    config = RunConfig(
+        name="x", model=preset("tiny"), training=TrainingConfig(total_steps=1, global_batch_size=8, micro_batch_size=4)
+    )
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
+    plan = make_plan(config, world_size, "CPU")
+    rest = rank_gib * GIB - plan.weight_bytes - plan.gradient_bytes - plan.optimizer_bytes
+    plan = dataclasses.replace(plan, activation_bytes=rest)
+    assert plan.rank_bytes == pytest.approx(rank_gib * GIB)
+    return config, plan
+
+
+def test_a_run_that_fits_is_not_warned_of():
+    room = Room(host_bytes=(15.3 * CPU_FACTOR + 1) * GIB, device_bytes=None, ranks=1)
+    assert memory_warnings(*planned(), room) == []
+
+
+def test_a_host_that_the_plan_fits_but_its_peak_does_not_is_warned_of():
+    """15.3 GiB by the plan on a machine of 23: the process was killed at 22.7."""
+    (line,) = memory_warnings(*planned(), Room(host_bytes=22.7 * GIB, device_bytes=None, ranks=1))
+    assert "may not fit into memory: by the plan the run's process needs 15.80 GiB, up to about 23.45 GiB" in line
+    assert "22.70 GiB are available on this machine" in line
+    for key in (
+        "training.micro_batch_size (4)",
+        "parallel.activation_checkpointing=block (none)",
+        "processes with parallel=zero3",
+    ):
+        assert key in line
+
+
+def test_the_ranks_of_a_machine_share_it_and_its_control_group_limits_them():
+    config, plan = planned(world_size=8, rank_gib=2.0, zero_stage=1)
+    room = Room(host_bytes=7 * GIB, device_bytes=None, ranks=4, is_limited=True)
+    (line,) = memory_warnings(config, plan, room)
+    assert "does not fit into memory: by the plan 4 ranks need 10.00 GiB" in line
+    assert "7.00 GiB are left below the memory limit of this container or job" in line
+    assert "shard more with parallel=zero3 (zero1)" in line
+
+
+def test_a_gpu_is_warned_of_by_itself_and_the_host_by_what_checkpoints_copy_there():
+    config, plan = planned(rank_gib=90.0, activation_checkpointing="block")
+    (line,) = memory_warnings(config, plan, Room(host_bytes=100 * GIB, device_bytes=78 * GIB, ranks=1))
+    assert "a rank needs 90.00 GiB" in line and "78.00 GiB are free on its GPU" in line
+    assert "activation_checkpointing" not in line
+    plan = dataclasses.replace(plan, activation_bytes=0.0)
+    tight = Room(host_bytes=plan.checkpoint_bytes + PROCESS_BYTES - 1, device_bytes=78 * GIB, ranks=1)
+    (line,) = memory_warnings(config, plan, tight)
+    assert "available on this machine" in line and "micro_batch_size" not in line
+
+
+def write(folder, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / name.replace("__", ".")).write_text(value)
+
+
+def test_the_tightest_control_group_counts_less_what_is_used_but_not_what_only_caches_files(tmp_path):
+    root, process = tmp_path / "cgroup", tmp_path / "self"
+    process.write_text("0::/job/step\n")
+    write(root / "job/step", memory__max="max\n", memory__current="5\n", memory__stat="inactive_file 0\n")
+    write(root / "job", memory__max="1000\n", memory__current="700\n", memory__stat="anon 1\ninactive_file 150\n")
+    assert control_group_bytes(root, process) == 450
+    process.write_text("0::/elsewhere\n")
+    assert control_group_bytes(root, process) == float("inf")
+    assert control_group_bytes(root, tmp_path / "none") == float("inf")
+
+
+def test_control_groups_of_version_1_count_too_and_a_container_sees_its_own_as_the_root(tmp_path):
+    root, process = tmp_path / "cgroup", tmp_path / "self"
+    process.write_text("9:cpu,cpuacct:/x\n4:memory:/docker/abc\n")
+    write(
+        root / "memory",
+        memory__limit_in_bytes="2000\n",
+        memory__usage_in_bytes="500\n",
+        memory__stat="inactive_file 1\ntotal_inactive_file 100\n",
+    )
+    assert control_group_bytes(root, process) == 1600
+
+
+def test_this_machine_has_room():
+    room = Room.here(world_size=2)
+    assert room.host_bytes > 0 and room.ranks == 2

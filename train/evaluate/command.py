@@ -1,0 +1,251 @@
+"""What `python -m train.evaluate` does: held-out losses of a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf import ConfigError, compose
+from conf.problems import at_least, choice
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.errors import DataError
+from data_pipeline.reading.batch import Batch
+from data_pipeline.tokenizing.tokenizer import Tokenizer
+from model.language_model import LanguageModel
+from model.loading import load
+from model.locate import Located, locate
+from model.weights import WeightsError
+from train.checkpoints.layout import CheckpointError
+from train.checkpoints.state import read_state
+from train.command import read_run_config
+from train.config import PRECISIONS, RunConfig
+from train.data import open_run_corpus
+from train.evaluate import EvaluationResult, evaluate, open_evaluation_corpora, open_sets
+from train.parallel.mesh import Mesh, join_mesh
+from train.parallel.token_loss import TokenLossSum, on_device
+from train.requirements import data_as_configured, misfits_of_evaluation
+from train.run_directory import write_atomically
+from train.validate import validate_evaluation
+
+FORMAT_VERSION = 1
+HELP = """\
+Score held-out text with a trained model:  python -m train.evaluate MODEL [--output FILE] [key=value ...]
+On several GPUs:  python -m torch.distributed.run --standalone --nproc-per-node=2 -m train.evaluate MODEL ...
+
+MODEL is a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint (step-XXXXXXXX), a weights directory
+or a Hugging Face directory. A run brings its configuration: corpus, evaluation sets, sequence length, precision.
+A set of a whole split is scored by source too. What else has no run: give corpus.directory=DIR at least.
+
+Values of a run's configuration can be set (docs/configuration.md), such as
+  corpus.directory=DIR                          another corpus of the same tokenizer
+  evaluation.sets.validation.split=test         another split
+  evaluation.sets.validation.max_tokens=null    all of it, where the run scored a part
+  evaluation.sets.validation.by_source=true     each source of a part
+  evaluation.batch_size=32  training.sequence_length=8192  precision=fp32
+
+Prints loss (nats per token), perplexity and tokens, and writes them as JSON to RUN/evaluations/step-XXXXXXXX.json, or
+to MODEL/evaluation.json where there is no run, or to FILE.
+"""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What is evaluated, and what is known of it."""
+
+    path: Path
+    located: Located
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.located.checkpoint
+
+    @property
+    def run(self) -> Path | None:
+        """The run that it is of, where that has left its configuration."""
+        run = self.located.run
+        return run if run is not None and (run / "config.yaml").is_file() else None
+
+    @property
+    def output(self) -> Path:
+        """Where the result goes, unless it is said."""
+        if self.run is None or self.checkpoint is None:
+            return self.path / "evaluation.json"
+        return self.run / "evaluations" / f"{self.checkpoint.name}.json"
+
+
+class ModelScorer:
+    """`train.evaluate.Scorer` of a model that every rank holds whole."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh):
+        self.mesh = mesh
+        self._module = TokenLossSum(model, 0.0).eval()
+        self._autocast = config.precision.uses_autocast(config.parallel.zero_stage)
+        self._dtype = config.precision.compute_dtype
+
+    def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+        """(sum of the losses in nats, scored targets) of a batch."""
+        with torch.no_grad(), torch.autocast(self.mesh.device.type, self._dtype, enabled=self._autocast):
+            return float(self._module(*on_device(batch, self.mesh.device))), batch.scored_targets()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 2 for what the user must change, 1 where reading fails."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        _evaluate(list(arguments))
+    except ConfigError as error:
+        print(f"train.evaluate: {error}", file=sys.stderr)
+        return 2
+    except (DataError, CheckpointError, OSError, ValueError) as error:
+        print(f"train.evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> None:
+    output = None
+    if "--output" in arguments:
+        place = arguments.index("--output")
+        if place + 1 == len(arguments):
+            raise ConfigError(["--output: name the file to write"])
+        output = Path(arguments.pop(place + 1))
+        del arguments[place]
+    named = [argument for argument in arguments if "=" not in argument]
+    if len(named) != 1:
+        raise ConfigError(
+            [f"name one model: a run, RUN@STEP, a checkpoint or a weights directory (not {' '.join(named) or 'none'})"]
+        )
+    target = _find(Path(named[0]))
+    config = _configuration(target, [argument for argument in arguments if "=" in argument])
+    corpora = _open_corpora(config, target)
+    mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
+    try:
+        dtype = config.precision.weight_dtype(config.parallel.zero_stage)
+        model = load(target.path, device=mesh.device, dtype=dtype)
+        _check_vocabulary(corpora, model)
+        results = evaluate(ModelScorer(model, config, mesh), config, corpora)
+        if mesh.is_main:
+            _write(output or target.output, _document(target, config, corpora, model, results))
+    finally:
+        mesh.close()
+
+
+def _find(path: Path) -> _Target:
+    try:
+        return _Target(path, locate(path))
+    except WeightsError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
+    """The run's configuration, or the defaults, with `overrides`; whole splits by source, unless they say otherwise."""
+    if changed := [one for one in overrides if one.lstrip("+~").partition("=")[0].split(".")[0] in ("model", "name")]:
+        raise ConfigError([f"{one}: the model is evaluated as it is; leave this out" for one in changed])
+    base = None
+    if target.run is not None:
+        base = read_run_config(target.run)
+    else:
+        overrides = ["name=evaluation", *overrides]
+    config = compose(RunConfig, "train", overrides, validate_evaluation, base)
+    problems = [
+        *validate_evaluation(config),
+        *at_least("training.sequence_length", config.training.sequence_length, 1),
+        *choice("precision.compute", config.precision.compute, PRECISIONS),
+    ]
+    if not config.evaluation.sets:
+        problems.append("evaluation.sets: there is none to score; give evaluation=validation")
+    if problems:
+        raise ConfigError(problems)
+    if any("by_source" in override for override in overrides):
+        return config
+    sets = {
+        # A part of a split would be another part by source, with another loss.
+        name: dataclasses.replace(one, by_source=one.by_source or (one.source is None and one.max_tokens is None))
+        for name, one in config.evaluation.sets.items()
+    }
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, sets=sets))
+
+
+def _open_corpora(config: RunConfig, target: _Target) -> dict[str, Corpus]:
+    with data_as_configured():
+        corpus = open_run_corpus(config, "size")
+        corpora = open_evaluation_corpora(config, corpus)
+    problems = misfits_of_evaluation(config, corpora)
+    path = None if target.run is None else target.located.tokenizer
+    if path is not None and not Tokenizer.load(path).gives_same_ids(corpus.tokenizer()):
+        problems.append(
+            f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
+            f"with ({path}); prepare it again with that one"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return corpora
+
+
+def _check_vocabulary(corpora: dict[str, Corpus], model: LanguageModel) -> None:
+    for corpus in corpora.values():
+        if corpus.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                [
+                    f"corpus.directory: the tokenizer of {corpus.directory} has {corpus.vocab_size} ids, the model "
+                    f"{model.config.vocab_size}; prepare the corpus with the model's tokenizer"
+                ]
+            )
+
+
+def _document(
+    target: _Target,
+    config: RunConfig,
+    corpora: dict[str, Corpus],
+    model: LanguageModel,
+    results: dict[str, EvaluationResult],
+) -> dict[str, Any]:
+    """What is written (docs/training.md)."""
+    windows = open_sets(config, corpora)
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": str(target.path),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "step": None,
+        "trained_tokens": None,
+        "sequence_length": config.training.sequence_length,
+        "precision": config.precision.compute,
+        "sets": {name: dataclasses.asdict(one) for name, one in config.evaluation.sets.items()},
+        "results": {},
+    }
+    if target.checkpoint is not None:
+        state = read_state(target.checkpoint)
+        document |= {"step": state.step, "trained_tokens": state.tokens}
+    for name, result in results.items():
+        fingerprint = windows[name].fingerprint if name in windows else None
+        document["results"][name] = {**dataclasses.asdict(result), "fingerprint": fingerprint}
+    for name, one in document["sets"].items():
+        one["directory"] = str(corpora[name].directory)
+    return document
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Print the results as a table, and write all of `document`."""
+    width = max(len(name) for name in document["results"])
+    print(f"{'set':<{width}}  {'loss':>8}  {'perplexity':>12}  {'tokens':>14}")
+    for name, result in document["results"].items():
+        figures = f"{result['loss']:>8.4f}  {result['perplexity']:>12,.2f}  {result['tokens']:>14,}"
+        print(f"{name:<{width}}  {figures}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
+    print(f"written to {path}")
