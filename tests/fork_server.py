@@ -60,9 +60,8 @@ def _serve() -> None:
     # Where runs write what the imports print here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
-    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
-    for name in ("train.parallel.zero", "train.run", *in_passing):
+    # The engine first: it tells DeepSpeed its accelerator. Last what torch's optimizers import in passing.
+    for name in ("train.parallel.zero", "train.run", "torch._dynamo"):
         importlib.import_module(name)
     for line in sys.stdin:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
