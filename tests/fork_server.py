@@ -37,12 +37,17 @@ class ForkServer:
         """Whether a process with this environment would have been imported the same."""
         return environment == self._environment
 
-    def run(self, overrides: list[str], processes: int, timeout: float) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run of `python -m train`, under torchrun where there are several processes."""
+    def run(
+        self, overrides: list[str], processes: int, timeout: float, variables: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run of `python -m train`, under torchrun where there are several processes.
+
+        `variables` of the environment are the run's alone; none of them may matter to what was imported already.
+        """
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             # The server opens what this process has open: by its descriptors in /proc.
             outputs = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
-            self._process.stdin.write(json.dumps([overrides, processes, *outputs]) + "\n")
+            self._process.stdin.write(json.dumps([overrides, processes, *outputs, variables]) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 self._process.kill()
@@ -71,15 +76,15 @@ def _serve() -> None:
         print(_run(*json.loads(line)), file=answers, flush=True)
 
 
-def _run(overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
+def _run(overrides: list[str], processes: int, stdout: str, stderr: str, variables: dict[str, str]) -> int:
     """Exit code of a run: of its one process, or 1 where one of several failed, as torchrun has it."""
     from tests.runs import reserved_port
 
     if processes == 1:
-        _, status = os.waitpid(_start(overrides, {}, stdout, stderr), 0)
+        _, status = os.waitpid(_start(overrides, variables, stdout, stderr), 0)
         return os.waitstatus_to_exitcode(status)
     with reserved_port() as port:
-        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world = variables | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         ranks = {_start(overrides, world | place, stdout, stderr) for place in places}
         deadline = None
@@ -102,7 +107,7 @@ def _signal(processes: set[int], number: signal.Signals) -> None:
         os.kill(process, number)
 
 
-def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:
+def _start(overrides: list[str], variables: dict[str, str], stdout: str, stderr: str) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -111,7 +116,7 @@ def _start(overrides: list[str], world: dict[str, str], stdout: str, stderr: str
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in ((1, stdout), (2, stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-        os.environ.update(world)
+        os.environ.update(variables)
         sys.argv = ["train", *overrides]
         from train.__main__ import end_process, main
 

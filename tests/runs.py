@@ -48,9 +48,12 @@ TINY_RUN = [
 
 
 def environment() -> dict[str, str]:
-    """The environment of child processes: one thread each, our packages first, no warnings about other libraries."""
+    """The environment of child processes: one thread each, our packages first, no warnings about other libraries.
+
+    Nor the developer's own settings of Weights & Biases.
+    """
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONWARNINGS": "ignore",
@@ -74,19 +77,24 @@ def paused_train_command(step: int, go_on: Path, overrides: list[str], processes
 _SERVERS: list[ForkServer] = []
 
 
-def run_train(overrides: list[str], processes: int = 1, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """A run of `python -m train` from start to end: exit code and output."""
-    variables = environment()
+def run_train(
+    overrides: list[str], processes: int = 1, timeout: float = PATIENCE, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A run of `python -m train` from start to end: exit code and output.
+
+    `variables` of its environment: such as matter to no module that train.run imports.
+    """
+    common = environment()
     # Another value with every test; what a run imports does not depend on it.
-    variables.pop("PYTEST_CURRENT_TEST", None)
+    common.pop("PYTEST_CURRENT_TEST", None)
     # A process that sees a GPU has threads of its driver, which a copy would lack.
-    if not _SERVERS and sys.platform == "linux" and not variables["CUDA_VISIBLE_DEVICES"]:
-        _SERVERS.append(ForkServer(variables, ROOT))
-    if _SERVERS and _SERVERS[0].suits(variables):
-        return _SERVERS[0].run(overrides, processes, timeout)
+    if not _SERVERS and sys.platform == "linux" and not common["CUDA_VISIBLE_DEVICES"]:
+        _SERVERS.append(ForkServer(common, ROOT))
+    if _SERVERS and _SERVERS[0].suits(common):
+        return _SERVERS[0].run(overrides, processes, timeout, variables)
     return subprocess.run(
         train_command(overrides, processes),
-        env=variables,
+        env=common | variables,
         cwd=ROOT,
         capture_output=True,
         text=True,
