@@ -332,23 +332,18 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
             values.setdefault(name, []).append(section)
         else:
             values.setdefault(name, {})[key] = section
+    plain: dict[str, Any] = {}
+    types = field_types(typing.cast(type, schema))
     for key in tree:
-        if key in values or key not in field_types(schema) or OmegaConf.is_missing(tree, key):
+        if key in values or key not in types or OmegaConf.is_missing(tree, key):
             continue
         given = OmegaConf.to_container(tree[key]) if OmegaConf.is_config(tree[key]) else tree[key]
         found: list[str] = []
-        given = conform(given, field_types(schema)[key], f"{prefix}{key}", found)
+        plain[key] = conform(given, types[key], f"{prefix}{key}", found)
+        problems += found
         if found:
-            problems += found
-            continue
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(schema), {key: given})
-            assert isinstance(merged, DictConfig)
-            values[key] = (
-                OmegaConf.to_container(merged._get_node(key)) if isinstance(given, (dict, list)) else merged[key]
-            )
-        except OmegaConfBaseException as error:
-            problems.append(f"{prefix}{key}: {_first_line(error)}")
+            del plain[key]
+    values |= _converted(schema, plain, prefix, problems)
     required = [
         f.name
         for f in dataclasses.fields(typing.cast(Any, schema))
@@ -356,6 +351,24 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
     ]
     problems += [f"{prefix}{name}: a value is required" for name in required if name not in tree.keys()]  # noqa: SIM118
     return None if problems else schema(**values)
+
+
+def _converted(schema: type, plain: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """The values as the fields' types have them; adds to `problems` for each that OmegaConf refuses."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    except OmegaConfBaseException as error:
+        if len(plain) == 1:
+            problems.append(f"{prefix}{next(iter(plain))}: {_first_line(error)}")
+            return {}
+        # It stops at the first one.
+        one_by_one = (_converted(schema, {key: value}, prefix, problems) for key, value in plain.items())
+        return {key: value for found in one_by_one for key, value in found.items()}
+    assert isinstance(merged, DictConfig)
+    return {
+        key: OmegaConf.to_container(merged._get_node(key)) if isinstance(value, (dict, list)) else merged[key]
+        for key, value in plain.items()
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ Hydra's own reading makes a number of every text that looks like one: `name=12e4
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import types
 import typing
@@ -63,8 +64,9 @@ def parse_override(text: str) -> Override:
     return override
 
 
+@functools.cache
 def field_types(schema: type) -> dict[str, Any]:
-    """The type of each field of a dataclass."""
+    """The type of each field of a dataclass. Not to be changed: all callers get the same."""
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
 

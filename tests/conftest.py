@@ -13,6 +13,21 @@ import torch
 
 from tests.runs import PATIENCE, ROOT, TINY_RUN, environment
 
+# The files whose tests take longest, first: one of them last would leave the other processes idle.
+LONGEST = (
+    "tests/docs/test_documented_commands.py",
+    "tests/kernels/test_interpreted.py",
+    "tests/docs/test_readme.py",
+    "tests/kernels/test_compile_mlstm.py",
+    "tests/train/checkpoints/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The others stay in their order, be it that of the files or pytest-randomly's."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def _seeded_generators() -> None:

@@ -1,5 +1,4 @@
-"""Runs of `python -m train`, or of another module, each a process that begins as a copy of one that has imported
-everything already.
+"""Runs of `python -m train` and of scripts, each a process that begins as a copy of one that has imported it all.
 
 To import torch and DeepSpeed takes 6 seconds of CPU time, most runs of the tests take one. What follows the imports is
 that of any run: its own process or processes, environment, standard streams, process group over gloo, exit code. Tests
@@ -11,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -34,38 +34,45 @@ class ForkServer:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes)
 
+    @property
+    def pid(self) -> int:
+        """Its children are the processes of the run that goes on."""
+        return self._process.pid
+
     def suits(self, environment: dict[str, str]) -> bool:
         """Whether a process with this environment would have been imported the same."""
         return environment == self._environment
 
     def run(
-        self, overrides: list[str], processes: int, timeout: float, module: str
+        self, command: list[str], processes: int, timeout: float, variables: dict[str, str]
     ) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run of `python -m` with this module, under torchrun where there are several processes."""
+        """As subprocess.run of a Python file and its arguments, under torchrun where there are several processes.
+
+        `variables` of the environment are the run's alone; none of them may matter to what was imported already.
+        """
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             # The server opens what this process has open: by its descriptors in /proc.
             outputs = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
-            self._process.stdin.write(json.dumps([module, overrides, processes, *outputs]) + "\n")
+            self._process.stdin.write(json.dumps([command, processes, *outputs, variables]) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 self._process.kill()
-                raise subprocess.TimeoutExpired(overrides, timeout)
+                raise subprocess.TimeoutExpired(command, timeout)
             answer = self._process.stdout.readline()
             assert answer, "the process that runs are copied from has died"
             texts = []
             for file in (stdout, stderr):
                 file.seek(0)
                 texts.append(file.read())
-        return subprocess.CompletedProcess(overrides, json.loads(answer), *texts)
+        return subprocess.CompletedProcess(command, json.loads(answer), *texts)
 
 
 def _serve() -> None:
     # Where runs write what the imports print here.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # The engine first: it tells DeepSpeed its accelerator. Then what pyarrow, DeepSpeed and torch import in passing.
-    in_passing = ("pandas", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
-    for name in ("train.parallel.zero", "train.run", *in_passing):
+    # The engine first: it tells DeepSpeed its accelerator. Last what torch's optimizers import in passing.
+    for name in ("train.parallel.zero", "train.run", "torch._dynamo"):
         importlib.import_module(name)
     for line in sys.stdin:
         threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
@@ -75,17 +82,17 @@ def _serve() -> None:
         print(_run(*json.loads(line)), file=answers, flush=True)
 
 
-def _run(module: str, overrides: list[str], processes: int, stdout: str, stderr: str) -> int:
+def _run(command: list[str], processes: int, stdout: str, stderr: str, variables: dict[str, str]) -> int:
     """Exit code of a run: of its one process, or 1 where one of several failed, as torchrun has it."""
     from tests.runs import reserved_port
 
     if processes == 1:
-        _, status = os.waitpid(_start(module, overrides, {}, stdout, stderr), 0)
+        _, status = os.waitpid(_start(command, variables, stdout, stderr), 0)
         return os.waitstatus_to_exitcode(status)
     with reserved_port() as port:
-        world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world = variables | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        ranks = {_start(module, overrides, world | place, stdout, stderr) for place in places}
+        ranks = {_start(command, world | place, stdout, stderr) for place in places}
         deadline = None
         while ranks:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -106,7 +113,7 @@ def _signal(processes: set[int], number: signal.Signals) -> None:
         os.kill(process, number)
 
 
-def _start(module: str, overrides: list[str], world: dict[str, str], stdout: str, stderr: str) -> int:
+def _start(command: list[str], variables: dict[str, str], stdout: str, stderr: str) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -115,11 +122,10 @@ def _start(module: str, overrides: list[str], world: dict[str, str], stdout: str
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in ((1, stdout), (2, stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-        os.environ.update(world)
-        sys.argv = [module, *overrides]
-        from train.__main__ import end_process
-
-        end_process(importlib.import_module(module).main(overrides))
+        os.environ.update(variables)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
     except SystemExit as ended:
         code = ended.code
     except BaseException:  # noqa: BLE001 - as the interpreter does with what nobody catches

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # command may take many times as long as alone.
 PATIENCE = 900.0
 
+# `python -m train` that stands still after a step.
+PAUSED = ROOT / "tests" / "paused_train.py"
+
 # A model of 60,000 parameters with both recurrences, for runs of seconds.
 TINY_RUN = [
     "model=tiny",
@@ -49,9 +52,12 @@ TINY_RUN = [
 
 
 def environment() -> dict[str, str]:
-    """The environment of child processes: one thread each, our packages first, no warnings about other libraries."""
+    """The environment of child processes: one thread each, our packages first, no warnings about other libraries.
+
+    Nor the developer's own settings of Weights & Biases.
+    """
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("WANDB_")},
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONWARNINGS": "ignore",
@@ -61,10 +67,12 @@ def environment() -> dict[str, str]:
 
 
 def train_command(overrides: list[str], processes: int = 1, module: str = "train") -> list[str]:
-    if processes == 1:
-        return [sys.executable, "-m", module, *overrides]
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, "-m", *launcher, "-m", module, *overrides]
+    launcher = _torchrun(processes) if processes > 1 else []
+    return [sys.executable, *launcher, "-m", module, *overrides]
+
+
+def _torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
 def paused_train_command(step: int, go_on: Path, overrides: list[str], processes: int = 1) -> list[str]:
@@ -76,25 +84,43 @@ _SERVERS: list[ForkServer] = []
 
 
 def run_train(
-    overrides: list[str], processes: int = 1, timeout: float = PATIENCE, module: str = "train.__main__"
+    overrides: list[str], processes: int = 1, timeout: float = PATIENCE, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A run of `python -m train` from start to end: exit code and output. Or of a module with a `main` like that."""
+    """A run of `python -m train` from start to end: exit code and output. `variables`: see run_script."""
+    return run_script(ROOT / "train" / "__main__.py", overrides, processes, timeout, **variables)
+
+
+def run_script(
+    script: Path, arguments: list[str], processes: int = 1, timeout: float = PATIENCE, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python file, under torchrun where there are several processes, from start to end: exit code and output.
+
+    `variables` of its environment: such as matter to no module that train.run imports.
+    """
+    command = [str(script), *arguments]
+    server = fork_server()
+    if server is not None:
+        return server.run(command, processes, timeout, variables)
+    launcher = _torchrun(processes) if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, *command],
+        env=environment() | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def fork_server() -> ForkServer | None:
+    """The process of which runs are copies; None where they are not, but start anew."""
     variables = environment()
     # Another value with every test; what a run imports does not depend on it.
     variables.pop("PYTEST_CURRENT_TEST", None)
     # A process that sees a GPU has threads of its driver, which a copy would lack.
     if not _SERVERS and sys.platform == "linux" and not variables["CUDA_VISIBLE_DEVICES"]:
         _SERVERS.append(ForkServer(variables, ROOT))
-    if _SERVERS and _SERVERS[0].suits(variables):
-        return _SERVERS[0].run(overrides, processes, timeout, module)
-    return subprocess.run(
-        train_command(overrides, processes, module),
-        env=variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return _SERVERS[0] if _SERVERS and _SERVERS[0].suits(variables) else None
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def show_corpus(directory: Path) -> None:
         shard = sequence.shard(0)
         ids = shard.tokens[: min(SAMPLE_TOKENS, int(shard.offsets[1]))]
         print(f"\n{split}, beginning of the first document of {corpus.sources(split)[0]}:")
-        print(indented(corpus.tokenizer().decode(ids)))
+        print(indented(corpus.tokenizer().decode(ids.tolist())))
 
 
 def _show_source(corpus: Corpus, split: str, source: str) -> None:

@@ -78,7 +78,9 @@ class ShardTable(Sequence[ShardEntry]):
         self._batch = batch
         self._data = data
         self.documents, self.tokens, self.text_bytes, self.bytes = (
-            batch.column(name).to_numpy(zero_copy_only=True) for name in (*_COUNTS, "bytes")
+            # Without Arrow's to_numpy, as in shards.py.
+            np.from_dlpack(batch.column(name))
+            for name in (*_COUNTS, "bytes")
         )
 
     @staticmethod
@@ -177,7 +179,7 @@ class ShardTable(Sequence[ShardEntry]):
         """The (split, source) pairs that occur, sorted, and the number of its pair for each row."""
         split, source = self._batch.column("split"), self._batch.column("source")
         splits, sources = split.dictionary.to_pylist(), source.dictionary.to_pylist()
-        codes = split.indices.to_numpy().astype(np.int64) * len(sources) + source.indices.to_numpy()
+        codes = np.from_dlpack(split.indices).astype(np.int64) * len(sources) + np.from_dlpack(source.indices)
         found, numbers = np.unique(codes, return_inverse=True)
         pairs = [(splits[code // len(sources)], sources[code % len(sources)]) for code in found.tolist()]
         order = sorted(range(len(pairs)), key=pairs.__getitem__)

@@ -37,7 +37,8 @@ class CompiledKernel:
         name: of the kernel function.
         registers: of a thread.
         stack_bytes: of a thread, in local memory: spilled registers. 0 is the aim.
-        spills_in_loop: accesses to local memory in the innermost loops with tensor-core products; None without any.
+        spills_in_loop: accesses to local memory in the innermost loops with tensor-core products; 0 where nothing is
+            spilled, None where something is and there is no such loop.
         shared_bytes: of a block.
         wgmma: instructions in the PTX for the tensor cores of Hopper, counted where they are issued.
         mma: instructions for tensor cores in the manner of Ampere, half as fast or less.
@@ -155,14 +156,20 @@ def _describe(name: str, kernel) -> CompiledKernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [cuobjdump, "-sass", "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def listing(what: str) -> str:
+            return subprocess.run([cuobjdump, what, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = listing("-res-usage")
+        stack_bytes = int(re.search(r"STACK:(\d+)", usage)[1])
+        # To list the instructions takes half a second; without a stack none of them can go to local memory.
+        spills_in_loop = _spills_in_loop(listing("-sass")) if stack_bytes else 0
     ptx = kernel.asm["ptx"]
     return CompiledKernel(
         name=name,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        spills_in_loop=_spills_in_loop(usage),
+        stack_bytes=stack_bytes,
+        spills_in_loop=spills_in_loop,
         shared_bytes=kernel.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma=len(re.findall(r"(?<!w)(?<!wg)mma\.sync", ptx)),
@@ -172,7 +179,7 @@ def _describe(name: str, kernel) -> CompiledKernel:
 
 
 def _main() -> None:
-    modules = {}
+    modules, described = {}, {}
     compiled = hopper_without_gpu()
     for call in json.load(sys.stdin):
         file = call["file"]
@@ -182,7 +189,11 @@ def _main() -> None:
             spec.loader.exec_module(modules[file])
         compiled.clear()
         getattr(modules[file], call["function"])(**call["arguments"])
-        reports = [asdict(_describe(name, kernel)) for name, kernel in compiled]
+        for name, kernel in compiled:
+            # Triton has compiled once what several calls launch alike.
+            if kernel.hash not in described:
+                described[kernel.hash] = asdict(_describe(name, kernel))
+        reports = [described[kernel.hash] for _, kernel in compiled]
         print(_REPORT + json.dumps(reports), flush=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.mlstm.chunkwise import tiles
-from tests.runs import ROOT
+from tests.runs import PATIENCE, ROOT
 
 
 def test_is_the_chunk_of_the_table_in_any_batch():
@@ -32,5 +32,5 @@ def test_needs_no_triton():
         "from kernels.mlstm import accounting\nfrom kernels.slstm import accounting\n"
         "from kernels.mlstm.chunkwise.tiles import chunk_tokens\nprint(chunk_tokens(256, 512, torch.bfloat16, ''))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == "128", done.stderr

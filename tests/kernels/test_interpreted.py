@@ -1,4 +1,4 @@
-"""Runs the tests of interpreted/ under Triton's interpreter, on a CPU, each file in processes of its own.
+"""Runs the tests of interpreted/ under Triton's interpreter, on a CPU, in processes of their own.
 
 The interpreter is chosen by an environment variable when Triton is imported; it must not leak into other tests.
 """
@@ -13,16 +13,20 @@ import pytest
 from tests.runs import PATIENCE, ROOT, environment
 
 FOLDER = Path(__file__).parent / "interpreted"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+LONGEST = "test_mlstm_chunkwise.py"
+OTHERS = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name != LONGEST)
+# Of about the same length: a process takes four seconds until its first test.
+GROUPS = {LONGEST: [LONGEST], "others": OTHERS[0::2], "more": OTHERS[1::2]}
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file):
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreted(group):
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "run tests/kernels/interpreted itself under the interpreter"
-    command = [sys.executable, "-m", "pytest", str(FOLDER / file), "-q", "-p", "no:cacheprovider", "--tb=short"]
+    files = [str(FOLDER / name) for name in GROUPS[group]]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--tb=short"]
     # A GPU, where there is one, is for the compiled kernels.
     variables = environment() | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE)

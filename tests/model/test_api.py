@@ -13,7 +13,7 @@ from model.config import MLSTMConfig
 from model.huggingface import export_huggingface
 from model.initialisation import initialise
 from model.weights import WeightsError, save_model
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 
 
 def small() -> LanguageModel:
@@ -103,6 +103,6 @@ def test_the_help_and_the_package_need_no_torch():
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr

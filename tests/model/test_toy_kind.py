@@ -16,7 +16,7 @@ from model.language_model import LanguageModel
 from model.layers import layer_kind, sequence_problems
 from model.locate import locate
 from model.parameters import parameter_shapes
-from tests.runs import ROOT, environment, run_train
+from tests.runs import PATIENCE, ROOT, environment, run_train
 
 PLUGIN = "tests.model.toy_kind"
 CONFIG = ModelConfig(
@@ -40,7 +40,7 @@ MODEL_OVERRIDES = [
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "model", *arguments]
-    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.mlstm import merge_weights
 from model.sequence import ScaledSums, last_inputs
 from model.state import map_tensors
+from tests.runs import PATIENCE
 
 
 class Exchange:
@@ -24,7 +25,7 @@ class Exchange:
     def __init__(self, size: int):
         self.size = size
         self.slots: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=PATIENCE)
         self.rounds = 0
 
     def gather(self, rank: int, value: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.runs import ROOT, environment
+from tests.runs import PATIENCE, ROOT, environment
 from train.run_directory import read_events
 
 SESSION = """
@@ -77,7 +77,7 @@ def test_several_runs_in_one_process_leave_nothing_behind(tiny_run, tmp_path):
     (tmp_path / "session.py").write_text(SESSION)
     overrides = [item for item in tiny_run if not item.startswith(("name=", "run_root="))]
     command = [sys.executable, str(tmp_path / "session.py"), str(tmp_path), *overrides]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     # The interpreter ends in its own way, too.
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.documented import has_type, keys_and_types, table
-from tests.runs import ROOT, TINY_RUN, environment, run_train
+from tests.runs import TINY_RUN, run_script, run_train
 from tests.train.plain_runs import figures, run_plainly, train_losses
 from train.callbacks.base import Callback
 from train.checkpoints.layout import describe_file
@@ -211,10 +209,8 @@ end_process(train(compose(RunConfig, "train", sys.argv[1:]), [asking]))
 def test_one_rank_asks_and_all_go_back(base, rolled_back, tmp_path, stage):
     _, overrides = base
     (tmp_path / "asks.py").write_text(ONE_RANK_ASKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     changes = [f"parallel=zero{stage}", f"run_root={tmp_path}", "name=back"]
-    command = [*launcher, str(tmp_path / "asks.py"), *overrides, *changes]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_script(tmp_path / "asks.py", [*overrides, *changes], processes=2)
     assert done.returncode == 0, done.stderr
     (event,) = events_of(tmp_path / "back", "rollback")
     assert (event["step"], event["to_step"], event["first_sample"]) == (8, 4, 4 * SAMPLES)
@@ -231,8 +227,7 @@ def test_the_engine_of_a_rolled_back_run_is_that_of_a_resumed_one(base, tmp_path
     _, overrides = base
     (tmp_path / "asks.py").write_text(ONE_RANK_ASKS.replace("trainer.mesh.rank == 1", "True"))
     changes = [f"parallel=zero{stage}", f"run_root={tmp_path}", "name=back", "precision=bf16"]
-    command = [sys.executable, str(tmp_path / "asks.py"), *overrides, *changes]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_script(tmp_path / "asks.py", [*overrides, *changes])
     assert done.returncode == 0, done.stderr
     expected = figures(tmp_path / "back")
     # The checkpoint of step 5, the first after going back, has the moved position.

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -247,18 +248,19 @@ def test_a_claim_ends_with_its_process_on_this_machine(tmp_path):
 
 
 def test_a_claim_of_another_machine_ends_when_nothing_touches_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "LEASE_SECONDS", 0.3)
+    now = 0.0
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: now))
     path = write_claim(tmp_path, machine=["elsewhere"])
     with Claims(tmp_path) as claims:
         for touch in range(4):
             with claims.take("x") as mine:
                 assert not mine
             assert claims.surely_held("x") == (touch > 0)
-            time.sleep(0.1)
-            os.utime(path)
+            now += 0.8 * claims_module.LEASE_SECONDS
+            os.utime(path, (touch, touch))
         with claims.take("x") as mine:
             assert not mine
-        time.sleep(0.4)
+        now += 1.2 * claims_module.LEASE_SECONDS
         with claims.take("x") as mine:
             assert mine
 

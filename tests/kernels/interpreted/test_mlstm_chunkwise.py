@@ -171,6 +171,8 @@ def test_shut_gates_among_ordinary_ones(shut, device):
 @pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
 def test_memory_of_many_chunks(gate, normaliser, dtype, device):
     """Forget gates so open that hundreds of tokens, or thousands, are remembered: no error may grow with the chunks."""
+    if not COMPILED and dtype == torch.float16 and gate == "sigmoid":
+        pytest.skip("the gates are computed in float32 in any case")
     shape = (1, 8192, 2, 256, 512) if COMPILED else (1, 600, 1, 16, 16)
     q, k, v, igate, fgate = make_inputs(shape, dtype, device)
     igate, fgate = (x.detach().mul(0.5).add(bias).requires_grad_() for x, bias in ((igate, -3), (fgate, 6)))
@@ -254,14 +256,14 @@ def test_is_deterministic_and_takes_rows_of_a_batch_alone(device, dtype):
 
 
 @bitwise
-@pytest.mark.parametrize("place", [padded, strided])
-def test_reads_nothing_outside_its_inputs(place, device, dtype):
+def test_reads_nothing_outside_its_inputs(device, dtype):
     shape = (2, 70, 2, 32, 48)
     inputs = make_inputs(shape, dtype, device)
     plain = run(triton_cell, inputs, None, dtype)
-    placed = run(triton_cell, [place(x) for x in inputs], None, dtype)
-    for name, expected in plain.items():
-        assert torch.equal(placed[name], expected), name
+    for place in (padded, strided):
+        placed = run(triton_cell, [place(x) for x in inputs], None, dtype)
+        for name, expected in plain.items():
+            assert torch.equal(placed[name], expected), (place, name)
 
 
 def test_an_empty_batch_has_empty_results(device):
@@ -302,7 +304,9 @@ def test_is_a_well_behaved_operator(device):
     starts = make_starts(shape, device)
     cell = (*inputs, starts, state.C, state.n, state.m, "exp", True, 1e-6, True, True)
     torch.library.opcheck(op.mlstm_chunkwise.definition, cell)
-    cell = (*inputs, None, None, None, None, "sigmoid", True, 1e-6, False, False)
+    # Of what there is not, and of one chunk.
+    few = make_inputs((1, 5, 2, 16, 16), torch.float32, device)
+    cell = (*few, None, None, None, None, "sigmoid", True, 1e-6, False, False)
     torch.library.opcheck(op.mlstm_chunkwise.definition, cell)
     alone = (*inputs[1:], starts, state.C, state.n, state.m, "exp", True, 1e-6)
     torch.library.opcheck(op.mlstm_chunkwise_state.definition, alone)

@@ -26,9 +26,10 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    """The interpreter is slow. Two chunks of its 64 tokens, and a remainder."""
+    """The interpreter is slow. Two chunks of its 64 tokens, a remainder, and one sequence where a case does not say."""
     if not COMPILED:
         monkeypatch.setattr(preflight, "LENGTH", 135)
+        monkeypatch.setattr(preflight, "BATCH", 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,7 +8,7 @@ import torch
 
 from kernels.head_norm import MAX_HEAD_DIM, gated_head_norm, head_norm
 from tests.kernels.cases import assert_close, relative_error
-from tests.kernels.triton_cases import COMPILED, DEVICE, far_heads, padded, strided
+from tests.kernels.triton_cases import COMPILED, DEVICE, DTYPES, far_heads, padded, strided
 
 # Of the output and of the gradients, by dtype: rounding of the result alone.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
@@ -62,6 +62,8 @@ def check(function, inputs, dtype, **kwargs):
 @FUNCTIONS
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_equals_the_reference(function, head_dim, dtype):
+    if not COMPILED and (HEAD_DIMS.index(head_dim) + DTYPES.index(dtype)) % 2:
+        pytest.skip("all is computed in float32: under the interpreter, a head dimension has one of the two dtypes")
     check(function, make_inputs(dtype, head_dim, length=11), dtype)
 
 

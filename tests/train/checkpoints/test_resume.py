@@ -1,18 +1,28 @@
 """Kill and start again: nothing is lost, nothing is repeated, not a bit differs."""
 
-import contextlib
 import json
 import random
 import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from model.locate import complete_checkpoints
-from tests.runs import PATIENCE, ROOT, environment, paused_train_command, run_train, train_command
+from tests.runs import (
+    PATIENCE,
+    PAUSED,
+    ROOT,
+    environment,
+    fork_server,
+    paused_train_command,
+    run_script,
+    run_train,
+    train_command,
+)
 from train.checkpoints.layout import MARKER, describe_file, remove_torn
 
 STEPS = 24
@@ -33,25 +43,27 @@ def events(run_directory, kind):
     return [event for event in lines_of(run_directory, "events.jsonl") if event["event"] == kind]
 
 
-def start_and_kill_at(command, run_directory, step):
-    """Start `command`, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL all its processes.
+def start_and_kill_at(overrides, run_directory, step):
+    """Start two ranks, wait until metrics.jsonl has `step` and a checkpoint counts, then SIGKILL both.
 
-    The command must not end by itself: it stands still some steps later.
+    They do not end by themselves: they stand still before the last steps, until then.
     """
-    process = psutil.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = run_directory / "metrics.jsonl"
-    try:
-        wait_for_step(process, metrics, step)
-        while not any(run_directory.glob("checkpoints/*/complete.json")):
-            assert process.poll() is None
-            time.sleep(0.01)
-    finally:
-        # torchrun's workers are sessions of their own: a signal to its process group would not reach them.
-        family = [*process.children(recursive=True), process]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family)
+    never = run_directory.with_name("never")
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(run_script, PAUSED, [str(STEPS - 4), str(never), *overrides], processes=2)
+        try:
+            while not (
+                has_step(run_directory / "metrics.jsonl", step) and complete_checkpoints(run_directory / "checkpoints")
+            ):
+                assert not run.done()
+                time.sleep(0.01)
+            ranks = psutil.Process(fork_server().pid).children()
+            assert len(ranks) == 2
+            for rank in ranks:
+                rank.kill()
+        finally:
+            never.touch()
+    assert run.result().returncode == 1
 
 
 @pytest.mark.slow
@@ -71,9 +83,7 @@ def test_sigkill_at_a_random_step_leaves_no_trace(stage, tiny_run, tmp_path):
     # Generated at run time, so that every run of the suite tries another step; printed when the test fails.
     step = random.Random().randint(4, STEPS - 6)
     print(f"killed at step {step}")
-    never = tmp_path / "never"
-    command = paused_train_command(STEPS - 4, never, ["name=killed", *overrides], processes=2)
-    start_and_kill_at(command, tmp_path / "killed", step)
+    start_and_kill_at(["name=killed", *overrides], tmp_path / "killed", step)
     again = run_train(["name=killed", *overrides], processes=2)
     assert again.returncode == 0, again.stderr
 
@@ -105,8 +115,12 @@ def test_a_checkpoint_loads_under_another_stage_world_and_precision_of_work(tiny
         assert events(tmp_path / name, "resume")[0]["step"] == 8
 
 
+def has_step(metrics, step):
+    return metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+
 def wait_for_step(process, metrics, step):
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+    while not has_step(metrics, step):
         assert process.poll() is None
         time.sleep(0.02)
 
@@ -184,10 +198,7 @@ def test_a_failed_run_finishes_the_checkpoint_that_it_is_writing(processes, tiny
     (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
     diverging = ["optimizer.learning_rate=1e30", "schedule.warmup=0", "training.max_skipped_steps=1"]
     overrides = [*tiny_run, *diverging, "training.total_steps=10", "checkpoint.interval=1"]
-    command = train_command(overrides, processes)
-    module = command.index("train")
-    command[module - 1 : module + 1] = [str(tmp_path / "slow_disk.py")]
-    failed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    failed = run_script(tmp_path / "slow_disk.py", overrides, processes)
     assert failed.returncode == 1
     assert "training.max_skipped_steps" in failed.stderr
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,13 +1,11 @@
 """Coordinates, groups, and sums over the named groups between real processes."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.runs import ROOT, environment
+from tests.runs import run_script
 from train.parallel.mesh import GROUP_NAMES, Mesh, MeshShape
 
 SHAPES = [MeshShape(*sizes) for sizes in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 3))]
@@ -82,7 +80,7 @@ from train.__main__ import end_process
 from train.parallel.mesh import GROUP_NAMES, join_mesh
 
 pipeline, sequence = int(sys.argv[1]), int(sys.argv[2])
-mesh = join_mesh(timedelta(seconds=60), pipeline, sequence)
+mesh = join_mesh(timedelta(seconds=900), pipeline, sequence)
 for name in GROUP_NAMES:
     (mine,) = [ranks for ranks in mesh.shape.members(name) if mesh.rank in ranks]
     # Powers of two: a sum says who took part.
@@ -108,15 +106,7 @@ end_process(0)
 def test_collectives_between_four_processes(tmp_path, pipeline, sequence):
     script = tmp_path / "four.py"
     script.write_text(FOUR_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)]
-    done = subprocess.run(
-        [*command, str(pipeline), str(sequence)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script(script, [str(pipeline), str(sequence)], processes=4)
     assert done.returncode == 0, done.stderr
     shape = MeshShape(pipeline, 4 // (pipeline * sequence), sequence)
     assert sorted(done.stdout.splitlines()) == [f"rank {rank} of {shape}" for rank in range(4)]

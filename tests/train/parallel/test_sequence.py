@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import run_train
+from tests.runs import ROOT, run_script
 from tests.train.parallel.sequence_ranks import CELL_CASES, cases, cell_name
 
 RANKS = (2, 3, 4, 8)
@@ -19,7 +19,7 @@ def results(tmp_path_factory):
     def of_ranks(ranks):
         if ranks not in _found:
             file = tmp_path_factory.mktemp("ranks") / f"{ranks}.json"
-            done = run_train([str(file)], processes=ranks, module="tests.train.parallel.sequence_ranks")
+            done = run_script(ROOT / "tests/train/parallel/sequence_ranks.py", [str(file)], processes=ranks)
             assert done.returncode == 0, done.stderr
             _found[ranks] = json.loads(file.read_text())
         return _found[ranks]

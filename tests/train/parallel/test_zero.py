@@ -1,14 +1,12 @@
 """What of a checkpoint an engine reads, under each ZeRO stage."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from conf import compose
 from model.accounting import count_parameters, parameter_shapes
-from tests.runs import ROOT, TINY_RUN, environment
+from tests.runs import TINY_RUN, run_script
 from train.config import RunConfig
 
 READS = """
@@ -25,7 +23,7 @@ from train.parallel.mesh import join_mesh
 from train.plan import make_plan
 from train.restore import drawn_weights
 
-mesh = join_mesh(timedelta(seconds=100))
+mesh = join_mesh(timedelta(seconds=900))
 for stage in (0, 1, 2, 3):
     config = compose(RunConfig, "train", [*sys.argv[1:], f"parallel=zero{stage}"])
     engine = make_engine(config, make_plan(config, mesh.size), mesh)
@@ -57,9 +55,7 @@ def test_a_rank_reads_what_it_holds_and_each_element_has_one_owner(tmp_path):
     """Whole parameters where the compute copies are whole, its ranges under ZeRO-3."""
     (tmp_path / "reads.py").write_text(READS)
     overrides = [*TINY_RUN, "name=x", "corpus.directory=y", "training.total_steps=1"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(tmp_path / "reads.py"), *overrides]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_script(tmp_path / "reads.py", overrides, processes=2)
     assert done.returncode == 0, done.stderr
     model = compose(RunConfig, "train", overrides).model
     total, names = count_parameters(model).total, list(parameter_shapes(model))
