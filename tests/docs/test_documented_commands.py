@@ -168,7 +168,8 @@ def _check(module, arguments):
             # With --config, a run gives these.
             given = ["corpus.directory=corpora/x", "training.total_steps=100_000"] if "--config" in arguments else []
             config = _composed(*given, *overrides)
-            assert validate(config, world_size=1) == []
+            processes = arguments[arguments.index("--processes") + 1] if "--processes" in arguments else "1"
+            assert validate(config, world_size=int(processes)) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)
     elif module == "model" and arguments[0] == "describe":

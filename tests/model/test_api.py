@@ -83,9 +83,9 @@ def test_generate_continues_a_prompt():
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match="does not exist; name a run directory"):
+    with pytest.raises(WeightsError, match="does not exist; name a run's directory"):
         load(tmp_path / "nothing")
-    with pytest.raises(WeightsError, match="is no run directory, checkpoint or weights directory"):
+    with pytest.raises(WeightsError, match="is nothing with weights; name a run's directory"):
         load(tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from model import load
+from model import layers, load
 from model.config import MLSTMConfig, ModelConfig, validate_model
 from model.initialisation import initialise
 from model.language_model import LanguageModel
@@ -36,6 +36,16 @@ MODEL_OVERRIDES = [
     "model.slstm_at=[]",
     "model.slstm=null",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_here():
+    """The kind is gone when other tests of the process run: some list the registered kinds."""
+    before = dict(layers._registered)
+    yield
+    layers._registered.clear()
+    layers._registered.update(before)
+    sys.modules.pop(PLUGIN, None)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -75,6 +75,7 @@ def test_mixed_sources_are_held_out_one_by_one(slimpajama, tmp_path):
         "corpus.workers=2",
         "evaluation=by_source",
         "evaluation.batch_size=4",
+        "evaluation.sets.validation.max_tokens=null",
         "training.total_steps=6",
     ]
     phases = "corpus.phases=[{from_step: 3, temperature: 2.0}]"

@@ -64,9 +64,9 @@ def test_a_change_is_refused_with_the_settings_to_type(tiny_run):
     with pytest.raises(ConfigError) as refused:
         open_requirements(changed, 1)
     text = str(refused.value)
-    assert "give the run another name=..., or go back to seed=0" in text
+    assert "give the run another name=..., or set seed=0" in text
     cap = "null" if config.model.logit_soft_cap is None else config.model.logit_soft_cap
-    assert f"go back to model.logit_soft_cap={cap}" in text and "go back to model.tie_embeddings=false" in text
+    assert f"set model.logit_soft_cap={cap}" in text and "set model.tie_embeddings=false" in text
 
 
 @pytest.mark.parametrize("key", ["total_steps", "total_tokens"])
