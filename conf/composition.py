@@ -33,6 +33,8 @@ from conf.problems import ConfigError, suggestion, undecodable
 
 CONF_DIR = Path(__file__).resolve().parent
 Schema = TypeVar("Schema")
+# So like a known key that it is a slip of the fingers, whatever other trainers mean by its last part.
+_NEARLY_SAME = 0.9
 
 
 def compose(
@@ -99,7 +101,7 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from None
     _check_keys(schema, tree, "", problems)
-    problems += [f"{key}: a value is required (it is '???')" for key in sorted(OmegaConf.missing_keys(tree))]
+    problems += [f"{key}: a value is required; set {key}=VALUE" for key in sorted(OmegaConf.missing_keys(tree))]
     built = _build(schema, tree, "", problems)
     if built is None or problems:
         raise ConfigError(problems)
@@ -255,7 +257,9 @@ def _is_field_of_a_section(schema: type, tree: DictConfig, key: str) -> bool:
 
 def _no_such_key(schema: type, key: str, line: str, known: list[str]) -> str:
     if type_at(schema, key) is not Any:
-        return f"{key}: no such key yet; a plus adds it: +{line.lstrip('~')}"
+        return f"{key}: no such key yet{suggestion(key, known, _NEARLY_SAME)}; a plus adds it: +{line.lstrip('~')}"
+    if nearly := suggestion(key, known, _NEARLY_SAME):
+        return f"{key}: no such key{nearly}"
     other = other_name(key, known)
     return f"{key}: no such key{f' (did you mean {other!r}?)' if other else suggestion(key, known)}"
 
@@ -349,7 +353,8 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
         for f in dataclasses.fields(typing.cast(Any, schema))
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING or f.default == MISSING
     ]
-    problems += [f"{prefix}{name}: a value is required" for name in required if name not in tree.keys()]  # noqa: SIM118
+    missing = [f"{prefix}{name}" for name in required if name not in tree.keys()]  # noqa: SIM118
+    problems += [f"{key}: a value is required; set {key}=VALUE" for key in missing]
     return None if problems else schema(**values)
 
 

@@ -83,7 +83,10 @@ def undecodable(texts: Iterable[str]) -> list[str]:
     return problems
 
 
-def suggestion(key: str, known: Sequence[str]) -> str:
-    """What to append to a message about `key`: the name of `known` that it nearly is; empty when it resembles none."""
-    nearest = difflib.get_close_matches(key, known, n=1)
+def suggestion(key: str, known: Sequence[str], likeness: float = 0.6) -> str:
+    """What to append to a message about `key`: the name of `known` that it nearly is; empty when it resembles none.
+
+    `likeness`: the least ratio of equal characters, 0 to 1.
+    """
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=likeness)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""

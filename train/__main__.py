@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from conf.command_line import exit_code
 from conf.lasting_output import lasting_output
 from train.stop_requests import OUTSIDE_TRAINING, SIGNALS, SignalListener, answered_signals
 
@@ -36,8 +37,7 @@ Prepare a corpus first:  python -m data_pipeline prepare --help
 
 def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP)
-        return 0 if arguments else 2
+        return exit_code(lambda: _help(asked=bool(arguments)), (), "train: interrupted")
     with (
         lasting_output() as output,
         SignalListener(answered_signals(), lambda number: OUTSIDE_TRAINING.answer(number, output)),
@@ -45,11 +45,16 @@ def main(arguments: list[str]) -> int:
         return _train(arguments)
 
 
+def _help(asked: bool) -> int:
+    print(HELP, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
 def _train(arguments: list[str]) -> int:
     # Importing torch takes seconds, which the help does without.
     from conf import ConfigError
     from train.command import compose_run, parse, show_plan
-    from train.errors import UnfitDataError
+    from train.errors import UnfitDataError, last_words
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -61,14 +66,14 @@ def _train(arguments: list[str]) -> int:
             return 0
         from train.run import train
 
-        exit_code = train(config)
-        if exit_code and processes > 1:
+        code = train(config)
+        if code and processes > 1:
             # Peers may wait in a collective that this rank will not join; the launcher ends them, as soon as this
             # process is gone: no exit handler is waited for.
-            os._exit(exit_code)
-        return exit_code
+            os._exit(code)
+        return code
     except UnfitDataError as error:
-        print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr)
+        print(last_words(error), file=sys.stderr)
         return 2
     except ConfigError as error:
         # Every rank finds the same problems; one of them says so.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def _time(path: Path) -> str:
 def _keep(options: argparse.Namespace) -> int:
     from train.checkpoints.layout import keep
 
-    return _for_each(options.checkpoints, keep, "is kept for good; python -m train.checkpoint release undoes it")
+    return _for_each(options.checkpoints, keep, "is kept for good; `python -m train.checkpoint release {}` undoes it")
 
 
 def _release(options: argparse.Namespace) -> int:
@@ -112,7 +113,7 @@ def _for_each(references: Sequence[str], change: Callable[[Path], None], outcome
     folders = _find(references)
     for folder in folders:
         _change(folder, change)
-        print(f"{folder} {outcome}")
+        print(f"{folder} {outcome.format(shlex.quote(str(folder)))}")
     return 0
 
 

@@ -74,7 +74,8 @@ def read_run_config(path: Path) -> DictConfig:
     try:
         tree = OmegaConf.load(file)
     except OSError as error:
-        raise ConfigError([f"{file}: cannot be read ({error.strerror}); name the config.yaml of a run"]) from None
+        why = f"{file}: cannot be read ({error.strerror}); name a run's directory or its config.yaml"
+        raise ConfigError([why]) from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: is no YAML ({' '.join(str(error).split())})"]) from None
     if not isinstance(tree, DictConfig):

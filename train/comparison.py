@@ -59,7 +59,8 @@ def comparison_page(run_directories: Sequence[Path | str]) -> Page:
     Raises FileNotFoundError when a folder has no metrics.jsonl; ValueError when one holds no logged step, or there are
     more than MOST_RUNS.
     """
-    folders = [Path(folder) for folder in run_directories]
+    # A run that is named twice is one curve.
+    folders = list({Path(folder).resolve(): Path(folder) for folder in run_directories}.values())
     if len(folders) > MOST_RUNS:
         raise ValueError(f"{len(folders)} runs are more than one picture shows; name at most {MOST_RUNS}")
     runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]

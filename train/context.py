@@ -36,7 +36,7 @@ from train.data import changes_of_data, data_identity, describe_data
 from train.errors import RunError
 from train.length import steps_left
 from train.memory_check import Room, memory_warnings
-from train.origin import Origin, take_up
+from train.origin import Origin, take_up, unknown_tokenizer
 from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib, make_plan
 from train.requirements import Requirements, open_requirements
@@ -198,7 +198,7 @@ def _begin_from(context: RunContext, origin: Origin) -> None:
         raise ConfigError(problems)
     ancestry = origin.ancestry()
     if origin.stored.located.tokenizer is None:
-        context.say(f"WARNING    {ancestry['source']} has no tokenizer: do its ids mean the same text?")
+        context.say(f"WARNING    {unknown_tokenizer(ancestry['source'])}")
     if not origin.is_branch:
         context.events.append("initialise", **ancestry)
         context.say(f"Weights of {ancestry['source']}; optimizer, schedule and data begin anew.")

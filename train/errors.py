@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 from conf.problems import ConfigError
 
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
+
+
+def last_words(error: Exception) -> str:
+    """What a process of a run says of the error that it ends with; which one it is, where there are several."""
+    rank = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    return f"train: {rank}{error}"
 
 
 class UnfitDataError(ConfigError):

@@ -123,11 +123,16 @@ def misfits_of_tokenizer(origin: Origin | None, corpus: Corpus | LiveCorpus) -> 
     """Where the ids of the corpus mean other text to the weights."""
     if origin is None or origin.stored.located.tokenizer is None:
         return []
-    ours, path = corpus.tokenizer(), origin.stored.located.tokenizer
+    return other_tokenizer(origin.key, origin.stored.located.tokenizer, corpus)
+
+
+def other_tokenizer(model: str, path: Path, corpus: Corpus | LiveCorpus) -> list[str]:
+    """Where the tokenizer at `path`, that of a model, gives other ids than the corpus has; `model`: what names it."""
+    ours = corpus.tokenizer()
     try:
         theirs = _load_tokenizer(path, ours.eod_token)
     except TokenizerError as error:
-        return [f"{origin.key}: its tokenizer cannot be read ({error}); restore {path}, or move it away"]
+        return [f"{model}: its tokenizer cannot be read ({error}); restore {path}, or move it away"]
     if ours.gives_same_ids(theirs):
         return []
     return [
@@ -135,6 +140,11 @@ def misfits_of_tokenizer(origin: Origin | None, corpus: Corpus | LiveCorpus) -> 
         f"({ours.vocab_size} and {theirs.vocab_size} ids), so its ids mean other text to them; prepare the text with "
         f"theirs: python -m data_pipeline prepare ... tokenizer=file tokenizer.path={theirs.path}"
     ]
+
+
+def unknown_tokenizer(model: str | Path) -> str:
+    """What to warn of where no tokenizer lies beside a model."""
+    return f"{model} has no tokenizer: do its ids mean the same text?"
 
 
 def _load_tokenizer(path: Path, eod_token: str) -> Tokenizer:

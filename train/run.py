@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -24,11 +23,12 @@ from train.callbacks.wandb_logger import WandbLogger
 from train.checkpoints.layout import CheckpointError
 from train.config import RunConfig
 from train.context import RunContext, open_run
-from train.errors import RunError
+from train.errors import RunError, last_words
 from train.evaluate import open_sets
 from train.kernel_check import check_kernels
 from train.next_commands import next_commands
 from train.parallel.engine import EngineFactory, make_engine
+from train.plan import Plan
 from train.restore import restore
 from train.trainer import Trainer
 
@@ -57,7 +57,7 @@ def _reporting_errors(
     except (DataError, CheckpointError, WeightsError, RunError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        print(f"train: rank {os.environ.get('RANK', 0)}: {error}", file=sys.stderr, flush=True)
+        print(last_words(error), file=sys.stderr, flush=True)
         return 1
 
 
@@ -67,7 +67,7 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
         plan = context.plan
         context.say(
             f"The run '{config.name}' is complete: {plan.total_steps} steps, {plan.total_tokens:,} tokens in "
-            f"{context.directory.path}. To go on, raise {_length_key(config)}."
+            f"{context.directory.path}. To go on, make it longer, such as by {_twice_as_long(config, plan)}."
         )
         context.say(next_commands(config, context.directory, is_complete=True))
         return 0
@@ -86,12 +86,11 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
     return 0
 
 
-def _length_key(config: RunConfig) -> str:
-    """The length as the configuration gives it."""
-    training = config.training
-    if training.total_tokens is None:
-        return f"training.total_steps={training.total_steps}"
-    return f"training.total_tokens={training.total_tokens}"
+def _twice_as_long(config: RunConfig, plan: Plan) -> str:
+    """The setting that makes a complete run twice as long as it is, in the unit of its configuration."""
+    if config.training.total_tokens is None:
+        return f"training.total_steps={2 * plan.completed_steps}"
+    return f"training.total_tokens={2 * plan.completed_tokens}"
 
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:

@@ -58,6 +58,7 @@ def test_missing_and_mistyped_values_are_reported_together():
         "training.micro_batch_size",
     ]
     assert any("'many'" in line for line in found)
+    assert "corpus.directory: a value is required; set corpus.directory=VALUE" in found
 
 
 def test_keys_below_an_added_section_are_checked_too():

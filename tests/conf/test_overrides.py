@@ -153,6 +153,14 @@ def test_the_name_that_other_trainers_use_leads_to_the_key(key, meant):
     assert problems(f"{key}=4") == [f"{key}: no such key (did you mean '{meant}'?)"]
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("evaluations.batch_size", "evaluation.batch_size"), ("corpus.worker", "corpus.workers"), ("namee", "name")],
+)
+def test_a_slip_of_the_fingers_is_no_name_of_another_trainer(key, meant):
+    assert problems(f"{key}=4") == [f"{key}: no such key (did you mean '{meant}'?)"]
+
+
 def test_every_name_of_other_trainers_leads_to_a_key_that_is_there():
     from conf.overrides import _OTHER_NAMES
 
@@ -181,6 +189,10 @@ def test_a_setting_without_a_value_and_one_of_a_new_section_say_what_to_type():
     assert problems("seed") == ["'seed': no value is given; settings are typed key=value, such as seed=VALUE"]
     assert problems("evaluation.sets.books.source=b") == [
         "evaluation.sets.books.source: no such key yet; a plus adds it: +evaluation.sets.books.source=b"
+    ]
+    assert problems("evaluation.sets.validaton.split=test") == [
+        "evaluation.sets.validaton.split: no such key yet (did you mean 'evaluation.sets.validation.split'?); "
+        "a plus adds it: +evaluation.sets.validaton.split=test"
     ]
     assert problems("+seed=3") == ["seed: is there already; leave out the + (+seed=3)"]
     both = composed("+evaluation.sets.books.split=test", "evaluation.sets.books.source=b").evaluation.sets

@@ -158,7 +158,7 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     assert "did you mean 'checkpoint'?" in error
     assert "did you mean 'prompt'?" in error
     assert main(["generate", "prompt=a"]) == 2
-    assert "checkpoint: a value is required" in capsys.readouterr().err
+    assert "checkpoint: a value is required; set checkpoint=VALUE" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "max_new_tokens=many", "dtype=null"]) == 2
     assert "max_new_tokens" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}"]) == 1

@@ -98,7 +98,9 @@ def test_a_larger_batch_on_resume_changes_neither_the_tokens_nor_the_curve(start
     assert "Resuming 'run' from step-00000006: 6 of 11 steps" in said
     assert "changed    training.global_batch_size: 8 -> 16\n" in said and "WARNING" not in said
     assert run_plainly([*overrides, "training.global_batch_size=16"]) == 0
-    assert "The run 'run' is complete: 11 steps, 4,096 tokens in " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "The run 'run' is complete: 11 steps, 4,096 tokens in " in said
+    assert f"{folder}. To go on, make it longer, such as by training.total_tokens=8192.\n" in said
 
 
 def test_a_checkpoint_of_0_2_0_goes_on_in_tokens_bit_for_bit(stopped, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 
@@ -23,6 +24,7 @@ from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, train_command
 from tests.train.plain_runs import run_plainly
 from train.__main__ import main as train_main
 from train.command import compose_run, parse
+from train.errors import RunError, last_words
 from train.evaluate.__main__ import main as evaluate_main
 from train.run_directory import EventLog, RunLock
 from train.run_summary import as_lines, summarise
@@ -72,6 +74,23 @@ def test_plan_of_what_cannot_work_says_why_and_ends_with_2(base, tmp_path):
     assert (code, out) == (2, "") and "training.lr: no such key" in err
     code, _, err = call(train_main, ["--plan", "name=x", *overrides, f"corpus.directory={tmp_path}/none"])
     assert code == 2 and f"{tmp_path}/none" in err
+    assert "rank" not in err, "there is one process"
+
+
+def test_one_of_several_processes_says_which_it_is(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    for world_size, words in (("4", "train: rank 3: no room"), ("1", "train: no room")):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        assert last_words(RunError("no room")) == words
+
+
+def test_a_complete_run_names_a_length_with_which_it_goes_on(base, run, capsys):
+    _, overrides = base
+    assert run_plainly(["name=done", *overrides, "parallel=zero0"]) == 0
+    said = capsys.readouterr().err
+    (length,) = re.findall(r"make it longer, such as by (training\.total_steps=\d+)\.", said)
+    assert call(train_main, ["--plan", "name=done", *overrides, "parallel=zero0", length])[0] == 0
+    assert length == f"training.total_steps={2 * STEPS}"
 
 
 def test_a_run_gives_another_its_values(run):
@@ -99,7 +118,8 @@ def test_what_is_wrong_with_a_run_to_start_from_is_said(run, tmp_path):
     assert problems("--config", str(run)) == [
         f"name: {run} gives a new run its values; give name=NAME (name=done goes on with that run)"
     ]
-    assert "cannot be read (No such file" in problems("--config", str(tmp_path), "name=x")[0]
+    (problem,) = problems("--config", str(tmp_path), "name=x")
+    assert "cannot be read (No such file or directory); name a run's directory or its config.yaml" in problem
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert "holds no keys and values" in problems("--config", str(tmp_path / "list.yaml"), "name=x")[0]
     (tmp_path / "bad.yaml").write_text("a: [1\n")
@@ -154,13 +174,27 @@ def test_weights_without_a_run_are_evaluated_on_a_corpus_that_is_named(run, smal
     code, _, err = call(evaluate_main, [weights])
     assert code == 2 and "corpus.directory: a value is required" in err
     settings = ["precision=fp32", "training.sequence_length=32", f"corpus.directory={small_corpus}"]
-    assert call(evaluate_main, [weights, *settings, "--output", tmp_path / "whole.json"])[0] == 0
+    code, _, err = call(evaluate_main, [weights, *settings, "--output", tmp_path / "whole.json"])
+    assert code == 0 and f"WARNING    {weights} has no tokenizer: do its ids mean the same text?" in err
     assert json.loads((tmp_path / "whole.json").read_text())["sets"]["validation"]["by_source"] is True
     assert call(evaluate_main, [weights, *settings, "evaluation.sets.validation.max_tokens=256"])[0] == 0
     found = json.loads((weights / "evaluation.json").read_text())
     loss, tokens = own_figures(run)["validation"]
     assert found["results"]["validation"]["loss"] == pytest.approx(loss, rel=1e-6)
     assert found["results"]["validation"]["tokens"] == tokens and found["step"] is None
+
+
+def test_a_model_is_not_evaluated_on_ids_that_mean_other_text_to_it(run, small_corpus, tmp_path):
+    theirs = ROOT / "tests" / "fixtures" / "0.2.0" / "corpus" / "tokenizer"
+    weights = shutil.copytree(run / "checkpoints" / f"step-{STEPS:08d}" / "weights", tmp_path / "weights")
+    shutil.copytree(theirs, weights / "tokenizer")
+    settings = ["precision=fp32", "training.sequence_length=32", f"corpus.directory={small_corpus}"]
+    code, _, err = call(evaluate_main, [weights, *settings])
+    assert code == 2 and f"{small_corpus} was prepared with another tokenizer than the weights were trained with" in err
+    assert f"tokenizer.path={weights / 'tokenizer' / 'tokenizer.model'}" in err
+    (weights / "tokenizer" / "tokenizer.model").write_bytes(b"torn")
+    code, _, err = call(evaluate_main, [weights, *settings])
+    assert code == 2 and f"{weights}: its tokenizer cannot be read" in err
 
 
 def test_a_hugging_face_directory_is_evaluated(small_corpus, tmp_path):

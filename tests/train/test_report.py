@@ -244,5 +244,9 @@ def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monk
     assert main([runs[0], "--output"]) == 2
     assert main([runs[0], str(tmp_path / "nothing")]) == 1
     assert "nothing/metrics.jsonl: no such file" in capsys.readouterr().err
-    assert main(runs * 11) == 1
+    assert main([*runs, f"{runs[0]}/"]) == 0, "one of two names is one curve"
+    assert [line.get_label()[0] for line in comparison_page([*runs, f"{runs[0]}/"]).figure.axes[0].lines] == ["a", "b"]
+    pyplot.close()
+    others = [str(tmp_path / str(number)) for number in range(20)]
+    assert main([*runs, *others]) == 1
     assert "22 runs are more than one picture shows; name at most 20" in capsys.readouterr().err

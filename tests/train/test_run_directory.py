@@ -72,7 +72,10 @@ def test_a_folder_that_cannot_be_made_is_a_message(tiny_run, tmp_path):
     (tmp_path / "file").touch()
     failed = run_train([*tiny_run, f"run_root={tmp_path / 'file'}", "training.total_steps=1"])
     assert failed.returncode == 1
-    assert "train: rank 0: " in failed.stderr and f"Not a directory: '{tmp_path / 'file' / 'run'}'" in failed.stderr
+    assert (
+        "\ntrain: [Errno 20]" in f"\n{failed.stderr}"
+        and f"Not a directory: '{tmp_path / 'file' / 'run'}'" in failed.stderr
+    )
     assert "Traceback" not in failed.stderr
 
 

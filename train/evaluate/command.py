@@ -19,7 +19,6 @@ from conf.problems import at_least, choice
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError
 from data_pipeline.reading.batch import Batch
-from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.language_model import LanguageModel
 from model.loading import load
 from model.locate import Located, locate
@@ -30,6 +29,7 @@ from train.command import read_run_config
 from train.config import PRECISIONS, RunConfig
 from train.data import open_run_corpus
 from train.evaluate import EvaluationResult, evaluate, open_evaluation_corpora, open_sets
+from train.origin import other_tokenizer, unknown_tokenizer
 from train.parallel.mesh import Mesh, join_mesh
 from train.parallel.token_loss import TokenLossSum, on_device
 from train.requirements import data_as_configured, misfits_of_evaluation
@@ -136,6 +136,8 @@ def _evaluate(arguments: list[str]) -> None:
         _check_vocabulary(corpora, model)
         results = evaluate(ModelScorer(model, config, mesh), config, corpora)
         if mesh.is_main:
+            if target.located.tokenizer is None:
+                print(f"WARNING    {unknown_tokenizer(target.path)}", file=sys.stderr)
             _write(output or target.output, _document(target, config, corpora, model, results))
     finally:
         mesh.close()
@@ -182,12 +184,8 @@ def _open_corpora(config: RunConfig, target: _Target) -> dict[str, Corpus]:
         corpus = open_run_corpus(config, "size")
         corpora = open_evaluation_corpora(config, corpus)
     problems = misfits_of_evaluation(config, corpora)
-    path = None if target.run is None else target.located.tokenizer
-    if path is not None and not Tokenizer.load(path).gives_same_ids(corpus.tokenizer()):
-        problems.append(
-            f"corpus.directory: {corpus.directory} was prepared with another tokenizer than the model was trained "
-            f"with ({path}); prepare it again with that one"
-        )
+    if target.located.tokenizer is not None:
+        problems += other_tokenizer(str(target.path), target.located.tokenizer, corpus)
     if problems:
         raise ConfigError(problems)
     return corpora
