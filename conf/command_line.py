@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -20,11 +21,28 @@ def refuse_undecodable(arguments: Sequence[str] | None) -> None:
         raise ConfigError(problems)
 
 
-def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...], interrupted: str) -> int:
-    """Run `command` and return its exit code.
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments as `parser` sorts them. It ends the process after its help, also where nobody reads that."""
+    try:
+        return parser.parse_args(arguments)
+    finally:
+        with _quiet_without_reader():
+            if sys.stdout is not None:
+                sys.stdout.flush()
 
-    2 for a wrong configuration, 1 for one of `failures` and for an interrupt (`interrupted` is what to say then); the
-    message goes to stderr. 0 when the reader of the output (head, less) has seen enough. Other exceptions pass.
+
+def exit_code(
+    command: Callable[[], int],
+    failures: tuple[type[Exception], ...],
+    interrupted: str,
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run `command` and return its exit code, by the one rule of all commands (docs/configuration.md).
+
+    2 where the user must change the command or what it names: a ConfigError, or one of `refusals` that is none of
+    `failures`. 1 where the work fails though the command is right: one of `failures`, and an interrupt (`interrupted`
+    is what to say then). The message goes to stderr. 0 when the reader of the output (head, less) has seen enough.
+    Other exceptions pass.
     """
     code = 0
     with _quiet_without_reader(), _interrupts_end_imports(interrupted):
@@ -40,6 +58,9 @@ def exit_code(command: Callable[[], int], failures: tuple[type[Exception], ...],
             raise
         except failures as error:
             code = 1
+            print(f"error: {error}", file=sys.stderr)
+        except refusals as error:
+            code = 2
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             code = 1

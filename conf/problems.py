@@ -69,6 +69,19 @@ def local_folder(key: str, path: str) -> list[str]:
     return []
 
 
+def other_format(file: object, found: object, known: int, key: str = "format_version") -> str:
+    """The problem of a `file` whose format is not `known`; empty where it is."""
+    if str(found) == str(known):
+        return ""
+    text = f"{file} has {key} {found}; this version of xlstm-pretrain reads {known}"
+    return f"{text}; a later version wrote it: upgrade xlstm-pretrain" if is_later_format(found, known) else text
+
+
+def is_later_format(found: object, known: int) -> bool:
+    """Whether a file says that a later version of this program wrote it."""
+    return str(found).isdecimal() and int(str(found)) > known
+
+
 def undecodable(texts: Iterable[str]) -> list[str]:
     """`texts`, such as arguments of a command, that hold bytes which are no UTF-8: Python keeps those as surrogates,
     which no file, tokenizer or terminal takes."""

@@ -7,9 +7,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.lasting_output import lasting_output
 from conf.problems import ConfigError, at_least
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MachineError
 from data_pipeline.ordering.config import OrderConfig
 
 PREPARE_HELP = """\
@@ -41,16 +42,14 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
-    options = _parser().parse_args(arguments)
-    # Imported where it is needed: the workers of a preparation import this module, and Hydra costs half a second.
-    from conf.command_line import exit_code, refuse_undecodable
+    """Run one command; returns its exit code (docs/configuration.md). `verify` that finds damage ends with 1."""
+    options = parse_arguments(_parser(), arguments)
 
     def run() -> int:
         refuse_undecodable(arguments)
         return options.run(options)
 
-    return exit_code(run, (DataError,), "interrupted; run the same command again to go on")
+    return exit_code(run, (MachineError, OSError), "interrupted; run the same command again to go on", (DataError,))
 
 
 def _parser() -> argparse.ArgumentParser:

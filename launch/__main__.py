@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conf import ConfigError
+from conf.command_line import parse_arguments
 from conf.lasting_output import lasting_output
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MachineError
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))
@@ -53,9 +54,9 @@ def _exit_code(command: Callable[[], int]) -> int:
     except ConfigError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, (MachineError, OSError)) else 2
     except KeyboardInterrupt:
         print("launch: interrupted; the same command goes on", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, suggestion
-from conf.command_line import exit_code, refuse_undecodable
+from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.problems import local_folder
 
 # PyTorch takes a while to import: each command does so, the help does not.
@@ -129,14 +129,14 @@ class AverageSettings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 2 for a wrong command or configuration, 1 for a failed run."""
-    options = _parser().parse_args(arguments)
+    """Run one command; returns its exit code (docs/configuration.md)."""
+    options = parse_arguments(_parser(), arguments)
 
     def run() -> int:
         refuse_undecodable(arguments)
         return options.run(options)
 
-    return exit_code(run, (ValueError, OSError), "interrupted")
+    return exit_code(run, (OSError,), "interrupted", (ValueError,))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,7 +327,7 @@ def _export(options: argparse.Namespace) -> int:
 
     from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.huggingface import export_huggingface
+    from model.huggingface import OtherLogitsError, export_huggingface
     from model.locate import locate
 
     located = locate(settings.checkpoint)
@@ -338,14 +338,19 @@ def _export(options: argparse.Namespace) -> int:
         tokenizer = None if path is None else Tokenizer.load(path)
     except TokenizerError as error:
         raise ValueError(str(error)) from None
-    notes = export_huggingface(
-        located.weights,
-        settings.output,
-        tokenizer,
-        dtype=_dtype(settings.dtype),
-        verify=settings.verify,
-        sequence_length=located.sequence_length,
-    )
+    try:
+        notes = export_huggingface(
+            located.weights,
+            settings.output,
+            tokenizer,
+            dtype=_dtype(settings.dtype),
+            verify=settings.verify,
+            sequence_length=located.sequence_length,
+        )
+    except OtherLogitsError as error:
+        # Nothing that was named is at fault.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if tokenizer is None:
         notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")
     for note in notes:

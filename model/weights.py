@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from conf.problems import other_format
 from model.config import ModelConfig
 from model.stored import with_current_keys
 
@@ -55,6 +56,8 @@ def read_model_json(directory: str | Path) -> ModelConfig:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path} is not valid JSON: {error}") from None
+    if isinstance(document, dict) and "format_version" in document:
+        _check_version(path, document["format_version"])
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise WeightsError(f"{path} has no section 'model': it was not written by xlstm-pretrain")
     _check_version(path, document.get("format_version"))
@@ -226,10 +229,8 @@ def _open(path: Path) -> Any:
 
 
 def _check_version(path: Path, version: object) -> None:
-    if str(version) != str(FORMAT_VERSION):
-        raise WeightsError(
-            f"{path} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"
-        )
+    if problem := other_format(path, version, FORMAT_VERSION):
+        raise WeightsError(problem)
 
 
 def _build(schema: type[Any], values: dict[str, Any], path: Path, prefix: str) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conf.command_line import exit_code, refuse_undecodable
+from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 
 LIST_HELP = """\
 The checkpoints of a run, oldest first: completed steps, when they were saved (UTC), size, and which are kept for good.
@@ -37,7 +37,7 @@ example:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 2 for a wrong command, or a checkpoint that does not exist."""
-    options = _parser().parse_args(arguments)
+    options = parse_arguments(_parser(), arguments)
 
     def run() -> int:
         refuse_undecodable(arguments)

@@ -17,6 +17,8 @@ from train.optimizer import OptimizerConfig, describe_optimizer
 from train.parallel.mesh import MeshShape
 from train.schedule import ScheduleConfig, describe_schedule
 
+# Of plan.json.
+FORMAT_VERSION = 1
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not
 # listed has no known peak, and no utilisation is computed for it.
 PEAK_FLOPS = {
@@ -108,7 +110,7 @@ class Plan:
         return f" of {self.sequence_ranks} sequence ranks with {tokens:,} tokens of each sample"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"format_version": 1, **asdict(self)}
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def describe(self) -> str:
         """The plan as the lines that a run prints at its start."""

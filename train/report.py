@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from conf.command_line import exit_code
-from conf.problems import undecodable
+from conf.problems import is_later_format, other_format, undecodable
 from train.callbacks.metrics_file import read_metrics
 from train.comparison import draw_comparison
 from train.figure import (
@@ -39,6 +39,7 @@ from train.figure import (
     shorter,
     smooth,
 )
+from train.ngram_baselines import FORMAT_VERSION as BASELINES_FORMAT
 
 FILE_NAME = "report.png"
 HELP = """\
@@ -143,6 +144,8 @@ def _read_baselines(run_directory: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
+    if is_later_format(version := content.get("format_version"), BASELINES_FORMAT):
+        raise ValueError(other_format(path, version, BASELINES_FORMAT))
     return {name: content[name]["loss"] for name in ("unigram", "bigram") if name in content}
 
 
@@ -268,7 +271,7 @@ def _draw_band(axes: Axes, statistics: Series, prefix: str, color: str, name: st
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw; returns the exit code: 2 for a wrong command, 1 where a run has nothing to draw."""
+    """Draw; returns the exit code (docs/configuration.md): 2 also where a run has nothing to draw."""
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(HELP, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -285,7 +288,7 @@ def main(arguments: Sequence[str]) -> int:
         raise
     except (OSError, ValueError) as error:
         print(f"train.report: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2
     return 0
 
 

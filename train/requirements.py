@@ -28,12 +28,8 @@ from train.config import RunConfig
 from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
 from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
-from train.origin import (
-    Origin,
-    misfits_of_position,
-    misfits_of_tokenizer,
-    open_origin,
-)
+from train.later_formats import later_formats
+from train.origin import Origin, misfits_of_position, misfits_of_tokenizer, open_origin
 from train.plan import Plan, make_plan
 from train.run_directory import RunDirectory
 from train.validate import validate
@@ -60,6 +56,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     of the configuration, a corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
     directory = RunDirectory(Path(config.run_root) / config.name)
+    _refuse(later_formats(directory))
     # As far as its checkpoint turns out to be whole, which the ranks find out together.
     state = newest_state(directory.checkpoints)
     origin, misfits_of_origin = open_origin(config, directory)

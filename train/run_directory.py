@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from conf.problems import other_format
 from data_pipeline.corpus import files
 
 EVENTS_FORMAT_VERSION = 1
@@ -39,6 +40,7 @@ class RunDirectory:
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
+        self.samples = path / "samples.jsonl"
         self.logs = path / "logs"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
@@ -148,9 +150,8 @@ def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the folder of a run that has started?")
     lines = read_lines(path)
-    found = lines[0].get("format_version") if lines else None
-    if found != version:
-        raise ValueError(f"{path}: format version {found}; this program reads version {version}")
+    if problem := other_format(path, lines[0].get("format_version") if lines else None, version):
+        raise ValueError(problem)
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from conf.problems import ConfigError
 from model.locate import complete_checkpoints, step_of
 from train.callbacks.metrics_file import read_metrics
+from train.later_formats import later_formats
 from train.run_directory import RunDirectory, read_events
 from train.stored_configuration import in_current_form, read_configuration
 
@@ -20,11 +21,13 @@ _ENDINGS = {"complete": "complete", "stop": "stopped", "error": "failed"}
 def summarise(path: Path) -> dict[str, Any]:
     """What `path`, a run's directory, says of the run, as JSON values.
 
-    Raises ConfigError where it is no run's directory.
+    Raises ConfigError where it is no run's directory, or a later version of this program wrote it.
     """
     directory = RunDirectory(path)
     if not directory.config.is_file():
         raise ConfigError([f"{path}: is no run's directory, it has no config.yaml"])
+    if problems := later_formats(directory):
+        raise ConfigError(problems)
     config = in_current_form(read_configuration(directory.config))
     plan = json.loads(directory.plan.read_text(encoding="utf-8")) if directory.plan.is_file() else {}
     events = read_events(path) if directory.events.is_file() else []

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from conf.problems import is_later_format, other_format
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.shard_table import ShardTable, ShardTableEntry
 from data_pipeline.errors import CorpusError
@@ -126,11 +127,13 @@ class Manifest:
             raise CorpusError(f"{path}: altered or damaged, not JSON ({error}); {_ADVICE}") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CorpusError(f"{path}: not a corpus manifest (its 'format' is not '{FORMAT}')")
-        if document.get("format_version") != FORMAT_VERSION:
+        found = document.get("format_version")
+        if is_later_format(found, FORMAT_VERSION):
+            raise CorpusError(other_format(path, found, FORMAT_VERSION))
+        if problem := other_format(path, found, FORMAT_VERSION):
             raise CorpusError(
-                f"{path}: format_version {document.get('format_version')}, but this code reads {FORMAT_VERSION} "
-                "(1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again in a new "
-                "folder or use the release that wrote it"
+                f"{problem} (1 listed the shards in manifest.json itself, 2 in shards.arrow); prepare the corpus again "
+                "in a new folder or use the release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
         if fingerprint_of(document) != recorded:

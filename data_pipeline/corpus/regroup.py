@@ -16,7 +16,7 @@ from data_pipeline.corpus.files import path_in, write_whole
 from data_pipeline.corpus.input_list import count_files, sum_counts
 from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
 from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, MachineError
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.
 LINKS: dict[str, Callable[[Path, Path], object]] = {
@@ -132,7 +132,7 @@ def _write(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, CorpusError):
             raise
-        raise CorpusError(f"{output}: cannot be written ({error.strerror})") from None
+        raise MachineError(f"{output}: cannot be written ({error.strerror})") from None
     return manifest
 
 

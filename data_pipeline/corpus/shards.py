@@ -7,17 +7,20 @@ repeats what the shard belongs to, so that a stray file is recognisable.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from conf.problems import other_format
 from data_pipeline.corpus.files import FileHashes, Put, write_atomically
 from data_pipeline.errors import OUT_OF_RESOURCES, CorpusError, ReadingError
 from data_pipeline.tokenizing.tokenizer import token_dtype
 
 SHARD_FORMAT_VERSION = 1
+_FORMAT_KEY = "shard_format_version"
 # Arrow's list offsets are int32.
 MAX_TOKENS = 2**31 - 2
 
@@ -92,7 +95,7 @@ class ShardBuilder:
         }
         schema = pa.schema(
             [pa.field(name, column.type, nullable=False) for name, column in columns.items()],
-            metadata={"shard_format_version": str(SHARD_FORMAT_VERSION), **metadata},
+            metadata={_FORMAT_KEY: str(SHARD_FORMAT_VERSION), **metadata},
         )
         batch = pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
@@ -101,6 +104,12 @@ class ShardBuilder:
                 writer.write_batch(batch)
 
         return write_atomically(path, write)
+
+
+def _refuse_other_format(path: str | Path, metadata: Mapping[str, str]) -> None:
+    found = metadata.get(_FORMAT_KEY, SHARD_FORMAT_VERSION)
+    if problem := other_format(path, found, SHARD_FORMAT_VERSION, _FORMAT_KEY):
+        raise CorpusError(problem)
 
 
 class Shard:
@@ -119,6 +128,7 @@ class Shard:
                 raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of 1")
             batch = reader.get_batch(0)
             self.metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+            _refuse_other_format(path, self.metadata)
             column = self._column = batch.column("tokens")
             # Views, as Arrow's own to_numpy makes them, which imports pandas for it (half a second).
             self.tokens = np.from_dlpack(column.values)

@@ -31,7 +31,7 @@ from data_pipeline.corpus.manifest import (
     canonical_json,
 )
 from data_pipeline.corpus.shard_table import ShardTable
-from data_pipeline.errors import PrepareError, TokenizerError
+from data_pipeline.errors import BrokenOffError, PrepareError, TokenizerError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig, resolve_source, validate_prepare
@@ -97,11 +97,11 @@ def prepare(config: PrepareConfig, log: Log = print, show_progress: bool = True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(folder).free
-            raise PrepareError(
+            raise BrokenOffError(
                 f"{folder}: no space left to write ({error.strerror}; {free / 1e6:.0f} MB free). Free some space and "
                 "run the same command again: finished units are kept"
             ) from None
-        raise PrepareError(f"{error.filename or folder}: {error.strerror or error}") from None
+        raise BrokenOffError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 def _prepare(config: PrepareConfig, folder: Path, log: Log, show_progress: bool) -> Manifest | None:

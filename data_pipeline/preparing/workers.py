@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.manifest import MANIFEST_FILE, PREPARING_FOLDER
-from data_pipeline.errors import DataError, PrepareError
+from data_pipeline.errors import BrokenOffError, DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.progress import METER_LENGTH, Meter, Progress
@@ -163,7 +163,7 @@ def _check_ended(process: SpawnProcess, numbers: Sequence[int], jobs: list[Job])
         how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with {process.exitcode}"
         *_, unit, place = numbers
         where = f" while it read {jobs[0].units[unit - 1][place - 1].name}" if unit else ""
-        raise PrepareError(
+        raise BrokenOffError(
             f"one of {len(jobs)} workers {how}{where} (out of memory?); finished units are kept: run the same command "
             "again, with fewer workers if it was memory"
         )

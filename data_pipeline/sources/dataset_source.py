@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import PrepareError
+from data_pipeline.errors import BrokenOffError, PrepareError
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
 from data_pipeline.sources.splits import SPLIT_NAMES
@@ -72,6 +72,6 @@ class DatasetsSource(Source):
                 yield self.from_record(item, record, position)
         except Exception as error:
             # Stops the unit: a stream that broke may be whole at the next try.
-            raise PrepareError(
+            raise BrokenOffError(
                 f"{item.name}: the stream broke after row {position} ({type(error).__name__}: {error}); run again"
             ) from error

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from conf.problems import other_format
 from data_pipeline.errors import TokenizerError
 from data_pipeline.tokenizing.config import TokenizerConfig, smallest_vocabulary
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 # Beside a tokenizer.json whose end-of-document token is not evident from the file alone.
 SIDECAR = "end_of_document.json"
+SIDECAR_FORMAT = 1
 # SentencePiece writes a space as this character, so the character itself has no piece of its own.
 META_SPACE = "\u2581"
 META_SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
@@ -80,11 +82,15 @@ class Tokenizer(abc.ABC):
         sidecar = path.parent / SIDECAR
         if eod_token is None and sidecar.is_file():
             try:
-                eod_token = json.loads(sidecar.read_bytes())["eod_token"]
-            except (ValueError, KeyError, TypeError):
+                document = json.loads(sidecar.read_bytes())
+                problem = other_format(sidecar, document.get("format_version", SIDECAR_FORMAT), SIDECAR_FORMAT)
+                eod_token = None if problem else document["eod_token"]
+            except (ValueError, KeyError, AttributeError):
                 raise TokenizerError(
                     f"{sidecar}: damaged, names no eod_token; delete it and set tokenizer.eod_token, or restore it"
                 ) from None
+            if problem:
+                raise TokenizerError(problem)
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path, eod_token)
         return SentencePieceTokenizer(path, eod_token)
@@ -145,7 +151,9 @@ class Tokenizer(abc.ABC):
         target = folder / self.canonical_name
         if target.resolve() != self.path.resolve():
             target.write_bytes(self.path.read_bytes())
-        (folder / SIDECAR).write_text(json.dumps({"format_version": 1, "eod_token": self.eod_token}) + "\n", "utf-8")
+        (folder / SIDECAR).write_text(
+            json.dumps({"format_version": SIDECAR_FORMAT, "eod_token": self.eod_token}) + "\n", "utf-8"
+        )
         return target
 
 

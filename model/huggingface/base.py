@@ -50,6 +50,10 @@ class HuggingFaceError(ValueError):
         super().__init__(f"{what}:\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
 
+class OtherLogitsError(HuggingFaceError):
+    """What was exported does not compute the same in transformers."""
+
+
 class Format(ABC):
     """One architecture of transformers, in both directions."""
 

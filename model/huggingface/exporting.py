@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.huggingface.base import CONFIG, HEAD, INDEX, WEIGHTS, Format, HuggingFaceError
+from model.huggingface.base import CONFIG, HEAD, INDEX, WEIGHTS, Format, HuggingFaceError, OtherLogitsError
 from model.huggingface.formats import format_for
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
@@ -53,7 +53,7 @@ def export_huggingface(
         Notes for the user: what could not be carried over exactly.
 
     Raises:
-        HuggingFaceError: the format cannot express the model, or the logits differ by more than 1e-4.
+        HuggingFaceError: the format cannot express the model; OtherLogitsError: the logits differ by more than 1e-4.
         ValueError: the directory is taken, or `transformers` is missing.
         WeightsError: `source` is no whole weights directory.
     """
@@ -174,7 +174,7 @@ def _verify(
     with torch.no_grad():
         difference = (ours(tokens).logits - theirs(tokens, use_cache=False).logits).abs().max().item()
     if not difference <= TOLERANCE:
-        raise HuggingFaceError(
+        raise OtherLogitsError(
             "the exported model is not the same in transformers",
             [f"logits differ by {difference:.3g}, more than {TOLERANCE}; nothing was written"],
         )

@@ -62,8 +62,8 @@ def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["verify", out]) == 1
     assert f"{shard}: truncated" in capsys.readouterr().err
-    assert main(["inspect", out]) == 1
-    assert main(["inspect", out, "--sample", "0", "--weight", "nobody=1"]) == 1
+    assert main(["inspect", out]) == 2
+    assert main(["inspect", out, "--sample", "0", "--weight", "nobody=1"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_the_command_prepares_verifies_and_inspects(tmp_path, capsys):
             2,
             "data.path: kind=records needs a path",
         ),
-        (["prepare", "output=x", "data=text", "data.path=/nowhere/at/all"], 1, "no such file or folder; set data.path"),
-        (["inspect", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
-        (["verify", "/nowhere"], 1, "/nowhere: no such folder; prepare a corpus"),
+        (["prepare", "output=x", "data=text", "data.path=/nowhere/at/all"], 2, "no such file or folder; set data.path"),
+        (["inspect", "/nowhere"], 2, "/nowhere: no such folder; prepare a corpus"),
+        (["verify", "/nowhere"], 2, "/nowhere: no such folder; prepare a corpus"),
     ],
 )
 def test_exit_codes_and_messages(tmp_path, monkeypatch, capsys, arguments, code, words):

@@ -80,7 +80,7 @@ def test_models_that_cannot_be_averaged_are_refused_with_the_difference(sources,
     assert "did you mean 'weights'?" in capsys.readouterr().err
     assert main(["average", *map(str, sources)]) == 2
     assert "output: a value is required" in capsys.readouterr().err
-    assert main(["average", *map(str, sources), f"output={sources[0]}"]) == 1
+    assert main(["average", *map(str, sources), f"output={sources[0]}"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
 

@@ -161,7 +161,7 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     assert "checkpoint: a value is required; set checkpoint=VALUE" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "max_new_tokens=many", "dtype=null"]) == 2
     assert "max_new_tokens" in capsys.readouterr().err
-    assert main(["generate", f"checkpoint={tmp_path}"]) == 1
+    assert main(["generate", f"checkpoint={tmp_path}"]) == 2
     assert "error: " in capsys.readouterr().err
     assert main(["generate", f"checkpoint={run_directory}", "temperature=-1", "top_p=0"]) == 2
     printed = capsys.readouterr()
@@ -176,7 +176,7 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     save_model(random_model(CONFIG), CONFIG, tmp_path / "bare")
     assert main(["generate", f"checkpoint={tmp_path / 'bare'}"]) == 2
     assert "tokenizer: the checkpoint has none beside it" in capsys.readouterr().err
-    assert main(["export", f"checkpoint={run_directory}", f"output={REPOSITORY}"]) == 1
+    assert main(["export", f"checkpoint={run_directory}", f"output={REPOSITORY}"]) == 2
     assert "is not empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["describe", "--ranks", "0"])
@@ -199,7 +199,7 @@ def test_export_import_and_generate_again(run_directory, tmp_path, capsys):
     assert capsys.readouterr().out == expected
     assert main(["generate", f"checkpoint={imported}", *settings]) == 0
     assert capsys.readouterr().out.startswith("import json")
-    assert main(["import", f"source={exported}", f"output={imported}"]) == 1
+    assert main(["import", f"source={exported}", f"output={imported}"]) == 2
 
 
 def test_help_of_every_command(capsys):

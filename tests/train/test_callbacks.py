@@ -136,7 +136,9 @@ def test_reading_names_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="is .* the folder of a run that has started"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "header", "format_version": 99, "step": 0}) + "\n")
-    with pytest.raises(ValueError, match="format version 99; this program reads version 1"):
+    with pytest.raises(
+        ValueError, match="format_version 99; this version of xlstm-pretrain reads 1; a later version wrote it"
+    ):
         read_metrics(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_statistics_are_found_by_block_and_combined_over_blocks():
 def test_the_command_line(tmp_path, capsys):
     assert main(["--help"]) == 0
     assert main([]) == 2
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     assert "no such file; is" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text(json.dumps(HEADER) + "\n")
     with pytest.raises(ValueError, match="has no logged step yet"):
@@ -242,11 +242,11 @@ def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monk
     assert main([*runs, "--dpi"]) == 2
     assert "no such option: --dpi" in capsys.readouterr().err
     assert main([runs[0], "--output"]) == 2
-    assert main([runs[0], str(tmp_path / "nothing")]) == 1
+    assert main([runs[0], str(tmp_path / "nothing")]) == 2
     assert "nothing/metrics.jsonl: no such file" in capsys.readouterr().err
     assert main([*runs, f"{runs[0]}/"]) == 0, "one of two names is one curve"
     assert [line.get_label()[0] for line in comparison_page([*runs, f"{runs[0]}/"]).figure.axes[0].lines] == ["a", "b"]
     pyplot.close()
     others = [str(tmp_path / str(number)) for number in range(20)]
-    assert main([*runs, *others]) == 1
+    assert main([*runs, *others]) == 2
     assert "22 runs are more than one picture shows; name at most 20" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -23,8 +22,8 @@ from train.whole_model import whole_model
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
-FILE_NAME = "samples.jsonl"
-_HEADER = {"kind": "header", "format_version": 1, "step": 0}
+FORMAT_VERSION = 1
+_HEADER = {"kind": "header", "format_version": FORMAT_VERSION, "step": 0}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Samples(Callback):
             self._go_on_from(trainer)
 
     def _go_on_from(self, trainer: Trainer) -> None:
-        self._file = StepLines(Path(trainer.run_directory) / FILE_NAME, _HEADER, trainer.step)
+        self._file = StepLines(trainer.context.directory.samples, _HEADER, trainer.step)
 
     def on_step_end(self, trainer: Trainer) -> Decision:
         settings = trainer.config.logging.samples

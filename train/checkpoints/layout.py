@@ -26,9 +26,9 @@ from typing import Any
 
 from data_pipeline.corpus.files import hash_file
 from model.locate import COMPLETE as MARKER
+from model.locate import FORMAT_VERSION as FORMAT_VERSION
 from model.locate import step_folders, step_of
 
-FORMAT_VERSION = 1
 STATE_JSON = "state.json"
 KEPT = "kept.json"
 

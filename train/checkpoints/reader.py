@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from conf.problems import other_format
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
 from model.locate import complete_checkpoints, step_of
@@ -74,10 +75,8 @@ def check(folder: Path, share: int = 0, shares: int = 1, part: str = "") -> list
         version = marker["format_version"]
     except (OSError, ValueError, KeyError) as error:
         return [f"{folder / MARKER} cannot be read: {error}"]
-    if version != FORMAT_VERSION:
-        return [
-            f"{folder / MARKER} has format_version {version}; this version of xlstm-pretrain reads {FORMAT_VERSION}"
-        ]
+    if problem := other_format(folder / MARKER, version, FORMAT_VERSION):
+        return [problem]
     problems = []
     for name in sorted(name for name in files if name.startswith(part))[share::shares]:
         path, expected = folder / name, files[name]

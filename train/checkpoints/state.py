@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from conf.problems import other_format
 from train.checkpoints.layout import FORMAT_VERSION, STATE_JSON, CheckpointError
 
 
@@ -52,11 +53,8 @@ def read_state(folder: Path) -> TrainState:
     """The state in a checkpoint. Raises CheckpointError when another version of this program wrote it."""
     path = folder / STATE_JSON
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {content.get('format_version')}; this version of xlstm-pretrain reads "
-            f"{FORMAT_VERSION}"
-        )
+    if problem := other_format(path, content.get("format_version"), FORMAT_VERSION):
+        raise CheckpointError(problem)
     return TrainState(**{**_not_yet_in_0_2_0(folder, content), **content})
 
 

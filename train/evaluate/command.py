@@ -17,7 +17,7 @@ import torch
 from conf import ConfigError, compose
 from conf.problems import at_least, choice
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, MachineError
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 from model.loading import load
@@ -98,7 +98,7 @@ class ModelScorer:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 2 for what the user must change, 1 where reading fails."""
+    """Run the command; returns its exit code (docs/configuration.md)."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except (DataError, CheckpointError, OSError, ValueError) as error:
         print(f"train.evaluate: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, (MachineError, OSError)) else 2
     return 0
 
 

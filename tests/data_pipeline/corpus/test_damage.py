@@ -247,7 +247,11 @@ def edit_manifest(folder: Path, old: str, new: str) -> None:
             '"format_version": 1',
             "(1 listed the shards in manifest.json itself, 2 in shards.arrow)",
         ),
-        ('"format_version": 2', '"format_version": 99', "format_version 99, but this code reads 2"),
+        (
+            '"format_version": 2',
+            '"format_version": 99',
+            "format_version 99; this version of xlstm-pretrain reads 2; a later",
+        ),
         ('"format": "xlstm-pretrain corpus"', '"format": "other"', "not a corpus manifest"),
         ('"fingerprint": "', '"fingerprint": "0', "altered after it was written"),
         ("{", "", "not JSON"),

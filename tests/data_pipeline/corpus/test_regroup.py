@@ -15,7 +15,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.corpus.manifest import Manifest
 from data_pipeline.corpus.regroup import merge_corpora, split_corpus
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, MachineError
 from data_pipeline.tokenizing.config import TokenizerConfig
 from tests.data_pipeline.small_corpora import TOKENIZER, quietly, slimpajama_config, write_slimpajama
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_leaves_nothing(two, tmp_pat
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(CorpusError, match=r"/out: cannot be written \(File too large\)"):
+        with pytest.raises(MachineError, match=r"/out: cannot be written \(File too large\)"):
             split_corpus(two[0], tmp_path / "out", link="copy")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

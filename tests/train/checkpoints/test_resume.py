@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tiny_run, tmp_path):
     marker["files"]["state.json"] = describe_file(state)
     (state.parent / "complete.json").write_text(json.dumps(marker))
     newer = run_train(shorter)
-    assert newer.returncode == 1
+    assert newer.returncode == 2
     assert f"{state} has format_version 2; this version of xlstm-pretrain reads 1" in newer.stderr
 
     # All damaged: refused, exit code 1, every one named.
