@@ -22,9 +22,18 @@ def refuse_undecodable(arguments: Sequence[str] | None) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments as `parser` sorts them. It ends the process after its help, also where nobody reads that."""
+    """The arguments as `parser` sorts them. It ends the process after its help, also where nobody reads that.
+
+    A setting (key=value) that is typed as an option is answered with how it is typed.
+    """
     try:
-        return parser.parse_args(arguments)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            takes_settings = hasattr(options, "overrides") or hasattr(options, "settings")
+            name = unknown[0].lstrip("-").partition("=")[0]
+            hint = f"; settings are typed without dashes: {name}=VALUE" if takes_settings else ""
+            parser.error(f"no such option: {' '.join(unknown)}{hint}")
+        return options
     finally:
         with _quiet_without_reader():
             if sys.stdout is not None:

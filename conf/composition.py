@@ -35,6 +35,9 @@ CONF_DIR = Path(__file__).resolve().parent
 Schema = TypeVar("Schema")
 # So like a known key that it is a slip of the fingers, whatever other trainers mean by its last part.
 _NEARLY_SAME = 0.9
+_REQUIRED = "a value is required"
+# Groups whose files set values of others.
+_IN_MANY_SECTIONS = ("model", "recipe", "experiment")
 
 
 def compose(
@@ -61,14 +64,21 @@ def compose(
     try:
         built = to_dataclass(schema, tree)
     except ConfigError as error:
-        problems += error.problems
+        # What is missing because it was mistyped is one mistake.
+        meant = re.findall(r"did you mean '([^']+)'", "\n".join(problems))
+        problems += [line for line in error.problems if not line.startswith(tuple(f"{k}: {_REQUIRED}" for k in meant))]
     if not problems:
         return built
     if check is not None and (rest := _without_problems(schema, config_name, applied, problems, base)) is not None:
         # What follows from a mistyped key or a missing value would be a second line about one mistake.
         at_fault = [re.escape(line.split(":")[0].rpartition(".")[2]) for line in problems]
         follows = re.compile(rf"\b({'|'.join(at_fault)})")
-        problems += [line for line in check(rest) if not follows.search(line)]
+        found = [line for line in check(rest) if not follows.search(line)]
+        if any(re.match(rf"({'|'.join(_IN_MANY_SECTIONS)})=", line) for line in problems):
+            # Other values than were meant stand where nothing was typed.
+            typed = [override.lstrip("+~").partition("=")[0] for override in applied]
+            found = [line for line in found if line.split(":")[0] in typed]
+        problems += found
     raise ConfigError(problems)
 
 
@@ -101,7 +111,7 @@ def to_dataclass(schema: type[Schema], tree: DictConfig | dict[str, Any]) -> Sch
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from None
     _check_keys(schema, tree, "", problems)
-    problems += [f"{key}: a value is required; set {key}=VALUE" for key in sorted(OmegaConf.missing_keys(tree))]
+    problems += [f"{key}: {_REQUIRED}; set {key}=VALUE" for key in sorted(OmegaConf.missing_keys(tree))]
     built = _build(schema, tree, "", problems)
     if built is None or problems:
         raise ConfigError(problems)
@@ -190,7 +200,8 @@ def _no_choice(override: str, parsed: Override) -> str:
         return (
             f"{override}: a group is always chosen, without + and ~: {group}=CHOICE; choose one of {', '.join(choices)}"
         )
-    return f"{override}: conf/{group}/ has no such file; choose one of {', '.join(choices)}"
+    nearly = suggestion(str(name), choices)
+    return f"{override}: conf/{group}/ has no such file{nearly}; choose one of {', '.join(choices)}"
 
 
 def _compose_choices(config_name: str, choices: list[str], problems: list[str]) -> tuple[DictConfig, list[str]]:
@@ -317,10 +328,18 @@ def _check_keys(schema: type, tree: DictConfig, prefix: str, problems: list[str]
     for _, _, nested, node, path in _children(schema, tree, prefix):
         if isinstance(node, DictConfig):
             _check_keys(nested, node, path, problems)
-        elif node is None:
-            problems.append(f"{path.rstrip('.')}: a section with keys is expected, not null")
-        else:
-            problems.append(f"{path.rstrip('.')}: a section with keys is expected, not {node!r}")
+            continue
+        given, first = "null" if node is None else repr(node), _first_key(nested)
+        problems.append(
+            f"{path.rstrip('.')}: a section with keys is expected, not {given}; set a key of it, such as "
+            f"{path}{first}=VALUE"
+        )
+
+
+def _first_key(schema: type) -> str:
+    """A key of a section, for an example: the first that has no default, else the first."""
+    fields = dataclasses.fields(schema)
+    return next((f.name for f in fields if f.default == MISSING), fields[0].name)
 
 
 def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[str]) -> Schema | None:
@@ -354,7 +373,7 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING or f.default == MISSING
     ]
     missing = [f"{prefix}{name}" for name in required if name not in tree.keys()]  # noqa: SIM118
-    problems += [f"{key}: a value is required; set {key}=VALUE" for key in missing]
+    problems += [f"{key}: {_REQUIRED}; set {key}=VALUE" for key in missing]
     return None if problems else schema(**values)
 
 

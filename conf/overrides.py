@@ -6,6 +6,7 @@ Hydra's own reading makes a number of every text that looks like one: `name=12e4
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import os
 import types
@@ -183,9 +184,19 @@ def conform(value: Any, annotation: Any, key: str, problems: list[str]) -> Any:
         # A shell leaves it as it is where it is quoted, or follows a key with a dot.
         value = os.path.expanduser(value)
     value = whole_number(value, kind)
-    if kind is int and isinstance(value, float):
-        problems.append(f"{key}: a whole number is wanted, such as 1000, 1_000 or 1e3 ({value})")
+    if kind is int and (isinstance(value, float) or isinstance(value, str) and not _is_number(value, int)):
+        problems.append(f"{key}: a whole number is wanted, such as 1000, 1_000 or 1e3 ({value!r})")
+    if kind is float and isinstance(value, str) and not _is_number(value, float):
+        problems.append(f"{key}: a number is wanted, such as 0.1 or 1e-3 ({value!r})")
     return value
+
+
+def _is_number(text: str, kind: type[int] | type[float]) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 # What other trainers call it.
@@ -251,7 +262,11 @@ def with_dashes_and_spaces(arguments: typing.Sequence[str], known: typing.Collec
             name = other_name(name, known) or name
             yield given, f"'{given}': settings are typed without dashes and spaces: {name}={value.strip() or 'VALUE'}"
         elif not equals and not given.startswith("~"):
-            name = other_name(name, known) or name
-            yield given, f"'{given}': no value is given; settings are typed key=value, such as {name}=VALUE"
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            name = other_name(name, known) or (nearest[0] if nearest else name)
+            if name in known:
+                yield given, f"'{given}': no value is given; settings are typed key=value, such as {name}=VALUE"
+            else:
+                yield given, f"'{given}': no key is given; settings are typed key=value, such as KEY={given}"
         else:
             yield given, ""

@@ -56,6 +56,8 @@ def exactly_one(key: str, values: Mapping[str, object]) -> list[str]:
     """None or several of two values are set, where one must be; `values` maps their names to what they are."""
     if sum(value is not None for value in values.values()) == 1:
         return []
+    if all(value is None for value in values.values()):
+        return [f"{key}: none of {' and '.join(values)} is set; set one of them"]
     shown = " and ".join(f"{name} ({value})" for name, value in values.items())
     return [f"{key}: set exactly one of {shown}, the other to null"]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from conf import ConfigError, suggestion
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.problems import local_folder
+from data_pipeline.errors import DataError, TokenizerError
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_undecodable(arguments)
         return options.run(options)
 
-    return exit_code(run, (OSError,), "interrupted", (ValueError,))
+    return exit_code(run, (OSError,), "interrupted", (ValueError, DataError))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,10 +180,13 @@ def _describe(options: argparse.Namespace) -> int:
     named = [setting for setting in options.settings if "=" not in setting]
     if named and len(options.settings) > 1:
         raise ConfigError([f"{named[0]}: a run is described as it is; leave the other settings out"])
-    if named and (Path(named[0]).is_dir() or "/" in named[0] or "@" in named[0]):
+    from conf import CONF_DIR, compose
+
+    if named and not named[0].startswith(("-", "~")):
+        if not Path(named[0]).exists() and (CONF_DIR / "model" / f"{named[0]}.yaml").is_file():
+            raise ConfigError([f"{named[0]}: a preset is named with its key: model={named[0]}"])
         is_run = (Path(named[0]) / "config.yaml").is_file()
         return _describe_run(Path(named[0]), options) if is_run else _describe_weights(named[0], options)
-    from conf import compose
     from model.config import ModelOnlyConfig, validate_model
     from model.describe import as_table, describe
 
@@ -251,7 +255,6 @@ def _generate(options: argparse.Namespace) -> int:
     if problems := sampling_problems(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p):
         raise ConfigError(problems)
 
-    from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.loading import load
     from model.locate import locate
@@ -259,27 +262,24 @@ def _generate(options: argparse.Namespace) -> int:
     device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     located = locate(settings.checkpoint)
-    try:
-        tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
-        model = load(located.weights, device=device, dtype=dtype)
-        # A text starts behind the end of another, as in training.
-        prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
-        printer = _Printer(tokenizer, prompts)
-        generate(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            stop_token=tokenizer.eod_id,
-            vocab_size=tokenizer.vocab_size,
-            on_token=printer.add,
-        )
-        printer.finish()
-    except TokenizerError as error:
-        raise ValueError(str(error)) from None
+    tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
+    model = load(located.weights, device=device, dtype=dtype)
+    # A text starts behind the end of another, as in training.
+    prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
+    printer = _Printer(tokenizer, prompts)
+    generate(
+        model,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        stop_token=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        on_token=printer.add,
+    )
+    printer.finish()
     return 0
 
 
@@ -325,7 +325,6 @@ def _export(options: argparse.Namespace) -> int:
     settings = _settings(ExportSettings, options.settings)
     _refuse_url(settings.output)
 
-    from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.huggingface import OtherLogitsError, export_huggingface
     from model.locate import locate
@@ -333,11 +332,8 @@ def _export(options: argparse.Namespace) -> int:
     located = locate(settings.checkpoint)
     if located.is_huggingface:
         raise ConfigError([f"checkpoint: {located.weights} is a Hugging Face directory already; name a run or weights"])
-    try:
-        path = settings.tokenizer or located.tokenizer
-        tokenizer = None if path is None else Tokenizer.load(path)
-    except TokenizerError as error:
-        raise ValueError(str(error)) from None
+    path = settings.tokenizer or located.tokenizer
+    tokenizer = None if path is None else Tokenizer.load(path)
     try:
         notes = export_huggingface(
             located.weights,
@@ -421,7 +417,6 @@ def _average(options: argparse.Namespace) -> int:
 
 def _common_tokenizer(paths: list[Path | None]) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer of several models, the first that has one; and where others have another."""
-    from data_pipeline.errors import TokenizerError
     from data_pipeline.tokenizing.tokenizer import Tokenizer
 
     first: Tokenizer | None = None
@@ -449,8 +444,13 @@ def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...
     problems = []
     for argument in arguments:
         key, separator, value = argument.partition("=")
-        if not separator or key not in known:
-            choices = [*known, *also]
+        choices = [*known, *also]
+        if not separator:
+            problems.append(
+                f"'{argument}': no key is given; settings are typed KEY=VALUE, such as {known[0]}={argument}; they are "
+                f"{', '.join(choices)}"
+            )
+        elif key not in known:
             problems.append(f"{argument}: no such setting{suggestion(key, choices)}; settings are {', '.join(choices)}")
         elif key in optional and value.lower() in ("none", "true", "false"):
             problems.append(f"{key}: a text or null is wanted, not {value}; write {key}=null for none")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
+from train.interpreter import python_name
 
 LIST_HELP = """\
 The checkpoints of a run, oldest first: completed steps, when they were saved (UTC), size, and which are kept for good.
@@ -99,7 +100,9 @@ def _time(path: Path) -> str:
 def _keep(options: argparse.Namespace) -> int:
     from train.checkpoints.layout import keep
 
-    return _for_each(options.checkpoints, keep, "is kept for good; `python -m train.checkpoint release {}` undoes it")
+    return _for_each(
+        options.checkpoints, keep, f"is kept for good; `{python_name()} -m train.checkpoint release {{}}` undoes it"
+    )
 
 
 def _release(options: argparse.Namespace) -> int:

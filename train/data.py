@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,4 +219,7 @@ def describe_changes(changes: dict[str, list[Any]]) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        # The beginning of a sha256 tells two apart.
+        return text[:12]
     return text if len(text) <= 64 else f"{text[:61]}..."

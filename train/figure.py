@@ -124,12 +124,20 @@ class Page:
         place.legend(handles, labels, loc="center left", borderaxespad=0, ncols=self._columns, handlelength=3.2)
 
     def save(self, path: Path) -> None:
-        """Write the picture (PNG) so that a reader sees the old one or the whole new one, and let go of it."""
+        """Write the picture (PNG) so that a reader sees the old one or the whole new one, and let go of it.
+
+        Raises OSError where it cannot be written.
+        """
         temporary = path.with_suffix(".tmp")
-        with matplotlib.rc_context(STYLE):
-            self.figure.savefig(temporary, dpi=110, format="png")
-        pyplot.close(self.figure)
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with matplotlib.rc_context(STYLE):
+                self.figure.savefig(temporary, dpi=110, format="png")
+            temporary.replace(path)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
+        finally:
+            pyplot.close(self.figure)
 
 
 def name_axes(axes: Axes, title: str, unit: str, x: str = "step") -> None:

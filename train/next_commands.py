@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from train.config import RunConfig
+from train.interpreter import python_name
 from train.parallel.mesh import launched_processes
 from train.run_directory import RunDirectory
 
@@ -23,7 +23,9 @@ def next_commands(config: RunConfig, directory: RunDirectory, is_complete: bool)
     ]
     if not is_complete and (resume := _this_command()) is not None:
         commands.insert(0, resume)
-    return "\n".join([f"The run lies in {directory.path}. Next:", *(f"  {_python()} -m {line}" for line in commands)])
+    return "\n".join(
+        [f"The run lies in {directory.path}. Next:", *(f"  {python_name()} -m {line}" for line in commands)]
+    )
 
 
 def _this_command() -> str | None:
@@ -36,12 +38,3 @@ def _this_command() -> str | None:
     if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != processes:
         return None
     return f"launch local --processes {processes} {overrides}"
-
-
-def _python() -> str:
-    """How a shell in this folder calls this interpreter: by its short name where that is the one on the PATH."""
-    found = shutil.which("python")
-    if found is not None and Path(found).absolute() == Path(sys.executable).absolute():
-        return "python"
-    path = Path(sys.executable)
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from conf.problems import ConfigError
 from model.locate import complete_checkpoints, step_of
 from train.callbacks.metrics_file import read_metrics
+from train.interpreter import python_name
 from train.later_formats import later_formats
 from train.run_directory import RunDirectory, read_events
 from train.stored_configuration import in_current_form, read_configuration
@@ -89,14 +91,17 @@ def as_lines(summary: dict[str, Any]) -> str:
             lines.append(f"held out    {name}: {held_out['loss']:.4f} after step {held_out['step']:,}")
     steps = ", ".join(f"{step:,}" for step in summary["checkpoints"]) or "none yet"
     lines += [f"checkpoints {steps}", f"corpus      {summary['corpus']}", "", "next"]
-    path = summary["directory"]
+    path, python = shlex.quote(summary["directory"]), python_name()
+    name, checkpoint = (
+        shlex.quote(f"{key}={summary[of]}") for key, of in (("name", "name"), ("checkpoint", "directory"))
+    )
     if summary["state"] not in ("running", "complete"):
-        lines.append(f"  python -m train --config {path} name={summary['name']}")
+        lines.append(f"  {python} -m train --config {path} {name}")
     if summary["checkpoints"]:
         lines += [
-            f'  python -m model generate checkpoint={path} prompt="..."',
-            f"  python -m train.evaluate {path}",
+            f'  {python} -m model generate {checkpoint} prompt="..."',
+            f"  {python} -m train.evaluate {path}",
         ]
     if summary["steps"]:
-        lines.append(f"  python -m train.report {path}")
+        lines.append(f"  {python} -m train.report {path}")
     return "\n".join(lines)

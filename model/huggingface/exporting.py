@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def _verify(
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             parameter.copy_(read(name).to(dtype))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with _without_progress_bar(transformers):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     # More than one chunk, and not whole chunks.
     length = 21 + (_FEW_TOKENS if config.mlstm is None else config.mlstm.reference_chunk_size)
     generator = torch.Generator().manual_seed(0)
@@ -178,6 +180,19 @@ def _verify(
             "the exported model is not the same in transformers",
             [f"logits differ by {difference:.3g}, more than {TOLERANCE}; nothing was written"],
         )
+
+
+@contextlib.contextmanager
+def _without_progress_bar(transformers: Any) -> Iterator[None]:
+    """A model that is read to be compared is no news."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _import_transformers() -> Any:

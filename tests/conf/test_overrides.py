@@ -81,16 +81,34 @@ def test_a_whole_number_may_be_typed_as_one_times_a_power_of_ten():
     assert composed("training.total_tokens=1.5e1").training.total_tokens == 15
     # More digits than a float has.
     assert composed("training.total_tokens=9007199254740993.0").training.total_tokens == 9007199254740993
-    for value in ("1.5", "inf", "nan"):
+    for value in ("1.5", "inf", "nan", "two", "1e3tokens"):
         (found,) = problems(f"training.total_tokens={value}")
         assert found.startswith("training.total_tokens: a whole number is wanted, such as 1000, 1_000 or 1e3 (")
+    assert problems("optimizer.learning_rate=1e-3x") == [
+        "optimizer.learning_rate: a number is wanted, such as 0.1 or 1e-3 ('1e-3x')"
+    ]
+    assert composed('seed="12"', 'optimizer.learning_rate="1e-3"').seed == 12
 
 
 @pytest.mark.parametrize("value", ["null", "false", "3", "[none]", "{a: 1}", "", "none,validation"])
 @pytest.mark.parametrize("group", ["evaluation", "model", "parallel"])
 def test_a_group_that_is_set_to_no_file_of_it_is_refused(group, value):
     (found,) = problems(f"{group}={value}")
-    assert found.startswith(f"{group}={value}: conf/{group}/ has no such file; choose one of ")
+    assert found.startswith(f"{group}={value}: conf/{group}/ has no such file") and "; choose one of " in found
+
+
+def test_a_mistyped_model_is_one_mistake_whatever_recipe_stands_in_its_place():
+    overrides = ["model=tinymlstm", "training.total_steps=2", "training.total_tokens=null"]
+    (found,) = problems(*overrides, check=lambda rest: validate(rest, 1))
+    assert found.startswith(
+        "model=tinymlstm: conf/model/ has no such file (did you mean 'tiny_mlstm'?); choose one of "
+    )
+    both = problems(*overrides, "training.global_batch_size=31", check=lambda rest: validate(rest, 2))
+    assert [line.split(":")[0] for line in both] == ["model=tinymlstm", "training.global_batch_size"]
+
+
+def test_what_is_missing_because_it_was_mistyped_is_one_mistake():
+    assert problems("nmae=x", base=BASE[1:]) == ["nmae: no such key (did you mean 'name'?)"]
 
 
 def test_a_group_is_neither_added_nor_removed():
@@ -115,10 +133,13 @@ def test_the_model_commands_refuse_a_group_that_is_null_too():
 def test_a_section_set_to_a_value_is_refused():
     found = problems("corpus=5", "logging.wandb=false", "evaluation.sets.validation=null", "model.mlstm=3")
     assert sorted(found) == [
-        "corpus: a section with keys is expected, not 5",
-        "evaluation.sets.validation: a section with keys is expected, not null",
-        "logging.wandb: a section with keys is expected, not False",
-        "model.mlstm: a section with keys is expected, not 3",
+        f"{key}: a section with keys is expected, not {given}; set a key of it, such as {key}.{first}=VALUE"
+        for key, given, first in (
+            ("corpus", 5, "directory"),
+            ("evaluation.sets.validation", "null", "split"),
+            ("logging.wandb", False, "mode"),
+            ("model.mlstm", 3, "n_heads"),
+        )
     ]
     assert problems("name.x=3") == ["name.x: no such key (did you mean 'name'?)"]
 
@@ -190,6 +211,10 @@ def test_a_setting_without_a_value_and_one_of_a_new_section_say_what_to_type():
     assert problems("evaluation.sets.books.source=b") == [
         "evaluation.sets.books.source: no such key yet; a plus adds it: +evaluation.sets.books.source=b"
     ]
+    for argument in ("runs/first", "/my/text.jsonl"):
+        (found,) = problems(argument)
+        assert found == f"'{argument}': no key is given; settings are typed key=value, such as KEY={argument}"
+    assert problems("resume")[0].endswith("such as resume_from=VALUE")
     assert problems("evaluation.sets.validaton.split=test") == [
         "evaluation.sets.validaton.split: no such key yet (did you mean 'evaluation.sets.validation.split'?); "
         "a plus adds it: +evaluation.sets.validaton.split=test"

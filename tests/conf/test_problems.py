@@ -21,7 +21,7 @@ from conf.problems import at_least, between, choice, exactly_one, positive, unde
         (exactly_one("a.b", {"b": 1, "c": 2}), "a.b: set exactly one of b (1) and c (2), the other to null"),
         (
             exactly_one("a.b", {"b": None, "c": None}),
-            "a.b: set exactly one of b (None) and c (None), the other to null",
+            "a.b: none of b and c is set; set one of them",
         ),
     ],
 )

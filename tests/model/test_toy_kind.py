@@ -108,7 +108,7 @@ def test_it_is_accounted_generated_from_and_refused_by_the_export(toy_run, tmp_p
     generated = command("generate", f"checkpoint={toy_run}", "prompt=a", "max_new_tokens=5")
     assert generated.returncode == 0 and generated.stdout.startswith("a"), generated.stderr
     refused = command("export", f"checkpoint={toy_run}", f"output={tmp_path / 'out'}")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "toy blocks at [0]: nobody but this test has them" in refused.stderr
     assert not (tmp_path / "out").exists()
 

@@ -157,6 +157,20 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "did you mean 'checkpoint'?" in error
     assert "did you mean 'prompt'?" in error
+    assert main(["export", "runs/first", "output=a"]) == 2
+    assert "'runs/first': no key is given; settings are typed KEY=VALUE, such as checkpoint=runs/first" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--checkpoint", "runs/first"])
+    assert ended.value.code == 2
+    assert (
+        "no such option: --checkpoint; settings are typed without dashes: checkpoint=VALUE" in capsys.readouterr().err
+    )
+    assert main(["describe", "tiny"]) == 2
+    assert "tiny: a preset is named with its key: model=tiny" in capsys.readouterr().err
+    assert main(["describe", "nowhere"]) == 2
+    assert "nowhere does not exist; name a run's directory" in capsys.readouterr().err
     assert main(["generate", "prompt=a"]) == 2
     assert "checkpoint: a value is required; set checkpoint=VALUE" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "max_new_tokens=many", "dtype=null"]) == 2
@@ -185,7 +199,8 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
 def test_export_import_and_generate_again(run_directory, tmp_path, capsys):
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     assert main(["export", f"checkpoint={run_directory}", f"output={exported}"]) == 0
-    assert "logits equal in transformers" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "logits equal in transformers" in printed.out and printed.err == ""
     assert main(["import", f"source={exported}", f"output={imported}"]) == 0
     assert "parameters in 48 tensors" in capsys.readouterr().out
     original = dict(load_weights(locate(run_directory).weights))

@@ -26,6 +26,7 @@ from train.__main__ import main as train_main
 from train.command import compose_run, parse
 from train.errors import RunError, last_words
 from train.evaluate.__main__ import main as evaluate_main
+from train.interpreter import python_name
 from train.run_directory import EventLog, RunLock
 from train.run_summary import as_lines, summarise
 
@@ -222,6 +223,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
         ([tmp_path / "none"], "does not exist"),
         ([run, run], "name one model"),
         ([run, "--output"], "--output: name the file"),
+        ([run, "--out", "x"], "--out: no such option (did you mean '--output'?)"),
         ([run, "model=tiny"], "the model is evaluated as it is"),
         ([run, "evaluation=none"], "evaluation.sets: there is none to score"),
         ([run, "evaluation.sets.validation.split=tset"], "no split 'tset'"),
@@ -250,7 +252,7 @@ def test_a_run_is_described_with_what_comes_next(run):
     found = [" ".join(line.split()) for line in out.splitlines()]
     assert f"run done in {run}" in found and "state complete" in found
     assert f"progress {STEPS} of {STEPS} steps, {STEPS * 256} tokens" in found
-    assert f"checkpoints {STEPS}" in found and f"python -m train.evaluate {run}" in found
+    assert f"checkpoints {STEPS}" in found and f"{python_name()} -m train.evaluate {run}" in found
     parameters = sum(parameter.numel() for parameter in load(run).parameters())
     assert any(line.startswith(f"{parameters:,} parameters in") for line in found)
     described = json.loads(call(model_main, ["describe", run, "--json"])[1])
@@ -269,7 +271,7 @@ def test_the_state_of_a_run_is_that_of_its_last_start(run, tmp_path):
         events.append(kind, **fields)
         summary = summarise(copy)
         assert (summary["state"], summary["reason"]) == (state, reason)
-        assert f"python -m train --config {copy} name=done" in as_lines(summary)
+        assert f"{python_name()} -m train --config {copy} name=done" in as_lines(summary)
     lock = RunLock(copy / "run.lock")
     assert summarise(copy)["state"] == "running"
     lock.release()

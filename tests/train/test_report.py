@@ -239,6 +239,10 @@ def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monk
     assert capsys.readouterr().out == "comparison.png\n"
     assert pixels(tmp_path / "comparison.png").shape[1] > 1400
     assert main([runs[0], "--output", "one.png"]) == 0 and (tmp_path / "one.png").is_file()
+    assert main([runs[0], "--output", "new/two.png"]) == 0 and (tmp_path / "new" / "two.png").is_file()
+    capsys.readouterr()
+    assert main([runs[0], "--output", "one.png/x.png"]) == 1
+    assert "one.png/x.png cannot be written (" in capsys.readouterr().err
     assert main([*runs, "--dpi"]) == 2
     assert "no such option: --dpi" in capsys.readouterr().err
     assert main([runs[0], "--output"]) == 2

@@ -25,7 +25,7 @@ def test_a_sound_configuration_has_no_problem():
         (["training.global_batch_size=30"], "use training.global_batch_size=32 or training.micro_batch_size=5"),
         (["name="], "name: empty, so the run's folder would be run_root itself; give the run a name"),
         (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
-        (["training.total_steps=null"], "set exactly one of total_steps (None) and total_tokens (None)"),
+        (["training.total_steps=null"], "none of total_steps and total_tokens is set; set one of them"),
         (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),
         (["training.z_loss_weight=-1e-4"], "training.z_loss_weight: must be 0 (no z-loss) or positive (-0.0001)"),
         (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from conf import ConfigError, compose
-from conf.problems import at_least, choice
+from conf.problems import at_least, choice, suggestion
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError, MachineError
 from data_pipeline.reading.batch import Batch
@@ -121,6 +121,8 @@ def _evaluate(arguments: list[str]) -> None:
             raise ConfigError(["--output: name the file to write"])
         output = Path(arguments.pop(place + 1))
         del arguments[place]
+    if unknown := [argument for argument in arguments if argument.startswith("--")]:
+        raise ConfigError([f"{one}: no such option{suggestion(one, ['--output'])}" for one in unknown])
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) != 1:
         raise ConfigError(

@@ -135,7 +135,7 @@ def test_the_commands(two, tmp_path, capsys):
         (["merge", a, "--output", out], 2, "needs at least two corpora"),
         (["split", a, "--output", out, "--parts", "0"], 2, "--parts: must be at least 1 (0)"),
         (["verify", a, "--workers", "0"], 2, "--workers: must be at least 1 (0)"),
-        (["merge", a, "/nowhere", "--output", out], 1, "/nowhere: no such folder"),
+        (["merge", a, "/nowhere", "--output", out], 2, "/nowhere: no such folder"),
     ):
         assert main(arguments) == code
         assert words in capsys.readouterr().err

@@ -8,6 +8,7 @@ from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.checkpoint import main
 from train.checkpoints.layout import begin_folder, deciding_what_stays, is_kept, keep, remove_after
+from train.interpreter import python_name
 from train.parallel.fragments import MOMENTS
 
 
@@ -32,7 +33,10 @@ def test_a_kept_checkpoint_outlives_pruning_until_it_is_released(small_corpus, t
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     assert run_plainly([*overrides, "training.total_steps=1"]) == 0
     assert main(["keep", f"{run}@1"]) == 0
-    assert f"`python -m train.checkpoint release {checkpoints}/step-00000001` undoes it" in capsys.readouterr().out
+    assert (
+        f"`{python_name()} -m train.checkpoint release {checkpoints}/step-00000001` undoes it"
+        in capsys.readouterr().out
+    )
     assert run_plainly([*overrides, "training.total_steps=3"]) == 0
     assert names(checkpoints) == ["step-00000001", "step-00000003"]
     assert main(["list", str(run)]) == 0
