@@ -144,7 +144,11 @@ def misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpu
     for name, evaluation_set in config.evaluation.sets.items():
         key, held_out = f"evaluation.sets.{name}", evaluation_corpora[name]
         if evaluation_set.split not in held_out.splits:
-            problems.append(_no_such_split(f"{key}.split", evaluation_set.split, held_out))
+            problem = _no_such_split(f"{key}.split", evaluation_set.split, held_out)
+            problems.append(
+                f"{problem}; where nothing is held out, train with evaluation=none, or prepare with "
+                "data.split.validation_fraction=0.01"
+            )
         elif evaluation_set.source not in (None, *(sources := held_out.sources(evaluation_set.split))):
             problems.append(
                 f"{key}.source: split '{evaluation_set.split}' has no source '{evaluation_set.source}'; it has "

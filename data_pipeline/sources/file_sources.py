@@ -70,6 +70,9 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
+_RECORD_ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "records"}
+
+
 class FileSource(Source):
     """Inputs that are files below a folder."""
 
@@ -178,6 +181,15 @@ class TextSource(FileSource):
     """Each file is one document, in UTF-8, kept exactly. Also the standard library."""
 
     unreadable = "unreadable_document"
+
+    def __init__(self, config: DataConfig):
+        super().__init__(config)
+        endings = set(Path(self._only or "").suffixes)
+        if fitting := next((kind for ending, kind in _RECORD_ENDINGS.items() if ending in endings), None):
+            raise PrepareError(
+                f"{config.path}: data.kind=text would take this file of records as one document; use data={fitting}, "
+                "or name its folder and say data.files=..."
+            )
 
     def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         path = self.root / item.name

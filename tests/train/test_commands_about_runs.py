@@ -226,7 +226,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
         ([run, "--out", "x"], "--out: no such option (did you mean '--output'?)"),
         ([run, "model=tiny"], "the model is evaluated as it is"),
         ([run, "evaluation=none"], "evaluation.sets: there is none to score"),
-        ([run, "evaluation.sets.validation.split=tset"], "no split 'tset'"),
+        ([run, "evaluation.sets.validation.split=tset"], "; where nothing is held out, train with evaluation=none"),
         ([run, "evaluation.batch_size=0"], "evaluation.batch_size: must be at least 1"),
         ([run, "corpus.directory=none"], "none"),
     ]

@@ -35,6 +35,19 @@ def line(text: str, label: str | None = "RedPajamaC4") -> str:
     return json.dumps({"text": text, **({"meta": {"redpajama_set_name": label}} if label else {})})
 
 
+@pytest.mark.parametrize(
+    ("name", "fitting"),
+    [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.parquet", "parquet"), ("a.arrow", "records")],
+)
+def test_a_file_of_records_is_not_taken_for_one_text(tmp_path, name, fitting):
+    (tmp_path / name).write_text(line("a") + "\n")
+    with pytest.raises(PrepareError, match=f"{name}: data.kind=text .* one document; use data={fitting}, or name its"):
+        open_source(DataConfig(kind="text", path=str(tmp_path / name), files=["*"]))
+    # In a folder, whoever names the ending means it.
+    (document,) = records(DataConfig(kind="text", path=str(tmp_path), files=["*"], split=ALL_TRAIN))
+    assert document.text == line("a") + "\n"
+
+
 def jsonl_config(root: Path, **changes: object) -> DataConfig:
     settings = {"files": ["**/*.jsonl*"], "source_field": "meta.redpajama_set_name", "split": ALL_TRAIN}
     return DataConfig(kind="jsonl", path=str(root), **{**settings, **changes})
