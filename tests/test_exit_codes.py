@@ -14,6 +14,8 @@ import pytest
 from conf import ConfigError
 from conf.command_line import exit_code
 from data_pipeline.__main__ import main as data_command
+from data_pipeline.errors import BrokenOffError, CorpusError, DataError, MachineError, ReadingError
+from launch.__main__ import _exit_code as launch_exit_code
 from launch.__main__ import main as launch_command
 from model.__main__ import main as model_command
 from train.__main__ import main as train_command
@@ -85,6 +87,17 @@ def test_a_failure_of_the_machine_is_1_and_what_must_change_is_2(
 
     assert exit_code(fail, (OSError,), "interrupted", (ValueError, OSError)) == code
     assert (str(error) or "interrupted") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(CorpusError("damaged"), 2), (ReadingError("no answer"), 1), (BrokenOffError("no space"), 1)]
+)
+def test_data_that_must_change_are_2_and_a_machine_that_fails_is_1(error: DataError, code: int) -> None:
+    def fail() -> int:
+        raise error
+
+    assert launch_exit_code(fail) == code
+    assert exit_code(fail, (MachineError, OSError), "interrupted", (DataError,)) == code
 
 
 @pytest.mark.parametrize("command", [data_command, launch_command, model_command, checkpoint_command])
