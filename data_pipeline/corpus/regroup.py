@@ -44,17 +44,17 @@ def merge_corpora(directories: list[Path], output: Path, link: str = "hard") -> 
             for key in mine
             if mine[key] != theirs[key] and key not in ("fingerprint", "probe_sha256")
         ]
+        if any(mine[key] != theirs[key] for key in _EQUAL):
+            problems.append(
+                f"{corpus.directory}: prepared with another tokenizer than {corpora[0].directory}; prepare its text "
+                f"again with tokenizer=file tokenizer.path={path_in(corpora[0].folder, first.tokenizer.file)}"
+            )
     owners: dict[str, Path] = {}
     for corpus in corpora:
         for entry in corpus.manifest.shards:
             if entry.sha256 in owners:
                 problems.append(f"{path_in(corpus.folder, entry.file)}: the same shard as {owners[entry.sha256]}")
             owners[entry.sha256] = path_in(corpus.folder, entry.file)
-        if any(mine[key] != theirs[key] for key in _EQUAL):
-            problems.append(
-                f"{corpus.directory}: prepared with another tokenizer than {corpora[0].directory}; prepare its text "
-                f"again with tokenizer=file tokenizer.path={path_in(corpora[0].folder, first.tokenizer.file)}"
-            )
     if problems:
         raise CorpusError("these corpora cannot be merged:\n" + "\n".join(f"  {line}" for line in problems[:20]))
     shards = [

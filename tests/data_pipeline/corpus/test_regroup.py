@@ -81,6 +81,7 @@ def test_what_cannot_be_merged_is_said(two, tmp_path):
     tokenizer = f"tokenizer=file tokenizer.path={two[0] / 'tokenizer' / 'tokenizer.model'}"
     assert f"{tmp_path / 'other'}: prepared with another tokenizer than {two[0]}; " in str(error.value)
     assert tokenizer in str(error.value) and "fingerprint" not in str(error.value)
+    assert str(error.value).count("prepared with another tokenizer") == 1
     assert "its vocab_size is 390, " in str(error.value) and " has 400" in str(error.value)
     with pytest.raises(CorpusError, match=r"the same shard as .*/a/shards"):
         merge_corpora([two[0], two[1], two[0]], tmp_path / "out")
