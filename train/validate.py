@@ -35,6 +35,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
         *_validate_sequence_ranks(config, world_size),
+        *_validate_time_chunk(config),
         *_validate_intervals(config),
         *validate_origin(config),
     ]
@@ -116,6 +117,17 @@ def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
         )
     if not validate_model(config.model):
         problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
+    return problems
+
+
+def _validate_time_chunk(config: RunConfig) -> list[str]:
+    chunk, ranks = config.training.time_chunk, config.parallel.sequence
+    problems = at_least("training.time_chunk", chunk, 1)
+    if chunk is not None and ranks > 1:
+        problems.append(
+            f"training.time_chunk: chunks in time ({chunk} tokens) are trained one after another by one rank, and "
+            f"parallel.sequence={ranks} ranks share each sample; set training.time_chunk=null or parallel.sequence=1"
+        )
     return problems
 
 

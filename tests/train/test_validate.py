@@ -26,6 +26,12 @@ def test_a_sound_configuration_has_no_problem():
         (["name="], "name: empty, so the run's folder would be run_root itself; give the run a name"),
         (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
         (["training.total_steps=null"], "set exactly one of total_steps (None) and total_tokens (None)"),
+        (["training.time_chunk=0"], "training.time_chunk: must be at least 1 (0)"),
+        (
+            ["training.time_chunk=512", "parallel.sequence=2"],
+            "training.time_chunk: chunks in time (512 tokens) are trained one after another by one rank, and "
+            "parallel.sequence=2 ranks share each sample; set training.time_chunk=null or parallel.sequence=1",
+        ),
         (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),
         (["training.z_loss_weight=-1e-4"], "training.z_loss_weight: must be 0 (no z-loss) or positive (-0.0001)"),
         (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),

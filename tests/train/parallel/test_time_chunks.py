@@ -44,13 +44,13 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_gradients_are_those_of_one_pass(name, batch):
-    """Chunks of 8 leave 5 tokens for the last one; a chunk of 1 is shorter than the convolution looks back."""
+    """Chunks of 8 leave 5 tokens for the last one; a chunk of 2 is shorter than the convolution looks back."""
     model = model_in_play(CONFIGS[name])
     model.zero_grad()
     loss = TokenLossSum(model, 0.01)(*batch)[0]
     (loss * SCALE).backward()
     expected = loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    for length in (1, 8, TOKENS, 2 * TOKENS):
+    for length in (2, 8, 2 * TOKENS):
         assert_same(passes(model, batch, length), expected)
 
 
@@ -113,8 +113,9 @@ def test_monitors_report_the_numbers_of_one_pass(name, batch):
         found.append(recorded.values())
     one, chunked = found
     assert chunked.keys() == one.keys()
-    slstm = [f"blocks.{block.kind == 'slstm' and index:02d}.mixer" for index, block in enumerate(model.blocks)]
-    beginning = tuple(n for n in one if "stabiliser" in n or "normaliser" in n or "logits" in n or n[:15] in slstm)
+    of_slstm = tuple(f"blocks.{index:02d}.mixer." for index, block in enumerate(model.blocks) if block.kind == "slstm")
+    marks = ("stabiliser", "normaliser_floor", "logits")
+    beginning = [key for key in one if key.startswith(of_slstm) or any(mark in key for mark in marks)]
     for key, (reduction, value) in one.items():
         assert chunked[key][0] == reduction
         if key not in beginning:
@@ -125,6 +126,37 @@ def test_monitors_report_the_numbers_of_one_pass(name, batch):
         passes(model, tuple(part.flip(0) for part in first_chunk), None)
     for key in beginning:
         torch.testing.assert_close(chunked[key][1], recorded.values()[key][1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlstm_and_slstm", "neurips_mlstm_and_slstm"])
+def test_what_a_backward_pass_keeps_does_not_grow_with_the_length(name):
+    """At the start of each: the tensors that its graph has saved, each memory counted once."""
+    model = model_in_play(CONFIGS[name])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    batch = torch.zeros(1, 128, dtype=torch.int64), torch.zeros(1, 128, dtype=torch.bool)
+    weights |= {tensor.untyped_storage().data_ptr() for tensor in batch}
+
+    def most_kept(tokens, length):
+        kept, found = {}, []
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        def backward(loss):
+            found.append(sum(size for size, _ in kept.values()))
+            kept.clear()
+            loss.backward()
+
+        inputs, starts = (tensor[:, :tokens] for tensor in batch)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            TimeChunks(length).forward_backward(TokenLossSum(model, 0.0), (inputs, inputs, starts), backward, SCALE)
+        return max(found)
+
+    assert most_kept(128, 16) == most_kept(64, 16) < 1.2 * most_kept(16, None)
+    assert most_kept(64, None) > 3 * most_kept(64, 16)
 
 
 def test_chunks_of_a_sequence():
