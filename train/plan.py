@@ -143,7 +143,7 @@ class Plan:
         if self.time_chunk is None:
             return []
         chunks, states = -(-self.sequence_length // self.time_chunk), gib(self.host_state_bytes)
-        return [f"chunks     {chunks} time chunks of {self.time_chunk:,} tokens; {states} of states in the host's memory"]
+        return [f"chunks     {chunks} time chunks of {self.time_chunk:,} tokens; {states} of states in host memory"]
 
     def _describe_length(self) -> str:
         whole = (
