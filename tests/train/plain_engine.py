@@ -21,6 +21,8 @@ from train.plan import Plan
 class PlainEngine:
     """`train.parallel.engine.Engine` on one device."""
 
+    carried = None
+
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh):
         assert mesh.size == 1 and config.precision.compute_dtype is torch.float32
         self.mesh = mesh

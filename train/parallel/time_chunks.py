@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import statistics
-from model.state import ModelState, map_tensors
+from model.state import ModelState, map_tensors, named_tensors
 from model.statistics import Statistics
 
 # As train.parallel.token_loss.TokenLossSum: tokens, targets, document_start, state, return_state -> loss sum, state.
@@ -158,14 +158,7 @@ def _filled(form: ModelState | None, tensors: Iterator[Tensor]) -> ModelState | 
 
 
 def _tensors(state: ModelState | None) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def find(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(state, find)
-    return found
+    return [tensor for _, tensor in named_tensors(state)]
 
 
 def _as_leaves(state: ModelState | None) -> list[Tensor]:

@@ -23,8 +23,10 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
+from model.state import ModelState
 from train.config import RunConfig
 from train.optimizer import build_optimizer
+from train.parallel.carried_state import CarriedState
 from train.parallel.fragments import Fragment, ReadRange, clip_gradients, prepare_moments, squared_gradient_norm
 from train.parallel.mesh import Mesh
 from train.parallel.sequence import DistributedSequence
@@ -86,6 +88,11 @@ class ZeroEngine:
         self._settings = deepspeed_config(config, plan)
         self._time_chunks = TimeChunks(config.training.time_chunk)
         self._backward_passes_left = 0
+        self.carried: CarriedState | None = None
+        if config.training.carry_state:
+            share = plan.global_batch_size // plan.replicas
+            lanes = range(mesh.data * share, (mesh.data + 1) * share)
+            self.carried = CarriedState(lanes, plan.micro_batch_size, self._some_state)
         _join_process_group(mesh)
         with self._construction_context():
             self.model = LanguageModel(config.model)
@@ -116,11 +123,25 @@ class ZeroEngine:
         loss = torch.zeros((), device=self.mesh.device)
         scale = self.mesh.size_of("data_and_sequence") / valid_tokens
         self._backward_passes_left = sum(self._time_chunks.count(batch.tokens.shape[1]) for batch in micro_batches)
-        for batch in micro_batches:
+        carried = self.carried
+        for number, batch in enumerate(micro_batches):
             of_batch = on_device(batch, self.mesh.device)
-            loss_sum, _ = self._time_chunks.forward_backward(self._compute, of_batch, self._backward, scale)
+            state = None if carried is None else carried.entering(number, batch.continues)
+            loss_sum, behind = self._time_chunks.forward_backward(
+                self._compute, of_batch, self._backward, scale, state, return_state=carried is not None
+            )
             loss += loss_sum / valid_tokens
+            if carried is not None and behind is not None:
+                carried.leave(number, behind)
         return loss
+
+    def _some_state(self, rows: int) -> ModelState:
+        """A state of so many rows, for its form. Collective."""
+        tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.mesh.device)
+        with torch.no_grad():
+            _, state = self._compute(tokens, None, torch.ones_like(tokens, dtype=torch.bool), None, True)
+        assert isinstance(state, ModelState)
+        return state
 
     def _compute(self, *arguments: Any) -> tuple[Any, Any]:
         """What `TokenLossSum` computes."""
@@ -165,6 +186,8 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.skip_step = not applied
+        if not applied and self.carried is not None:
+            self.carried.drop_non_finite()
         self._deepspeed.step()
         return applied
 
