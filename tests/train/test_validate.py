@@ -35,18 +35,18 @@ def test_a_sound_configuration_has_no_problem():
         (["training.carry_windows=0"], "training.carry_windows: must be at least 1 (0)"),
         (
             ["training.carry_state=true", "corpus.packing=best_fit"],
-            "training.carry_state: corpus.packing=best_fit puts documents into samples of their own, which do not go on; "
-            "set corpus.packing=concatenate",
+            "training.carry_state: corpus.packing=best_fit puts documents into samples of their own, which do not go "
+            "on; set corpus.packing=concatenate",
         ),
         (
             ["training.carry_state=true", "parallel.sequence=2"],
-            "training.carry_state: the state of a row belongs to one rank, and parallel.sequence=2 ranks share each row; "
-            "set parallel.sequence=1",
+            "training.carry_state: the state of a row belongs to one rank, and parallel.sequence=2 ranks share each row; set "
+            "parallel.sequence=1",
         ),
         (
             ["training.carry_state=true", "model=llama_160m"],
-            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without them, "
-            "or with training.carry_state=false",
+            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without them, or "
+            "with training.carry_state=false",
         ),
         (
             ["training.carry_state=true", "corpus.phases=[{from_step: 50, temperature: 2}]"],
