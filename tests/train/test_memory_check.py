@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from model.memory import state_bytes
 from model.presets import preset
 from train.config import RunConfig, TrainingConfig
 from train.memory_check import CPU_FACTOR, PROCESS_BYTES, Room, control_group_bytes, memory_warnings
@@ -81,6 +82,17 @@ def test_the_states_between_time_chunks_wait_in_the_memory_of_the_host():
         whole, make_plan(whole, 1, "CPU"), dataclasses.replace(enough, device_bytes=None, host_bytes=1)
     )
     assert "train less than 4096 tokens at a time with training.time_chunk" in line
+
+
+def test_the_rows_of_a_rank_and_of_a_checkpoint_carry_their_states():
+    training = TrainingConfig(total_steps=1, global_batch_size=8, micro_batch_size=2)
+    config = RunConfig(name="x", model=preset("tiny_mlstm"), training=training)
+    carrying = dataclasses.replace(config, training=dataclasses.replace(training, carry_state=True))
+    plain, plan = make_plan(config, 2, "CPU"), make_plan(carrying, 2, "CPU")
+    of_row = state_bytes(config.model, cache_dtype_bytes=2)
+    assert plan.carried_bytes == plan.rank_bytes - plain.rank_bytes == 4 * of_row
+    assert plan.checkpoint_bytes - plain.checkpoint_bytes == 8 * of_row
+    assert "carried state" in plan.describe() and "carried state" not in plain.describe()
 
 
 def write(folder, **values):

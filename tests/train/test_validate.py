@@ -40,13 +40,13 @@ def test_a_sound_configuration_has_no_problem():
         ),
         (
             ["training.carry_state=true", "parallel.sequence=2"],
-            "training.carry_state: the state of a row belongs to one rank, and parallel.sequence=2 ranks share each row; set "
-            "parallel.sequence=1",
+            "training.carry_state: the state of a row belongs to one rank, and parallel.sequence=2 ranks share each "
+            "row; set parallel.sequence=1",
         ),
         (
             ["training.carry_state=true", "model=llama_160m"],
-            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without them, or "
-            "with training.carry_state=false",
+            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without "
+            "them, or with training.carry_state=false",
         ),
         (
             ["training.carry_state=true", "corpus.phases=[{from_step: 50, temperature: 2}]"],
