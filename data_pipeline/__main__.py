@@ -132,6 +132,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from data_pipeline.corpus.inspection import show_corpus
     from data_pipeline.reading.inspection import show_sample
     from data_pipeline.reading.run_order import open_order
+    from data_pipeline.reading.stream import Lanes
 
     keys = ("split", "sequence_length", "seed", "weight", "window_shards")
     given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
@@ -148,7 +149,7 @@ def _inspect(options: argparse.Namespace) -> int:
         raise ConfigError([f"--sample: must be at least 0 and below 2^62 ({options.sample})"])
     try:
         if options.run_directory is not None:
-            order, sequence_length, seed, global_batch_size = _order_of_run(options.run_directory)
+            order, sequence_length, seed, global_batch_size, windows = _order_of_run(options.run_directory)
         else:
             weights = dict(map(_weight, given.get("weight", [])))
             order = OrderConfig(
@@ -156,8 +157,10 @@ def _inspect(options: argparse.Namespace) -> int:
             )
             # No phase begins at a step.
             sequence_length, seed, global_batch_size = given.get("sequence_length", 256), given.get("seed", 0), 1
+            windows = None
         corpus = Corpus.open(options.directory)
-        show_sample(open_order(corpus, order, sequence_length, seed, global_batch_size), options.sample)
+        lanes = None if windows is None else Lanes(global_batch_size, windows)
+        show_sample(open_order(corpus, order, sequence_length, seed, global_batch_size, lanes=lanes), options.sample)
     except ConfigError:
         raise
     except ValueError as error:
@@ -173,8 +176,9 @@ def _weight(text: str) -> tuple[str, float]:
         raise ValueError(f"--weight: needs SOURCE=W with a number W ({text})") from None
 
 
-def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
-    """The order of a run that has started, its sequence length, seed and global batch size. Raises ConfigError."""
+def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int, int | None]:
+    """The order of a run that has started, its sequence length, seed and global batch size, and the windows of its
+    lanes if it has any. Raises ConfigError."""
     from omegaconf import OmegaConf
 
     from conf import to_dataclass
@@ -187,7 +191,9 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int]:
         raise ConfigError([f"--run: {path}: the run tokenizes what it reads (corpus.live) and has no corpus"])
     keys = {field.name for field in fields(OrderConfig)}
     order = to_dataclass(OrderConfig, {key: value for key, value in run.corpus.items() if key in keys})
-    return order, run.training.sequence_length, run.seed, run.training.global_batch_size
+    training = run.training
+    windows = training.carry_windows if training.get("carry_state", False) else None
+    return order, training.sequence_length, run.seed, training.global_batch_size, windows
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -75,6 +75,7 @@ def activation_bytes(
     hardware: Hardware = REFERENCE,
     part: Part | None = None,
     sequence_ranks: int = 1,
+    time_chunk: int | None = None,
 ) -> float:
     """Bytes of activations at the peak of one micro-batch, from the formula in this module's docstring.
 
@@ -89,6 +90,8 @@ def activation_bytes(
         part: of the model, as a stage holds it; None: all.
         sequence_ranks: ranks that share each sequence. Beside its share of the tokens, each keeps the state that enters
             its slice, of every block in float32.
+        time_chunk: tokens of each sequence that are in work at a time; None: all. Their activations alone are kept, and
+            thrice the state, as it enters and leaves and its gradient; an attention's state has all tokens.
 
     Raises:
         ValueError: an unknown activation_checkpointing.
@@ -96,7 +99,8 @@ def activation_bytes(
     if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise ValueError(unknown_mode(activation_checkpointing))
     part = part or Part.whole(config)
-    tokens = micro_batch_size * sequence_length // sequence_ranks
+    in_work = min(sequence_length, time_chunk or sequence_length)
+    tokens = micro_batch_size * in_work // sequence_ranks
     recomputed = activation_checkpointing != "none"
     kinds = layer_kinds(config)
     blocks = [
@@ -117,11 +121,29 @@ def activation_bytes(
     in_blocks = per_token * tokens
     if sequence_ranks > 1:
         in_blocks += 4 * micro_batch_size * sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
+    if in_work < sequence_length:
+        states = [kinds[index].state_elements(config) for index in part.blocks]
+        cached = sum(state.convolution + sequence_length * state.cache_per_token for state in states)
+        recurrent = sum(state.recurrent for state in states)
+        in_blocks += 3 * micro_batch_size * (4 * recurrent + hardware.compute_bytes * cached)
     if not part.head:
         return float(in_blocks)
     head = 2 * hardware.compute_bytes * config.d_model * tokens
     logits = (8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS)
     return float(in_blocks + head + logits)
+
+
+def states_between_chunks_bytes(
+    config: ModelConfig, micro_batch_size: int, sequence_length: int, time_chunk: int | None, compute_bytes: int
+) -> float:
+    """Bytes of the states between time chunks that wait for the backward pass of one micro-batch.
+
+    Those behind all chunks but the last two: the newest is in work (`activation_bytes`). Caches are kept once, there.
+    """
+    chunks = 1 if time_chunk is None else -(-sequence_length // time_chunk)
+    elements = state_elements(config)
+    of_one = 4 * elements["recurrent"] + compute_bytes * elements["convolution"]
+    return float(max(0, chunks - 2) * micro_batch_size * of_one)
 
 
 def state_bytes(config: ModelConfig, context: int = 0, state_dtype_bytes: int = 4, cache_dtype_bytes: int = 2) -> int:

@@ -82,7 +82,7 @@ class LMHead(nn.Module):
 
         `measures`: the first tokens of the sequence are here, whose logits the statistics measure.
         """
-        if measures and statistics.is_recording():
+        if measures and statistics.sees_beginning():
             self._record(hidden)
         if targets is not None:
             device = hidden.device.type
@@ -172,6 +172,30 @@ class Stage(nn.Module):
         self._check_inputs(inputs, targets, document_start, state)
         if loss_reduction not in _LOSSES:
             raise ValueError(f"loss_reduction must be one of {', '.join(_LOSSES)}, not {loss_reduction!r}")
+        x, new_state = self._run_blocks(inputs, document_start, state, return_state)
+        if not self.part.head:
+            return ModelOutput(hidden=x, state=new_state)
+        measures = self.sequence.rank == 0
+        result = self.lm_head(self.out_norm(x), targets, loss_reduction, z_loss_weight, measures)
+        kind = "logits" if targets is None else {"none": "token_losses", "sum": "loss_sum"}[loss_reduction]
+        return ModelOutput(**{kind: result}, targets=targets, state=new_state)
+
+    def advance(
+        self, inputs: Tensor, *, document_start: Tensor | None = None, state: ModelState | None = None
+    ) -> ModelState:
+        """The state behind a stretch of tokens, as `forward` returns it; the head computes nothing.
+
+        Arguments and errors as for `forward`.
+        """
+        self._check_inputs(inputs, None, document_start, state)
+        _, new_state = self._run_blocks(inputs, document_start, state, return_state=True)
+        assert new_state is not None
+        return new_state
+
+    def _run_blocks(
+        self, inputs: Tensor, document_start: Tensor | None, state: ModelState | None, return_state: bool
+    ) -> tuple[Tensor, ModelState | None]:
+        """The residual stream behind the last block [B, S, D], and the new state if it is asked for."""
         x = self.embedding(inputs) if self.part.embedding else inputs
         block_states = []
         for index, block in enumerate(self.blocks):
@@ -180,13 +204,7 @@ class Stage(nn.Module):
                 x, document_start, block_state, return_state, self.activation_checkpointing, self.sequence
             )
             block_states.append(new_state)
-        new_model_state = ModelState(block_states) if return_state else None
-        if not self.part.head:
-            return ModelOutput(hidden=x, state=new_model_state)
-        measures = self.sequence.rank == 0
-        result = self.lm_head(self.out_norm(x), targets, loss_reduction, z_loss_weight, measures)
-        kind = "logits" if targets is None else {"none": "token_losses", "sum": "loss_sum"}[loss_reduction]
-        return ModelOutput(**{kind: result}, targets=targets, state=new_model_state)
+        return x, ModelState(block_states) if return_state else None
 
     def _check_inputs(
         self, inputs: Tensor, targets: Tensor | None, document_start: Tensor | None, state: ModelState | None

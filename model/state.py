@@ -75,6 +75,20 @@ def map_tensors(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     return cast(Tree, _mapped(tree, function))
 
 
+def named_tensors(tree: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+    """The tensors of `tree` under their places in it, as "blocks.0.cell.C", in the order of `map_tensors`."""
+    if tree is None:
+        return []
+    if isinstance(tree, Tensor):
+        return [(prefix, tree)]
+    if isinstance(tree, list):
+        parts = [(str(index), item) for index, item in enumerate(tree)]
+    else:
+        parts = [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+    before = f"{prefix}." if prefix else ""
+    return [found for name, part in parts for found in named_tensors(part, before + name)]
+
+
 def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if tree is None:
         return None

@@ -7,7 +7,8 @@ waits for the GPU. Names, of layer 3 for example:
     blocks.03.mixer.igate_preact_min, _max, _mean    after the soft cap; the same for fgate
     blocks.03.mixer.igate_soft_cap_saturation        share of pre-activations beyond 0.8 of the cap; the same for fgate
     blocks.03.mixer.stabiliser_min, _max             the running maximum m of the cell, on its first 256 tokens (of a
-                                                     sequence that ranks share: those of the first slice)
+                                                     sequence that ranks share or that goes in time chunks: those of
+                                                     the first slice or chunk)
     blocks.03.mixer.normaliser_floor_fraction        share of tokens where |n q| <= exp(-m); mLSTM only
     blocks.03.output_rms                             of the residual stream behind the block
     logits.max, logits.soft_cap_saturation           on the first 64 tokens of the first sequence
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +49,31 @@ class Statistics:
         else:
             values.append(value)
 
+    def add_chunks(self, chunks: Sequence[tuple[int, Statistics]]) -> None:
+        """Add what was recorded in the time chunks of the same sequences, as one pass over all of them would have it.
+
+        chunks: (tokens, what its one pass recorded) of each. A mean is that of all tokens; what the first chunk alone
+        measures is as it found it.
+        """
+        of_names: dict[str, tuple[str, list[tuple[int, Tensor]]]] = {}
+        for tokens, chunk in chunks:
+            for name, (reduction, values) in chunk._values.items():
+                value = functools.reduce(Tensor.add, values) / len(values)
+                of_names.setdefault(name, (reduction, []))[1].append((tokens, value))
+        for name, (reduction, parts) in of_names.items():
+            if len(parts) == 1:
+                self.add(name, reduction, parts[0][1])
+                continue
+            of_chunks = torch.stack([value for _, value in parts])
+            weights = of_chunks.new_tensor([tokens for tokens, _ in parts])
+            weights /= weights.sum()
+            if reduction in ("min", "max"):
+                self.add(name, reduction, of_chunks.min() if reduction == "min" else of_chunks.max())
+            elif reduction == "rms":
+                self.add(name, reduction, (of_chunks.square() * weights).sum().sqrt())
+            else:
+                self.add(name, reduction, (of_chunks * weights).sum())
+
     def values(self, mean_over_slices: Callable[[Tensor], Tensor] | None = None) -> dict[str, tuple[str, Tensor]]:
         """name -> (mean, min or max, 0-d float32 tensor on the layer's device), in the order of the first recording.
 
@@ -70,6 +96,8 @@ class Statistics:
 
 
 _active: Statistics | None = None
+# Whether passes begin where their sequences do.
+_at_beginning = True
 
 
 @contextlib.contextmanager
@@ -94,9 +122,38 @@ def paused() -> Iterator[None]:
         _active = previous
 
 
+@contextlib.contextmanager
+def recording_chunk(is_first: bool) -> Iterator[Statistics | None]:
+    """Collect apart what a pass over one time chunk of its sequences reports, for `Statistics.add_chunks`.
+
+    None where no recording is on. What is measured on the first tokens of a sequence, later chunks leave out.
+    """
+    global _at_beginning
+    if _active is None:
+        yield None
+        return
+    previous, _at_beginning = _at_beginning, is_first
+    try:
+        with recording() as recorded:
+            yield recorded
+    finally:
+        _at_beginning = previous
+
+
 def is_recording() -> bool:
     """Whether `record` keeps anything now; guards work that several records share."""
     return _active is not None
+
+
+def sees_beginning() -> bool:
+    """Whether a recording is on and the tokens of this pass are the first of their sequences."""
+    return is_recording() and _at_beginning
+
+
+def add_chunks(chunks: Sequence[tuple[int, Statistics]]) -> None:
+    """`Statistics.add_chunks` of the recording that is on, if there is one."""
+    if _active is not None:
+        _active.add_chunks(chunks)
 
 
 def record(name: str, reduction: str, tensor_fn: Callable[[], Tensor]) -> None:

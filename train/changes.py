@@ -29,7 +29,7 @@ _KEYS_OF_PART = {
     "sequence_length": ("training.sequence_length",),
     "mixture": ("corpus.weights", "corpus.temperature", "corpus.epoch_caps", "corpus.phases"),
     "packing": ("corpus.packing",),
-    "lanes": ("training.global_batch_size", "corpus.packing"),
+    "lanes": ("training.carry_state", "training.carry_windows", "training.global_batch_size", "corpus.packing"),
     "window_shards": ("corpus.window_shards",),
 }
 # A share of the rate by which it may rise unnoticed: rounding.

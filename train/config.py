@@ -30,6 +30,14 @@ class TrainingConfig:
     total_tokens: int | None = None
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
+    # Train each micro-batch so many tokens of its samples at a time, exactly and in the activation memory of that many,
+    # for at most one more forward pass; null: all tokens at once.
+    time_chunk: int | None = None
+    # Go on with the documents: each row of a batch begins with the state behind its row of the step before (truncated
+    # backpropagation through time). Needs corpus.packing=concatenate.
+    carry_state: bool = False
+    # Consecutive windows of sequence_length tokens that a row reads before it goes on elsewhere, when state is carried.
+    carry_windows: int = 32
     # On GPUs: compare the kernels with their references before the first step, and refuse to train where they disagree.
     kernel_preflight: bool = True
     # Non-finite steps that a run may skip before it stops.

@@ -15,7 +15,7 @@ from data_pipeline.ordering.mixture import check_mixture
 from data_pipeline.reading.batch import ON_CORRUPT
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.run_order import mixture_of, open_order
-from data_pipeline.reading.stream import SampleStream
+from data_pipeline.reading.stream import Lanes, SampleStream
 from data_pipeline.sources.config import validate_data
 from data_pipeline.tokenizing.config import validate_tokenizer
 from train.config import CorpusConfig, RunConfig
@@ -114,6 +114,7 @@ def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = Fals
         training.global_batch_size,
         on_corrupt=config.corpus.on_corrupt,
         pin=pin,
+        lanes=Lanes(training.global_batch_size, training.carry_windows) if training.carry_state else None,
     )
 
 
@@ -131,7 +132,7 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     return [
         f"corpus.max_epochs: the run reads source '{source}' {count:.2f} times, more than {config.corpus.max_epochs}; "
         f"lower {length}, prepare more data, or raise corpus.max_epochs"
-        for source, count in stream.mixture.epochs(samples).items()
+        for source, count in stream.epochs(samples).items()
         if count > config.corpus.max_epochs
     ]
 
@@ -148,7 +149,7 @@ def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStre
             lines.append(f"           the run cannot be resumed: {stream.corpus.why_not_again}")
         lines += _describe_vocabulary(config, stream.corpus.vocab_size)
         return "\n".join(lines)
-    epochs, sizes = stream.mixture.epochs(samples), stream.mixture.sizes
+    epochs, sizes = stream.epochs(samples), stream.sizes
     lines = [f"data       {shown}, order {stream.fingerprint[:16]}"]
     lines += [
         f"           {source}: {passes * sizes[source] / samples:.2%} of the samples, {passes:.3g} epochs"

@@ -53,7 +53,7 @@ def memory_warnings(config: RunConfig, plan: Plan, room: Room) -> list[str]:
     if room.device_bytes is not None:
         warnings += _warning(needed, needed * GPU_FACTOR, room.device_bytes, "a rank needs", "free on its GPU")
         # A checkpoint is copied to the host before it is written.
-        needed = plan.checkpoint_bytes / plan.world_size
+        needed = plan.checkpoint_bytes / plan.world_size + plan.host_state_bytes
         factor = 1.0
     else:
         factor = CPU_FACTOR
@@ -84,6 +84,8 @@ def _remedy(config: RunConfig, plan: Plan, computes_there: bool) -> str:
         ways.append(f"lower training.micro_batch_size ({plan.micro_batch_size})")
     if computes_there and parallel.activation_checkpointing != "block":
         ways.append(f"set parallel.activation_checkpointing=block ({parallel.activation_checkpointing})")
+    if computes_there and plan.time_chunk is None and parallel.sequence == 1:
+        ways.append(f"train less than {plan.sequence_length} tokens at a time with training.time_chunk")
     if computes_there and parallel.zero_stage < 3 and plan.world_size > 1:
         ways.append(f"shard more with parallel=zero3 (zero{parallel.zero_stage})")
     ways.append("use more or larger machines" if plan.world_size > 1 else "use more processes with parallel=zero3")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
-from model.hardware import Hardware
-from model.memory import activation_bytes, training_state_bytes
+from model.hardware import CPU, Hardware
+from model.memory import activation_bytes, state_bytes, states_between_chunks_bytes, training_state_bytes
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.length import steps_left
@@ -68,6 +68,12 @@ class Plan:
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
+    # Tokens of each sample that are trained at a time; null: all. Bytes of the states between those chunks that wait in
+    # the memory of the host, of a rank with a GPU; without one they are among its activations.
+    time_chunk: int | None
+    host_state_bytes: float
+    # Bytes of what the rows of a rank carry from step to step.
+    carried_bytes: float
     # Bytes of one checkpoint on disk, all ranks together.
     checkpoint_bytes: float
     device: str
@@ -90,7 +96,8 @@ class Plan:
     @property
     def rank_bytes(self) -> float:
         """What one rank keeps in the memory that it computes in, at the peak of a step."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.carried_bytes
+        return lasting + self.activation_bytes
 
     def model_flops_utilisation(self, tokens_per_second_per_device: float) -> dict[str, float | None]:
         """Share of the device's peak that the model's own FLOPs make up, by 6N and by the exact count.
@@ -119,13 +126,15 @@ class Plan:
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._slices}",
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
+            *self._describe_chunks(),
             self._describe_length(),
             f"optimizer  {describe_optimizer(self.optimizer)}",
             f"schedule   {describe_schedule(self.schedule, self.total_steps)}",
             f"compute    {self.flops_per_token_6n:.3g} FLOPs a token (6N), {self.flops_per_token_exact:.3g} exactly",
             f"memory     {gib(self.rank_bytes)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
-            f"activations {gib(self.activation_bytes)}",
+            f"activations {gib(self.activation_bytes)}"
+            + (f", carried state {gib(self.carried_bytes)}" if self.carried_bytes else ""),
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         if self.predicted_seconds is not None and self.peak_flops is not None:
@@ -135,6 +144,12 @@ class Plan:
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
             )
         return "\n".join(lines)
+
+    def _describe_chunks(self) -> list[str]:
+        if self.time_chunk is None:
+            return []
+        chunks, states = -(-self.sequence_length // self.time_chunk), gib(self.host_state_bytes)
+        return [f"chunks     {chunks} time chunks of {self.time_chunk:,} tokens; {states} of states in host memory"]
 
     def _describe_length(self) -> str:
         whole = (
@@ -166,6 +181,12 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     replicated = zero_stage == 0
     memory = training_state_bytes(config.model, zero_stage, world_size, weight_bytes)
     six_n = six_n_flops_per_token(config.model)
+    between_chunks = states_between_chunks_bytes(
+        config.model, training.micro_batch_size, training.sequence_length, training.time_chunk, compute_bytes
+    )
+    # Of one row.
+    carried = state_bytes(config.model, cache_dtype_bytes=compute_bytes) if training.carry_state else 0
+    on_host = between_chunks if device != CPU else 0.0
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
     return Plan(
         world_size=world_size,
@@ -196,9 +217,14 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
             config.parallel.activation_checkpointing,
             hardware,
             sequence_ranks=shape.sequence,
-        ),
+            time_chunk=training.time_chunk,
+        )
+        + (between_chunks - on_host),
+        time_chunk=training.time_chunk,
+        host_state_bytes=on_host,
+        carried_bytes=float(carried * training.global_batch_size // shape.data),
         # fp32 weights and two fp32 moments.
-        checkpoint_bytes=12.0 * counted.total,
+        checkpoint_bytes=12.0 * counted.total + carried * training.global_batch_size,
         device=device,
         peak_flops=peak,
         predicted_seconds=None if peak is None else six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size),
@@ -208,7 +234,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
 
 
 def gib(count: float) -> str:

@@ -13,6 +13,7 @@ from model.initialisation import initialise_parameter
 from model.loading import open_stored
 from train.changes import change_of_rate, changes_since, describe_resume
 from train.checkpoints.generators import seed_everything
+from train.checkpoints.lanes import LanesReader
 from train.checkpoints.reader import load, newest_usable
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
@@ -85,15 +86,27 @@ def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainS
 
 
 def _bring_to(context: RunContext, engine: Engine, checkpoint: Path | None) -> TrainState:
+    """Fill `engine`, with what its rows carry; returns the state that belongs to it. Collective."""
     config = context.config
     if checkpoint is None and config.resume_from is not None:
         # The beginning of a branch.
         checkpoint = Path(_source(context))
     if checkpoint is not None:
-        return load(checkpoint, engine, config.model)
+        state = load(checkpoint, engine, config.model)
+        # Of other data the lanes mean nothing.
+        _fill_carried(engine, None if changes_of_data(state.data_identity, context.data_identity) else checkpoint)
+        return state
+    _fill_carried(engine, None)
     read = drawn_weights(config) if config.initialise_from is None else open_stored(_source(context)).read_range
     engine.fill(read, 0)
     return begin(config, context.data_identity)
+
+
+def _fill_carried(engine: Engine, checkpoint: Path | None) -> None:
+    if engine.carried is None:
+        return
+    reader = None if checkpoint is None else LanesReader(checkpoint)
+    engine.carried.fill(None if reader is None or reader.is_empty else reader.read)
 
 
 def _source(context: RunContext) -> str:

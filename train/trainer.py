@@ -272,6 +272,9 @@ class Trainer:
         self._restore_callbacks()
         first_skipped, skipped = self.state.next_sample, rollback.skip * self.plan.global_batch_size
         self.state.next_sample += skipped
+        if skipped and self.engine.carried is not None:
+            # The windows that come next do not follow those that the lanes have seen.
+            self.engine.carried.clear()
         self.events.append(
             "rollback",
             step=left,

@@ -7,7 +7,7 @@ import math
 from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
 from model.generation import sampling_problems
-from model.layers import sequence_problems
+from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig, SamplesConfig
@@ -35,6 +35,8 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
         *_validate_sequence_ranks(config, world_size),
+        *_validate_time_chunk(config),
+        *_validate_carry_state(config),
         *_validate_intervals(config),
         *validate_origin(config),
     ]
@@ -116,6 +118,57 @@ def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
         )
     if not validate_model(config.model):
         problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
+    return problems
+
+
+def _validate_time_chunk(config: RunConfig) -> list[str]:
+    chunk, ranks = config.training.time_chunk, config.parallel.sequence
+    problems = at_least("training.time_chunk", chunk, 1)
+    if chunk is not None and ranks > 1:
+        problems.append(
+            f"training.time_chunk: chunks in time ({chunk} tokens) are trained one after another by one rank, and "
+            f"parallel.sequence={ranks} ranks share each sample; set training.time_chunk=null or parallel.sequence=1"
+        )
+    return problems
+
+
+def _validate_carry_state(config: RunConfig) -> list[str]:
+    training, ranks = config.training, config.parallel.sequence
+    problems = at_least("training.carry_windows", training.carry_windows, 1)
+    if not training.carry_state:
+        return problems
+    key = "training.carry_state"
+    if config.corpus.packing != "concatenate":
+        problems.append(
+            f"{key}: corpus.packing={config.corpus.packing} puts documents into samples of their own, which do not go "
+            "on; set corpus.packing=concatenate"
+        )
+    if ranks > 1:
+        problems.append(
+            f"{key}: the state of a row belongs to one rank, and parallel.sequence={ranks} ranks share each row; set "
+            "parallel.sequence=1"
+        )
+    if not validate_model(config.model):
+        growing = [
+            k.block for k in dict.fromkeys(layer_kinds(config.model)) if k.state_elements(config.model).cache_per_token
+        ]
+        problems += [
+            f"{key}: {block} blocks carry all earlier tokens, more with every step; train without them, or with "
+            "training.carry_state=false"
+            for block in growing
+        ]
+    if problems:
+        return problems
+    windows = training.carry_windows
+    for number, phase in enumerate(config.corpus.phases):
+        name, start, multiple = "from_step", phase.from_step, windows
+        if start is None:
+            name, start, multiple = "from_sample", phase.from_sample, windows * max(1, training.global_batch_size)
+        if start is not None and start % multiple:
+            problems.append(
+                f"corpus.phases[{number}].{name}: rows go on for training.carry_windows={windows} steps, so a mixture "
+                f"changes at a multiple of {multiple} only ({start}); use {max(1, round(start / multiple)) * multiple}"
+            )
     return problems
 
 

@@ -127,17 +127,19 @@ class LiveStream:
         columns = columns or Columns(0, self.sequence_length)
         shape = (len(indices), self.sequence_length + 1)
         tokens, starts, sources = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool), []
+        continues = np.zeros(len(indices), dtype=bool)
         with self._lock:
             self._be_at(indices)
             for row, index in enumerate(indices.tolist()):
                 lane = self._open[index % self._lanes]
                 while not lane.has_window():
                     self._read_more()
+                continues[row] = lane.window > 0
                 sources.append(lane.take(tokens[row], starts[row]))
         begin, end = columns.begin, columns.end
         arrays = tokens[:, begin:end], tokens[:, begin + 1 : end + 1], starts[:, begin:end]
         inputs, targets, starting = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-        return Batch(inputs, targets, starting, sources)
+        return Batch(inputs, targets, starting, sources, torch.from_numpy(continues))
 
     def _be_at(self, indices: np.ndarray) -> None:
         """Bring each lane to the window that is asked for next."""

@@ -138,6 +138,22 @@ class SampleStream:
         return self.mixture.samples_per_epoch * (self._lanes.windows if self._lanes else 1)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Samples of one pass over each source, by its label."""
+        windows = self._lanes.windows if self._lanes else 1
+        return {source: size * windows for source, size in self.mixture.sizes.items()}
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source has been gone through after `samples` samples of the run; of one pool the mean."""
+        if self._lanes is None:
+            return self.mixture.epochs(samples)
+        # The mixture counts segments, one of each lane in a turn.
+        turns, rest = divmod(samples, self._lanes.count * self._lanes.windows)
+        before, after = (self.mixture.epochs(n * self._lanes.count) for n in (turns, turns + 1))
+        share = rest / (self._lanes.count * self._lanes.windows)
+        return {source: before[source] + share * (after[source] - before[source]) for source in before}
+
+    @property
     def limit(self) -> int | None:
         """Samples until every source has reached its cap; None: endless."""
         if self._lanes is None or self.mixture.limit is None:

@@ -194,7 +194,7 @@ def summarise(cell: Cell, inputs: CellInputs) -> SliceSummary[CellState]:
 def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:
     """Record the stabiliser's range and how often the normaliser sits on its floor (first sequence of the batch)."""
     # The measured tokens are the first of the sequence.
-    if sequence.rank > 0:
+    if sequence.rank > 0 or not statistics.sees_beginning():
         return
     q, k, _, igate_preact, fgate_preact = inputs.tensors
     start = inputs.document_start

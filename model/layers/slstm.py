@@ -107,7 +107,7 @@ class SLSTM(nn.Module):
             gate_soft_cap=self.settings.gate_soft_cap,
             backend=self.settings.backend,
         )
-        if statistics.is_recording():
+        if statistics.sees_beginning():
             self._record(gates, h, recurrent_kernel, document_start, initial)
         y = self.head_norm(sequence.heads_to_time(h)).to(x.dtype)
         return y, ConvCellState(new_tail, cell) if return_state else None

@@ -86,7 +86,11 @@ def test_every_key_does_what_the_table_says(folder):
         problems = changes_of_run(config, folder)
         assert bool(problems) == (said == REFUSED), f"{key}: {said}, but {problems}"
         # As if everything that makes up the data were another.
-        problems = refused_changes_of_data(config, state, {})
+        then = state
+        if key.startswith("training.carry_"):
+            # Another number of samples in a step is another order where rows go on, and only there.
+            then = dataclasses.replace(state, data_identity=state.data_identity | {"lanes": "then"})
+        problems = refused_changes_of_data(config, then, {})
         if key == "corpus.allow_changed_data":
             assert problems == []
             continue

@@ -11,7 +11,7 @@ from model.hardware import Hardware
 from model.initialisation import initialise
 from model.language_model import LanguageModel
 from model.layers import feed_forward, layer_kinds
-from model.memory import activation_bytes, state_bytes, training_state_bytes
+from model.memory import activation_bytes, state_bytes, states_between_chunks_bytes, training_state_bytes
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from tests.model_tools.small_models import CONFIGS, random_model
 
@@ -145,6 +145,25 @@ def test_logits_in_work_are_bounded_by_the_chunk_of_the_loss():
     for tokens, held in ((512, 512), (65536, 2048)):
         logits = activation_bytes(config, 1, tokens) - activation_bytes(no_logits, 1, tokens)
         assert logits == 10 * config.vocab_size * held
+
+
+@pytest.mark.parametrize("config", ACTIVATION_CONFIGS.values(), ids=ACTIVATION_CONFIGS)
+def test_time_chunks_keep_the_activations_of_one_chunk_and_the_state(config):
+    """The state is that which the model returns, and once more for its leaving form and its gradient."""
+    chunk, model = 16, random_model(config)
+    tokens = torch.zeros(BATCH, chunk, dtype=torch.int64)
+    sizes = []
+    model.advance(tokens).map(lambda t: sizes.append(t.nbytes * t.is_floating_point()) or t)
+    one = activation_bytes(config, BATCH, chunk, hardware=FP32)
+    found = [activation_bytes(config, BATCH, length, hardware=FP32, time_chunk=chunk) for length in (chunk, 2 * chunk)]
+    assert found[0] == one
+    if not config.attention_at and config.block != "attention":
+        assert found[1] == pytest.approx(one + 3 * sum(sizes), rel=0.01)
+        long = activation_bytes(config, BATCH, 100 * chunk, hardware=FP32, time_chunk=chunk)
+        assert long == pytest.approx(found[1], rel=0.01)
+        assert states_between_chunks_bytes(config, BATCH, 100 * chunk - 1, chunk, 4) == 98 * sum(sizes)
+    assert states_between_chunks_bytes(config, BATCH, 2 * chunk, chunk, 4) == 0
+    assert states_between_chunks_bytes(config, BATCH, 2 * chunk, None, 4) == 0
 
 
 def test_unknown_checkpointing_mode():

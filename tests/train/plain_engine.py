@@ -21,6 +21,8 @@ from train.plan import Plan
 class PlainEngine:
     """`train.parallel.engine.Engine` on one device."""
 
+    carried = None
+
     def __init__(self, config: RunConfig, plan: Plan, mesh: Mesh):
         assert mesh.size == 1 and config.precision.compute_dtype is torch.float32
         self.mesh = mesh
@@ -47,7 +49,8 @@ class PlainEngine:
     def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         loss = torch.zeros(())
         for batch in micro_batches:
-            part = self._module(*on_device(batch, self.mesh.device)) / valid_tokens
+            loss_sum, _ = self._module(*on_device(batch, self.mesh.device))
+            part = loss_sum / valid_tokens
             part.backward()
             loss += part.detach()
         return loss
@@ -55,9 +58,9 @@ class PlainEngine:
     def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
         self._module.eval()
         with torch.no_grad():
-            loss = float(self._module(*on_device(batch, self.mesh.device)))
+            loss, _ = self._module(*on_device(batch, self.mesh.device))
         self._module.train()
-        return loss, batch.scored_targets()
+        return float(loss), batch.scored_targets()
 
     def gradient_norm(self) -> Tensor:
         return squared_gradient_norm(self.fragments, self.mesh.device).sqrt()

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from model.memory import state_bytes
 from model.presets import preset
 from train.config import RunConfig, TrainingConfig
 from train.memory_check import CPU_FACTOR, PROCESS_BYTES, Room, control_group_bytes, memory_warnings
@@ -60,6 +61,38 @@ def test_a_gpu_is_warned_of_by_itself_and_the_host_by_what_checkpoints_copy_ther
     tight = Room(host_bytes=plan.checkpoint_bytes + PROCESS_BYTES - 1, device_bytes=78 * GIB, ranks=1)
     (line,) = memory_warnings(config, plan, tight)
     assert "available on this machine" in line and "micro_batch_size" not in line
+
+
+def test_the_states_between_time_chunks_wait_in_the_memory_of_the_host():
+    training = TrainingConfig(
+        sequence_length=4096, time_chunk=64, total_steps=1, global_batch_size=8, micro_batch_size=4
+    )
+    config = RunConfig(name="x", model=preset("tiny"), training=training)
+    on_gpu, on_cpu = make_plan(config, 1, "NVIDIA H100"), make_plan(config, 1, "CPU")
+    assert on_gpu.host_state_bytes > 0 == on_cpu.host_state_bytes
+    assert "64 time chunks of 64 tokens" in on_gpu.describe()
+    whole = dataclasses.replace(config, training=dataclasses.replace(training, time_chunk=None))
+    assert on_cpu.activation_bytes < make_plan(whole, 1, "CPU").activation_bytes / 4
+    host = on_gpu.checkpoint_bytes + PROCESS_BYTES
+    tight = Room(host_bytes=host + on_gpu.host_state_bytes - 1, device_bytes=78 * GIB, ranks=1)
+    assert len(memory_warnings(config, on_gpu, tight)) == 1
+    enough = dataclasses.replace(tight, host_bytes=host + on_gpu.host_state_bytes)
+    assert memory_warnings(config, on_gpu, enough) == []
+    (line,) = memory_warnings(
+        whole, make_plan(whole, 1, "CPU"), dataclasses.replace(enough, device_bytes=None, host_bytes=1)
+    )
+    assert "train less than 4096 tokens at a time with training.time_chunk" in line
+
+
+def test_the_rows_of_a_rank_and_of_a_checkpoint_carry_their_states():
+    training = TrainingConfig(total_steps=1, global_batch_size=8, micro_batch_size=2)
+    config = RunConfig(name="x", model=preset("tiny_mlstm"), training=training)
+    carrying = dataclasses.replace(config, training=dataclasses.replace(training, carry_state=True))
+    plain, plan = make_plan(config, 2, "CPU"), make_plan(carrying, 2, "CPU")
+    of_row = state_bytes(config.model, cache_dtype_bytes=2)
+    assert plan.carried_bytes == plan.rank_bytes - plain.rank_bytes == 4 * of_row
+    assert plan.checkpoint_bytes - plain.checkpoint_bytes == 8 * of_row
+    assert "carried state" in plan.describe() and "carried state" not in plain.describe()
 
 
 def write(folder, **values):

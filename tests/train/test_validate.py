@@ -26,6 +26,38 @@ def test_a_sound_configuration_has_no_problem():
         (["name="], "name: empty, so the run's folder would be run_root itself; give the run a name"),
         (["training.total_tokens=5"], "set exactly one of total_steps (100) and total_tokens (5)"),
         (["training.total_steps=null"], "none of total_steps and total_tokens is set; set one of them"),
+        (["training.time_chunk=0"], "training.time_chunk: must be at least 1 (0)"),
+        (
+            ["training.time_chunk=512", "parallel.sequence=2"],
+            "training.time_chunk: chunks in time (512 tokens) are trained one after another by one rank, and "
+            "parallel.sequence=2 ranks share each sample; set training.time_chunk=null or parallel.sequence=1",
+        ),
+        (["training.carry_windows=0"], "training.carry_windows: must be at least 1 (0)"),
+        (
+            ["training.carry_state=true", "corpus.packing=best_fit"],
+            "training.carry_state: corpus.packing=best_fit puts documents into samples of their own, which do not go "
+            "on; set corpus.packing=concatenate",
+        ),
+        (
+            ["training.carry_state=true", "parallel.sequence=2"],
+            "training.carry_state: the state of a row belongs to one rank, and parallel.sequence=2 ranks share each "
+            "row; set parallel.sequence=1",
+        ),
+        (
+            ["training.carry_state=true", "model=llama_160m"],
+            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without "
+            "them, or with training.carry_state=false",
+        ),
+        (
+            ["training.carry_state=true", "corpus.phases=[{from_step: 50, temperature: 2}]"],
+            "corpus.phases[0].from_step: rows go on for training.carry_windows=32 steps, so a mixture changes at a "
+            "multiple of 32 only (50); use 64",
+        ),
+        (
+            ["training.carry_state=true", "corpus.phases=[{from_sample: 8191, temperature: 2}]"],
+            "corpus.phases[0].from_sample: rows go on for training.carry_windows=32 steps, so a mixture changes at a "
+            "multiple of 8192 only (8191); use 8192",
+        ),
         (["training.sequence_length=0"], "training.sequence_length: must be at least 1 (0)"),
         (["training.z_loss_weight=-1e-4"], "training.z_loss_weight: must be 0 (no z-loss) or positive (-0.0001)"),
         (["training.cpu_threads=0"], "training.cpu_threads: must be at least 1 or null (0)"),

@@ -4,6 +4,8 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX/`:
 
     weights/model.json, weights/weights-RRRRR.safetensors    fp32 weights, the part that rank R owned (model/weights.py)
     exp_avg/weights-RRRRR.safetensors, exp_avg_sq/...         AdamW's moments, in the same format
+    carried/lanes-RRRRR.safetensors                           with training.carry_state: the lanes of rank R
+                                                              (train/checkpoints/lanes.py)
     random-RRRRR.json                                         the random generators of rank R
     state.json                                                position, counters, callbacks, layout, identities
     complete.json                                             size and checksum of every other file; written last

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from model.config import ModelConfig
 from model.locate import complete_checkpoints, step_folder, step_of
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
+from train.checkpoints.lanes import FOLDER as CARRIED
+from train.checkpoints.lanes import save_lanes
 from train.checkpoints.layout import (
     FORMAT_VERSION,
     MARKER,
@@ -71,7 +73,7 @@ class CheckpointWriter:
         self._last_step = state.step
         snapshot = _Snapshot.take(engine, state, self.model)
         if self.rank == 0:
-            begin_folder(folder, ("weights", *MOMENTS))
+            begin_folder(folder, ("weights", *MOMENTS, *((CARRIED,) if snapshot.carried else ())))
         self.mesh.barrier(group="world")
         self._thread = threading.Thread(
             target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
@@ -150,6 +152,9 @@ class _Snapshot:
     tensors: dict[str, list[tuple[str, int, torch.Tensor]]]
     state: TrainState
     generators: dict[str, Any]
+    # What the lanes of this rank carry, beginning with the lane of this number.
+    first_lane: int = 0
+    carried: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def take(cls, engine: Engine, state: TrainState, model: ModelConfig) -> _Snapshot:
@@ -158,9 +163,13 @@ class _Snapshot:
         tensors = {"weights": [(f.name, f.offset, _host_copy(f.master)) for f in owned]}
         for key in MOMENTS:
             tensors[key] = [(f.name, f.offset, _host_copy(f.moment(key))) for f in owned]
+        snapshot = cls(model, tensors, copy.deepcopy(state), generator_states(device))
+        if engine.carried is not None:
+            snapshot.first_lane = engine.carried.lanes.start
+            snapshot.carried = {name: _host_copy(tensor) for name, tensor in engine.carried.tensors().items()}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return cls(model, tensors, copy.deepcopy(state), generator_states(device))
+        return snapshot
 
     def write(self, folder: Path, rank: int) -> list[Path]:
         """Write rank `rank`'s files; returns their paths."""
@@ -171,6 +180,8 @@ class _Snapshot:
                 path = folder / name / f"weights-{rank:05d}.safetensors"
                 save_fragments(path, fragments, shapes)
                 files.append(path)
+        if self.carried:
+            files.append(save_lanes(folder, rank, self.first_lane, self.carried))
         generators = generators_file(folder, rank)
         generators.write_text(json.dumps(self.generators), encoding="utf-8")
         files.append(generators)
@@ -190,5 +201,6 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sync_folders(folder: Path) -> None:
-    for path in (folder / "weights", *(folder / key for key in MOMENTS), folder, folder.parent):
+    parts = [folder / name for name in ("weights", *MOMENTS, CARRIED)]
+    for path in (*(part for part in parts if part.exists()), folder, folder.parent):
         sync(path)

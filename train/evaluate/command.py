@@ -31,6 +31,7 @@ from train.data import open_run_corpus
 from train.evaluate import EvaluationResult, evaluate, open_evaluation_corpora, open_sets
 from train.origin import other_tokenizer, unknown_tokenizer
 from train.parallel.mesh import Mesh, join_mesh
+from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum, on_device
 from train.requirements import data_as_configured, misfits_of_evaluation
 from train.run_directory import write_atomically
@@ -90,11 +91,13 @@ class ModelScorer:
         self._module = TokenLossSum(model, 0.0).eval()
         self._autocast = config.precision.uses_autocast(config.parallel.zero_stage)
         self._dtype = config.precision.compute_dtype
+        self._time_chunks = TimeChunks(config.training.time_chunk)
 
     def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
         """(sum of the losses in nats, scored targets) of a batch."""
         with torch.no_grad(), torch.autocast(self.mesh.device.type, self._dtype, enabled=self._autocast):
-            return float(self._module(*on_device(batch, self.mesh.device))), batch.scored_targets()
+            of_batch = on_device(batch, self.mesh.device)
+            return float(self._time_chunks.loss_sum(self._module, of_batch)), batch.scored_targets()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.reading.batch import Batch
 from train.config import RunConfig
+from train.parallel.carried_state import CarriedState
 from train.parallel.fragments import Fragment, ReadRange
 from train.parallel.mesh import Mesh
 from train.plan import Plan
@@ -39,6 +40,10 @@ class Engine(Protocol):
         Over all ranks, the owned ones cover every parameter exactly once.
         """
 
+    @property
+    def carried(self) -> CarriedState | None:
+        """What the rows of the batch carry from step to step; None: they begin empty, whatever came before."""
+
     def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """Forward and backward of this rank's part of the global batch.
 
@@ -46,13 +51,16 @@ class Engine(Protocol):
             micro_batches: on the host.
             valid_tokens: scored targets of the global batch, fp32 scalar on the device, at least 1.
 
+        What the rows carry goes on by one window.
+
         Returns:
             This rank's part of the mean loss over all valid tokens, fp32 scalar on the device: the parts of all ranks
             of `world` add up to the mean. The gradients of `fragments` are those of that mean.
         """
 
     def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
-        """(sum of the losses in nats, scored targets) of this rank's part of a batch, without gradients."""
+        """(sum of the losses in nats, scored targets) of this rank's part of a batch, without gradients. Its rows begin
+        empty."""
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients, fp32 scalar on the device, equal on all ranks; NaN or inf if any is."""
@@ -61,7 +69,7 @@ class Engine(Protocol):
         """Clip, then apply one optimizer step at `learning_rate`.
 
         Returns False when the step was skipped because `gradient_norm` is not finite: weights, moments and step counts
-        are then as before. The gradients are dropped either way.
+        are then as before, and rows that carry what is not finite are emptied. The gradients are dropped either way.
         """
 
     def fill(self, read: ReadRange, completed_steps: int) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
+from model.state import ModelState
 
 
 class TokenLossSum(nn.Module):
@@ -17,19 +18,39 @@ class TokenLossSum(nn.Module):
         self.model = model
         self.z_loss_weight = z_loss_weight
 
-    def forward(self, tokens: Tensor, targets: Tensor, document_start: Tensor) -> Tensor:
-        """[B, S] int64, int64 (-100: not scored), bool -> fp32 scalar, the sum over the valid targets.
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        document_start: Tensor,
+        state: ModelState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor | None, ModelState | None]:
+        """The loss of a stretch of tokens, and the state behind it.
 
-        The z-loss is part of it in training mode only: what is evaluated is the cross-entropy.
+        Args:
+            tokens: [B, S] int64.
+            targets: [B, S] int64, -100: not scored. None: there is no loss, and the head computes nothing.
+            document_start: [B, S] bool.
+            state: behind the tokens before these; None: they begin their sequences.
+            return_state: also return the state behind the last token.
+
+        Returns:
+            fp32 scalar, the sum over the valid targets; the state. What was not asked for is None. The z-loss is part
+            of the sum in training mode only: what is evaluated is the cross-entropy.
         """
-        loss_sum: Tensor = self.model(
+        if targets is None:
+            return None, self.model.advance(tokens, document_start=document_start, state=state)
+        output = self.model(
             tokens,
             targets=targets,
             document_start=document_start,
+            state=state,
+            return_state=return_state,
             loss_reduction="sum",
             z_loss_weight=self.z_loss_weight if self.training else 0.0,
-        ).loss_sum
-        return loss_sum
+        )
+        return output.loss_sum, output.state
 
 
 def model_name(name: str) -> str:

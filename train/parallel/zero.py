@@ -23,11 +23,14 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
+from model.state import ModelState
 from train.config import RunConfig
 from train.optimizer import build_optimizer
+from train.parallel.carried_state import CarriedState
 from train.parallel.fragments import Fragment, ReadRange, clip_gradients, prepare_moments, squared_gradient_norm
 from train.parallel.mesh import Mesh
 from train.parallel.sequence import DistributedSequence
+from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum, model_name, on_device
 from train.parallel.zero_fragments import fill_weights, parameter_fragments
 from train.plan import Plan
@@ -52,12 +55,14 @@ def deepspeed_config(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived. Clipping, the finite check, the schedule and checkpoints are ours."""
     stage = config.parallel.zero_stage
     is_bf16 = config.precision.is_bf16
+    # Each time chunk of a micro-batch has a backward pass, and DeepSpeed takes it for a micro-batch.
+    chunks = TimeChunks(config.training.time_chunk).count(plan.sequence_length)
     zero: dict[str, Any] = {"stage": stage}
     derived = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps * chunks,
         # It counts every process as a replica, also those that hold slices of the same samples.
-        "train_batch_size": plan.global_batch_size * plan.sequence_ranks,
+        "train_batch_size": plan.global_batch_size * plan.sequence_ranks * chunks,
         "gradient_clipping": 0.0,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
@@ -81,6 +86,13 @@ class ZeroEngine:
         self._precision = config.precision
         self._clipping = config.optimizer.gradient_clipping
         self._settings = deepspeed_config(config, plan)
+        self._time_chunks = TimeChunks(config.training.time_chunk)
+        self._backward_passes_left = 0
+        self.carried: CarriedState | None = None
+        if config.training.carry_state:
+            share = plan.global_batch_size // plan.replicas
+            lanes = range(mesh.data * share, (mesh.data + 1) * share)
+            self.carried = CarriedState(lanes, plan.micro_batch_size, self._some_state)
         _join_process_group(mesh)
         with self._construction_context():
             self.model = LanguageModel(config.model)
@@ -110,27 +122,49 @@ class ZeroEngine:
         """See `Engine.train_batch`. DeepSpeed averages over ranks, so each one's part is weighted by their number."""
         loss = torch.zeros((), device=self.mesh.device)
         scale = self.mesh.size_of("data_and_sequence") / valid_tokens
-        for index, batch in enumerate(micro_batches):
-            loss += self._forward_backward(batch, scale) / valid_tokens
-            if index < len(micro_batches) - 1:
-                # Lets DeepSpeed count the micro-batch.
-                self._deepspeed.step()
+        self._backward_passes_left = sum(self._time_chunks.count(batch.tokens.shape[1]) for batch in micro_batches)
+        carried = self.carried
+        for number, batch in enumerate(micro_batches):
+            of_batch = on_device(batch, self.mesh.device)
+            state = None if carried is None else carried.entering(number, batch.continues)
+            loss_sum, behind = self._time_chunks.forward_backward(
+                self._compute, of_batch, self._backward, scale, state, return_state=carried is not None
+            )
+            loss += loss_sum / valid_tokens
+            if carried is not None and behind is not None:
+                carried.leave(number, behind)
         return loss
 
-    def _forward_backward(self, batch: Batch, loss_scale: Tensor) -> Tensor:
-        """Adds the gradient of (sum of token losses) * loss_scale; returns the sum, detached."""
-        tokens, targets, document_start = on_device(batch, self.mesh.device)
+    def _some_state(self, rows: int) -> ModelState:
+        """A state of so many rows, for its form. Collective."""
+        tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.mesh.device)
+        with torch.no_grad():
+            _, state = self._compute(tokens, None, torch.ones_like(tokens, dtype=torch.bool), None, True)
+        assert isinstance(state, ModelState)
+        return state
+
+    def _compute(self, *arguments: Any) -> tuple[Any, Any]:
+        """What `TokenLossSum` computes."""
         with self._compute_context():
-            loss_sum: Tensor = self._deepspeed(tokens, targets, document_start)
-        self._deepspeed.backward(loss_sum * loss_scale, scale_wrt_gas=False)
-        return loss_sum.detach()
+            result: tuple[Any, Any] = self._deepspeed(*arguments)
+            return result
+
+    def _backward(self, loss: Tensor) -> None:
+        """One backward pass of the step: to DeepSpeed each time chunk is a micro-batch. ZeRO 0 and 1 reduce gradients
+        after the last one of the step, ZeRO 2 and 3 after each."""
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        self._backward_passes_left -= 1
+        if self._backward_passes_left:
+            # Lets DeepSpeed count the micro-batch.
+            self._deepspeed.step()
 
     def evaluate_batch(self, batch: Batch) -> tuple[float, int]:
         """See `Engine.evaluate_batch`."""
         self._deepspeed.eval()
         try:
-            with torch.no_grad(), self._compute_context():
-                return float(self._deepspeed(*on_device(batch, self.mesh.device))), batch.scored_targets()
+            with torch.no_grad():
+                of_batch = on_device(batch, self.mesh.device)
+                return float(self._time_chunks.loss_sum(self._compute, of_batch)), batch.scored_targets()
         finally:
             self._deepspeed.train()
 
@@ -152,6 +186,8 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.skip_step = not applied
+        if not applied and self.carried is not None:
+            self.carried.drop_non_finite()
         self._deepspeed.step()
         return applied
 

@@ -48,6 +48,7 @@ ORDERS = {
     "windows": {"window_shards": 2},
     "another split": {"split": "validation", "window_shards": 1},
     "best fit": {"packing": "best_fit"},
+    "lanes": {"carry_state": True, "temperature": 2.0},
     "mixture": {
         "weights": {"RedPajamaC4": 3.0, "RedPajamaBook": 1.0},
         "epoch_caps": {"RedPajamaBook": 2.0},
@@ -60,9 +61,18 @@ ORDERS = {
 
 @pytest.mark.parametrize("settings", ORDERS.values(), ids=ORDERS)
 def test_the_order_comes_from_the_folder_of_a_run(corpus, tmp_path, capsys, settings):
+    settings = dict(settings)
+    carry_state = settings.pop("carry_state", False)
     settings = {**settings, "packing_directory": str(tmp_path / "plans")} if "packing" in settings else settings
     reads = CorpusConfig(directory=str(corpus.directory), **settings)
-    training = TrainingConfig(sequence_length=20, global_batch_size=8, micro_batch_size=8, total_steps=20)
+    training = TrainingConfig(
+        sequence_length=20,
+        global_batch_size=8,
+        micro_batch_size=8,
+        total_steps=20,
+        carry_state=carry_state,
+        carry_windows=3,
+    )
     config = RunConfig(name="run", seed=5, training=training, corpus=reads)
     # As train/run.py writes it.
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

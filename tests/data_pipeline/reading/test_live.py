@@ -45,6 +45,7 @@ def test_lanes_hold_every_document_once_and_starts_are_where_documents_end(open_
     with pytest.raises(CorpusError, match=r"corpus\.max_epochs: the text was read 1 times"):
         for step in range(10_000):
             batch = stream.batch(step * LANES, LANES)
+            assert batch.continues.tolist() == [step > 0] * LANES
             for lane in range(LANES):
                 lanes[lane] += batch.tokens[lane].tolist()
                 starts[lane] += batch.document_start[lane].tolist()

@@ -13,9 +13,11 @@ from data_pipeline.corpus import token_sequence
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.errors import CorpusError
+from data_pipeline.ordering.config import MixturePhaseConfig, OrderConfig
 from data_pipeline.ordering.mixture import MixtureConfig
 from data_pipeline.reading.batch import MASKED, Columns
 from data_pipeline.reading.loader import StepLoader
+from data_pipeline.reading.run_order import open_order
 from data_pipeline.reading.stream import Lanes, SampleStream, WindowStream, sequential_batches
 
 
@@ -197,6 +199,23 @@ def test_lanes_go_on_where_they_ended_until_a_segment_ends(corpus):
     assert stream.fingerprint != SampleStream(corpus, "train", 20, seed=2, lanes=Lanes(6, 5)).fingerprint
     with pytest.raises(ValueError, match="lanes need packing=concatenate and positive numbers"):
         SampleStream(corpus, "train", 20, seed=2, lanes=Lanes(0, 4))
+
+
+def test_lanes_count_passes_in_samples_and_begin_phases_with_segments(corpus):
+    lanes, order = Lanes(count=6, windows=4), OrderConfig(temperature=1.0)
+    stream = open_order(corpus, order, 20, 2, 6, lanes=lanes)
+    assert stream.identity["lanes"] == [6, 4]
+    assert stream.sizes == {source: 4 * size for source, size in stream.mixture.sizes.items()}
+    # Whole turns of all lanes, half of one, and none.
+    for samples in (0, 24 * 7, 24 * 7 + 12):
+        found = [stream.origin(i).source for i in range(samples)]
+        counted = {source: passes * stream.sizes[source] for source, passes in stream.epochs(samples).items()}
+        assert counted == pytest.approx({source: found.count(source) for source in counted})
+    (rare, often), starts = sorted(stream.sizes, key=stream.sizes.get)[:2], 8
+    phase = MixturePhaseConfig(from_step=starts, weights={rare: 1.0})
+    stream = open_order(corpus, OrderConfig(weights={often: 1.0}, phases=[phase]), 20, 2, 6, lanes=lanes)
+    sources = [set(stream.batch(step * 6, 6).sources) for step in range(2 * starts)]
+    assert sources == [{often}] * starts + [{rare}] * starts
 
 
 def test_samples_after_the_last_cap_are_refused(corpus):

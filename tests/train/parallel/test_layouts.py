@@ -84,15 +84,28 @@ def test_sequence_ranks_give_the_curve_of_one_process(
     layout = [f"parallel=zero{stage}", f"parallel.sequence={ranks}", "parallel.activation_checkpointing=unit"]
     done = run_train([*tiny_run, *SHARED, *layout], processes=processes)
     assert done.returncode == 0, done.stderr
+    assert_same_curve(hybrid_of_one_process, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.layouts
+@pytest.mark.parametrize(("stage", "processes"), [(1, 1), (3, 2)])
+def test_time_chunks_give_the_curve_of_one_pass(stage, processes, tiny_run, tmp_path, hybrid_of_one_process):
+    layout = [f"parallel=zero{stage}", "training.time_chunk=12", "parallel.activation_checkpointing=unit"]
+    done = run_train([*tiny_run, *SHARED, *layout], processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(hybrid_of_one_process, tmp_path / "run")
+
+
+def assert_same_curve(one, run):
+    """Losses, gradient norms, evaluations and monitors of two runs of the hybrid."""
     for kind in ("loss", "grad_norm"):
-        expected, got = (values(folder, "train", kind) for folder in (hybrid_of_one_process, tmp_path / "run"))
+        expected, got = (values(folder, "train", kind) for folder in (one, run))
         assert len(got) == STEPS
         assert max(abs(a - b) / a for a, b in zip(expected, got, strict=True)) <= 1e-5
-    expected, got = (values(folder, "evaluation", "loss") for folder in (hybrid_of_one_process, tmp_path / "run"))
+    expected, got = (values(folder, "evaluation", "loss") for folder in (one, run))
     assert len(got) == 2 and got == pytest.approx(expected, rel=1e-5)
-    (expected,), (got,) = (
-        values(folder, "statistics", "values") for folder in (hybrid_of_one_process, tmp_path / "run")
-    )
+    (expected,), (got,) = (values(folder, "statistics", "values") for folder in (one, run))
     assert expected.keys() == got.keys()
     # Of the first tokens of a sequence the first slice has fewer here; means near zero have no relative precision.
     compared = [name for name in expected if name.endswith(("rms", "gradient_norm", "parameter_norm"))]
