@@ -47,19 +47,24 @@ class TrainingStateBytes:
 
 
 def training_state_bytes(
-    config: ModelConfig, zero_stage: int, ranks: int, compute_bytes: int = 2, gradient_bytes: int = 4
+    config: ModelConfig,
+    zero_stage: int,
+    ranks: int,
+    compute_bytes: int = 2,
+    gradient_bytes: int = 4,
+    part: Part | None = None,
 ) -> TrainingStateBytes:
     """Weights, gradients and optimizer state of one rank under ZeRO (arXiv 1910.02054).
 
     Stage 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights, evenly over `ranks`.
     Gradients are summed over micro-batches in fp32 (`gradient_bytes` 4). Stage 3's gathered layers, which come and go,
-    are not in it.
+    are not in it. `part`: of the model, which these ranks share; None: all.
     """
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage must be 0, 1, 2 or 3, not {zero_stage}")
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, not {ranks}")
-    parameters = count_parameters(config).total
+    parameters = count_parameters(config, part).total
     return TrainingStateBytes(
         weights=parameters * compute_bytes / (ranks if zero_stage == 3 else 1),
         gradients=parameters * gradient_bytes / (ranks if zero_stage >= 2 else 1),
@@ -75,6 +80,7 @@ def activation_bytes(
     hardware: Hardware = REFERENCE,
     part: Part | None = None,
     sequence_ranks: int = 1,
+    in_flight: int = 1,
 ) -> float:
     """Bytes of activations at the peak of one micro-batch, from the formula in this module's docstring.
 
@@ -89,6 +95,8 @@ def activation_bytes(
         part: of the model, as a stage holds it; None: all.
         sequence_ranks: ranks that share each sequence. Beside its share of the tokens, each keeps the state that enters
             its slice, of every block in float32.
+        in_flight: micro-batches whose backward pass is still to come, as in a pipeline. Each keeps what it has to; the
+            largest half or block, and the logits, are those of one.
 
     Raises:
         ValueError: an unknown activation_checkpointing.
@@ -107,19 +115,22 @@ def activation_bytes(
         for index in part.blocks
     ]
     unit_input = hardware.compute_bytes * config.d_model
+    largest = 0.0
     if activation_checkpointing == "none":
-        per_token = sum(mixer + ffn for mixer, ffn in blocks)
+        kept = sum(mixer + ffn for mixer, ffn in blocks)
     elif activation_checkpointing == "unit":
         largest = max((max(block) for block in blocks), default=0.0)
-        per_token = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks) + largest
+        kept = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks)
     else:
-        per_token = unit_input * len(blocks) + max((mixer + ffn for mixer, ffn in blocks), default=0.0)
-    in_blocks = per_token * tokens
+        largest = max((mixer + ffn for mixer, ffn in blocks), default=0.0)
+        kept = unit_input * len(blocks)
+    in_blocks = (kept * in_flight + largest) * tokens
     if sequence_ranks > 1:
-        in_blocks += 4 * micro_batch_size * sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
+        states = sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
+        in_blocks += 4 * micro_batch_size * states * in_flight
     if not part.head:
         return float(in_blocks)
-    head = 2 * hardware.compute_bytes * config.d_model * tokens
+    head = 2 * hardware.compute_bytes * config.d_model * tokens * in_flight
     logits = (8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS)
     return float(in_blocks + head + logits)
 
