@@ -56,7 +56,7 @@ class TiedWeight:
         self._mesh.start_transfers({}, {self._last: received}, group="pipeline")()
         own = self._weight._hp_grad if isinstance(optimizer, BF16_Optimizer) else self._weight.grad
         assert own is not None and own.dtype == torch.float32, "gradients add up in fp32"
-        own += received
+        own += received.view_as(own)
 
     @torch.no_grad()
     def send_weight(self) -> None:
