@@ -56,7 +56,7 @@ def bubble(stages: int, micro_batches: int) -> float:
 
 def stage_costs(config: RunConfig, shape: MeshShape, hardware: Hardware) -> list[StageCost]:
     """The stages of a valid `config`, first to last; without a pipeline one that holds the whole model."""
-    accounts = _Accounts(config, shape, hardware)
+    accounts = Accounts(config, shape, hardware)
     return [accounts.cost(part, number) for number, part in enumerate(_balanced_parts(accounts))]
 
 
@@ -65,7 +65,7 @@ def parts_of(config: RunConfig, stages: Sequence[StageCost]) -> list[Part]:
     return split(config.model, [stage.first_block for stage in stages[1:]])
 
 
-class _Accounts:
+class Accounts:
     """Time and memory of parts of the model, laid out over a mesh."""
 
     def __init__(self, config: RunConfig, shape: MeshShape, hardware: Hardware):
@@ -96,7 +96,7 @@ class _Accounts:
             weight_bytes=memory.weights,
             gradient_bytes=memory.gradients,
             optimizer_bytes=optimizer * (1 - copied / counted) if counted else 0.0,
-            activation_bytes=self._activation_bytes(part, self.in_flight(stage)),
+            activation_bytes=self.activation_bytes(part, self.in_flight(stage)) + self._passed_bytes(part, stage),
         )
 
     def _flops(self, part: Part) -> float:
@@ -107,33 +107,33 @@ class _Accounts:
             again = sum(forward_flops(self.config.model, length, self.hardware, Part(part.blocks)).values())
         return (3.0 * forward + again) / length
 
-    def _activation_bytes(self, part: Part, in_flight: int) -> float:
-        training, sequence_ranks = self.config.training, self.shape.sequence
-        found = activation_bytes(
+    def activation_bytes(self, part: Part, in_flight: int) -> float:
+        """What its layers keep of so many micro-batches, with what the one in work takes."""
+        training = self.config.training
+        return activation_bytes(
             self.config.model,
             training.micro_batch_size,
             training.sequence_length,
             self.config.parallel.activation_checkpointing,
             self.hardware,
             part,
-            sequence_ranks,
+            self.shape.sequence,
             in_flight,
         )
-        # DeepSpeed keeps the hidden states that a stage sent, and copies those that it received.
-        passed = (not part.embedding) + (not part.head)
-        tokens = training.micro_batch_size * training.sequence_length // sequence_ranks
-        return found + in_flight * passed * tokens * self.config.model.d_model * self.hardware.compute_bytes
 
-    def kept_bytes(self, block: Part) -> float:
-        """What a micro-batch in flight keeps of a block."""
-        return self._activation_bytes(block, 2) - self._activation_bytes(block, 1)
+    def _passed_bytes(self, part: Part, stage: int) -> float:
+        """Of the hidden states that a stage received, copied by DeepSpeed, and of those that it sent, kept by it."""
+        training = self.config.training
+        tokens = training.micro_batch_size * training.sequence_length // self.shape.sequence
+        ways = (not part.embedding) + (not part.head)
+        return float(ways * self.in_flight(stage) * tokens * self.config.model.d_model * self.hardware.compute_bytes)
 
 
 # (stage, first block, block behind the last) -> what it costs.
 _Cost = Callable[[int, int, int], float]
 
 
-def _balanced_parts(accounts: _Accounts) -> list[Part]:
+def _balanced_parts(accounts: Accounts) -> list[Part]:
     model, stages = accounts.config.model, accounts.stages
     if stages == 1:
         return [Part.whole(model)]
@@ -141,27 +141,36 @@ def _balanced_parts(accounts: _Accounts) -> list[Part]:
     # Blocks of one kind are alike.
     blocks = {kind: Part(range(kinds.index(kind), kinds.index(kind) + 1)) for kind in kinds}
     costs = {kind: accounts.cost(part, stages - 1) for kind, part in blocks.items()}
-    kept = {kind: accounts.kept_bytes(part) for kind, part in blocks.items()}
-    flops, state, kept_until = (
-        list(itertools.accumulate((of_kind(kind) for kind in kinds), initial=0.0))
-        for of_kind in (lambda kind: costs[kind].flops, lambda kind: costs[kind].state_bytes, lambda kind: kept[kind])
-    )
-    first_end = accounts.cost(Part(range(0), embedding=True), 0)
-    last_end = accounts.cost(Part(range(0), head=True), stages - 1)
-    ends = {0: first_end, stages - 1: last_end}
+    ends = [
+        accounts.cost(Part(range(0), embedding=number == 0, head=number == stages - 1), number)
+        for number in range(stages)
+    ]
+    flops = _running_sums([costs[kind].flops for kind in kinds])
+    state = _running_sums([costs[kind].state_bytes for kind in kinds])
 
     def time(stage: int, first: int, end: int) -> float:
-        return flops[end] - flops[first] + (ends[stage].flops if stage in ends else 0.0)
+        return flops[end] - flops[first] + ends[stage].flops
 
     limit = (1 + TOLERANCE) * _least_maximum(model.n_blocks, stages, time)[0]
+    once = {kind: accounts.activation_bytes(part, 1) for kind, part in blocks.items()}
+    kept = {kind: accounts.activation_bytes(part, 2) - once[kind] for kind, part in blocks.items()}
+    kept_until = _running_sums([kept[kind] for kind in kinds])
+    number_until = {kind: _running_sums([float(other == kind) for other in kinds]) for kind in blocks}
 
     def memory(stage: int, first: int, end: int) -> float:
         if time(stage, first, end) > limit:
             return math.inf
-        of_blocks = state[end] - state[first] + accounts.in_flight(stage) * (kept_until[end] - kept_until[first])
-        return of_blocks + (ends[stage].bytes if stage in ends else 0.0)
+        present = [kind for kind, until in number_until.items() if until[end] > until[first]]
+        in_work = max(once[kind] - kept[kind] for kind in present)
+        in_flight = accounts.in_flight(stage) * (kept_until[end] - kept_until[first])
+        return state[end] - state[first] + in_flight + in_work + ends[stage].bytes
 
     return split(model, _least_maximum(model.n_blocks, stages, memory)[1])
+
+
+def _running_sums(values: Sequence[float]) -> list[float]:
+    """Of the first 0, 1, 2, ... values."""
+    return list(itertools.accumulate(values, initial=0.0))
 
 
 def _least_maximum(n_blocks: int, stages: int, cost: _Cost) -> tuple[float, list[int]]:

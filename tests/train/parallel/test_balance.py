@@ -7,8 +7,9 @@ import pytest
 from conf import compose
 from model.accounting import count_parameters, parameter_shapes, training_flops_per_token
 from model.hardware import Hardware
+from model.parts import split
 from train.config import RunConfig
-from train.parallel.balance import TOLERANCE, bubble, parts_of, stage_costs
+from train.parallel.balance import TOLERANCE, Accounts, bubble, parts_of, stage_costs
 from train.parallel.mesh import MeshShape
 from train.plan import make_plan
 
@@ -53,10 +54,7 @@ def test_no_other_cut_has_a_faster_slowest_stage_and_none_as_fast_needs_less_mem
     config = configuration(*MODELS[model])
     shape, blocks = MeshShape(stages), config.model.n_blocks
     chosen = stage_costs(config, shape, Hardware())
-    from model.parts import split
-    from train.parallel.balance import _Accounts
-
-    accounts = _Accounts(config, shape, Hardware())
+    accounts = Accounts(config, shape, Hardware())
     others = [
         [accounts.cost(part, number) for number, part in enumerate(split(config.model, cuts))]
         for cuts in itertools.combinations(range(1, blocks), stages - 1)
