@@ -51,6 +51,8 @@ class StageCost:
 
 def bubble(stages: int, micro_batches: int) -> float:
     """Share of a step that a stage waits, while the pipeline fills and empties: (p - 1) / (m + p - 1)."""
+    if stages == 1:
+        return 0.0
     return (stages - 1) / (micro_batches + stages - 1)
 
 

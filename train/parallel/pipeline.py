@@ -42,6 +42,7 @@ from train.parallel.mesh import Mesh
 from train.parallel.tied_weight import TiedWeight
 from train.parallel.token_loss import StageLayer, on_device
 from train.parallel.zero import ZeroEngine
+from train.parallel.zero_fragments import accumulated_gradient
 from train.plan import Plan
 
 
@@ -80,7 +81,7 @@ class PipelineEngine(ZeroEngine):
         averaged = self.mesh.size_of("data_and_sequence") * engine.gradient_accumulation_steps()
         self._begin(micro_batches, averaged / valid_tokens)
         engine._exec_schedule(_ForwardsAndBackwards(len(micro_batches), engine.num_stages, engine.stage_id))
-        self._tied.add_gradients(engine.optimizer)
+        self._tied.add_gradients(lambda weight: accumulated_gradient(engine, weight))
         engine._exec_reduce_grads()
         if engine.total_loss is None:
             return torch.zeros((), device=self.mesh.device)

@@ -7,10 +7,9 @@ after any number of steps, and moments exist once.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from model.stages import Stage
@@ -24,8 +23,7 @@ class TiedWeight:
         self._mesh = mesh
         part = stage.part
         is_tied = stage.config.tie_embeddings and part.embedding != part.head
-        # DeepSpeed adds attributes of its own to it.
-        self._weight: Any = stage.embedding.weight if is_tied else None
+        self._weight: nn.Parameter | None = stage.embedding.weight if is_tied else None
         self.copy: nn.Parameter | None = self._weight if part.head else None
         # [V, D] in fp32, summed over micro-batches as the gradients of all other parameters.
         self._gradient: Tensor | None = None
@@ -40,10 +38,11 @@ class TiedWeight:
         self._gradient += weight.grad
         weight.grad = None
 
-    def add_gradients(self, optimizer: Any) -> None:
+    def add_gradients(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
         """Add the copy's gradient to that of the weight, before the ranks of a stage sum theirs.
 
-        `optimizer`: the DeepSpeed engine's, which may keep gradients of its own. Collective among first and last stage.
+        `gradient_of`: the fp32 tensor in which the engine sums the gradients of a parameter over micro-batches.
+        Collective among first and last stage.
         """
         if self._weight is None:
             return
@@ -54,8 +53,8 @@ class TiedWeight:
             return
         received = torch.empty_like(self._weight, dtype=torch.float32, memory_format=torch.contiguous_format)
         self._mesh.start_transfers({}, {self._last: received}, group="pipeline")()
-        own = self._weight._hp_grad if isinstance(optimizer, BF16_Optimizer) else self._weight.grad
-        assert own is not None and own.dtype == torch.float32, "gradients add up in fp32"
+        own = gradient_of(self._weight)
+        assert own.dtype == torch.float32, "gradients add up in fp32"
         own += received.view_as(own)
 
     @torch.no_grad()

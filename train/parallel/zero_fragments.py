@@ -126,6 +126,12 @@ def _stage_3_fragments(
         )
 
 
+def accumulated_gradient(engine: DeepSpeedEngine, parameter: Any) -> Tensor:
+    """Where this rank's gradients of a parameter add up over micro-batches, before ranks reduce them. ZeRO 0 and 1."""
+    gradient: Tensor = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
+    return gradient
+
+
 def fill_weights(engine: DeepSpeedEngine, fragments: Sequence[Fragment], read: ReadRange) -> None:
     """Set every weight that this rank holds, compute copy and fp32 copy alike."""
     by_name = {fragment.name: fragment for fragment in fragments}

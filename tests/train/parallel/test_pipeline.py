@@ -18,7 +18,14 @@ MODEL = [
     "model.tie_embeddings=true",
 ]
 RUN = [*TINY_RUN, *MODEL, f"training.total_steps={STEPS}"]
-WATCHED = ["evaluation.interval=10", "logging.monitor_interval=10", "checkpoint.interval=10"]
+WATCHED = [
+    "evaluation.interval=10",
+    "logging.monitor_interval=10",
+    "checkpoint.interval=10",
+    "logging.samples.interval=20",
+    "logging.samples.max_new_tokens=8",
+    "logging.samples.temperature=0",
+]
 UNTIED = "model.tie_embeddings=false"
 # What differs where sequence ranks measure the first tokens of a sequence, or is near zero, has no relative precision.
 COMPARED = ("rms", "gradient_norm", "parameter_norm", "_max", "saturation")
@@ -106,6 +113,13 @@ def test_monitors_are_those_of_one_process(curves, name):
 @pytest.mark.slow
 def test_monitors_with_sequence_ranks_name_every_layer(curves):
     curves.assert_same_monitors("p2_sequence2", "one", ("rms", "gradient_norm", "parameter_norm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["p2", "p2_sequence2", "p4"])
+def test_stages_together_write_what_one_process_writes(curves, name):
+    written, expected = ((curves.root / run / "samples.jsonl").read_text() for run in (name, "one"))
+    assert written == expected
 
 
 @pytest.mark.slow
