@@ -20,12 +20,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 State = TypeVar("State")
-EnteringState = TypeVar("EnteringState", covariant=True)
 
 
 @dataclass
@@ -41,24 +40,11 @@ class ScaledSums:
     log_scale: Tensor
 
 
-class SliceSummary(Protocol[State]):
-    """What a slice does to the state that enters it: it keeps a share of the state's sums, and adds its own.
+class StateForm(Protocol[State]):
+    """How the state of a layer is sums that decay. Gradients of states are states too: they decay the other way."""
 
-    Summaries of neighbouring slices merge associatively (kernels.mlstm.merge_weights), so that ranks can scan them.
-    """
-
-    @property
-    def added(self) -> ScaledSums:
-        """What the slice's own tokens leave."""
-        ...
-
-    @property
-    def log_kept(self) -> Tensor:
-        """[B, NH]: the logarithm of the share of the sums before that survives; -inf: none. It has a gradient."""
-        ...
-
-    def sums_of(self, state: State | None) -> ScaledSums:
-        """The sums in a state; None: the empty state."""
+    def sums_of(self, state: State) -> ScaledSums:
+        """The sums in a state."""
         ...
 
     def state_of(self, sums: ScaledSums) -> State:
@@ -66,11 +52,53 @@ class SliceSummary(Protocol[State]):
         ...
 
 
-class Entering(Protocol[EnteringState]):
+@dataclass
+class SliceSummary(Generic[State]):
+    """What a slice does to the state that enters it: it keeps a share of the state's sums, and adds its own.
+
+    Summaries of neighbouring slices merge associatively (kernels.mlstm.merge_weights), so that ranks can scan them.
+
+    Attributes:
+        form: of the layer's states.
+        added: what the slice's own tokens leave.
+        log_kept: [B, NH]: the logarithm of the share of the sums before that survives; -inf: none.
+    """
+
+    form: StateForm[State]
+    added: ScaledSums
+    log_kept: Tensor
+
+
+class Border(Protocol[State]):
+    """What connects a slice with those of other ranks in the backward pass: kernels.mlstm.border says how.
+
+    The gradients of a state are given as a state: those of its true sums, with a scale of their own.
+    """
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no slice is before this one."""
+        ...
+
+    def start_back(self, gradient: State) -> None:
+        """Begin to send the gradient of the state that entered, by this slice's own results, to the earlier slices."""
+        ...
+
+    def leaving_gradient(self) -> State | None:
+        """Wait for the gradient of the state that leaves, by all later slices; None behind the last one."""
+        ...
+
+
+class Entering(Protocol[State]):
     """The state that enters a slice, perhaps still on its way."""
 
-    def state(self) -> EnteringState | None:
-        """Wait for it. None: the empty state."""
+    @property
+    def border(self) -> Border[State] | None:
+        """What takes gradients of the state to other ranks; None: the state has its own graph of gradients."""
+        ...
+
+    def state(self) -> State | None:
+        """Wait for it. None: the empty state, where there is no border."""
         ...
 
 
@@ -91,7 +119,8 @@ class SequenceContext(Protocol):
             before: the state before the whole sequence; None: the empty state.
 
         Returns:
-            what enters this slice. Ask for it late: what is computed until then hides the exchange.
+            what enters this slice. Ask for it late: what is computed until then hides the exchange. The layer hands
+            on gradients by its border, if it has one.
         """
         ...
 
@@ -141,7 +170,9 @@ class SequenceContext(Protocol):
 
 
 class Arrived:
-    """A state that is there already."""
+    """A state that is there already, with its graph of gradients."""
+
+    border = None
 
     def __init__(self, state: Any):
         self._state = state

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend_choice
+from kernels.mlstm.border import Border
 from kernels.mlstm.inputs import CellInputs, CellSettings, cell_inputs, check
 from kernels.mlstm.reference import (
     REFERENCE_CHUNK_SIZE,
@@ -18,17 +19,22 @@ from kernels.mlstm.reference import (
     mlstm_recurrent,
     read_statistics,
 )
+from kernels.mlstm.sliced import ReferenceSlice, SliceForm, run_slice
 from kernels.mlstm.slices import SliceSummary, combine, merge_weights, summarise
 from kernels.mlstm.state import MLSTMState
 
 __all__ = [
     "REFERENCE_CHUNK_SIZE",
+    "Border",
+    "CellSettings",
     "MLSTMState",
     "SliceSummary",
+    "cell_inputs",
     "combine",
     "keeping_chunk_states",
     "merge_weights",
     "mlstm",
+    "mlstm_slice",
     "mlstm_state",
     "mlstm_statistics",
 ]
@@ -106,6 +112,46 @@ def mlstm(
     if q.shape[1] == 1:
         return mlstm_recurrent(q, inputs, settings, return_state=return_state)
     return mlstm_chunkwise(q, inputs, settings, return_state=return_state, chunk_size=reference_chunk_size)
+
+
+def mlstm_slice(
+    q: Tensor,
+    inputs: CellInputs,
+    settings: CellSettings,
+    *,
+    border: Border,
+    before: MLSTMState | None = None,
+    reference_chunk_size: int = REFERENCE_CHUNK_SIZE,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """The mLSTM cell over a slice of a sequence whose other slices are computed elsewhere.
+
+    The slices pass states forward before this is called (`mlstm_state` gives what they exchange), and gradients back
+    while its backward pass runs: the gradients are then those of the whole sequence.
+
+    Args:
+        q: [B, S, NH, DK], of the slice's tokens.
+        inputs: all else of them, from `cell_inputs`. The initial state is the one behind the earlier slices; it needs
+            no graph of gradients, `border` takes its place.
+        settings, reference_chunk_size, backend: as the arguments of `mlstm`.
+        border: what connects the slice with its neighbours in the backward pass. It is called once with the gradient of
+            the initial state, and then once asked for that of the state that leaves.
+        before: the state before the whole sequence, whose gradient arrives at the first slice; None: the empty state.
+
+    Returns:
+        h as for `mlstm`, and the state that leaves. Whoever uses that state within the slice's own process has its
+        gradient here; that of the next slice comes by the border.
+
+    Raises:
+        ValueError: as `mlstm`.
+    """
+    check(q, inputs, settings)
+    form: SliceForm = ReferenceSlice(settings, reference_chunk_size)
+    if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(q, inputs)) == "triton":
+        from kernels.mlstm.chunkwise.sliced import TritonSlice
+
+        form = TritonSlice(settings, _keeping_chunk_states)
+    return run_slice(form, q, inputs, border, before)
 
 
 @contextlib.contextmanager

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from kernels.backend_choice import BACKENDS
-from kernels.mlstm import MLSTMState, SliceSummary, accounting, mlstm, mlstm_state, mlstm_statistics
+from kernels.mlstm import (
+    Border,
+    CellSettings,
+    MLSTMState,
+    accounting,
+    cell_inputs,
+    mlstm,
+    mlstm_slice,
+    mlstm_state,
+    mlstm_statistics,
+)
 from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
 from model.layers.base import KernelUse, StateElements
 from model.problems import Problem, check_choice, check_positive
-from model.sequence import Entering, ScaledSums, SequenceContext
+from model.sequence import Entering, ScaledSums, SequenceContext, SliceSummary
 from model.state import for_decoding
 
 if TYPE_CHECKING:
@@ -91,10 +101,23 @@ def entering_state(
 
 
 def run_cell(
-    cell: Cell, inputs: CellInputs, state: CellState | None, return_state: bool
+    cell: Cell, inputs: CellInputs, entering: Entering[CellState], before: CellState | None, return_state: bool
 ) -> tuple[Tensor, CellState | None]:
-    """h [B, S, NH, DV] and the state behind it: the cell over a sequence, or its step where one token continues a state
-    that it may overwrite."""
+    """h [B, S, NH, DV] and the state behind it: the cell over a sequence or this rank's slice of it, or its step where
+    one token continues a state that it may overwrite. `entering`: what `entering_state` gave for the state `before`."""
+    state = entering.state()
+    if entering.border is not None:
+        q, k, v, igate_preact, fgate_preact = inputs.tensors
+        return mlstm_slice(
+            q,
+            cell_inputs(k, v, igate_preact, fgate_preact, inputs.document_start, _undecoded(state)),
+            CellSettings(cell.gate, cell.normaliser, cell.eps),
+            # What crosses borders is never packed for decoding.
+            border=cast("Border", entering.border),
+            before=None if before is None else _undecoded(before),
+            reference_chunk_size=cell.reference_chunk,
+            backend=cell.backend,
+        )
     if isinstance(state, DecodingState):
         if inputs.q.shape[1] == 1 and inputs.document_start is None and not torch.is_grad_enabled():
             q, k, v, igate_preact, fgate_preact = (x.squeeze(1) for x in inputs.tensors)
@@ -125,59 +148,47 @@ def run_cell(
     )
 
 
+def _undecoded(state: CellState | None) -> MLSTMState:
+    assert state is not None
+    return state.as_mlstm_state() if isinstance(state, DecodingState) else state
+
+
 @for_decoding.register
 def _(state: MLSTMState) -> DecodingState:
     return DecodingState.of(state)
 
 
-@dataclass
-class MLSTMSummary:
-    """What a slice does to the memory that enters it: a model.sequence.SliceSummary."""
+class MemorySums:
+    """The memory [B, NH, DK * DV + DK] in a row, C before n: a model.sequence.StateForm."""
 
-    summary: SliceSummary
+    def __init__(self, cell: Cell):
+        self._key_dim, self._value_dim = cell.key_dim, cell.value_dim
 
-    @property
-    def added(self) -> ScaledSums:
-        """What the slice's own tokens leave in the memory: [B, NH, DK * DV + DK], C before n."""
-        return self.sums_of(self.summary.state)
-
-    @property
-    def log_kept(self) -> Tensor:
-        """[B, NH]: how much of the memory before survives, -inf where a document started."""
-        return self.summary.log_kept
-
-    def sums_of(self, state: CellState | None) -> ScaledSums:
-        """C and n in a row. The empty memory has the stabiliser 0 that the cell begins with."""
-        own = self.summary.state
-        if state is None:
-            return ScaledSums(
-                own.C.new_zeros(*own.m.shape, own.C[0, 0].numel() + own.n.shape[2]), own.m.new_zeros(own.m.shape)
-            )
-        if isinstance(state, DecodingState):
-            state = state.as_mlstm_state()
+    def sums_of(self, state: CellState) -> ScaledSums:
+        """C and n in a row."""
+        state = _undecoded(state)
         return ScaledSums(torch.cat([state.C.flatten(2), state.n], dim=2), state.m)
 
     def state_of(self, sums: ScaledSums) -> MLSTMState:
         """The memory with this C and n."""
-        own = self.summary.state
-        C, n = sums.values.split([own.C[0, 0].numel(), own.n.shape[2]], dim=2)
-        return MLSTMState(C.view_as(own.C), n, sums.log_scale)
+        C, n = sums.values.split([self._key_dim * self._value_dim, self._key_dim], dim=2)
+        return MLSTMState(C.unflatten(2, (self._key_dim, self._value_dim)), n, sums.log_scale)
 
 
-def summarise(cell: Cell, inputs: CellInputs) -> MLSTMSummary:
-    """The summary of a slice, at the cost of the recurrence between its chunks."""
-    return MLSTMSummary(
-        mlstm_state(
-            inputs.k,
-            inputs.v,
-            inputs.igate_preact,
-            inputs.fgate_preact,
-            document_start=inputs.document_start,
-            gate=cell.gate,
-            normaliser=cell.normaliser,
-            backend=cell.backend,
-        )
+def summarise(cell: Cell, inputs: CellInputs) -> SliceSummary[CellState]:
+    """What a slice does to the memory that enters it, at the cost of the recurrence between its chunks."""
+    summary = mlstm_state(
+        inputs.k,
+        inputs.v,
+        inputs.igate_preact,
+        inputs.fgate_preact,
+        document_start=inputs.document_start,
+        gate=cell.gate,
+        normaliser=cell.normaliser,
+        backend=cell.backend,
     )
+    form = MemorySums(cell)
+    return SliceSummary(form, form.sums_of(summary.state), summary.log_kept)
 
 
 def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:

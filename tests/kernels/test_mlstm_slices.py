@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.mlstm import MLSTMState, SliceSummary, combine, mlstm, mlstm_state
+from kernels.mlstm import CellSettings, MLSTMState, SliceSummary, combine, mlstm, mlstm_state
 from tests.kernels.cases import assert_close
 from tests.kernels.mlstm_cases import (
     DOCUMENTS,
@@ -21,9 +21,11 @@ from tests.kernels.mlstm_cases import (
     make_inputs,
     make_state,
     mlstm_recurrent,
+    outputs_and_gradients,
     starts_at,
     weights_of_loss,
 )
+from tests.kernels.mlstm_chain import run_chain
 
 # Borders of slices of 37 tokens: uneven, with slices of one token, and with document starts of DOCUMENTS on them.
 CUTS = {"two": [20], "uneven": [1, 9, 10, 25, 36]}
@@ -161,3 +163,18 @@ def test_combine_raises_the_precision_of_its_parts():
     summary = mlstm_state(*(x.detach().bfloat16() for x in make_inputs()[1:]))
     both = combine(summary, summary)
     assert {both.state.C.dtype, both.state.n.dtype, both.state.m.dtype, both.log_forget_sum.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
+@pytest.mark.parametrize("documents", ["none", "first token", "chunk edges"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_slices_that_pass_gradients_back_equal_one_pass(regime, documents, gate, normaliser):
+    """Each slice has a graph of its own; the gradients of the states at both ends are among those compared."""
+    inputs, starts, before = make_inputs(regime), starts_at(DOCUMENTS[documents]), make_state(gate)
+    settings = CellSettings(gate, normaliser)
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, before, document_start=starts, **settings._asdict())
+    h, state, gradients_of = run_chain(slices([*inputs, starts], CUTS["uneven"]), before, settings, "reference")
+    actual = {"h": h, "C": state.C, "n": state.n, "m": state.m}
+    found = gradients_of(*weights_of_loss(h, state.C, state.n))
+    actual |= dict(zip(list(expected)[4:], found, strict=True))
+    assert_close(actual, expected, 1e-10)

@@ -12,7 +12,7 @@ from model.recomputation import ACTIVATION_CHECKPOINTING
 from model.sequence import LOCAL, last_inputs
 from model.state import ModelState
 from tests.model.conftest import CONFIGS
-from tests.model.virtual_ranks import merged, run_ranks
+from tests.model.virtual_ranks import merged, run_ranks, sums_before
 
 LENGTH = 48
 # Where documents begin: in each row others, at a border of slices, none in the whole last third of row 1.
@@ -156,7 +156,7 @@ def test_a_summary_as_sums_is_what_its_slice_does(make_model):
         before = state
         _, state = model.blocks[0].mixer(x, starts, state, True, Collecting())
         summary = collected.pop()
-        behind = summary.state_of(merged(summary.sums_of(before), summary.log_kept, summary.added))
+        behind = summary.form.state_of(merged(sums_before(summary, before), summary.log_kept, summary.added))
         assert (summary.log_kept[0] == -torch.inf).all() == (starts is not None)
         for ours, theirs in zip((behind.C, behind.n, behind.m), (state.C, state.n, state.m), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

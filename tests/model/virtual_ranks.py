@@ -112,7 +112,9 @@ class VirtualRank:
 
 
 class _Entering:
-    """Sums up what the earlier slices do, when it is asked."""
+    """Sums up what the earlier slices do, when it is asked. All ranks are in one graph of gradients."""
+
+    border = None
 
     def __init__(self, rank: VirtualRank, summary: Any, before: Any):
         self.rank, self.summary, self.before = rank, summary, before
@@ -121,10 +123,18 @@ class _Entering:
         return self.rank.exchanged(self._exchange)
 
     def _exchange(self) -> Any:
-        sums = self.summary.sums_of(self.before)
+        sums = sums_before(self.summary, self.before)
         for earlier in self.rank.exchange.gather(self.rank.rank, self.summary)[: self.rank.rank]:
             sums = merged(sums, earlier.log_kept, earlier.added)
-        return self.summary.state_of(sums)
+        return self.summary.form.state_of(sums)
+
+
+def sums_before(summary: Any, state: Any) -> ScaledSums:
+    """The sums in the state before a slice; None: the empty state."""
+    if state is None:
+        return ScaledSums(torch.zeros_like(summary.added.values), torch.zeros_like(summary.added.log_scale))
+    sums: ScaledSums = summary.form.sums_of(state)
+    return sums
 
 
 def merged(first: ScaledSums, log_kept: Tensor, second: ScaledSums) -> ScaledSums:

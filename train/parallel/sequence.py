@@ -16,13 +16,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.sequence import Entering, ScaledSums, SliceSummary, last_inputs
+from model.sequence import Border, Entering, ScaledSums, SliceSummary, last_inputs
 from model.state import map_tensors
 from train.parallel.mesh import Mesh, Wait
 from train.parallel.state_exchange import AUTO, Choice, Line, Links, Scan, choose, merge, message_of, parts_of
@@ -55,21 +55,13 @@ class DistributedSequence:
 
     def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
         """See SequenceContext. The exchange is under way when this returns."""
-        summary = summarise()
         if self._given_again is not None:
-            # Its tensors are computed again for the backward pass of the summary; nothing is sent.
-            return _Arrives(self._next_given)
-        with _kept_for_backward():
-            added, sums, log_kept = summary.added, summary.sums_of(before), summary.log_kept
-            passage = _Passage(self, added, log_kept, sums)
-            ticket = _Departure.apply(passage, added.values, log_kept, sums.values)
-
-        def arrive() -> State:
-            values, log_scale = _Arrival.apply(passage, ticket)
-            shape = added.log_scale.shape
-            return summary.state_of(ScaledSums(values.view(*shape, -1), log_scale.view(shape)))
-
-        return _Arrives(lambda: self._once(arrive))
+            return _EnteredBefore(self._next_given())
+        with torch.no_grad():
+            passage = _Passage(self, summarise(), before)
+        if self._kept is not None:
+            self._kept.append(passage)
+        return passage
 
     def outgoing(self, state: State) -> State:
         """See SequenceContext."""
@@ -176,16 +168,6 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Arrives:
-    """A model.sequence.Entering."""
-
-    def __init__(self, arrive: Callable[[], Any]):
-        self._arrive = arrive
-
-    def state(self) -> Any:
-        return self._arrive()
-
-
 class _RunningScan:
     """A scan under way: on a GPU all of it in a stream of its own, on a CPU up to the first wait."""
 
@@ -228,99 +210,72 @@ class _RunningScan:
         return self._result
 
 
-class _Passage:
-    """One exchange of sums and, in the backward pass, of their gradients, with what both need.
+class _Passage(Generic[State]):
+    """One exchange of states and, in the backward pass, of their gradients: an Entering and its Border.
 
     With the true sums S that enter a slice, those that it adds A and the share e^G that it keeps, S' = e^G S + A enters
     the next one. For the gradients X of S, which come from behind, and U of S by this rank's own outputs:
 
-        X = U + e^G X'        A has the gradient X'        G has the gradient e^G <X', S>
+        X = U + e^G X'
 
     so that the gradients are sums that decay as S does, in the other direction, and the same scan finds X'. As S is
-    stored divided by e^m, the gradient of what is stored is X e^m: the scale of the gradients as sums is -m. No
-    exponent below exceeds 0, because the m of what enters a slice is at least that of each part, decayed.
+    stored divided by e^m, the gradient of what is stored is X e^m: the scale of the gradients as sums is -m.
     """
 
-    def __init__(self, sequence: DistributedSequence, added: ScaledSums, log_kept: Tensor, before: ScaledSums):
-        self.sequence = sequence
-        self.shape = added.values.shape
-        self.added_scale, self.log_kept = added.log_scale.detach().flatten(), log_kept.detach().flatten()
-        self.before: Tensor | None = message_of(*_rows(before), self.log_kept)
-        with torch.no_grad():
-            self.scan: _RunningScan | None = sequence.start_scan(message_of(*_rows(added), self.log_kept))
-        self.entered: tuple[Tensor, Tensor] | None = None
-        self.own_gradient: Tensor | None = None
+    def __init__(self, sequence: DistributedSequence, summary: SliceSummary[State], before: State | None):
+        self._sequence, self._form = sequence, summary.form
+        added, self._log_kept = summary.added, summary.log_kept.flatten()
+        empty = ScaledSums(torch.zeros_like(added.values), torch.zeros_like(added.log_scale))
+        sums = empty if before is None else summary.form.sums_of(before)
+        self._shape = added.log_scale.shape
+        self._before: Tensor | None = self._message(sums)
+        self._scan: _RunningScan | None = sequence.start_scan(self._message(added))
+        self._entered: State | None = None
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
-        """Values [R, E] and log_scale [R] of the sums that enter the slice."""
-        assert self.scan is not None and self.before is not None
-        earlier = self.scan.result()
-        entering = self.before if earlier is None else merge(self.before, earlier)
-        self.scan = self.before = None
-        values, log_scale, _ = parts_of(entering)
-        return values.contiguous(), log_scale.contiguous()
+    @property
+    def border(self) -> Border[State]:
+        return self
 
-    def start_back(self, gradient: Tensor, values: Tensor, log_scale: Tensor) -> None:
-        """Begin to find the gradient of what leaves the slice, from that of the stored values that enter it [R, E]."""
-        self.entered, self.own_gradient = (values, log_scale), gradient
-        self.scan = self.sequence.start_scan(message_of(gradient, -log_scale, self.log_kept), backwards=True)
+    @property
+    def is_first(self) -> bool:
+        return self._sequence.rank == 0
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the values that the slice adds, of log_kept, and of the values before the whole sequence."""
-        assert self.scan is not None and self.entered is not None and self.own_gradient is not None
-        later, own = self.scan.result(), self.own_gradient
-        values, log_scale = self.entered
-        self.scan = self.entered = self.own_gradient = None
-        is_first = self.sequence.rank == 0
-        if later is None:
-            added, kept = torch.zeros_like(values), torch.zeros_like(log_scale)
-            before = own if is_first else torch.zeros_like(own)
-        else:
-            leaving, leaving_scale, _ = parts_of(later)
-            added = torch.exp(leaving_scale + self.added_scale)[:, None] * leaving
-            carried = torch.exp(leaving_scale + self.log_kept + log_scale)
-            kept = carried * (leaving * values).sum(1)
-            # All ranks are given the state before the sequence; the first one's is that of the gradient.
-            before = torch.addcmul(own, carried[:, None], leaving) if is_first else torch.zeros_like(own)
-        return added.view(self.shape), kept.view(self.shape[:2]), before.view(self.shape)
+    @torch.no_grad()
+    def state(self) -> State:
+        """See Entering."""
+        if self._entered is None:
+            assert self._scan is not None and self._before is not None
+            earlier = self._scan.result()
+            self._entered = self._state_in(self._before if earlier is None else merge(self._before, earlier))
+            self._scan = self._before = None
+        return self._entered
 
+    def start_back(self, gradient: State) -> None:
+        """See Border."""
+        self._scan = self._sequence.start_scan(self._message(self._form.sums_of(gradient)), backwards=True)
 
-def _rows(sums: ScaledSums) -> tuple[Tensor, Tensor]:
-    return sums.values.detach().flatten(0, 1), sums.log_scale.detach().flatten()
+    def leaving_gradient(self) -> State | None:
+        """See Border."""
+        assert self._scan is not None
+        later = self._scan.result()
+        self._scan = None
+        return None if later is None else self._state_in(later)
 
+    def _message(self, sums: ScaledSums) -> Tensor:
+        return message_of(sums.values.flatten(0, 1), sums.log_scale.flatten(), self._log_kept)
 
-class _Departure(torch.autograd.Function):
-    """Where a passage begins in the graph, and where its gradients arrive."""
-
-    @staticmethod
-    def forward(ctx: Any, passage: _Passage, values: Tensor, log_kept: Tensor, before: Tensor) -> Tensor:
-        ctx.passage = passage
-        # What ties the arrival to this node.
-        return values.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.passage.gradients()
+    def _state_in(self, message: Tensor) -> State:
+        values, log_scale, _ = parts_of(message)
+        sums = ScaledSums(values.unflatten(0, self._shape), log_scale.view(self._shape))
+        return self._form.state_of(sums)
 
 
-class _Arrival(torch.autograd.Function):
-    """Where a passage ends, and where its gradients depart: all that was begun between both hides the exchange, in the
-    forward pass and in the backward pass."""
+class _EnteredBefore(Generic[State]):
+    """In the second run of a function: what entered in the first, whose border takes the gradients."""
 
-    @staticmethod
-    def forward(ctx: Any, passage: _Passage, ticket: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.passage = passage
-        values, log_scale = passage.arrive()
-        ctx.save_for_backward(values, log_scale)
-        ctx.mark_non_differentiable(log_scale)
-        return values, log_scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[None, Tensor]:
-        ctx.passage.start_back(gradient, *ctx.saved_tensors)
-        return None, gradient.new_zeros(0)
+    def __init__(self, first: _Passage[State]):
+        self.border: Border[State] = first
+        self.state = first.state
 
 
 class _FromLast(torch.autograd.Function):

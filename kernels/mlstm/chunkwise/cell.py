@@ -16,16 +16,17 @@ def mlstm_triton(
     keep_chunk_states: bool = False,
 ) -> tuple[Tensor, MLSTMState | None]:
     """Result as kernels.mlstm.mlstm; q, k and v of one 16-bit or 32-bit dtype."""
-    results = mlstm_chunkwise(readable(q), _readable(inputs), settings, return_state, keep_chunk_states)
+    results = mlstm_chunkwise(readable(q), readable_inputs(inputs), settings, return_state, keep_chunk_states)
     return results.h, MLSTMState(results.C, results.n, results.m.detach()) if return_state else None
 
 
 def mlstm_state_triton(inputs: CellInputs, settings: CellSettings) -> MLSTMState:
     """The state behind the last token; without an initial state, of the tokens alone. Dtypes as for mlstm_triton."""
-    results = mlstm_chunkwise_state(_readable(inputs), settings)
+    results = mlstm_chunkwise_state(readable_inputs(inputs), settings)
     return MLSTMState(results.C, results.n, results.m.detach())
 
 
-def _readable(inputs: CellInputs) -> CellInputs:
+def readable_inputs(inputs: CellInputs) -> CellInputs:
+    """The inputs as the kernels can read them."""
     k, v, igate_preact, fgate_preact, *rest = inputs
     return CellInputs(readable(k), readable(v), igate_preact.contiguous(), fgate_preact.contiguous(), *rest)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.mlstm.accounting import WEIGHT_ROWS
+from kernels.mlstm.border import SliceEnd
 from kernels.mlstm.chunkwise import launch, launch_backward
 from kernels.mlstm.chunkwise.gates import ADDED
 from kernels.mlstm.chunkwise.launch import Ends, Factors, States, nothing
@@ -109,19 +110,42 @@ def mlstm_chunkwise_backward(
     grad_h: Tensor, grad_final: Ends, q: Tensor, inputs: CellInputs, h: Tensor, kept: Kept, settings: CellSettings
 ) -> CellGradients:
     """From the gradients of h and of the final state."""
+    return cell_gradients(grad_h, grad_final, q, inputs, h, kept, settings)
+
+
+def cell_gradients(
+    grad_h: Tensor,
+    grad_final: Ends,
+    q: Tensor,
+    inputs: CellInputs,
+    h: Tensor,
+    kept: Kept,
+    settings: CellSettings,
+    end: SliceEnd | None = None,
+) -> CellGradients:
+    """Launch the backward pass. `end`: where this is a slice whose state goes on to slices elsewhere, what adds their
+    gradient to `grad_final`; it is asked late, so that what does not need it hides the exchange.
+    """
     with torch.cuda.device_of(q):
         problem = Problem.of(inputs, settings)
         documents = Documents.of(inputs.document_start)
         has_initial = inputs.C_initial is not None
         packed, chunk_decay, query_normaliser, matrices, vectors = kept
+        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
+        reads = Factors(q, grad_h, rows[MATRIX_WEIGHT], rows[VECTOR_WEIGHT])
+        if end is not None:
+            entered = launch.states(
+                problem, reads, chunk_decay, grad_final, backwards=True, store_chunks=False, store_after=True
+            )
+            end.start_back(*entered.behind())
         entering = States(matrices, vectors, None, None)
         if matrices is None:
             factors = Factors(inputs.k, inputs.v, packed[ADDED], packed[ADDED])
             entering = launch.states(problem, factors, chunk_decay, _initial(inputs))
-        rows = launch_backward.row_weights(problem, h, grad_h, packed, query_normaliser)
-        factors = Factors(q, grad_h, rows[MATRIX_WEIGHT], rows[VECTOR_WEIGHT])
-        leaving = launch.states(problem, factors, chunk_decay, grad_final, backwards=True, store_after=has_initial)
         scores, grad_scores, sums = launch_backward.score_gradients(problem, q, inputs, grad_h, packed, rows, documents)
+        if end is not None:
+            grad_final = Ends(*end.leaving_gradient(*grad_final))
+        leaving = launch.states(problem, reads, chunk_decay, grad_final, backwards=True, store_after=has_initial)
         reading = Reading(q, grad_h, rows, scores, grad_scores)
         tokens = launch_backward.token_gradients(problem, inputs, reading, packed, chunk_decay, entering, leaving)
         del entering
@@ -156,7 +180,7 @@ def _differentiate(ctx: Any, grads: CellResults) -> tuple[Tensor | None, CellInp
     # Without return_state, those of the empty tensors in the state's place.
     grad_final = Ends(grads.C, grads.n) if ctx.return_state else Ends(None, None)
     if any(grad is not None for grad in grad_final):
-        grad_final = _without_gaps(grad_final, inputs)
+        grad_final = without_gaps(grad_final, inputs)
     found = mlstm_chunkwise_backward(readable(grad_h.to(h.dtype)), grad_final, q, inputs, h, kept, ctx.settings)
     return found.q, _as_inputs(found, inputs)
 
@@ -246,7 +270,7 @@ def _keep_of_state(ctx: Any, arguments: list[Any], results: StateResults) -> Non
 
 def _differentiate_state(ctx: Any, grads: StateResults) -> tuple[CellInputs]:
     inputs, packed, chunk_decay = _SAVED_OF_STATE.parts(ctx.saved_tensors)
-    grad_final = _without_gaps(Ends(grads.C, grads.n), inputs)
+    grad_final = without_gaps(Ends(grads.C, grads.n), inputs)
     found = mlstm_chunkwise_state_backward(grad_final, inputs, packed, chunk_decay, ctx.settings)
     return (_as_inputs(found, inputs),)
 
@@ -264,7 +288,7 @@ def _initial(inputs: CellInputs) -> Ends:
     return Ends(inputs.C_initial, inputs.n_initial)
 
 
-def _without_gaps(grad: Ends, inputs: CellInputs) -> Ends:
+def without_gaps(grad: Ends, inputs: CellInputs) -> Ends:
     """Gradients of the final state; zero where there is none."""
     k, v = inputs.k, inputs.v
     batch, _, heads, key_dim = k.shape

@@ -8,10 +8,11 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
-from kernels.mlstm import MLSTMState, keeping_chunk_states, mlstm, mlstm_state
+from kernels.mlstm import CellSettings, MLSTMState, keeping_chunk_states, mlstm, mlstm_state
 from kernels.mlstm.chunkwise import launch, op, tiles
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates, mlstm_chunkwise
+from tests.kernels.mlstm_chain import run_chain
 from tests.kernels.mlstm_rounded import mlstm_rounded
 from tests.kernels.triton_cases import COMPILED, DTYPES, compiled_only, far_heads, padded, strided
 
@@ -115,6 +116,41 @@ def compare(inputs, state, **settings):
     assert_close(actual, expected, tolerances(expected, dtype, rounded))
 
 
+def triton_chain(cuts):
+    """The cell as a chain of slices, in the form that `run` takes."""
+
+    def cell(*inputs, initial_state, document_start=None, return_state=True, gate="exp", normaliser=True):
+        length = inputs[0].shape[1]
+        edges = [0, *cuts, length]
+        tensors = [*inputs, document_start]
+        slices = [
+            [None if x is None else x[:, begin:end] for x in tensors]
+            for begin, end in zip(edges, edges[1:], strict=False)
+        ]
+        h, state, gradients = run_chain(slices, initial_state, CellSettings(gate, normaliser), "triton")
+        return _Chained.apply(gradients, h, state.C, state.n, *inputs, initial_state.C, initial_state.n), state.m
+
+    def as_cell(*inputs, **settings):
+        (h, C, n), m = cell(*inputs, **settings)
+        return h, MLSTMState(C, n, m)
+
+    return as_cell
+
+
+class _Chained(torch.autograd.Function):
+    """Outputs of a chain with its gradients as those of the whole inputs."""
+
+    @staticmethod
+    def forward(ctx, gradients, h, C, n, *_):
+        ctx.gradients = gradients
+        return h.detach().clone(), C.detach().clone(), n.detach().clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with torch.enable_grad():
+            return None, None, None, None, *ctx.gradients(*grads)
+
+
 @pytest.mark.parametrize("shape", SHAPES_COMPILED if COMPILED else SHAPES, ids=str)
 def test_shapes(shape, dtype, device):
     inputs = make_inputs(shape, dtype, device)
@@ -122,6 +158,24 @@ def test_shapes(shape, dtype, device):
         # Read-outs at the normaliser's floor: above it, the gradient of a lone token's query is zero but for eps.
         inputs[3].data -= 4
     compare(inputs, None)
+
+
+@pytest.mark.parametrize("shape", [(2, 100, 1, 32, 48), *([(2, 700, 2, 256, 512)] if COMPILED else [])], ids=str)
+@pytest.mark.parametrize(("gate", "normaliser"), GATE_KINDS)
+def test_slices_that_pass_gradients_back(shape, gate, normaliser, dtype, device):
+    if not COMPILED and (dtype != torch.float32 or (gate, normaliser) == ("sigmoid", True)):
+        pytest.skip("the interpreter is slow: one precision, with all of the memory and with the least")
+    inputs, state, starts = (
+        make_inputs(shape, dtype, device),
+        make_state(shape, device, gate),
+        make_starts(shape, device),
+    )
+    settings = {"document_start": starts, "return_state": True, "gate": gate, "normaliser": normaliser}
+    actual = run(triton_chain([shape[1] // 3, 2 * shape[1] // 3 + 1]), inputs, state, dtype, **settings)
+    doubles = MLSTMState(*(double(x) for x in (state.C, state.n, state.m)))
+    expected = run(mlstm_chunkwise, [double(x) for x in inputs], doubles, dtype, **settings)
+    rounded = run(mlstm_rounded, inputs, state, dtype, **settings)
+    assert_close(actual, expected, tolerances(expected, dtype, rounded))
 
 
 @pytest.mark.parametrize("shape", [(2, 100, 1, 32, 48), *([(2, 700, 2, 256, 512)] if COMPILED else [])], ids=str)

@@ -163,10 +163,11 @@ def run_cell_case(mesh: Mesh, exchange: str, regime: str, gate: str, documents: 
     cell = Cell(NH, DK, DV, gate_kind, normaliser, 1e-6, "reference", CHUNK)
     inputs = CellInputs(*own, start)
     received = mesh.received_bytes["sequence"]
-    entering = entering_state(cell, inputs, MLSTMState(*own_initial, whole.m_before), sequence)
-    entered = entering.state()
+    before = MLSTMState(*own_initial, whole.m_before)
+    entering = entering_state(cell, inputs, before, sequence)
+    entering.state()
     received_forward = mesh.received_bytes["sequence"] - received
-    h, state = run_cell(cell, inputs, entered, True)
+    h, state = run_cell(cell, inputs, entering, before, True)
     state = sequence.outgoing(state)
     # Every rank has the same state at the end, and a share of its part of the loss.
     weights = whole.weights
