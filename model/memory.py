@@ -47,24 +47,47 @@ class TrainingStateBytes:
 
 
 def training_state_bytes(
-    config: ModelConfig, zero_stage: int, ranks: int, compute_bytes: int = 2, gradient_bytes: int = 4
+    config: ModelConfig,
+    zero_stage: int,
+    ranks: int,
+    compute_bytes: int = 2,
+    gradient_bytes: int = 4,
+    part: Part | None = None,
 ) -> TrainingStateBytes:
     """Weights, gradients and optimizer state of one rank under ZeRO (arXiv 1910.02054).
 
     Stage 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights, evenly over `ranks`.
     Gradients are summed over micro-batches in fp32 (`gradient_bytes` 4). Stage 3's gathered layers, which come and go,
-    are not in it.
+    are not in it. `part`: of the model, which these ranks share; None: all.
     """
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage must be 0, 1, 2 or 3, not {zero_stage}")
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, not {ranks}")
-    parameters = count_parameters(config).total
+    parameters = count_parameters(config, part).total
     return TrainingStateBytes(
         weights=parameters * compute_bytes / (ranks if zero_stage == 3 else 1),
         gradients=parameters * gradient_bytes / (ranks if zero_stage >= 2 else 1),
         optimizer=parameters * 12 / (ranks if zero_stage >= 1 else 1),
     )
+
+
+@dataclass(frozen=True)
+class InWork:
+    """How much of its micro-batches a rank has in work at once.
+
+    Attributes:
+        sequence_ranks: ranks that share each sequence. Beside its share of the tokens, each keeps the state that enters
+            its slice, of every block in float32.
+        time_chunk: tokens of each sequence that are trained at a time; None: all. Their activations alone are kept, and
+            thrice the state, as it enters and leaves and its gradient; an attention's state has all tokens.
+        micro_batches: those whose backward pass is still to come, as in a pipeline. Each keeps what it has to; the
+            largest half or block, and the logits, are those of one.
+    """
+
+    sequence_ranks: int = 1
+    time_chunk: int | None = None
+    micro_batches: int = 1
 
 
 def activation_bytes(
@@ -74,8 +97,7 @@ def activation_bytes(
     activation_checkpointing: str = "none",
     hardware: Hardware = REFERENCE,
     part: Part | None = None,
-    sequence_ranks: int = 1,
-    time_chunk: int | None = None,
+    in_work: InWork | None = None,
 ) -> float:
     """Bytes of activations at the peak of one micro-batch, from the formula in this module's docstring.
 
@@ -88,10 +110,7 @@ def activation_bytes(
         activation_checkpointing: one of model.recomputation.ACTIVATION_CHECKPOINTING.
         hardware: where it runs and in which precision; the default is the reference in bf16.
         part: of the model, as a stage holds it; None: all.
-        sequence_ranks: ranks that share each sequence. Beside its share of the tokens, each keeps the state that enters
-            its slice, of every block in float32.
-        time_chunk: tokens of each sequence that are in work at a time; None: all. Their activations alone are kept, and
-            thrice the state, as it enters and leaves and its gradient; an attention's state has all tokens.
+        in_work: how much of a micro-batch a rank has at once; None: all of one.
 
     Raises:
         ValueError: an unknown activation_checkpointing.
@@ -99,8 +118,9 @@ def activation_bytes(
     if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise ValueError(unknown_mode(activation_checkpointing))
     part = part or Part.whole(config)
-    in_work = min(sequence_length, time_chunk or sequence_length)
-    tokens = micro_batch_size * in_work // sequence_ranks
+    in_work = in_work or InWork()
+    length = min(sequence_length, in_work.time_chunk or sequence_length)
+    tokens = micro_batch_size * length // in_work.sequence_ranks
     recomputed = activation_checkpointing != "none"
     kinds = layer_kinds(config)
     blocks = [
@@ -111,24 +131,27 @@ def activation_bytes(
         for index in part.blocks
     ]
     unit_input = hardware.compute_bytes * config.d_model
+    largest = 0.0
     if activation_checkpointing == "none":
-        per_token = sum(mixer + ffn for mixer, ffn in blocks)
+        kept = sum(mixer + ffn for mixer, ffn in blocks)
     elif activation_checkpointing == "unit":
         largest = max((max(block) for block in blocks), default=0.0)
-        per_token = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks) + largest
+        kept = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks)
     else:
-        per_token = unit_input * len(blocks) + max((mixer + ffn for mixer, ffn in blocks), default=0.0)
-    in_blocks = per_token * tokens
-    if sequence_ranks > 1:
-        in_blocks += 4 * micro_batch_size * sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
-    if in_work < sequence_length:
-        states = [kinds[index].state_elements(config) for index in part.blocks]
-        cached = sum(state.convolution + sequence_length * state.cache_per_token for state in states)
-        recurrent = sum(state.recurrent for state in states)
+        largest = max((mixer + ffn for mixer, ffn in blocks), default=0.0)
+        kept = unit_input * len(blocks)
+    in_blocks = (kept * in_work.micro_batches + largest) * tokens
+    if in_work.sequence_ranks > 1:
+        states = sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
+        in_blocks += 4 * micro_batch_size * states * in_work.micro_batches
+    if length < sequence_length:
+        elements = [kinds[index].state_elements(config) for index in part.blocks]
+        cached = sum(state.convolution + sequence_length * state.cache_per_token for state in elements)
+        recurrent = sum(state.recurrent for state in elements)
         in_blocks += 3 * micro_batch_size * (4 * recurrent + hardware.compute_bytes * cached)
     if not part.head:
         return float(in_blocks)
-    head = 2 * hardware.compute_bytes * config.d_model * tokens
+    head = 2 * hardware.compute_bytes * config.d_model * tokens * in_work.micro_batches
     logits = (8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS)
     return float(in_blocks + head + logits)
 

@@ -92,6 +92,8 @@ class ParallelConfig:
     zero_stage: int = 1
     # What is recomputed in the backward pass: none, unit (each residual half of a block by itself) or block.
     activation_checkpointing: str = "none"
+    # Stages that the blocks are cut into: each process holds one and passes its outputs on; ZeRO stages 0 and 1.
+    pipeline: int = 1
     # Processes that share each sample, with an equal slice of its tokens each.
     sequence: int = 1
     # How they pass on the mLSTM's state: auto, all_gather, recursive_doubling or ring.

@@ -139,7 +139,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = (), output: Last
     corpus_check = "size" if int(os.environ.get("RANK", 0)) == 0 else "none"
     found = open_requirements(config, launched_processes(), corpus_check)
     timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
-    mesh = join_mesh(timeout, sequence=config.parallel.sequence)
+    mesh = join_mesh(timeout, config.parallel.pipeline, config.parallel.sequence)
     OUTSIDE_TRAINING.processes_met(mesh.size)
     context = RunContext(
         config=config,

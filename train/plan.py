@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
 from model.hardware import CPU, Hardware
-from model.memory import activation_bytes, state_bytes, states_between_chunks_bytes, training_state_bytes
+from model.memory import state_bytes, states_between_chunks_bytes
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.length import steps_left
 from train.optimizer import OptimizerConfig, describe_optimizer
+from train.parallel.balance import StageCost, bubble, stage_costs
 from train.parallel.mesh import MeshShape
 from train.schedule import ScheduleConfig, describe_schedule
 
@@ -40,10 +41,14 @@ class Plan:
     """Numbers that follow from a configuration and the number of processes."""
 
     world_size: int
-    # Copies of the model that take samples of their own; each is computed by `sequence_ranks` processes, with a slice
-    # of every sample each.
+    # Copies of the model that take samples of their own. Each stage of one is computed by `sequence_ranks` processes,
+    # with a slice of every sample each.
     replicas: int
     sequence_ranks: int
+    # Of the pipeline, first to last: what each takes of a rank. One, where the whole model is on each rank.
+    stages: list[StageCost]
+    # Share of a step that a stage waits for others while the pipeline fills and empties, (p - 1) / (m + p - 1).
+    bubble: float
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
@@ -63,7 +68,7 @@ class Plan:
     # Training FLOPs of one token: 6N, and counted exactly (model/accounting.py).
     flops_per_token_6n: float
     flops_per_token_exact: float
-    # Bytes of one rank.
+    # Bytes of one rank; with a pipeline of one of the stage that takes most.
     weight_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
@@ -116,6 +121,32 @@ class Plan:
         tokens = self.sequence_length // self.sequence_ranks
         return f" of {self.sequence_ranks} sequence ranks with {tokens:,} tokens of each sample"
 
+    @property
+    def _stages(self) -> str:
+        return f" of {len(self.stages)} pipeline stages" if len(self.stages) > 1 else ""
+
+    @property
+    def time_of_slowest_stage(self) -> float:
+        """Times the mean: for it all others wait."""
+        flops = [stage.flops for stage in self.stages]
+        return max(flops) * len(flops) / sum(flops)
+
+    def _describe_stages(self) -> list[str]:
+        if len(self.stages) == 1:
+            return []
+        lines = [
+            f"pipeline   {len(self.stages)} stages, {self.gradient_accumulation_steps} micro-batches a step; each "
+            f"stage waits {self.bubble:.1%} of the time for the first and the last ones (bubble)"
+        ]
+        flops = sum(stage.flops for stage in self.stages)
+        for number, stage in enumerate(self.stages):
+            held = ["embedding"] if number == 0 else []
+            held.append(f"blocks {stage.first_block} to {stage.first_block + stage.blocks - 1}")
+            held += ["norm and head"] if number == len(self.stages) - 1 else []
+            share = f"{stage.flops / flops:.1%} of the FLOPs, {gib(stage.bytes)} a rank"
+            lines.append(f"{'':11}stage {number}: {', '.join(held)}: {share}")
+        return lines
+
     def as_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
@@ -123,7 +154,8 @@ class Plan:
         """The plan as the lines that a run prints at its start."""
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
-            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._slices}",
+            f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._stages}{self._slices}",
+            *self._describe_stages(),
             f"batch      {self.global_batch_size} samples x {self.sequence_length} tokens = {self.tokens_per_step:,} "
             f"tokens a step; {self.gradient_accumulation_steps} micro-batches of {self.micro_batch_size} a rank",
             *self._describe_chunks(),
@@ -172,14 +204,12 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     left = steps_left(config, state)
     tokens_left = left * config.tokens_per_step
     total_tokens = state.tokens + tokens_left
-    shape = MeshShape.of_world(world_size, sequence=config.parallel.sequence)
-    zero_stage = config.parallel.zero_stage
+    shape = MeshShape.of_world(world_size, config.parallel.pipeline, config.parallel.sequence)
     compute_bytes = config.precision.compute_dtype.itemsize
     hardware = Hardware(device, compute_bytes)
-    weight_bytes = config.precision.weight_dtype(zero_stage).itemsize
-    # ZeRO-0 has no second copy of the weights for the optimizer.
-    replicated = zero_stage == 0
-    memory = training_state_bytes(config.model, zero_stage, world_size, weight_bytes)
+    stages = stage_costs(config, shape, hardware)
+    largest = max(stages, key=lambda stage: stage.bytes)
+    micro_batches = training.global_batch_size // (training.micro_batch_size * shape.data)
     six_n = six_n_flops_per_token(config.model)
     between_chunks = states_between_chunks_bytes(
         config.model, training.micro_batch_size, training.sequence_length, training.time_chunk, compute_bytes
@@ -188,12 +218,14 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     carried = state_bytes(config.model, cache_dtype_bytes=compute_bytes) if training.carry_state else 0
     on_host = between_chunks if device != CPU else 0.0
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-    return Plan(
+    plan = Plan(
         world_size=world_size,
         replicas=shape.data,
         sequence_ranks=shape.sequence,
+        stages=stages,
+        bubble=bubble(shape.pipeline, micro_batches),
         micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.global_batch_size // (training.micro_batch_size * shape.data),
+        gradient_accumulation_steps=micro_batches,
         global_batch_size=training.global_batch_size,
         sequence_length=training.sequence_length,
         tokens_per_step=config.tokens_per_step,
@@ -207,19 +239,10 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         tokens_per_parameter=total_tokens / counted.total,
         flops_per_token_6n=six_n,
         flops_per_token_exact=training_flops_per_token(config.model, training.sequence_length, hardware),
-        weight_bytes=memory.weights,
-        gradient_bytes=memory.gradients,
-        optimizer_bytes=8.0 * counted.total if replicated else memory.optimizer,
-        activation_bytes=activation_bytes(
-            config.model,
-            training.micro_batch_size,
-            training.sequence_length,
-            config.parallel.activation_checkpointing,
-            hardware,
-            sequence_ranks=shape.sequence,
-            time_chunk=training.time_chunk,
-        )
-        + (between_chunks - on_host),
+        weight_bytes=largest.weight_bytes,
+        gradient_bytes=largest.gradient_bytes,
+        optimizer_bytes=largest.optimizer_bytes,
+        activation_bytes=largest.activation_bytes + (between_chunks - on_host),
         time_chunk=training.time_chunk,
         host_state_bytes=on_host,
         carried_bytes=float(carried * training.global_batch_size // shape.data),
@@ -227,10 +250,14 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         checkpoint_bytes=12.0 * counted.total + carried * training.global_batch_size,
         device=device,
         peak_flops=peak,
-        predicted_seconds=None if peak is None else six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size),
+        predicted_seconds=None,
         optimizer=config.optimizer,
         schedule=config.schedule,
     )
+    if peak is None:
+        return plan
+    seconds = six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size)
+    return replace(plan, predicted_seconds=seconds * plan.time_of_slowest_stage / (1 - plan.bubble))
 
 
 def _device_name() -> str:

@@ -15,7 +15,6 @@ from train.data import validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.origin import validate_origin
-from train.parallel.mesh import MeshShape
 from train.parallel.state_exchange import AUTO, EXCHANGES
 from train.schedule import validate_schedule
 from train.wandb_settings import validate_wandb
@@ -34,6 +33,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *validate_optimizer(config.optimizer, "optimizer"),
         *validate_corpus(config.corpus),
         *_validate_parallel(config),
+        *_validate_pipeline(config, world_size),
         *_validate_sequence_ranks(config, world_size),
         *_validate_time_chunk(config),
         *_validate_carry_state(config),
@@ -74,9 +74,9 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
-    ranks = config.parallel.sequence
+    per_replica = config.parallel.pipeline * config.parallel.sequence
     # Where the processes do not divide among replicas, that is the problem.
-    replicas = MeshShape.of_world(world_size, sequence=ranks).data if ranks > 0 and world_size % ranks == 0 else 1
+    replicas = world_size // per_replica if per_replica > 0 and world_size % per_replica == 0 else 1
     per_pass = training.micro_batch_size * replicas
     if sizes_are_positive and training.global_batch_size % per_pass:
         fitting = [size for size in range(1, training.micro_batch_size + 1)
@@ -101,6 +101,31 @@ def _validate_parallel(config: RunConfig) -> list[str]:
     ]
 
 
+def _validate_pipeline(config: RunConfig, world_size: int) -> list[str]:
+    parallel, stages, blocks = config.parallel, config.parallel.pipeline, config.model.n_blocks
+    if stages <= 1:
+        return at_least("parallel.pipeline", stages, 1)
+    problems = []
+    per_replica = stages * max(1, parallel.sequence)
+    if world_size % per_replica:
+        each = f" x {parallel.sequence} sequence ranks (parallel.sequence)" if parallel.sequence > 1 else ""
+        problems.append(
+            f"parallel.pipeline: {world_size} processes do not divide into replicas of {stages} stages{each}; start a "
+            f"multiple of {per_replica}, or choose fewer stages"
+        )
+    if stages > blocks:
+        problems.append(
+            f"parallel.pipeline: {stages} stages are more than the model's {blocks} blocks (model.n_blocks), of which "
+            f"each stage takes at least one; use at most {blocks}"
+        )
+    if parallel.zero_stage in (2, 3):
+        problems.append(
+            f"parallel.zero_stage: {parallel.zero_stage} cuts gradients or weights at every micro-batch, which the "
+            f"stages of parallel.pipeline={stages} do not take; use parallel.zero_stage=1, or parallel.pipeline=1"
+        )
+    return problems
+
+
 def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
     ranks, length = config.parallel.sequence, config.training.sequence_length
     problems = choice("parallel.sequence_exchange", config.parallel.sequence_exchange, (AUTO, *EXCHANGES))
@@ -122,12 +147,17 @@ def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _validate_time_chunk(config: RunConfig) -> list[str]:
-    chunk, ranks = config.training.time_chunk, config.parallel.sequence
+    chunk, ranks, stages = config.training.time_chunk, config.parallel.sequence, config.parallel.pipeline
     problems = at_least("training.time_chunk", chunk, 1)
     if chunk is not None and ranks > 1:
         problems.append(
             f"training.time_chunk: chunks in time ({chunk} tokens) are trained one after another by one rank, and "
             f"parallel.sequence={ranks} ranks share each sample; set training.time_chunk=null or parallel.sequence=1"
+        )
+    if chunk is not None and stages > 1:
+        problems.append(
+            f"training.time_chunk: the last chunk ({chunk} tokens) goes backward first, which the order of the "
+            f"parallel.pipeline={stages} stages does not allow; set training.time_chunk=null or parallel.pipeline=1"
         )
     return problems
 
@@ -147,6 +177,11 @@ def _validate_carry_state(config: RunConfig) -> list[str]:
         problems.append(
             f"{key}: the state of a row belongs to one rank, and parallel.sequence={ranks} ranks share each row; set "
             "parallel.sequence=1"
+        )
+    if config.parallel.pipeline > 1:
+        problems.append(
+            f"{key}: the state of a row belongs to one rank, and parallel.pipeline={config.parallel.pipeline} stages "
+            "share each row; set parallel.pipeline=1"
         )
     if not validate_model(config.model):
         growing = [

@@ -155,11 +155,11 @@ def test_time_chunks_keep_the_activations_of_one_chunk_and_the_state(config):
     sizes = []
     model.advance(tokens).map(lambda t: sizes.append(t.nbytes * t.is_floating_point()) or t)
     one = activation_bytes(config, BATCH, chunk, hardware=FP32)
-    found = [activation_bytes(config, BATCH, length, hardware=FP32, time_chunk=chunk) for length in (chunk, 2 * chunk)]
+    found = [activation_bytes(config, BATCH, length, hardware=FP32, in_work=in_work) for length in (chunk, 2 * chunk)]
     assert found[0] == one
     if not config.attention_at and config.block != "attention":
         assert found[1] == pytest.approx(one + 3 * sum(sizes), rel=0.01)
-        long = activation_bytes(config, BATCH, 100 * chunk, hardware=FP32, time_chunk=chunk)
+        long = activation_bytes(config, BATCH, 100 * chunk, hardware=FP32, in_work=in_work)
         assert long == pytest.approx(found[1], rel=0.01)
         assert states_between_chunks_bytes(config, BATCH, 100 * chunk - 1, chunk, 4) == 98 * sum(sizes)
     assert states_between_chunks_bytes(config, BATCH, 2 * chunk, chunk, 4) == 0

@@ -32,6 +32,16 @@ def test_a_sound_configuration_has_no_problem():
             "training.time_chunk: chunks in time (512 tokens) are trained one after another by one rank, and "
             "parallel.sequence=2 ranks share each sample; set training.time_chunk=null or parallel.sequence=1",
         ),
+        (
+            ["training.time_chunk=512", "parallel.pipeline=2"],
+            "training.time_chunk: the last chunk (512 tokens) goes backward first, which the order of the "
+            "parallel.pipeline=2 stages does not allow; set training.time_chunk=null or parallel.pipeline=1",
+        ),
+        (
+            ["training.carry_state=true", "parallel.pipeline=2"],
+            "training.carry_state: the state of a row belongs to one rank, and parallel.pipeline=2 stages share each "
+            "row; set parallel.pipeline=1",
+        ),
         (["training.carry_windows=0"], "training.carry_windows: must be at least 1 (0)"),
         (
             ["training.carry_state=true", "corpus.packing=best_fit"],
@@ -81,6 +91,29 @@ def test_a_sound_configuration_has_no_problem():
         (
             ["parallel.sequence=2", "model=tiny_neurips", "training.sequence_length=4"],
             "parallel.sequence: mlstm blocks look 3 tokens back, and a slice has 2; use at most 1 ranks or longer",
+        ),
+        (["parallel.pipeline=0"], "parallel.pipeline: must be at least 1 (0)"),
+        (
+            ["parallel.pipeline=3"],
+            "parallel.pipeline: 2 processes do not divide into replicas of 3 stages; start a multiple of 3, or choose",
+        ),
+        (
+            ["parallel.pipeline=2", "parallel.sequence=2"],
+            "2 processes do not divide into replicas of 2 stages x 2 sequence ranks (parallel.sequence); start a "
+            "multiple of 4, or choose fewer stages",
+        ),
+        (
+            ["parallel.pipeline=2", "model=tiny", "model.n_blocks=1", "model.slstm_at=[]"],
+            "parallel.pipeline: 2 stages are more than the model's 1 blocks (model.n_blocks), of which each stage "
+            "takes at least one; use at most 1",
+        ),
+        *(
+            (
+                ["parallel.pipeline=2", f"parallel=zero{stage}"],
+                f"parallel.zero_stage: {stage} cuts gradients or weights at every micro-batch, which the stages of "
+                "parallel.pipeline=2 do not take; use parallel.zero_stage=1, or parallel.pipeline=1",
+            )
+            for stage in (2, 3)
         ),
         (["parallel.sequence_exchange=tree"], "choose one of auto, all_gather, recursive_doubling, ring"),
         (["precision.compute=fp16"], "precision.compute: no such choice ('fp16'); choose one of bf16, fp32"),

@@ -156,11 +156,12 @@ def _combine_over_ranks(
 ) -> _Combined:
     """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima).
 
-    What is measured at the beginning of a sequence only the rank with its first slice has recorded.
+    What is measured at the beginning of a sequence only the rank with its first slice has recorded, and each stage of a
+    pipeline has recorded its own layers.
     """
     reductions = {name: reduction for name, (reduction, _) in recorded.items()}
-    if mesh.size_of("sequence") > 1:
-        of_ranks = mesh.gather_objects(reductions, group="sequence")
+    if mesh.size_of("sequence") > 1 or mesh.size_of("pipeline") > 1:
+        of_ranks = mesh.gather_objects(reductions, group="world")
         reductions = {name: reduction for of_rank in of_ranks for name, reduction in of_rank.items()}
     zero = torch.zeros((), device=mesh.device)
     nothing = zero - math.inf

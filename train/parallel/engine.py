@@ -97,4 +97,8 @@ def make_engine(config: RunConfig, plan: Plan, mesh: Mesh) -> Engine:
     # Importing DeepSpeed takes seconds, and those who only need the protocol do without.
     from train.parallel.zero import ZeroEngine
 
+    if mesh.shape.pipeline > 1:
+        from train.parallel.pipeline import PipelineEngine
+
+        return PipelineEngine(config, plan, mesh)
     return ZeroEngine(config, plan, mesh)

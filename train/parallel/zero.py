@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     # DeepSpeed looks for its accelerator when it is first imported, and warns where it has to guess.
@@ -23,6 +23,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
+from model.stages import Stage
 from model.state import ModelState
 from train.config import RunConfig
 from train.optimizer import build_optimizer
@@ -95,12 +96,13 @@ class ZeroEngine:
             self.carried = CarriedState(lanes, plan.micro_batch_size, self._some_state)
         _join_process_group(mesh)
         with self._construction_context():
-            self.model = LanguageModel(config.model)
+            self.model: Stage = self._make_model(config)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
         if mesh.shape.sequence > 1:
             self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange)
-        module = TokenLossSum(self.model, config.training.z_loss_weight)
-        named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
+        with _prints_logged():
+            module = self._make_module(config)
+        named = self._trained_parameters(module)
         self._optimizer = build_optimizer(named, config.optimizer)
         with _prints_logged():
             self._deepspeed, *_ = deepspeed.initialize(
@@ -109,7 +111,20 @@ class ZeroEngine:
                 config=self._settings,
                 dist_init_required=False,
             )
-        self.fragments: list[Fragment] = parameter_fragments(self._deepspeed)
+        self.fragments: list[Fragment] = parameter_fragments(
+            self._deepspeed, named, is_first=mesh.place_in("data_and_sequence") == 0
+        )
+
+    def _make_model(self, config: RunConfig) -> Stage:
+        return LanguageModel(config.model)
+
+    def _make_module(self, config: RunConfig) -> nn.Module:
+        """What DeepSpeed runs, around `model`."""
+        return TokenLossSum(self.model, config.training.z_loss_weight)
+
+    def _trained_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those that the optimizer gets, under the model's own names."""
+        return [(model_name(name), parameter) for name, parameter in module.named_parameters()]
 
     def _construction_context(self) -> contextlib.AbstractContextManager[Any]:
         if self._zero_stage < 3:
@@ -188,8 +203,11 @@ class ZeroEngine:
         self._optimizer.skip_step = not applied
         if not applied and self.carried is not None:
             self.carried.drop_non_finite()
-        self._deepspeed.step()
+        self._take_step()
         return applied
+
+    def _take_step(self) -> None:
+        self._deepspeed.step()
 
     def fill(self, read: ReadRange, completed_steps: int) -> None:
         """See `Engine.fill`. Below ZeRO-3 the compute copies are whole, so whole parameters are read."""

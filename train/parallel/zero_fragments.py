@@ -19,27 +19,33 @@ from torch import Tensor, nn
 from train.parallel.fragments import Fragment, ReadRange
 from train.parallel.token_loss import model_name
 
+Named = Sequence[tuple[str, nn.Parameter]]
 
-def parameter_fragments(engine: DeepSpeedEngine) -> list[Fragment]:
-    """Every fragment that this rank holds, in the order of the model's parameters."""
+
+def parameter_fragments(engine: DeepSpeedEngine, named: Named, is_first: bool) -> list[Fragment]:
+    """Every fragment that this rank holds, in the order of the model's parameters.
+
+    Args:
+        named: the parameters that the optimizer has, under the model's own names.
+        is_first: whether this rank owns what all ranks with the same parameters hold whole.
+    """
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return list(_stage_3_fragments(engine, optimizer))
+        return list(_stage_3_fragments(engine, optimizer, named))
     if isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        return list(_flat_group_fragments(engine, optimizer))
-    return list(_replicated_fragments(engine))
+        return list(_flat_group_fragments(engine, optimizer, named))
+    return list(_replicated_fragments(engine, named, is_first))
 
 
-def _replicated_fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def _replicated_fragments(engine: DeepSpeedEngine, named: Named, owned: bool) -> Iterator[Fragment]:
     """ZeRO-0: every rank holds everything."""
-    owned = engine.global_rank == 0
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in named:
 
         def read_gradient(parameter: nn.Parameter = parameter) -> Tensor | None:
             return parameter.grad
 
         yield Fragment(
-            name=model_name(name),
+            name=name,
             shape=tuple(parameter.shape),
             offset=0,
             numel=parameter.numel(),
@@ -53,14 +59,15 @@ def _replicated_fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
 
 
 def _flat_group_fragments(
-    engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimizer | BF16_Optimizer
+    engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimizer | BF16_Optimizer, named: Named
 ) -> Iterator[Fragment]:
     """ZeRO-1 and 2: each parameter group is one flat tensor, cut evenly over the ranks."""
     if isinstance(optimizer, BF16_Optimizer):
         flat_partitions = optimizer.fp32_groups_flat_partition
     else:
         flat_partitions = optimizer.single_partition_of_fp32_groups
-    for name, parameter in engine.module.named_parameters():
+    parameter: Any
+    for name, parameter in named:
         mapping = parameter._hp_mapping
         if mapping is None:
             continue
@@ -75,7 +82,7 @@ def _flat_group_fragments(
             return gradient.reshape(-1).narrow(0, address.start, address.numel) if whole else gradient
 
         yield Fragment(
-            name=model_name(name),
+            name=name,
             shape=tuple(parameter.shape),
             offset=address.start,
             numel=address.numel,
@@ -88,9 +95,12 @@ def _flat_group_fragments(
         )
 
 
-def _stage_3_fragments(engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimizer_Stage3) -> Iterator[Fragment]:
+def _stage_3_fragments(
+    engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimizer_Stage3, named: Named
+) -> Iterator[Fragment]:
     """ZeRO-3: every parameter is cut over the ranks by itself; the last ranks may hold padding only."""
-    for name, parameter in engine.module.named_parameters():
+    parameter: Any
+    for name, parameter in named:
         group, start, partition_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = optimizer._get_param_partition_rank(parameter) * partition_numel
         numel = min(partition_numel, parameter.ds_numel - offset)
@@ -103,7 +113,7 @@ def _stage_3_fragments(engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimize
             return gradient.narrow(0, 0, numel)
 
         yield Fragment(
-            name=model_name(name),
+            name=name,
             shape=tuple(parameter.ds_shape),
             offset=offset,
             numel=numel,
@@ -114,6 +124,12 @@ def _stage_3_fragments(engine: DeepSpeedEngine, optimizer: DeepSpeedZeroOptimize
             start=start,
             read_gradient=read_gradient,
         )
+
+
+def accumulated_gradient(engine: DeepSpeedEngine, parameter: Any) -> Tensor:
+    """Where this rank's gradients of a parameter add up over micro-batches, before ranks reduce them. ZeRO 0 and 1."""
+    gradient: Tensor = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
+    return gradient
 
 
 def fill_weights(engine: DeepSpeedEngine, fragments: Sequence[Fragment], read: ReadRange) -> None:
