@@ -1,5 +1,6 @@
 """Pipeline stages compute what one process computes: curves, held-out losses, monitors, checkpoints."""
 
+import itertools
 import json
 
 import pytest
@@ -141,7 +142,8 @@ def test_a_checkpoint_of_four_stages_goes_on_in_one_process(curves):
 @pytest.mark.slow
 def test_the_plan_of_a_run_has_its_stages(curves):
     plan = json.loads((curves.root / "p4" / "plan.json").read_text())
-    assert [(stage["first_block"], stage["blocks"]) for stage in plan["stages"]] == [(0, 2), (2, 1), (3, 1), (4, 1)]
+    blocks = [range(stage["first_block"], stage["first_block"] + stage["blocks"]) for stage in plan["stages"]]
+    assert len(blocks) == 4 and list(itertools.chain(*blocks)) == list(range(5))
     assert plan["bubble"] == pytest.approx(3 / 7) and plan["replicas"] == 1
 
 
