@@ -11,7 +11,7 @@ from model.hardware import Hardware
 from model.initialisation import initialise
 from model.language_model import LanguageModel
 from model.layers import feed_forward, layer_kinds
-from model.memory import activation_bytes, state_bytes, states_between_chunks_bytes, training_state_bytes
+from model.memory import InWork, activation_bytes, state_bytes, states_between_chunks_bytes, training_state_bytes
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from tests.model_tools.small_models import CONFIGS, random_model
 
@@ -155,6 +155,7 @@ def test_time_chunks_keep_the_activations_of_one_chunk_and_the_state(config):
     sizes = []
     model.advance(tokens).map(lambda t: sizes.append(t.nbytes * t.is_floating_point()) or t)
     one = activation_bytes(config, BATCH, chunk, hardware=FP32)
+    in_work = InWork(time_chunk=chunk)
     found = [activation_bytes(config, BATCH, length, hardware=FP32, in_work=in_work) for length in (chunk, 2 * chunk)]
     assert found[0] == one
     if not config.attention_at and config.block != "attention":
