@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.length import steps_left
 from train.optimizer import OptimizerConfig, describe_optimizer
-from train.parallel.balance import StageCost, bubble, stage_costs
+from train.parallel.balance import StageCost, bubble, slowest_against_mean, stage_costs
 from train.parallel.mesh import MeshShape
 from train.schedule import ScheduleConfig, describe_schedule
 
@@ -125,12 +125,6 @@ class Plan:
     def _stages(self) -> str:
         return f" of {len(self.stages)} pipeline stages" if len(self.stages) > 1 else ""
 
-    @property
-    def time_of_slowest_stage(self) -> float:
-        """Times the mean: for it all others wait."""
-        flops = [stage.flops for stage in self.stages]
-        return max(flops) * len(flops) / sum(flops)
-
     def _describe_stages(self) -> list[str]:
         if len(self.stages) == 1:
             return []
@@ -218,12 +212,17 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     carried = state_bytes(config.model, cache_dtype_bytes=compute_bytes) if training.carry_state else 0
     on_host = between_chunks if device != CPU else 0.0
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-    plan = Plan(
+    waiting = bubble(shape.pipeline, micro_batches)
+    seconds = None
+    if peak is not None:
+        seconds = six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size)
+        seconds *= slowest_against_mean(stages) / (1 - waiting)
+    return Plan(
         world_size=world_size,
         replicas=shape.data,
         sequence_ranks=shape.sequence,
         stages=stages,
-        bubble=bubble(shape.pipeline, micro_batches),
+        bubble=waiting,
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=micro_batches,
         global_batch_size=training.global_batch_size,
@@ -250,14 +249,10 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         checkpoint_bytes=12.0 * counted.total + carried * training.global_batch_size,
         device=device,
         peak_flops=peak,
-        predicted_seconds=None,
+        predicted_seconds=seconds,
         optimizer=config.optimizer,
         schedule=config.schedule,
     )
-    if peak is None:
-        return plan
-    seconds = six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size)
-    return replace(plan, predicted_seconds=seconds * plan.time_of_slowest_stage / (1 - plan.bubble))
 
 
 def _device_name() -> str:

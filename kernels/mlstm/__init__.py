@@ -19,7 +19,7 @@ from kernels.mlstm.reference import (
     mlstm_recurrent,
     read_statistics,
 )
-from kernels.mlstm.sliced import ReferenceSlice, SliceForm, run_slice
+from kernels.mlstm.slice_cell import ReferenceSlice, SliceForm, run_slice
 from kernels.mlstm.slices import SliceSummary, combine, merge_weights, summarise
 from kernels.mlstm.state import MLSTMState
 
@@ -148,7 +148,7 @@ def mlstm_slice(
     check(q, inputs, settings)
     form: SliceForm = ReferenceSlice(settings, reference_chunk_size)
     if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(q, inputs)) == "triton":
-        from kernels.mlstm.chunkwise.sliced import TritonSlice
+        from kernels.mlstm.chunkwise.slice_cell import TritonSlice
 
         form = TritonSlice(settings, _keeping_chunk_states)
     return run_slice(form, q, inputs, border, before)

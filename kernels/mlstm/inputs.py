@@ -35,6 +35,18 @@ class CellInputs(NamedTuple):
     m_initial: Tensor | None
 
 
+class CellGradients(NamedTuple):
+    """Of q and of the inputs of these names; of the initial state empty where there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    igate_preact: Tensor
+    fgate_preact: Tensor
+    C_initial: Tensor
+    n_initial: Tensor
+
+
 class CellSettings(NamedTuple):
     """Which mLSTM: the arguments of kernels.mlstm.mlstm of these names."""
 

@@ -15,16 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conf.problems import other_format
 from train.checkpoints.layout import CheckpointError
 
 FOLDER = "carried"
-_VERSION = "1"
+_FORMAT_VERSION = 1
 
 
 def save_lanes(folder: Path, rank: int, first_lane: int, tensors: Mapping[str, Tensor]) -> Path:
     """Write the lanes of one rank into a checkpoint; returns the file's path."""
     path = folder / FOLDER / f"lanes-{rank:05d}.safetensors"
-    metadata = {"format_version": _VERSION, "first_lane": str(first_lane)}
+    metadata = {"format_version": str(_FORMAT_VERSION), "first_lane": str(first_lane)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
@@ -42,11 +43,8 @@ class LanesReader:
                     metadata = file.metadata() or {}
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            if metadata.get("format_version") != _VERSION:
-                raise CheckpointError(
-                    f"{path} has format_version {metadata.get('format_version')}; this version of xlstm-pretrain reads "
-                    f"{_VERSION}"
-                )
+            if problem := other_format(path, metadata.get("format_version"), _FORMAT_VERSION):
+                raise CheckpointError(problem)
             self._files.append((int(metadata["first_lane"]), path))
 
     @property

@@ -56,6 +56,12 @@ def bubble(stages: int, micro_batches: int) -> float:
     return (stages - 1) / (micro_batches + stages - 1)
 
 
+def slowest_against_mean(stages: Sequence[StageCost]) -> float:
+    """How much longer than the mean stage the slowest one takes, for which all others wait; at least 1."""
+    flops = [stage.flops for stage in stages]
+    return max(flops) * len(flops) / sum(flops)
+
+
 def stage_costs(config: RunConfig, shape: MeshShape, hardware: Hardware) -> list[StageCost]:
     """The stages of a valid `config`, first to last; without a pipeline one that holds the whole model."""
     accounts = Accounts(config, shape, hardware)

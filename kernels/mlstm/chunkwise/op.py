@@ -22,7 +22,7 @@ from kernels.mlstm.chunkwise.launch import Ends, Factors, States, nothing
 from kernels.mlstm.chunkwise.launch_backward import Reading
 from kernels.mlstm.chunkwise.problem import Documents, Problem
 from kernels.mlstm.chunkwise.read_out import MATRIX_WEIGHT, VECTOR_WEIGHT
-from kernels.mlstm.inputs import CellInputs, CellSettings
+from kernels.mlstm.inputs import CellGradients, CellInputs, CellSettings
 from kernels.mlstm.state import NOTHING
 from kernels.operators import Layout, operator
 
@@ -54,18 +54,6 @@ class CellResults(NamedTuple):
     query_normaliser: Tensor
     matrices: Tensor
     vectors: Tensor
-
-
-class CellGradients(NamedTuple):
-    """Of the inputs of these names; of the initial state empty where there is none."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    igate_preact: Tensor
-    fgate_preact: Tensor
-    C_initial: Tensor
-    n_initial: Tensor
 
 
 @operator("mlstm_chunkwise")

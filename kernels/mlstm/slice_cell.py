@@ -16,21 +16,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.mlstm.border import Border, SliceEnd
-from kernels.mlstm.inputs import CellInputs, CellSettings
+from kernels.mlstm.inputs import CellGradients, CellInputs, CellSettings
 from kernels.mlstm.reference import mlstm_chunkwise
 from kernels.mlstm.state import MLSTMState
 
+# Of C and n; None: zeros.
+StateGradient = tuple[Tensor | None, Tensor | None]
 
-class SliceGradients(NamedTuple):
-    """Of the inputs of these names."""
+
+class ComputedSlice(NamedTuple):
+    """A slice as its backward pass finds it: q, inputs and h as of `run_slice`, and what its form kept besides."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
-    igate_preact: Tensor
-    fgate_preact: Tensor
-    C_initial: Tensor
-    n_initial: Tensor
+    inputs: CellInputs
+    h: Tensor
+    kept: tuple[Tensor | None, ...]
 
 
 class SliceForm(Protocol):
@@ -41,16 +41,9 @@ class SliceForm(Protocol):
         ...
 
     def gradients(
-        self,
-        grad_h: Tensor | None,
-        grad_end: tuple[Tensor | None, Tensor | None],
-        q: Tensor,
-        inputs: CellInputs,
-        h: Tensor,
-        kept: tuple[Tensor | None, ...],
-        end: SliceEnd,
-    ) -> SliceGradients:
-        """From the gradients of h and of the C and n that leave, by this rank's use of them; None: zeros."""
+        self, computed: ComputedSlice, grad_h: Tensor | None, grad_end: StateGradient, end: SliceEnd
+    ) -> CellGradients:
+        """From the gradients of h (None: zeros) and of the state that leaves, by this rank's use of them."""
         ...
 
 
@@ -67,16 +60,10 @@ class ReferenceSlice:
         return h, state, ()
 
     def gradients(
-        self,
-        grad_h: Tensor | None,
-        grad_end: tuple[Tensor | None, Tensor | None],
-        q: Tensor,
-        inputs: CellInputs,
-        h: Tensor,
-        kept: tuple[Tensor | None, ...],
-        end: SliceEnd,
-    ) -> SliceGradients:
-        tokens = [x.detach().requires_grad_() for x in (q, *inputs[:4])]
+        self, computed: ComputedSlice, grad_h: Tensor | None, grad_end: StateGradient, end: SliceEnd
+    ) -> CellGradients:
+        inputs = computed.inputs
+        tokens = [x.detach().requires_grad_() for x in (computed.q, *inputs[:4])]
         assert inputs.C_initial is not None and inputs.n_initial is not None
         C, n = (x.detach().requires_grad_() for x in (inputs.C_initial, inputs.n_initial))
         q, k, v, igate_preact, fgate_preact = tokens
@@ -95,7 +82,7 @@ class ReferenceSlice:
 
         end.start_back(*differentiate((grad_h, *grad_end), entered, True))
         grads = (grad_h, *end.leaving_gradient(*grad_end))
-        return SliceGradients(*differentiate(grads, [*tokens, *entered], False))
+        return CellGradients(*differentiate(grads, [*tokens, *entered], False))
 
 
 def run_slice(
@@ -138,7 +125,7 @@ class _Slice(torch.autograd.Function):
         inputs, (h, m_leaving, *kept) = CellInputs(*rest[:8]), rest[8:]
         assert inputs.m_initial is not None
         end = SliceEnd(ctx.border, inputs.m_initial, m_leaving)
-        found = ctx.form.gradients(grad_h, (grad_C, grad_n), q, inputs, h, tuple(kept), end)
+        found = ctx.form.gradients(ComputedSlice(q, inputs, h, tuple(kept)), grad_h, (grad_C, grad_n), end)
         of_before: list[Tensor | None] = [None, None]
         if ctx.dtypes_before is not None:
             # All ranks are given the state before the sequence; the first one's is that of the gradient.

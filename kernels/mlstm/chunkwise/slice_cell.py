@@ -1,4 +1,4 @@
-"""A slice of a sequence by the Triton kernels: a kernels.mlstm.sliced.SliceForm."""
+"""A slice of a sequence by the Triton kernels: a kernels.mlstm.slice_cell.SliceForm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kernels.mlstm.border import SliceEnd
 from kernels.mlstm.chunkwise.cell import readable_inputs
 from kernels.mlstm.chunkwise.launch import Ends
 from kernels.mlstm.chunkwise.op import Kept, cell_gradients, mlstm_chunkwise, readable, without_gaps
-from kernels.mlstm.inputs import CellInputs, CellSettings
-from kernels.mlstm.sliced import SliceGradients
+from kernels.mlstm.inputs import CellGradients, CellInputs, CellSettings
+from kernels.mlstm.slice_cell import ComputedSlice, StateGradient
 from kernels.mlstm.state import MLSTMState
 
 
@@ -30,29 +30,13 @@ class TritonSlice:
         return results.h, MLSTMState(results.C, results.n, results.m), kept
 
     def gradients(
-        self,
-        grad_h: Tensor | None,
-        grad_end: tuple[Tensor | None, Tensor | None],
-        q: Tensor,
-        inputs: CellInputs,
-        h: Tensor,
-        kept: tuple[Tensor | None, ...],
-        end: SliceEnd,
-    ) -> SliceGradients:
-        packed, chunk_decay, query_normaliser, matrices, vectors = kept
+        self, computed: ComputedSlice, grad_h: Tensor | None, grad_end: StateGradient, end: SliceEnd
+    ) -> CellGradients:
+        q, inputs, h, (packed, chunk_decay, query_normaliser, matrices, vectors) = computed
         assert packed is not None and chunk_decay is not None and query_normaliser is not None
         grad_h = torch.zeros_like(h) if grad_h is None else readable(grad_h.to(h.dtype))
         own_end = Ends(*grad_end)
         if any(grad is not None for grad in own_end):
             own_end = without_gaps(own_end, inputs)
-        found = cell_gradients(
-            grad_h,
-            own_end,
-            readable(q),
-            readable_inputs(inputs),
-            h,
-            Kept(packed, chunk_decay, query_normaliser, matrices, vectors),
-            self.settings,
-            end,
-        )
-        return SliceGradients(*found)
+        kept = Kept(packed, chunk_decay, query_normaliser, matrices, vectors)
+        return cell_gradients(grad_h, own_end, readable(q), readable_inputs(inputs), h, kept, self.settings, end)
