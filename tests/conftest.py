@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ LONGEST = (
     "tests/train/checkpoints/test_resume.py",
 )
 
+OUR_PACKAGES = ("conf", "data_pipeline", "kernels", "launch", "model", "slurm", "tests", "train")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The others stay in their order, be it that of the files or pytest-randomly's."""
@@ -35,6 +39,30 @@ def _seeded_generators() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def _logging_as_it_is() -> dict[str, tuple]:
+    """What decides whether a warning of ours arrives: of the whole process, of the root, of each of our loggers."""
+    root = logging.getLogger()
+    state: dict[str, tuple] = {"process": (root.manager.disable,), "root": (root.level, root.disabled)}
+    for name, logger in list(root.manager.loggerDict.items()):
+        if name.partition(".")[0] in OUR_PACKAGES and isinstance(logger, logging.Logger):
+            state[name] = logger.level, logger.disabled, logger.propagate, logger.isEnabledFor(logging.WARNING)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def _logging_left_as_found() -> Iterator[None]:
+    """A test that silences a logger for the tests after it fails itself: they would fail in its place, by their order.
+
+    A logger that the test itself is the first to ask for has to be as new ones are.
+    """
+    before = _logging_as_it_is()
+    yield
+    after = _logging_as_it_is()
+    new = logging.NOTSET, False, True, True
+    changed = {name: (before.get(name, new), state) for name, state in after.items() if state != before.get(name, new)}
+    assert not changed, f"logging is left changed, from and to (level, disabled, propagate, warns): {changed}"
 
 
 @pytest.fixture(scope="session")
