@@ -142,7 +142,7 @@ def environment(device: torch.device, commit: str | None) -> dict[str, str]:
         "triton": triton_version,
         "ptxas": os.environ.get("TRITON_PTXAS_PATH", "Triton's own"),
         "commit": commit or _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

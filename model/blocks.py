@@ -5,12 +5,13 @@ Axes: B batch, S sequence, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model import statistics
+from model import compilation, statistics
 from model.config import ModelConfig
 from model.layers import layer_kind
 from model.layers.feed_forward import GatedGELU, SwiGLU, feed_forward
@@ -48,26 +49,38 @@ class Block(nn.Module):
         return_state: bool = False,
         activation_checkpointing: str = "none",
         sequence: SequenceContext = LOCAL,
+        is_compiled: bool = False,
     ) -> tuple[Tensor, BlockState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for.
 
-        `activation_checkpointing`: one of model.recomputation.ACTIVATION_CHECKPOINTING.
+        `activation_checkpointing`: one of model.recomputation.ACTIVATION_CHECKPOINTING. `is_compiled`: by
+        model/compilation.py, in passes for which it is meant.
         """
+        # Chosen before anything is recomputed: its second run has to be like the first.
+        run = compilation.compiled if is_compiled and compilation.is_for_this_pass() else _as_written
+        both, mixer, ffn = run(Block._both_branches), run(Block._mixer_branch), run(Block._ffn_branch)
         if activation_checkpointing == "block" and torch.is_grad_enabled():
-            y: tuple[Tensor, BlockState | None]
-            y = recomputed(sequence, self.forward, x, document_start, state, return_state, "none", sequence)
-            return y
-        if activation_checkpointing == "unit" and torch.is_grad_enabled():
-            branch = self._mixer_branch
-            x, new_state = recomputed(sequence, branch, x, document_start, state, return_state, sequence)
+            x, new_state = recomputed(sequence, both, self, x, document_start, state, return_state, sequence)
+        elif activation_checkpointing == "unit" and torch.is_grad_enabled():
+            x, new_state = recomputed(sequence, mixer, self, x, document_start, state, return_state, sequence)
             if self.ffn is not None:
-                x = recomputed(sequence, self._ffn_branch, x)
+                x = recomputed(sequence, ffn, self, x)
         else:
-            x, new_state = self._mixer_branch(x, document_start, state, return_state, sequence)
-            if self.ffn is not None:
-                x = self._ffn_branch(x)
-        statistics.record_rms(f"{self.statistics_name}.output_rms", x)
+            x, new_state = both(self, x, document_start, state, return_state, sequence)
+        if statistics.is_recording():
+            statistics.record_rms(f"{self.statistics_name}.output_rms", x)
         return x, new_state
+
+    def _both_branches(
+        self,
+        x: Tensor,
+        document_start: Tensor | None,
+        state: BlockState | None,
+        return_state: bool,
+        sequence: SequenceContext,
+    ) -> tuple[Tensor, BlockState | None]:
+        x, new_state = self._mixer_branch(x, document_start, state, return_state, sequence)
+        return (x if self.ffn is None else self._ffn_branch(x)), new_state
 
     def _mixer_branch(
         self,
@@ -104,3 +117,7 @@ class Blocks(nn.Module):
 
     def __iter__(self) -> Iterator[Block]:
         return (self[number] for number in self.numbers)
+
+
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function

@@ -6,10 +6,10 @@ Axes: B batch, S sequence, G diagonal blocks, C channels, K kernel size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
+from kernels.gate_projection import gate_projection, on_tensor_cores
 from kernels.precision import autocast_disabled, compute_dtype
 from model.sequence import LOCAL, SequenceContext
 
@@ -25,10 +25,7 @@ class Linear(nn.Linear):
 
 
 class GateLinear(nn.Linear):
-    """Pre-activations of one gate for every head, [B, S, in] -> [B, S, NH], always in float32 at least.
-
-    In bfloat16 a forget gate near 1 would lose its distance from 1, which sums up over thousands of steps.
-    """
+    """Pre-activations of one gate for every head, [B, S, in] -> [B, S, NH], always in float32 at least."""
 
     def __init__(self, in_features: int, n_heads: int):
         super().__init__(in_features, n_heads, bias=True)
@@ -37,9 +34,19 @@ class GateLinear(nn.Linear):
         """Leave the memory as it is, as in Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x, self.weight)
-        with autocast_disabled(x):
-            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return gate_projection(x, self.weight, self.bias)
+
+
+def gate_preactivations(x: Tensor, *gates: GateLinear) -> tuple[Tensor, ...]:
+    """What each of the gates gives for the same x [B, S, in]: [B, S, NH], in float32 at least.
+
+    One product for all of them where that reads x once instead of once a gate.
+    """
+    if on_tensor_cores(x, gates[0].weight):
+        weight, bias = torch.cat([gate.weight for gate in gates]), torch.cat([gate.bias for gate in gates])
+        return gate_projection(x, weight, bias).chunk(len(gates), dim=-1)
+    x = x.to(compute_dtype(x, gates[0].weight))
+    return tuple(gate(x) for gate in gates)
 
 
 class BlockDiagonalLinear(nn.Module):

@@ -122,6 +122,8 @@ class Stage(nn.Module):
         self.activation_checkpointing = "none"
         # This rank among those that share a sequence.
         self.sequence: SequenceContext = LOCAL
+        # Whether training passes run blocks that torch.compile made (model/compilation.py).
+        self.is_compiled = False
         if part.embedding or (part.head and config.tie_embeddings):
             self.embedding = Embedding(config.vocab_size, config.d_model)
         self.blocks = Blocks(config, part.blocks)
@@ -201,7 +203,13 @@ class Stage(nn.Module):
         for index, block in enumerate(self.blocks):
             block_state = None if state is None else state.blocks[index]
             x, new_state = block(
-                x, document_start, block_state, return_state, self.activation_checkpointing, self.sequence
+                x,
+                document_start,
+                block_state,
+                return_state,
+                self.activation_checkpointing,
+                self.sequence,
+                self.is_compiled,
             )
             block_states.append(new_state)
         return x, ModelState(block_states) if return_state else None

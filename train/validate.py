@@ -35,6 +35,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_parallel(config),
         *_validate_pipeline(config, world_size),
         *_validate_sequence_ranks(config, world_size),
+        *_validate_compile(config),
         *_validate_time_chunk(config),
         *_validate_carry_state(config),
         *_validate_intervals(config),
@@ -144,6 +145,16 @@ def _validate_sequence_ranks(config: RunConfig, world_size: int) -> list[str]:
     if not validate_model(config.model):
         problems += [f"parallel.sequence: {problem}" for problem in sequence_problems(config.model, ranks, length)]
     return problems
+
+
+def _validate_compile(config: RunConfig) -> list[str]:
+    ranks = config.parallel.sequence
+    if not config.training.compile or ranks == 1:
+        return []
+    return [
+        f"training.compile: parallel.sequence={ranks} ranks exchange states in the middle of a block, which is not "
+        "compiled; set training.compile=null or parallel.sequence=1"
+    ]
 
 
 def _validate_time_chunk(config: RunConfig) -> list[str]:

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from kernels.mlstm.gates import GATES
-from kernels.precision import compute_dtype
 from kernels.soft_cap import soft_cap
 from model import statistics
-from model.hardware import Hardware
+from model.hardware import CPU, Hardware
 from model.initial_values import constant, reads_stream, spread, writes_stream
 from model.layers import base, mlstm_cell
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm_cell import Cell, CellInputs, CellState
 from model.norms import GatedHeadNorm
 from model.problems import Problem, check_choice, check_heads, check_soft_cap
-from model.projections import GateLinear, Linear
+from model.projections import GateLinear, Linear, gate_preactivations
 from model.sequence import LOCAL, SequenceContext
 
 if TYPE_CHECKING:
@@ -112,8 +111,7 @@ class MLSTM(nn.Module):
         cap = self.settings.gate_soft_cap
         by_head = (self.cell.heads, -1)
         q, k, v = (project(x).unflatten(-1, by_head) for project in (self.q_proj, self.k_proj, self.v_proj))
-        gate_input = x.to(compute_dtype(x, self.igate.weight))
-        igate, fgate = self.igate(gate_input), self.fgate(gate_input)
+        igate, fgate = gate_preactivations(x, self.igate, self.fgate)
         inputs = CellInputs(q, k, v, soft_cap(igate, cap), soft_cap(fgate, cap), document_start)
         entering = mlstm_cell.entering_state(self.cell, inputs, state, sequence)
         # Computed while the state is on its way.
@@ -196,7 +194,8 @@ class MLSTMKind(LayerKind):
         self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
     ) -> float:
         cell, c = self._cell(config), hardware.compute_bytes
-        gate_input = 4 * config.d_model if c < 4 else 0
+        # The gates take bfloat16 as it is on a GPU, and a copy of it elsewhere.
+        gate_input = 4 * config.d_model if c < 4 and hardware.device_name == CPU else 0
         around = c * (2 * config.d_model + 3 * cell.v_width) + gate_input
         return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware, recomputed)
 

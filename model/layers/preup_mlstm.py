@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.precision import compute_dtype
 from model import statistics
 from model.hardware import Hardware
 from model.initial_values import constant, normal, reads_stream, spread, uniform, writes_stream
@@ -22,7 +21,7 @@ from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm_cell import Cell, CellInputs
 from model.norms import HeadNorm
 from model.problems import Problem, check_convolution, check_heads
-from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear
+from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear, gate_preactivations
 from model.sequence import LOCAL, SequenceContext
 from model.state import ConvCellState
 
@@ -110,9 +109,7 @@ class PreUpMLSTM(nn.Module):
         convolved, new_tail = self.conv(u, document_start, tail)
         a = F.silu(convolved)
         q, k, v = self.q_proj(a), self.k_proj(a), self.v_proj(u)
-        gate_input = torch.cat([q, k, v], dim=-1)
-        gate_input = gate_input.to(compute_dtype(gate_input, self.igate.weight))
-        igate_preact, fgate_preact = self.igate(gate_input), self.fgate(gate_input)
+        igate_preact, fgate_preact = gate_preactivations(torch.cat([q, k, v], dim=-1), self.igate, self.fgate)
         q, k, v = (projected.unflatten(-1, (self.cell.heads, -1)) for projected in (q, k, v))
         inputs = CellInputs(q, k, v, igate_preact, fgate_preact, document_start)
         before = None if state is None else state.cell

@@ -22,6 +22,7 @@ from deepspeed.runtime import compiler
 from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
+from model.blocks import Block
 from model.language_model import LanguageModel
 from model.stages import Stage
 from model.state import ModelState
@@ -98,10 +99,14 @@ class ZeroEngine:
         with self._construction_context():
             self.model: Stage = self._make_model(config)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
+        self.model.is_compiled = config.compiles_on(mesh.device.type)
         if mesh.shape.sequence > 1:
             self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange)
         with _prints_logged():
             module = self._make_module(config)
+            if self._zero_stage == 3:
+                # The weights of a block are gathered at once: in every layer by itself, the host waits for each.
+                deepspeed.utils.set_z3_leaf_modules(module, [Block])
         named = self._trained_parameters(module)
         self._optimizer = build_optimizer(named, config.optimizer)
         with _prints_logged():
