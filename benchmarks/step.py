@@ -201,7 +201,7 @@ def report(rows: list[dict[str, Any]], around: dict[str, str], ceiling: dict[str
         f"- ceilings: bf16 products {ceiling['flops_per_second'] / 1e12:.0f} TFLOP/s, "
         f"copy {ceiling['bytes_per_second'] / 1e12:.2f} TB/s",
         "",
-        "| size | batch | contender | ms | tokens/s | 6N share | exact share | GiB | first step, s | `compiled` takes |",
+        "| size | batch | contender | ms | tokens/s | 6N share | exact share | GiB | first step | `compiled` takes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     best = {row["size"]: row["milliseconds"] for row in rows if row["contender"] == "compiled" and "problem" not in row}
