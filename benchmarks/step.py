@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.timing import ceilings, environment  # noqa: E402
 from model.accounting import six_n_flops_per_token, training_flops_per_token  # noqa: E402
+from model.compilation import CAPTURED, COMPILED, WRITTEN  # noqa: E402
 from model.initialisation import initialise  # noqa: E402
 from model.language_model import LanguageModel  # noqa: E402
 from model.presets import preset  # noqa: E402
@@ -62,13 +63,13 @@ SIZES = {
 }
 
 
-def ours(size: Size, name: str, compiles: bool) -> Step:
+def ours(size: Size, name: str, execution: str) -> Step:
     """Our model `name`."""
     with torch.device("cuda"):
         model = LanguageModel(preset(name, vocab_size=VOCABULARY))
     initialise(model, seed=0)
     model.to(torch.bfloat16)
-    model.is_compiled = compiles
+    model.execution = execution
     tokens = _tokens(size)
     starts = torch.rand(tokens.shape, device="cuda") < 1 / DOCUMENT_TOKENS
     starts[:, 0] = True
@@ -153,9 +154,10 @@ def _backward(model: torch.nn.Module, loss: Tensor) -> Tensor:
 
 
 CONTENDERS: dict[str, Callable[[Size], Step]] = {
-    "written": lambda size: ours(size, size.preset, compiles=False),
-    "compiled": lambda size: ours(size, size.preset, compiles=True),
-    "our llama": lambda size: ours(size, size.llama, compiles=True),
+    WRITTEN: lambda size: ours(size, size.preset, WRITTEN),
+    COMPILED: lambda size: ours(size, size.preset, COMPILED),
+    CAPTURED: lambda size: ours(size, size.preset, CAPTURED),
+    "our llama": lambda size: ours(size, size.llama, COMPILED),
     "llama": llama,
     "official": official,
 }

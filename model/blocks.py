@@ -5,8 +5,7 @@ Axes: B batch, S sequence, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +48,18 @@ class Block(nn.Module):
         return_state: bool = False,
         activation_checkpointing: str = "none",
         sequence: SequenceContext = LOCAL,
-        is_compiled: bool = False,
+        execution: str = compilation.WRITTEN,
     ) -> tuple[Tensor, BlockState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for.
 
-        `activation_checkpointing`: one of model.recomputation.ACTIVATION_CHECKPOINTING. `is_compiled`: by
-        model/compilation.py, in passes for which it is meant.
+        `activation_checkpointing`: one of model.recomputation.ACTIVATION_CHECKPOINTING. `execution`: how it runs in
+        passes that train, of model.compilation.
         """
         # Chosen before anything is recomputed: its second run has to be like the first.
-        run = compilation.compiled if is_compiled and compilation.is_for_this_pass() else _as_written
-        both, mixer, ffn = run(Block._both_branches), run(Block._mixer_branch), run(Block._ffn_branch)
+        both, mixer, ffn = (
+            compilation.runnable(function, execution)
+            for function in (Block._both_branches, Block._mixer_branch, Block._ffn_branch)
+        )
         if activation_checkpointing == "block" and torch.is_grad_enabled():
             x, new_state = recomputed(sequence, both, self, x, document_start, state, return_state, sequence)
         elif activation_checkpointing == "unit" and torch.is_grad_enabled():
@@ -117,7 +118,3 @@ class Blocks(nn.Module):
 
     def __iter__(self) -> Iterator[Block]:
         return (self[number] for number in self.numbers)
-
-
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function

@@ -4,6 +4,10 @@ What is compiled is one block, as a function of its weights, so that all blocks 
 of this project are operators, which torch.compile takes as they are. Passes that train are compiled. Those without
 gradients, whose shapes vary, run as they are written, and so do passes that record statistics, for which intermediate
 results would have to be kept; rounding differs between the two, no more than between two orders of the same sum.
+
+A GPU that is done with each kernel before the host has launched the next one gains by captured blocks: their launches
+are recorded once, as a CUDA graph, and played. Results then lie where they lay in the pass before, so that between two
+passes no activation and no gradient may be in use.
 """
 
 from __future__ import annotations
@@ -16,19 +20,32 @@ import torch
 
 from model import statistics
 
+# How blocks run in passes that train.
+WRITTEN, COMPILED, CAPTURED = "written", "compiled", "captured"
 # Kinds of layers, with a state and without, inside recomputation and outside, of two shapes.
 _VARIANTS = 64
 
 
-def is_for_this_pass() -> bool:
-    """Whether passes of the kind that runs now are compiled."""
+def begin_pass(execution: str) -> None:
+    """Before the first block of a pass: what the last one left may be overwritten."""
+    if execution == CAPTURED and _is_for_this_pass():
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def runnable(function: Callable[..., Any], execution: str) -> Callable[..., Any]:
+    """What to call in place of a block's `function` in the pass that runs now."""
+    if execution == WRITTEN or not _is_for_this_pass():
+        return function
+    return _compiled(function, execution)
+
+
+def _is_for_this_pass() -> bool:
     return torch.is_grad_enabled() and not statistics.is_recording()
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for each new shape and setting that it is called with."""
+def _compiled(function: Callable[..., Any], execution: str) -> Callable[..., Any]:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode="reduce-overhead" if execution == CAPTURED else None)

@@ -5,9 +5,9 @@ layer's kind says how many (model/layers). c is the bytes of the compute dtype (
 each half of a block, with D model width, F feed-forward width, K convolution kernel, L chunk, NH heads, QK and V the
 total query and value widths, DK and DV those of a head, E the inner width of the NeurIPS mLSTM:
 
-    mLSTM (7B)      c (2D + 3V) + u D + cell(QK, V)                          u = 4 for bf16, else 0: fp32 gate inputs
+    mLSTM (7B)      c (2D + 3V) + u D + cell(QK, V)       u = 4 for bf16 on a CPU, else 0: fp32 gate inputs
     mLSTM (NeurIPS) c (2D + 7E) + (4K + 12) E + cell(E, E)
-    cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L, and what is computed again also NH DK (c DV + 4) / L;
+    cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L + NH DK (c DV + 4) / L;
                     reference: 24 QK + 16 V + 8 NH + 12 NH L + 8 NH DK (DV + 1) / L
     sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;
                     u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop: (4 c + 4K + 48) D
@@ -121,11 +121,10 @@ def activation_bytes(
     in_work = in_work or InWork()
     length = min(sequence_length, in_work.time_chunk or sequence_length)
     tokens = micro_batch_size * length // in_work.sequence_ranks
-    recomputed = activation_checkpointing != "none"
     kinds = layer_kinds(config)
     blocks = [
         (
-            kinds[index].activation_bytes(config, sequence_length, hardware, recomputed),
+            kinds[index].activation_bytes(config, sequence_length, hardware),
             feed_forward.activation_bytes(config, hardware) if kinds[index].has_feed_forward else 0.0,
         )
         for index in part.blocks

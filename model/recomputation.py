@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from kernels.mlstm import keeping_chunk_states
 from model import statistics
 from model.sequence import SequenceContext
 
@@ -30,17 +29,11 @@ def recomputed(sequence: SequenceContext, function: Callable[..., Any], *argumen
         *arguments,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (_first_run(first), _second_run(second)),
+        context_fn=lambda: (first, _second_run(second)),
     )
 
 
 @contextlib.contextmanager
-def _first_run(exchange: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    with keeping_chunk_states(), exchange:
-        yield
-
-
-@contextlib.contextmanager
 def _second_run(exchange: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    with keeping_chunk_states(), statistics.paused(), exchange:
+    with statistics.paused(), exchange:
         yield

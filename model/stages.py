@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
 from kernels.precision import compute_dtype, has_autocast
 from kernels.soft_cap import soft_cap
-from model import statistics
+from model import compilation, statistics
 from model.blocks import Blocks
 from model.config import ModelConfig
 from model.norms import norm_class
@@ -122,8 +122,8 @@ class Stage(nn.Module):
         self.activation_checkpointing = "none"
         # This rank among those that share a sequence.
         self.sequence: SequenceContext = LOCAL
-        # Whether training passes run blocks that torch.compile made (model/compilation.py).
-        self.is_compiled = False
+        # How blocks run in passes that train (model/compilation.py).
+        self.execution = compilation.WRITTEN
         if part.embedding or (part.head and config.tie_embeddings):
             self.embedding = Embedding(config.vocab_size, config.d_model)
         self.blocks = Blocks(config, part.blocks)
@@ -198,6 +198,7 @@ class Stage(nn.Module):
         self, inputs: Tensor, document_start: Tensor | None, state: ModelState | None, return_state: bool
     ) -> tuple[Tensor, ModelState | None]:
         """The residual stream behind the last block [B, S, D], and the new state if it is asked for."""
+        compilation.begin_pass(self.execution)
         x = self.embedding(inputs) if self.part.embedding else inputs
         block_states = []
         for index, block in enumerate(self.blocks):
@@ -209,7 +210,7 @@ class Stage(nn.Module):
                 return_state,
                 self.activation_checkpointing,
                 self.sequence,
-                self.is_compiled,
+                self.execution,
             )
             block_states.append(new_state)
         return x, ModelState(block_states) if return_state else None

@@ -1,7 +1,7 @@
 """What an earlier release wrote, this version reads: its corpus opens, its runs go on and compute what they would have.
 
-Bit for bit where this machine computes the same bits as the one that made the fixture, else to rounding. Whether it does
-the steps before the fixture's checkpoint tell: they are trained anew, and compared in every weight and moment.
+Bit for bit where this machine computes the same bits as the one that made the fixture, else to rounding. Whether it
+does, the steps before the fixture's checkpoint tell: trained anew, they are compared in every weight and moment.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import torch
 from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
+from model.accounting import count_parameters
+from model.compilation import CAPTURED, COMPILED, WRITTEN
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
@@ -41,6 +43,9 @@ class TrainingConfig:
     # Train through blocks that torch.compile has made: faster, the same to rounding, minutes at the first start on a
     # machine. null: on GPUs, except with parallel.sequence above 1, which it does not go with.
     compile: bool | None = None
+    # Also record the launches of compiled blocks as CUDA graphs and play them, for models so small that the GPU would
+    # wait for the host. null: below 1e9 parameters where it can be, with ZeRO-1 in bf16 and nothing recomputed.
+    cuda_graphs: bool | None = None
     # On GPUs: compare the kernels with their references before the first step, and refuse to train where they disagree.
     kernel_preflight: bool = True
     # Non-finite steps that a run may skip before it stops.
@@ -48,6 +53,9 @@ class TrainingConfig:
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
     cpu_threads: int | None = None
 
+
+# A model with fewer waits for the host on a GPU of 2024: its blocks are computed faster than they are launched.
+HOST_BOUND_PARAMETERS = 1_000_000_000
 
 # What matrix products are computed in, by the name that a configuration gives it.
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -253,11 +261,42 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
-    def compiles_on(self, device_type: str) -> bool:
-        """Whether blocks are compiled on such devices."""
-        if self.training.compile is not None:
-            return self.training.compile
-        return device_type == "cuda" and self.parallel.sequence == 1
+    def execution(self, device_type: str) -> str:
+        """How blocks run in passes that train on such devices, of model.compilation."""
+        compiles = self.training.compile
+        if compiles is None:
+            compiles = device_type == "cuda" and self.parallel.sequence == 1
+        if not compiles:
+            return WRITTEN
+        captures = self.training.cuda_graphs
+        if captures is None:
+            is_small = count_parameters(self.model).total < HOST_BOUND_PARAMETERS
+            captures = device_type == "cuda" and is_small and not self.reasons_not_to_capture()
+        return CAPTURED if captures else COMPILED
+
+    def reasons_not_to_capture(self) -> list[str]:
+        """Settings with which blocks cannot be played from CUDA graphs, each with its reason."""
+        training, parallel = self.training, self.parallel
+        in_use = "keeps what blocks put out for later passes"
+        return [
+            f"{key}={value} {reason}"
+            for key, value, reason, is_so in (
+                ("training.compile", "false", "compiles no blocks", training.compile is False),
+                ("training.time_chunk", training.time_chunk, in_use, training.time_chunk is not None),
+                ("training.carry_state", "true", in_use, training.carry_state),
+                ("parallel.pipeline", parallel.pipeline, in_use, parallel.pipeline > 1),
+                ("parallel.sequence", parallel.sequence, "compiles no blocks", parallel.sequence > 1),
+                ("parallel.zero_stage", parallel.zero_stage, "reads gradients late", parallel.zero_stage != 1),
+                ("precision.compute", self.precision.compute, "reads gradients late", not self.precision.is_bf16),
+                (
+                    "parallel.activation_checkpointing",
+                    parallel.activation_checkpointing,
+                    "runs blocks a second time",
+                    parallel.activation_checkpointing != "none",
+                ),
+            )
+            if is_so
+        ]
 
     @property
     def tokens_per_step(self) -> int:

@@ -3,9 +3,6 @@
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -31,16 +28,12 @@ __all__ = [
     "SliceSummary",
     "cell_inputs",
     "combine",
-    "keeping_chunk_states",
     "merge_weights",
     "mlstm",
     "mlstm_slice",
     "mlstm_state",
     "mlstm_statistics",
 ]
-
-
-_keeping_chunk_states = False
 
 
 def mlstm(
@@ -57,7 +50,7 @@ def mlstm(
     normaliser: bool = True,
     eps: float = 1e-6,
     reference_chunk_size: int = REFERENCE_CHUNK_SIZE,
-    keep_chunk_states: bool | None = None,
+    keep_chunk_states: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, MLSTMState | None]:
     """The mLSTM cell over a sequence.
@@ -88,8 +81,7 @@ def mlstm(
         reference_chunk_size: tokens per chunk of the reference; changes the speed, not the result. The Triton kernels
             choose their own (kernels.mlstm.chunkwise.tiles.chunk_tokens).
         keep_chunk_states: of the Triton kernels: keep the memory that enters each chunk for the backward pass (DK * DV
-            numbers a chunk and head) rather than compute it again there. None: inside `keeping_chunk_states()` only.
-            The reference keeps everything.
+            numbers a chunk and head) rather than compute it again there. The reference keeps everything.
         backend: one of kernels.backend_choice.BACKENDS; "auto" is Triton on a CUDA device and the reference elsewhere.
 
     Returns:
@@ -107,8 +99,7 @@ def mlstm(
     if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(q, inputs)) == "triton":
         from kernels.mlstm.chunkwise.cell import mlstm_triton
 
-        keep = _keeping_chunk_states if keep_chunk_states is None else keep_chunk_states
-        return mlstm_triton(q, inputs, settings, return_state=return_state, keep_chunk_states=keep)
+        return mlstm_triton(q, inputs, settings, return_state=return_state, keep_chunk_states=keep_chunk_states)
     if q.shape[1] == 1:
         return mlstm_recurrent(q, inputs, settings, return_state=return_state)
     return mlstm_chunkwise(q, inputs, settings, return_state=return_state, chunk_size=reference_chunk_size)
@@ -150,24 +141,8 @@ def mlstm_slice(
     if backend_choice.choose("mLSTM", backend, q, lambda: _unsupported(q, inputs)) == "triton":
         from kernels.mlstm.chunkwise.slice_cell import TritonSlice
 
-        form = TritonSlice(settings, _keeping_chunk_states)
+        form = TritonSlice(settings)
     return run_slice(form, q, inputs, border, before)
-
-
-@contextlib.contextmanager
-def keeping_chunk_states() -> Iterator[None]:
-    """Inside, `mlstm` keeps chunk states unless told otherwise.
-
-    For activation checkpointing: what its second run keeps lives for the backward pass of one block, which would
-    otherwise compute it a third time, and what its first run keeps is dropped at once.
-    """
-    global _keeping_chunk_states
-    before = _keeping_chunk_states
-    _keeping_chunk_states = True
-    try:
-        yield
-    finally:
-        _keeping_chunk_states = before
 
 
 def mlstm_state(

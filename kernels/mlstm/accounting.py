@@ -51,7 +51,7 @@ def triton_kept_bytes(
         dtype: of q, k and v.
         gate_dtype: of the gates' pre-activations.
         chunk_tokens: L, of kernels.mlstm.chunkwise.tiles.chunk_tokens.
-        keep_chunk_states: as for kernels.mlstm.mlstm; True also inside of keeping_chunk_states().
+        keep_chunk_states: as for kernels.mlstm.mlstm.
     """
     batch, length, heads, key_dim, value_dim = shape
     chunks = ceil_div(length, chunk_tokens)

@@ -188,9 +188,7 @@ class AttentionKind(LayerKind):
     def decoding_flops(self, config: ModelConfig, context: int) -> float:
         return (context + 1) * (4.0 * config.d_model + 5.0 * self.settings(config).n_heads)
 
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         c, heads = hardware.compute_bytes, self.settings(config).n_heads
         mask = c * sequence_length
         return c * (4 * config.d_model + 2 * self._kv_width(config)) + 8 * config.d_model / heads + mask

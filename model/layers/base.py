@@ -159,13 +159,8 @@ class LayerKind(ABC):
         """FLOPs of one token after `context` others, beside the products with parameters."""
 
     @abstractmethod
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
-        """Bytes per token that the layer and the norm before it keep for the backward pass.
-
-        `recomputed`: in the second run of a function whose activations are recomputed.
-        """
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
+        """Bytes per token that the layer and the norm before it keep for the backward pass."""
 
     @abstractmethod
     def state_elements(self, config: ModelConfig) -> StateElements:

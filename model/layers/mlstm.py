@@ -190,14 +190,12 @@ class MLSTMKind(LayerKind):
         cell = self._cell(config)
         return cell.v_width + mlstm_cell.cell_step_flops(cell)
 
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         cell, c = self._cell(config), hardware.compute_bytes
         # The gates take bfloat16 as it is on a GPU, and a copy of it elsewhere.
         gate_input = 4 * config.d_model if c < 4 and hardware.device_name == CPU else 0
         around = c * (2 * config.d_model + 3 * cell.v_width) + gate_input
-        return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware, recomputed)
+        return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware)
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         return mlstm_cell.cell_state_elements(self._cell(config))

@@ -251,7 +251,7 @@ def cell_step_flops(cell: Cell) -> float:
     return cell.heads * (9 + 4 * dk * dv + 6 * dk + dv + 3 + 2 * dk * dv + dk)
 
 
-def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, recomputed: bool) -> float:
+def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware) -> float:
     """Bytes per token that the cell keeps, its output excepted (model/memory.py has the formulas)."""
     heads, dk, dv = cell.heads, cell.key_dim, cell.value_dim
     chunk = cell.chunk_tokens(hardware)
@@ -261,8 +261,7 @@ def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware, 
         tokens_part = 24 * heads * dk + 8 * heads * (dv + 1) + 12 * heads * chunk
         return fp32_values + tokens_part + 8 * heads * dk * (dv + 1) / chunk
     shape, dtype = accounting.CellShape(1, sequence_length, heads, dk, dv), hardware.compute_dtype
-    # Only what is computed again keeps the memory that enters each chunk (kernels.mlstm.keeping_chunk_states).
-    kept = accounting.triton_kept_bytes(shape, dtype, torch.float32, chunk, keep_chunk_states=recomputed)
+    kept = accounting.triton_kept_bytes(shape, dtype, torch.float32, chunk, keep_chunk_states=True)
     return sum(kept) / sequence_length - hardware.compute_bytes * cell.v_width
 
 

@@ -194,15 +194,13 @@ class PreUpMLSTMKind(LayerKind):
         cell = self._cell(config)
         return 5.0 * cell.v_width + mlstm_cell.cell_step_flops(cell)
 
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         settings: PreUpMLSTMConfig = self.settings(config)
         cell, width = self._cell(config), settings.width(config.d_model)
         # The convolution's taps and the concatenated input of the gates.
         in_fp32 = (4 * settings.conv_kernel_size + 12) * width
         around = hardware.compute_bytes * (2 * config.d_model + 7 * width) + in_fp32
-        return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware, recomputed)
+        return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware)
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: PreUpMLSTMConfig = self.settings(config)

@@ -224,9 +224,7 @@ class SLSTMKind(LayerKind):
         head_dim = config.d_model // self.settings(config).n_heads
         return config.d_model * (8.0 * head_dim + 25.0)
 
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         settings: SLSTMConfig = self.settings(config)
         c, taps = hardware.compute_bytes, 4 * settings.conv_kernel_size
         if not hardware.runs_kernels(settings.backend):

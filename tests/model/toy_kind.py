@@ -92,9 +92,7 @@ class ToyKind(LayerKind):
     def decoding_flops(self, config: ModelConfig, context: int) -> float:
         return 4.0 * self.settings(config).width
 
-    def activation_bytes(
-        self, config: ModelConfig, sequence_length: int, hardware: Hardware, recomputed: bool
-    ) -> float:
+    def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         return hardware.compute_bytes * (2 * config.d_model + 4 * self.settings(config).width)
 
     def state_elements(self, config: ModelConfig) -> StateElements:

@@ -99,7 +99,7 @@ class ZeroEngine:
         with self._construction_context():
             self.model: Stage = self._make_model(config)
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
-        self.model.is_compiled = config.compiles_on(mesh.device.type)
+        self.model.execution = config.execution(mesh.device.type)
         if mesh.shape.sequence > 1:
             self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange)
         with _prints_logged():

@@ -18,15 +18,12 @@ from kernels.mlstm.state import MLSTMState
 
 @dataclass(frozen=True)
 class TritonSlice:
-    """`keep_chunk_states`: as for kernels.mlstm.mlstm."""
-
     settings: CellSettings
-    keep_chunk_states: bool
 
     def run(self, q: Tensor, inputs: CellInputs) -> tuple[Tensor, MLSTMState, tuple[Tensor | None, ...]]:
-        results = mlstm_chunkwise(readable(q), readable_inputs(inputs), self.settings, True, self.keep_chunk_states)
-        states = (results.matrices, results.vectors) if self.keep_chunk_states else (None, None)
-        kept = (results.packed, results.chunk_decay, results.query_normaliser, *states)
+        results = mlstm_chunkwise(readable(q), readable_inputs(inputs), self.settings, True, True)
+        matrices, vectors = results.matrices, results.vectors
+        kept = (results.packed, results.chunk_decay, results.query_normaliser, matrices, vectors)
         return results.h, MLSTMState(results.C, results.n, results.m), kept
 
     def gradients(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.mlstm import keeping_chunk_states, mlstm
+from kernels.mlstm import mlstm
 from kernels.mlstm.accounting import CellShape, triton_kept_bytes
 from kernels.mlstm.chunkwise import problem
 from kernels.slstm import accounting, slstm
@@ -31,9 +31,6 @@ def test_mlstm(length, keep, gate_dtype, dtype, device):
     chunk = problem.choose_tiles(dtype, 16, 32, 2, device).chunk
     expected = triton_kept_bytes(shape, dtype, gate_dtype, chunk, keep)
     assert saved(lambda: mlstm(*leaves, backend="triton", keep_chunk_states=keep))[0] == sum(expected)
-    if keep:
-        with keeping_chunk_states():
-            assert saved(lambda: mlstm(*leaves, backend="triton"))[0] == sum(expected)
 
 
 @pytest.mark.parametrize("cap", [None, 15.0])

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
-from kernels.mlstm import CellSettings, MLSTMState, keeping_chunk_states, mlstm, mlstm_state
+from kernels.mlstm import CellSettings, MLSTMState, mlstm, mlstm_state
 from kernels.mlstm.chunkwise import launch, op, tiles
 from tests.kernels.cases import assert_close, relative_error
 from tests.kernels.mlstm_cases import GATE_KINDS, INPUT_NAMES, REGIMES, gates, mlstm_chunkwise
@@ -403,16 +403,18 @@ def test_activation_checkpointing_keeps_chunk_states_and_changes_no_bit(device, 
     monkeypatch.setattr(launch, "states", counted)
 
     def checkpointed(*inputs, **settings):
-        context = lambda: (keeping_chunk_states(), keeping_chunk_states())  # noqa: E731
-        return checkpoint(triton_cell, *inputs, use_reentrant=False, context_fn=context, **settings)
+        return checkpoint(triton_cell, *inputs, use_reentrant=False, **settings)
 
     plain = run(triton_cell, inputs, None, dtype)
+    assert recurrences == ["forwards", "backwards"]
+    recurrences.clear()
+    leaner = run(triton_cell, inputs, None, dtype, keep_chunk_states=False)
     assert recurrences == ["forwards", "forwards", "backwards"]
     recurrences.clear()
     again = run(checkpointed, inputs, None, dtype)
     assert recurrences == ["forwards", "forwards", "backwards"], "the second run's states serve the backward pass"
     for name, expected in plain.items():
-        assert torch.equal(again[name], expected), name
+        assert torch.equal(again[name], expected) and torch.equal(leaner[name], expected), name
 
 
 @compiled_only

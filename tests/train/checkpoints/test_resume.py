@@ -67,11 +67,14 @@ def start_and_kill_at(overrides, run_directory, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sigkill_at_a_random_step_leaves_no_trace(stage, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "compiles"), [(1, "null"), (2, "null"), (3, "null"), pytest.param(1, "true", marks=pytest.mark.layouts)]
+)
+def test_sigkill_at_a_random_step_leaves_no_trace(stage, compiles, tiny_run, tmp_path):
     overrides = [
         *tiny_run[1:],
         f"parallel=zero{stage}",
+        f"training.compile={compiles}",
         f"training.total_steps={STEPS}",
         "checkpoint.interval=3",
         "evaluation.interval=6",
