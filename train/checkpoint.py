@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from model.locate import COMPLETE, step_folders, step_of
+    from model.locate import step_folders, step_of
+    from model.marker import COMPLETE
     from train.checkpoints.layout import is_kept
     from train.run_directory import RunDirectory
 
@@ -143,7 +144,7 @@ def _find(references: Sequence[str]) -> list[Path]:
 
 def _change(folder: Path, change: Callable[[Path], None]) -> None:
     from conf import ConfigError
-    from model.locate import COMPLETE
+    from model.marker import COMPLETE
     from train.checkpoints.layout import deciding_what_stays
 
     with deciding_what_stays(folder.parent):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf.problems import is_later_format, other_format
-from model.locate import COMPLETE, complete_checkpoints
+from model.locate import complete_checkpoints
+from model.marker import COMPLETE
 from train.callbacks.metrics_file import FORMAT_VERSION as METRICS_FORMAT
 from train.callbacks.samples import FORMAT_VERSION as SAMPLES_FORMAT
 from train.checkpoints.layout import FORMAT_VERSION as CHECKPOINT_FORMAT

@@ -24,8 +24,9 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.loading import StoredModel, open_stored
 from model.locate import complete_checkpoints, step_folder
+from model.marker import read_marker
 from model.stored import differences
-from train.checkpoints.layout import MARKER, STATE_JSON, CheckpointError, describe_file
+from train.checkpoints.layout import FORMAT_VERSION, MARKER, STATE_JSON, CheckpointError, describe_file
 from train.checkpoints.reader import check
 from train.checkpoints.state import TrainState, read_state, write_state
 from train.config import RunConfig
@@ -216,18 +217,18 @@ def _adopt(checkpoint: Path, state: TrainState, root: Path) -> None:
     Its files are never written to, so the two share them where the file system can. Only its state is written anew:
     one of version 0.2.0 leaves out what is found beside it in the parent's folder.
     """
-    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    files = read_marker(checkpoint).files
     folder = step_folder(root, state.step)
     shutil.rmtree(folder, ignore_errors=True)
-    for name in marker["files"]:
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name != STATE_JSON:
             _link_or_copy(checkpoint / name, folder / name)
-    marker["files"][STATE_JSON] = describe_file(write_state(folder, state))
+    files = {**files, STATE_JSON: describe_file(write_state(folder, state))}
     for path in {folder, folder / STATE_JSON, *(path.parent for path in folder.rglob("*"))}:
         sync(path)
     # Last: without it the folder is no checkpoint.
-    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
+    write_atomically(folder / MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
     sync(root)
 
 

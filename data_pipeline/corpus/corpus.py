@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from data_pipeline.corpus.blocks import RESTORE
@@ -10,7 +11,7 @@ from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.shard_table import ShardEntry, shard_path
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ class Corpus:
             for entry in manifest.shards:
                 problem = check_shard_file(directory, entry, with_hash=True)
                 if problem:
-                    raise CorpusError(f"{path_in(directory, entry.file)}: {problem}; {RESTORE}")
+                    raise CorpusError(f"{shard_path(directory, entry.file)}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
         corpus.tokenizer()
         return corpus
@@ -120,7 +121,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = path_in(self.folder, entry.file)
+            path = path_in(self.folder, entry.file, MANIFEST_FILE, "tokenizer.file")
             if not path.is_file():
                 raise CorpusError(
                     f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again elsewhere"
@@ -180,16 +181,23 @@ class Corpus:
         return self._sequences[split, source]
 
     def _shard_path(self, row: int) -> Path:
-        return path_in(self.folder, self.manifest.shards.file(row))
+        return shard_path(self.folder, self.manifest.shards.file(row))
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
     """Raises CorpusError for the first shard whose file is missing or has another size."""
     folder = str(directory)
+    # Folders of shards that were found to be the corpus' own.
+    own: set[str] = set()
     for row, expected in enumerate(manifest.shards.bytes.tolist()):
-        path = os.path.join(folder, manifest.shards.file(row))
+        name = manifest.shards.file(row)
+        path = os.path.join(folder, name)
         try:
-            size = os.stat(path).st_size
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode) or os.path.dirname(path) not in own:
+                found = os.stat(shard_path(directory, name))
+                own.add(os.path.dirname(path))
+            size = found.st_size
         except OSError:
             raise CorpusError(f"{path}: the shard is missing; {RESTORE}") from None
         if size != expected:
@@ -199,7 +207,7 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:
     """How the file of a shard differs from its manifest entry; None when it does not."""
-    path = path_in(directory, entry.file)
+    path = shard_path(directory, entry.file)
     if not path.is_file():
         return "the shard is missing"
     size = path.stat().st_size

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import xxhash
 
+from conf.named_files import unsafe_file
+from data_pipeline.errors import CorpusError
+
 # A damaged byte is found to within one block, and a reader of a range can check what it fetched.
 BLOCK_BYTES = 4 * 1024 * 1024
 # Hashed at once by all hashes, and read again and again into the same memory: stays in the processor's cache.
@@ -125,8 +128,13 @@ def write_whole(path: Path, data: bytes | memoryview) -> FileHashes:
     return write_atomically(path, write)
 
 
-def path_in(folder: Path, name: str) -> Path:
-    """Where a file lies that a manifest, table or plan in `folder` names: the one place where such names are joined."""
+def path_in(folder: Path, name: str, document: str, key: str, may_link_to: Callable[[str], bool] | None = None) -> Path:
+    """Where a file lies that `document` in `folder` names by `key`: the one place where such names are joined.
+
+    Raises CorpusError for a name that leads elsewhere, or to no regular file (conf.named_files.unsafe_file).
+    """
+    if problem := unsafe_file(folder / document, key, name, folder, may_link_to):
+        raise CorpusError(problem)
     return folder / name
 
 

@@ -28,6 +28,7 @@ from typing import TypeVar
 import fsspec
 import xxhash
 
+from conf.named_files import unsafe_file
 from data_pipeline.corpus.blocks import RESTORE, altered_block
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
@@ -87,7 +88,10 @@ class RemoteCorpus:
                 self._copy(SHARD_TABLE_FILE)
                 (self.folder / "tokenizer").mkdir(exist_ok=True)
                 for path in self._retry("tokenizer", lambda: self._system.ls(f"{self._root}/tokenizer", detail=False)):
-                    self._copy(f"tokenizer/{path.rstrip('/').rsplit('/', 1)[-1]}")
+                    name = f"tokenizer/{path.rstrip('/').rsplit('/', 1)[-1]}"
+                    if problem := unsafe_file(self.url, "its list of tokenizer/", name):
+                        raise CorpusError(problem)
+                    self._copy(name)
 
     def _copy(self, name: str) -> None:
         data = self._retry(name, lambda: self._system.cat_file(f"{self._root}/{name}"))

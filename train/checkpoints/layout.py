@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import hash_file
-from model.locate import COMPLETE as MARKER
-from model.locate import FORMAT_VERSION as FORMAT_VERSION
 from model.locate import step_folders, step_of
+from model.marker import COMPLETE as MARKER
+from model.marker import FORMAT_VERSION as FORMAT_VERSION
 
 STATE_JSON = "state.json"
 KEPT = "kept.json"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conf.problems import other_format
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
 from model.locate import complete_checkpoints, step_of
+from model.marker import MarkerError, read_marker
 from model.weights import WeightsReader
 from train.checkpoints.generators import restore_generators
 from train.checkpoints.layout import (
-    FORMAT_VERSION,
     MARKER,
     CheckpointError,
     describe_file,
@@ -70,13 +68,9 @@ def check(folder: Path, share: int = 0, shares: int = 1, part: str = "") -> list
     `part`: look only at files whose paths begin with it, such as "weights/".
     """
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        files = marker["files"]
-        version = marker["format_version"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / MARKER} cannot be read: {error}"]
-    if problem := other_format(folder / MARKER, version, FORMAT_VERSION):
-        return [problem]
+        files = read_marker(folder).files
+    except MarkerError as error:
+        return [str(error)]
     problems = []
     for name in sorted(name for name in files if name.startswith(part))[share::shares]:
         path, expected = folder / name, files[name]
