@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -57,8 +58,11 @@ def remove(folder: Path) -> None:
 
 
 def remove_torn(root: Path) -> list[str]:
-    """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in step_folders(root) if not (path / MARKER).exists()]
+    """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save.
+
+    A link is not the run's to delete, whatever it leads to.
+    """
+    torn = [path for path in step_folders(root) if not (path / MARKER).exists() and not path.is_symlink()]
     for path in torn:
         shutil.rmtree(path)
     return [path.name for path in torn]
@@ -66,11 +70,11 @@ def remove_torn(root: Path) -> list[str]:
 
 def remove_after(root: Path, step: int) -> list[str]:
     """Take checkpoints of later steps than `step` out of the run; returns their names. Rank 0 only, while nothing is
-    written. One that is kept for good is called set-aside-step-XXXXXXXX from then on."""
+    written. One that stays for good is called set-aside-step-XXXXXXXX from then on."""
     later = [path for path in step_folders(root) if step_of(path) > step]
     with deciding_what_stays(root):
         for path in reversed(later):
-            if is_kept(path):
+            if stays(path):
                 _set_aside(path)
             else:
                 remove(path)
@@ -79,7 +83,7 @@ def remove_after(root: Path, step: int) -> list[str]:
 
 def _set_aside(folder: Path) -> None:
     name, number = f"set-aside-{folder.name}", 1
-    while folder.with_name(name).exists():
+    while os.path.lexists(folder.with_name(name)):
         number += 1
         name = f"set-aside-{number}-{folder.name}"
     folder.rename(folder.with_name(name))
@@ -87,8 +91,10 @@ def _set_aside(folder: Path) -> None:
 
 def begin_folder(folder: Path, parts: tuple[str, ...]) -> None:
     """Make the empty folder of a checkpoint, with its folders `parts`; what an earlier try left there goes, but for its
-    being kept."""
+    being kept. A link there is set aside."""
     with deciding_what_stays(folder.parent):
+        if folder.is_symlink():
+            _set_aside(folder)
         kept = is_kept(folder)
         shutil.rmtree(folder, ignore_errors=True)
         for name in parts:
@@ -103,6 +109,15 @@ def deciding_what_stays(root: Path) -> Iterator[None]:
     with (root.parent / "checkpoints.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def stays(folder: Path) -> bool:
+    """Whether nothing deletes the checkpoint: a user keeps it for good, or has moved it elsewhere and left a link.
+
+    Neither the link goes nor what it leads to: that is the user's, may be shared by several runs, and takes no room on
+    this disk, which is all that pruning is for.
+    """
+    return folder.is_symlink() or is_kept(folder)
 
 
 def is_kept(folder: Path) -> bool:

@@ -29,9 +29,9 @@ from train.checkpoints.layout import (
     deciding_what_stays,
     describe_file,
     generators_file,
-    is_kept,
     remove,
     remove_after,
+    stays,
 )
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
@@ -140,7 +140,7 @@ class CheckpointWriter:
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
         with deciding_what_stays(self.root):
             for folder in complete[: -self.keep_last]:
-                if not is_kept(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
+                if not stays(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
                     remove(folder)
 
 
