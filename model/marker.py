@@ -1,6 +1,6 @@
 """`complete.json`, the marker of a checkpoint: written last, it lists every other file with its size and checksum.
 
-    {"format_version": 1, "files": {"state.json": {"bytes": 1913, "xxh3_128": "..."}, ...}}
+    {"format_version": 1, "attempt": "...", "files": {"state.json": {"bytes": 1913, "xxh3_128": "..."}, ...}}
 
 A folder without it is no checkpoint, and a file that it does not list is none of the checkpoint's.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from conf.named_files import unsafe_file
@@ -32,6 +33,10 @@ class Marker:
 
     # Path in the checkpoint's folder -> {"bytes": size, "xxh3_128": checksum, hex}.
     files: dict[str, dict[str, int | str]]
+
+    def weights_in(self, part: str) -> list[str]:
+        """Paths of the weights files in the folder `part` of the checkpoint, sorted."""
+        return sorted(name for name in self.files if fnmatch(name, f"{part}/weights-*.safetensors"))
 
 
 def read_marker(folder: Path) -> Marker:

@@ -25,6 +25,7 @@ from torch import nn
 
 from conf.problems import other_format
 from model.config import ModelConfig
+from model.marker import COMPLETE, MarkerError, read_marker
 from model.stored import with_current_keys
 
 FORMAT_VERSION = 1
@@ -148,7 +149,8 @@ class _Piece:
 class WeightsReader:
     """Random access to a weights directory; `shapes` maps every parameter to its shape.
 
-    Raises WeightsError, naming the file, when one cannot be read.
+    Of a checkpoint's it takes the files that the marker lists, and no others. Raises WeightsError, naming the file,
+    when one cannot be read.
     """
 
     def __init__(self, directory: Path):
@@ -156,7 +158,7 @@ class WeightsReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, list[_Piece]] = {}
         self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
-        paths = sorted(directory.glob("weights-*.safetensors"))
+        paths = _weights_files(directory)
         if not paths:
             raise WeightsError(f"{directory} holds no weights-*.safetensors file")
         for path in paths:
@@ -219,6 +221,19 @@ class WeightsReader:
             f"{self.directory}: {name} elements {start} to {end - 1} are missing: a weights-*.safetensors file was "
             "lost or never written"
         )
+
+
+def _weights_files(directory: Path) -> list[Path]:
+    """Of a checkpoint's, those that its marker lists: any other is a stray. Else what is there."""
+    checkpoint = directory.absolute().parent
+    if (checkpoint / COMPLETE).exists():
+        try:
+            listed = read_marker(checkpoint).weights_in(directory.absolute().name)
+        except MarkerError as error:
+            raise WeightsError(str(error)) from None
+        if listed:
+            return [directory / Path(name).name for name in listed]
+    return sorted(directory.glob("weights-*.safetensors"))
 
 
 def _open(path: Path) -> Any:

@@ -41,6 +41,7 @@ from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib, make_plan
 from train.requirements import Requirements, open_requirements
 from train.run_directory import (
+    Attempt,
     EventLog,
     RunDirectory,
     RunLock,
@@ -69,6 +70,8 @@ class RunContext:
     origin: Origin | None = None
     # What this process says.
     output: LastingOutput = field(default_factory=LastingOutput)
+    # This start of the run; not known until the run's lock is held.
+    attempt: Attempt = field(init=False)
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -169,13 +172,17 @@ def _enter(context: RunContext, found: Requirements) -> None:
     if mesh.is_main:
         directory.create()
     _check_same_on_all_ranks(context)
+    attempt = ""
     if mesh.is_main:
-        closing.callback(RunLock(directory.lock).release)
+        lock = RunLock(directory.lock)
+        closing.callback(lock.release)
+        attempt = lock.attempt.identity
         # Another command may have begun and ended the run since its folder was looked at without the lock.
         if problems := changes_of_run(config, directory):
             raise ConfigError(problems)
         remove_torn(directory.checkpoints)
-    mesh.barrier(group="world")
+    # No rank goes on before rank 0 holds the lock.
+    context.attempt = Attempt(mesh.broadcast_object(attempt, group="world"), directory.lock)
     log = directory.log(mesh.rank)
     closing.enter_context(_log_to_file(log))
     closing.enter_context(context.output.spilling_to(log, context.report_lost_output))
@@ -194,7 +201,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
 
 def _begin_from(context: RunContext, origin: Origin) -> None:
     """Take up what the run begins with: a branch then has its parent's checkpoint as its own. Collective."""
-    if problems := take_up(origin, context.mesh, context.directory):
+    if problems := take_up(origin, context.mesh, context.directory, context.attempt):
         raise ConfigError(problems)
     ancestry = origin.ancestry()
     if origin.stored.located.tokenizer is None:

@@ -14,7 +14,9 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +25,7 @@ import torch
 
 from conf.problems import other_format
 from data_pipeline.corpus import files
+from train.errors import RunError
 
 EVENTS_FORMAT_VERSION = 1
 
@@ -72,6 +75,27 @@ class RunDirectory:
         return str(file.relative_to(self.path))
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. Of two that believe to work on it, the run's lock file names the later.
+
+    A rank may outlive its job: stopped, waiting for a disk, cut off from the others. It must not write where the next
+    start does.
+    """
+
+    identity: str
+    lock: Path
+
+    def check(self) -> None:
+        """Raises RunError where another start has taken the run over, OSError where the lock file cannot be read."""
+        found = self.lock.read_text(encoding="utf-8") if self.lock.exists() else ""
+        if not found.endswith(f"attempt {self.identity}"):
+            raise RunError(
+                f"{self.lock.parent}: another start has taken over this run ({found or 'its lock file is empty'}); "
+                f"this process of attempt {self.identity} ends and writes nothing more there"
+            )
+
+
 class RunLock:
     """Held by rank 0 while it trains: two sets of processes in one folder would overwrite each other's files.
 
@@ -89,8 +113,9 @@ class RunLock:
             raise BlockingIOError(
                 f"{path.parent} is in use by {holder or 'another process'}; end it first, or give this run another name"
             ) from None
+        self.attempt = Attempt(uuid.uuid4().hex[:12], path)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.write(f"process {os.getpid()} on {platform.node()}, attempt {self.attempt.identity}")
         self._file.flush()
 
     def release(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.problems import other_format
+from model.marker import MarkerError, read_marker
 from train.checkpoints.layout import CheckpointError
 
 FOLDER = "carried"
@@ -31,13 +32,21 @@ def save_lanes(folder: Path, rank: int, first_lane: int, tensors: Mapping[str, T
 
 
 class LanesReader:
-    """Reads the lanes of any rank from a checkpoint. Raises CheckpointError for a file that cannot be read."""
+    """Reads the lanes of any rank from the files that a checkpoint's marker lists.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder / FOLDER
         # (first lane, file) of each.
         self._files: list[tuple[int, Path]] = []
-        for path in sorted(self.folder.glob("lanes-*.safetensors")):
+        try:
+            listed = read_marker(folder).files
+        except MarkerError as error:
+            raise CheckpointError(str(error)) from None
+        for name in sorted(name for name in listed if name.startswith(f"{FOLDER}/")):
+            path = folder / name
             try:
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata() or {}
