@@ -9,6 +9,7 @@ exported                                 a Hugging Face directory
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from model.marker import COMPLETE, LaterMarkerError, MarkerError, read_marker
+from model.marker import COMPLETE, LaterMarkerError, MarkerError, is_marked, read_marker
 from model.weights import MODEL_JSON, WeightsError
 
 HUGGINGFACE_CONFIG = "config.json"
@@ -143,7 +144,7 @@ def step_folders(root: Path) -> list[Path]:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints under `root` that carry the marker, oldest first."""
-    return [path for path in step_folders(root) if (path / COMPLETE).exists()]
+    return [path for path in step_folders(root) if is_marked(path)]
 
 
 def _tokenizer(directory: Path) -> Path | None:
@@ -151,7 +152,9 @@ def _tokenizer(directory: Path) -> Path | None:
 
 
 def _sequence_length(run: Path) -> int | None:
-    path = run / "config.yaml"
-    configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    path, configuration = run / "config.yaml", None
+    # Nothing else is taken from it: weights are read without.
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     training = configuration.get("training") if isinstance(configuration, dict) else None
     return training.get("sequence_length") if isinstance(training, dict) else None

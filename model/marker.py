@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from conf.named_files import unsafe_file
@@ -34,9 +33,21 @@ class Marker:
     # Path in the checkpoint's folder -> {"bytes": size, "xxh3_128": checksum, hex}.
     files: dict[str, dict[str, int | str]]
 
-    def weights_in(self, part: str) -> list[str]:
-        """Paths of the weights files in the folder `part` of the checkpoint, sorted."""
-        return sorted(name for name in self.files if fnmatch(name, f"{part}/weights-*.safetensors"))
+    def files_in(self, part: str) -> list[str]:
+        """Paths of the files in the folder `part` of the checkpoint, sorted."""
+        return sorted(name for name in self.files if name.startswith(f"{part}/"))
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether a marker is in `folder`, be it readable or not; also where that cannot be seen, as in a folder without
+    permission: reading it then says what is wrong."""
+    try:
+        (folder / COMPLETE).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def read_marker(folder: Path) -> Marker:

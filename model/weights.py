@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from conf.problems import other_format
+from conf.problems import is_later_format, other_format
 from model.config import ModelConfig
 from model.marker import COMPLETE, MarkerError, read_marker
 from model.stored import with_current_keys
@@ -35,6 +35,10 @@ _OPEN_FILES = 64
 
 class WeightsError(ValueError):
     """A weights directory that cannot be read as what it should be; the message names the file or the parameter."""
+
+
+class LaterWeightsError(WeightsError):
+    """Weights that a later version of this program wrote."""
 
 
 def write_model_json(directory: str | Path, config: ModelConfig) -> Path:
@@ -228,11 +232,11 @@ def _weights_files(directory: Path) -> list[Path]:
     checkpoint = directory.absolute().parent
     if (checkpoint / COMPLETE).exists():
         try:
-            listed = read_marker(checkpoint).weights_in(directory.absolute().name)
+            listed = read_marker(checkpoint).files_in(directory.absolute().name)
         except MarkerError as error:
             raise WeightsError(str(error)) from None
         if listed:
-            return [directory / Path(name).name for name in listed]
+            return [path for name in listed if (path := directory / Path(name).name).match("weights-*.safetensors")]
     return sorted(directory.glob("weights-*.safetensors"))
 
 
@@ -245,7 +249,7 @@ def _open(path: Path) -> Any:
 
 def _check_version(path: Path, version: object) -> None:
     if problem := other_format(path, version, FORMAT_VERSION):
-        raise WeightsError(problem)
+        raise (LaterWeightsError if is_later_format(version, FORMAT_VERSION) else WeightsError)(problem)
 
 
 def _build(schema: type[Any], values: dict[str, Any], path: Path, prefix: str) -> Any:

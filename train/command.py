@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from conf import ConfigError, compose
 from train.config import RunConfig
@@ -72,15 +70,12 @@ def read_run_config(path: Path) -> DictConfig:
     """
     file = path / "config.yaml" if path.is_dir() else path
     try:
-        tree = OmegaConf.load(file)
-    except OSError as error:
-        why = f"{file}: cannot be read ({error.strerror}); name a run's directory or its config.yaml"
-        raise ConfigError([why]) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file}: is no YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError([f"{file}: holds no keys and values; name the config.yaml of a run"])
-    return OmegaConf.create(in_current_form(read_configuration(file)))
+        stored = read_configuration(file)
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{problem}; name a run's directory or its config.yaml" for problem in error.problems]
+        ) from None
+    return OmegaConf.create(in_current_form(stored))
 
 
 def show_plan(config: RunConfig, processes: int) -> None:

@@ -50,6 +50,9 @@ from train.run_directory import (
     write_atomically,
 )
 from train.stop_requests import OUTSIDE_TRAINING
+from train.stored_configuration import configuration_before
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,8 +94,24 @@ class RunContext:
             print(text, file=sys.stderr, flush=True)
 
     def report_rejected(self, folder: Path, problem: str) -> None:
-        """Make an event of a checkpoint that is passed over."""
+        """Tell of a checkpoint that is passed over, and make an event of it."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
+        self._warn(f"{folder.name} is passed over: {problem}")
+
+    def report_damaged_configuration(self, problem: str) -> None:
+        """Tell of a file of an earlier start's configuration that is done without, and make an event of it."""
+        self.events.append("unreadable", problem=problem)
+        self._warn(f"{problem}; the run goes on without it")
+
+    def _warn(self, text: str) -> None:
+        self.say(f"WARNING    {text}")
+        if self.mesh.is_main:
+            log.warning(text)
+
+    def newest_usable(self, last_step: int | None = None) -> Path | None:
+        """The checkpoint that the run goes on from, of `last_step` or before. Collective; as `reader.newest_usable`."""
+        is_strict = self.config.checkpoint.on_corrupt == "fail"
+        return newest_usable(self.directory.checkpoints, self.mesh, self.report_rejected, last_step, is_strict)
 
     def report_lost_output(self, stream: str, reason: str) -> None:
         """Make an event of an output that nobody reads any more."""
@@ -172,7 +191,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
     if mesh.is_main:
         directory.create()
     _check_same_on_all_ranks(context)
-    attempt = ""
+    attempt, damaged = "", list[str]()
     if mesh.is_main:
         lock = RunLock(directory.lock)
         closing.callback(lock.release)
@@ -180,6 +199,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
         # Another command may have begun and ended the run since its folder was looked at without the lock.
         if problems := changes_of_run(config, directory):
             raise ConfigError(problems)
+        _, damaged = configuration_before(directory)
         remove_torn(directory.checkpoints)
     # No rank goes on before rank 0 holds the lock.
     context.attempt = Attempt(mesh.broadcast_object(attempt, group="world"), directory.lock)
@@ -189,7 +209,9 @@ def _enter(context: RunContext, found: Requirements) -> None:
     if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
-    context.checkpoint = newest_usable(directory.checkpoints, mesh, context.report_rejected)
+    for problem in damaged:
+        context.report_damaged_configuration(problem)
+    context.checkpoint = context.newest_usable()
     if context.checkpoint is None and context.origin is not None:
         _begin_from(context, context.origin)
     if context.checkpoint is not None:
@@ -212,7 +234,7 @@ def _begin_from(context: RunContext, origin: Origin) -> None:
         return
     context.events.append("branch", **ancestry)
     context.say(f"Branch of {ancestry['source']}.")
-    context.checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected)
+    context.checkpoint = context.newest_usable()
 
 
 def _go_on_from(context: RunContext, checkpoint: Path) -> None:

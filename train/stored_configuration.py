@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from conf.problems import ConfigError
 from model.stored import with_current_keys
 from train.config import RunConfig
+from train.run_directory import RunDirectory
 
 # Texts that name a place, not what is there.
 _PLACES = ("directory", "path", "run_root")
@@ -26,9 +30,39 @@ def as_json(config: RunConfig) -> dict[str, Any]:
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
-    """A config.yaml of any version, as it stands there."""
-    stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    """A config.yaml of any version, as it stands there. Raises ConfigError where it cannot be read as one."""
+    try:
+        if not path.is_file():
+            raise ConfigError([f"{path}: cannot be read, it is {'no regular file' if path.exists() else 'missing'}"])
+        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is no YAML ({' '.join(str(error).split())})"]) from None
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{path}: holds no keys and values"])
     return typing.cast(dict[str, Any], stored)
+
+
+def configuration_before(directory: RunDirectory) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration of a run's last start, in the form of this version, and what is wrong with files of it.
+
+    A crash of the machine may leave config.yaml full of zeros; each attempt's is kept once more. None where no file
+    that can be read says what it was.
+    """
+    problems = []
+    kept = (file for file in directory.configurations.glob("*.yaml") if file.stem.isdecimal())
+    files = sorted(kept, key=lambda file: int(file.stem), reverse=True)
+    for file in ([directory.config] if os.path.lexists(directory.config) else []) + files:
+        try:
+            stored = read_configuration(file)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if isinstance(stored.get("name"), str) and isinstance(stored.get("model"), dict):
+            return in_current_form(stored), problems
+        problems.append(f"{file}: is no configuration of a run, it lacks 'name' or 'model'")
+    return None, problems
 
 
 def in_current_form(stored: Mapping[str, Any]) -> dict[str, Any]:

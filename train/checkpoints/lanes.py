@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.problems import other_format
 from model.marker import MarkerError, read_marker
-from train.checkpoints.layout import CheckpointError
+from train.checkpoints.layout import CheckpointError, refuse_other_format
 
 FOLDER = "carried"
 _FORMAT_VERSION = 1
@@ -42,18 +41,17 @@ class LanesReader:
         # (first lane, file) of each.
         self._files: list[tuple[int, Path]] = []
         try:
-            listed = read_marker(folder).files
+            listed = read_marker(folder).files_in(FOLDER)
         except MarkerError as error:
             raise CheckpointError(str(error)) from None
-        for name in sorted(name for name in listed if name.startswith(f"{FOLDER}/")):
+        for name in listed:
             path = folder / name
             try:
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata() or {}
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            if problem := other_format(path, metadata.get("format_version"), _FORMAT_VERSION):
-                raise CheckpointError(problem)
+            refuse_other_format(path, metadata.get("format_version"), _FORMAT_VERSION)
             self._files.append((int(metadata["first_lane"]), path))
 
     @property

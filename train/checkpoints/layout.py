@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,12 +33,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conf.problems import is_later_format, other_format
 from data_pipeline.corpus.files import hash_file, sync
 from model.locate import step_folders, step_of
 from model.marker import COMPLETE as MARKER
 from model.marker import FORMAT_VERSION as FORMAT_VERSION
+from model.marker import is_marked
 from train.run_directory import write_atomically
 
+log = logging.getLogger(__name__)
 STATE_JSON = "state.json"
 # Names that `staging_folder` gives.
 _STAGED = r"step-\d{8,}\.[0-9a-f]{12}\.partial"
@@ -46,6 +50,16 @@ KEPT = "kept.json"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and what to do."""
+
+
+class LaterCheckpointError(CheckpointError):
+    """A checkpoint that a later version of this program wrote."""
+
+
+def refuse_other_format(file: Path, found: object, known: int = FORMAT_VERSION) -> None:
+    """Raises LaterCheckpointError or CheckpointError where the format that `file` states is not `known`."""
+    if problem := other_format(file, found, known):
+        raise (LaterCheckpointError if is_later_format(found, known) else CheckpointError)(problem)
 
 
 def generators_file(folder: Path, rank: int) -> Path:
@@ -70,7 +84,7 @@ def remove_torn(root: Path) -> list[str]:
 
     Rank 0 only, under the run's lock, before the first save. A link is not the run's to delete, whatever it leads to.
     """
-    torn = [path for path in step_folders(root) if not (path / MARKER).exists() and not path.is_symlink()]
+    torn = [path for path in step_folders(root) if not is_marked(path) and not path.is_symlink()]
     torn += [path for path in sorted(root.glob("step-*.partial")) if re.fullmatch(_STAGED, path.name)]
     for path in torn:
         # A rank of an earlier start may be writing there. What remains is deleted by the next start.
@@ -126,9 +140,13 @@ def put_in_place(staged: Path, folder: Path) -> None:
         if folder.is_symlink() or folder.is_file():
             _set_aside(folder)
         elif folder.exists():
-            if is_kept(folder):
-                shutil.copyfile(folder / KEPT, staged / KEPT)
-            remove(folder)
+            try:
+                if is_kept(folder):
+                    shutil.copyfile(folder / KEPT, staged / KEPT)
+                remove(folder)
+            except OSError as error:
+                _set_aside(folder)
+                log.warning("%s cannot be deleted (%s) and is set aside", folder, error)
         staged.rename(folder)
     sync(folder.parent)
 
@@ -151,8 +169,14 @@ def stays(folder: Path) -> bool:
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether a user keeps the checkpoint for good."""
-    return (folder / KEPT).exists()
+    """Whether a user keeps the checkpoint for good, for all that can be seen."""
+    try:
+        (folder / KEPT).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def keep(folder: Path) -> None:

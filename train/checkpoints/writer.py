@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from train.parallel.mesh import Mesh
 from train.run_directory import Attempt, write_atomically
 
 _COMMIT_TIMEOUT_SECONDS = 3600.0
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -166,7 +168,11 @@ class CheckpointWriter:
         with deciding_what_stays(self.root):
             for folder in complete[: -self.keep_last]:
                 if not stays(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
-                    remove(folder)
+                    try:
+                        remove(folder)
+                    except OSError as error:
+                        # What cannot be deleted is no reason to end a run whose new checkpoint is safe.
+                        log.warning("%s cannot be deleted: %s", folder, error)
 
 
 @dataclass
