@@ -14,7 +14,7 @@ from train.config import RunConfig
 from train.data import describe_data
 from train.memory_check import Room, memory_warnings
 from train.requirements import open_requirements
-from train.stored_configuration import in_current_form, read_configuration
+from train.stored_configuration import as_yaml, in_current_form, read_configuration
 from train.validate import validate
 
 
@@ -84,7 +84,7 @@ def show_plan(config: RunConfig, processes: int) -> None:
     Nothing is left behind. Raises as `open_requirements` does where the run could not start.
     """
     found = open_requirements(config, processes)
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    print(as_yaml(config), end="")
     sys.stdout.flush()
     folder = "goes on in" if found.directory.config.exists() else "would begin in"
     lines = [

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from conf import ConfigError
 from conf.lasting_output import LastingOutput
+from conf.passwords import without_passwords
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
@@ -50,7 +50,7 @@ from train.run_directory import (
     write_atomically,
 )
 from train.stop_requests import OUTSIDE_TRAINING
-from train.stored_configuration import configuration_before
+from train.stored_configuration import as_yaml, configuration_before
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class RunContext:
     def say(self, text: str) -> None:
         """Tell whoever watches the run, once."""
         if self.mesh.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(without_passwords(text), file=sys.stderr, flush=True)
 
     def report_rejected(self, folder: Path, problem: str) -> None:
         """Tell of a checkpoint that is passed over, and make an event of it."""
@@ -201,6 +201,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
             raise ConfigError(problems)
         _, damaged = configuration_before(directory)
         remove_torn(directory.checkpoints)
+        directory.remove_partials()
     # No rank goes on before rank 0 holds the lock.
     context.attempt = Attempt(mesh.broadcast_object(attempt, group="world"), directory.lock)
     log = directory.log(mesh.rank)
@@ -266,10 +267,11 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
     config, plan, directory = context.config, context.plan, context.directory
     _check_room(plan, directory)
-    context.configuration_file = directory.keep_configuration(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    context.configuration_file = directory.keep_configuration(as_yaml(config))
     write_atomically(directory.plan, json.dumps(plan.as_dict(), indent=1))
     repository = Path(__file__).resolve().parents[1]
-    write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
+    # What is not committed may be meant for nobody else.
+    write_atomically(directory.code, json.dumps(code_revision(repository), indent=1), mode=0o600)
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     _keep_tokenizer(found.corpus.tokenizer(), directory.tokenizer)
     lines = [
@@ -299,11 +301,16 @@ def _check_room(plan: Plan, directory: RunDirectory) -> None:
         )
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
 @contextlib.contextmanager
 def _log_to_file(path: Path) -> Iterator[None]:
     """What Python code logs on this rank goes to its file."""
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # The second one passes nothing on to the first.
     loggers = [logging.getLogger(), logging.getLogger("DeepSpeed")]
     for logger in loggers:

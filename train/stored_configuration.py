@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.passwords import without_passwords
 from conf.problems import ConfigError
 from model.stored import with_current_keys
 from train.config import RunConfig
@@ -24,9 +25,14 @@ _PLACES = ("directory", "path", "run_root")
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """`config` as JSON gives it back."""
+    """`config` as JSON gives it back, without the passwords of its URLs."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return values
+    return without_passwords(values)
+
+
+def as_yaml(config: RunConfig) -> str:
+    """`config` as a config.yaml, without the passwords of its URLs."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_json(config)))
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -66,9 +72,12 @@ def configuration_before(directory: RunDirectory) -> tuple[dict[str, Any] | None
 
 
 def in_current_form(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that any version stored, with the keys of this one and the default of what it lacks."""
+    """A configuration that any version stored, with the keys of this one and the default of what it lacks.
+
+    Without the passwords of its URLs, which earlier versions kept.
+    """
     stored = {**stored, "model": with_current_keys(stored.get("model") or {})}
-    return typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored))))
+    return without_passwords(typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored)))))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from conf.passwords import without_passwords
 from data_pipeline.corpus.blocks import RESTORE
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
@@ -43,7 +44,8 @@ def open_corpus(
 class Corpus:
     """A prepared corpus. Use `open_corpus`, or `Corpus.open`.
 
-    `directory`: its folder or URL, as it was given. `folder`: where its files but the shards lie on this machine.
+    `directory`: its folder or URL, as it was given but for a password. `folder`: where its files but the shards lie on
+    this machine.
     """
 
     def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
@@ -89,14 +91,15 @@ class Corpus:
     @staticmethod
     def _open_remote(url: str, cache: CacheSettings | None) -> Corpus:
         if cache is None:
-            raise CorpusError(f"{url}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
+            shown = without_passwords(url)
+            raise CorpusError(f"{shown}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
         remote = RemoteCorpus(url, cache)
         remote.copy_description()
         manifest = Manifest.read(remote.folder)
         if not len(manifest.shards):
-            raise CorpusError(f"{url}: the corpus is empty; prepare another from a source that holds documents")
+            raise CorpusError(f"{remote.url}: the corpus is empty; prepare another from a source that holds documents")
         remote.use(manifest)
-        corpus = Corpus(url, manifest, remote)
+        corpus = Corpus(remote.url, manifest, remote)
         corpus.tokenizer()
         return corpus
 
