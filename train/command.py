@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from conf import ConfigError, compose
+from conf.passwords import without_passwords
 from train.config import RunConfig
 from train.data import describe_data
 from train.memory_check import Room, memory_warnings
@@ -92,4 +93,5 @@ def show_plan(config: RunConfig, processes: int) -> None:
         describe_data(config, found.plan, found.stream),
         *memory_warnings(config, found.plan, Room.here(processes)),
     ]
-    print(*lines, f"the run    {folder} {found.directory.path}; nothing was started", sep="\n", file=sys.stderr)
+    lines.append(f"the run    {folder} {found.directory.path}; nothing was started")
+    print(without_passwords("\n".join(lines)), file=sys.stderr)
