@@ -8,7 +8,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipeline.__main__ import main
 from data_pipeline.corpus.corpus import Corpus
@@ -159,3 +161,26 @@ def test_a_record_of_a_preparation_that_names_a_foreign_shard_is_none(corpus, tm
     for name, is_sound in ((entry.file, True), ("../x.arrow", False)):
         UnitRecord(0, "reference", [replace(entry, file=name)], [], []).write(tmp_path / "000000.json")
         assert (UnitRecord.read(tmp_path / "000000.json") is not None) is is_sound
+
+
+class Listing(MemoryFileSystem):
+    """A store that lists what it likes: object stores take any name of an object."""
+
+    protocol = "listing"
+
+    def ls(self, path, detail=True, **settings):
+        return [f"{path}/.."]
+
+
+def test_names_that_a_store_lists_are_no_way_out_of_the_cache(corpus, tmp_path):
+    fsspec.register_implementation("listing", Listing, clobber=True)
+    # The same objects.
+    system = fsspec.filesystem("memory")
+    _, root = fsspec.url_to_fs("listing://listed")
+    system.put(str(corpus.directory), root, recursive=True)
+    try:
+        with pytest.raises(CorpusError) as error:
+            Corpus.open("listing://listed", cache=CacheSettings(tmp_path / "cache", 64 * 2**20))
+    finally:
+        system.rm(root, recursive=True)
+    assert "listing://listed: its list of tokenizer/ is 'tokenizer/..', a path with '..'; " in str(error.value)
