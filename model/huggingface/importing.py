@@ -111,11 +111,10 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
         reason = f"its weight_map cannot be read ({type(error).__name__}: {error})"
         raise HuggingFaceError(f"{index} is damaged", [reason]) from None
 
-    snapshots = directory.resolve().parent
-
     def is_blob(path: str) -> bool:
-        # The cache of huggingface_hub: snapshots/REVISION/ holds links to the files in blobs/.
-        return snapshots.name == "snapshots" and Path(path).parent == snapshots.with_name("blobs")
+        # huggingface_hub links snapshots, and older versions a local folder, to files in its cache.
+        blobs = Path(path).parent
+        return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
 
     unsafe = [
         unsafe_file(index, f"weight_map.{by_file[file]}", file, directory, is_blob) for file in sorted(by_file, key=str)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -319,7 +320,7 @@ def test_published_config_of_the_7b_fits():
 
 
 def test_an_index_names_files_of_its_own_directory(tmp_path):
-    directory = tmp_path / "models--x" / "snapshots" / "rev"
+    directory = tmp_path / "models--x--y" / "snapshots" / "rev"
     random_transformers_model().save_pretrained(directory, max_shard_size="150KB")
     index = directory / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
@@ -339,12 +340,16 @@ def test_an_index_names_files_of_its_own_directory(tmp_path):
             import_huggingface(directory)
     index.write_text(json.dumps(whole))
     # As the cache of huggingface_hub links, and as nobody else may.
-    (tmp_path / "models--x" / "blobs").mkdir()
-    (directory / file).rename(tmp_path / "models--x" / "blobs" / "0123abc")
+    blob = tmp_path / "models--x--y" / "blobs" / "0123abc"
+    blob.parent.mkdir()
+    (directory / file).rename(blob)
     (directory / file).symlink_to("../../blobs/0123abc")
     import_huggingface(directory)
     (directory / file).unlink()
-    (tmp_path / "models--x" / "blobs" / "0123abc").rename(tmp_path / "elsewhere")
+    (directory / file).symlink_to(blob)
+    import_huggingface(shutil.copytree(directory, tmp_path / "local", symlinks=True))
+    (directory / file).unlink()
+    blob.rename(tmp_path / "elsewhere")
     (directory / file).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(HuggingFaceError, match="a link out of its folder, to "):
         import_huggingface(directory)
