@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from conf.passwords import without_passwords
 from conf.problems import ConfigError, undecodable
 
 
@@ -32,7 +33,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
             takes_settings = hasattr(options, "overrides") or hasattr(options, "settings")
             name = unknown[0].lstrip("-").partition("=")[0]
             hint = f"; settings are typed without dashes: {name}=VALUE" if takes_settings else ""
-            parser.error(f"no such option: {' '.join(unknown)}{hint}")
+            parser.error(without_passwords(f"no such option: {' '.join(unknown)}{hint}"))
         return options
     finally:
         with _quiet_without_reader():
@@ -67,10 +68,10 @@ def exit_code(
             raise
         except failures as error:
             code = 1
-            print(f"error: {error}", file=sys.stderr)
+            print(without_passwords(f"error: {error}"), file=sys.stderr)
         except refusals as error:
             code = 2
-            print(f"error: {error}", file=sys.stderr)
+            print(without_passwords(f"error: {error}"), file=sys.stderr)
         except KeyboardInterrupt:
             code = 1
             print(interrupted, file=sys.stderr)

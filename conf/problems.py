@@ -12,12 +12,14 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from conf.passwords import without_passwords
+
 
 class ConfigError(ValueError):
     """A configuration that the user must change; `problems` holds one line for each, with its key path."""
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.problems = [without_passwords(problem) for problem in problems]
         count = len(self.problems)
         heading = "1 problem" if count == 1 else f"{count} problems"
         super().__init__(f"{heading} in the configuration:\n" + "\n".join(f"  - {line}" for line in self.problems))

@@ -10,6 +10,7 @@ from pathlib import Path
 from conf import ConfigError
 from conf.command_line import parse_arguments
 from conf.lasting_output import lasting_output
+from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, MachineError
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
@@ -52,10 +53,10 @@ def _exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigError as error:
-        print(f"launch: {error}", file=sys.stderr)
+        print(without_passwords(f"launch: {error}"), file=sys.stderr)
         return 2
     except (DataError, OSError) as error:
-        print(f"launch: {error}", file=sys.stderr)
+        print(without_passwords(f"launch: {error}"), file=sys.stderr)
         return 1 if isinstance(error, (MachineError, OSError)) else 2
     except KeyboardInterrupt:
         print("launch: interrupted; the same command goes on", file=sys.stderr)

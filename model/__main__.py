@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conf import ConfigError, suggestion
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
+from conf.passwords import without_passwords
 from conf.problems import local_folder
 from data_pipeline.errors import DataError, TokenizerError
 
@@ -345,7 +346,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     except OtherLogitsError as error:
         # Nothing that was named is at fault.
-        print(f"error: {error}", file=sys.stderr)
+        print(without_passwords(f"error: {error}"), file=sys.stderr)
         return 1
     if tokenizer is None:
         notes.append("no tokenizer was found and none was given: config.json names no bos and eos ids")

@@ -10,7 +10,6 @@ exported                                 a Hugging Face directory
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from conf.problems import is_later_format, other_format
+from model.marker import COMPLETE, LaterMarkerError, MarkerError, is_marked, read_marker
 from model.weights import MODEL_JSON, WeightsError
 
-# Written last into a checkpoint: a folder without it is none.
-COMPLETE = "complete.json"
-FORMAT_VERSION = 1
 HUGGINGFACE_CONFIG = "config.json"
 # For help texts and messages.
 GRAMMAR = (
@@ -101,7 +97,7 @@ def _at_step(run: Path, step: str) -> Located:
 
 def _of_checkpoint(folder: Path) -> Located:
     if (folder / COMPLETE).is_file():
-        _refuse_later_format(folder / COMPLETE)
+        _refuse_later_format(folder)
         run = folder.parent.parent
         return Located(folder / "weights", _tokenizer(run), folder, _sequence_length(run))
     if folder.exists():
@@ -111,13 +107,14 @@ def _of_checkpoint(folder: Path) -> Located:
     raise WeightsError(f"{folder} does not exist; {has}")
 
 
-def _refuse_later_format(marker: Path) -> None:
-    version = None
-    # What else may be wrong with it is no concern of who reads the weights alone.
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        version = json.loads(marker.read_bytes())["format_version"]
-    if is_later_format(version, FORMAT_VERSION):
-        raise WeightsError(other_format(marker, version, FORMAT_VERSION))
+def _refuse_later_format(folder: Path) -> None:
+    try:
+        read_marker(folder)
+    except LaterMarkerError as error:
+        raise WeightsError(str(error)) from None
+    except MarkerError:
+        # What else may be wrong with it is no concern of who reads the weights alone.
+        return
 
 
 def is_huggingface(path: Path) -> bool:
@@ -147,7 +144,7 @@ def step_folders(root: Path) -> list[Path]:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints under `root` that carry the marker, oldest first."""
-    return [path for path in step_folders(root) if (path / COMPLETE).exists()]
+    return [path for path in step_folders(root) if is_marked(path)]
 
 
 def _tokenizer(directory: Path) -> Path | None:
@@ -155,7 +152,9 @@ def _tokenizer(directory: Path) -> Path | None:
 
 
 def _sequence_length(run: Path) -> int | None:
-    path = run / "config.yaml"
-    configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    path, configuration = run / "config.yaml", None
+    # Nothing else is taken from it: weights are read without.
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     training = configuration.get("training") if isinstance(configuration, dict) else None
     return training.get("sequence_length") if isinstance(training, dict) else None

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from conf.problems import other_format
+from conf.problems import is_later_format, other_format
 from model.config import ModelConfig
+from model.marker import COMPLETE, MarkerError, read_marker
 from model.stored import with_current_keys
 
 FORMAT_VERSION = 1
@@ -34,6 +35,10 @@ _OPEN_FILES = 64
 
 class WeightsError(ValueError):
     """A weights directory that cannot be read as what it should be; the message names the file or the parameter."""
+
+
+class LaterWeightsError(WeightsError):
+    """Weights that a later version of this program wrote."""
 
 
 def write_model_json(directory: str | Path, config: ModelConfig) -> Path:
@@ -148,7 +153,8 @@ class _Piece:
 class WeightsReader:
     """Random access to a weights directory; `shapes` maps every parameter to its shape.
 
-    Raises WeightsError, naming the file, when one cannot be read.
+    Of a checkpoint's it takes the files that the marker lists, and no others. Raises WeightsError, naming the file,
+    when one cannot be read.
     """
 
     def __init__(self, directory: Path):
@@ -156,7 +162,7 @@ class WeightsReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, list[_Piece]] = {}
         self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
-        paths = sorted(directory.glob("weights-*.safetensors"))
+        paths = _weights_files(directory)
         if not paths:
             raise WeightsError(f"{directory} holds no weights-*.safetensors file")
         for path in paths:
@@ -221,6 +227,19 @@ class WeightsReader:
         )
 
 
+def _weights_files(directory: Path) -> list[Path]:
+    """Of a checkpoint's, those that its marker lists: any other is a stray. Else what is there."""
+    checkpoint = directory.absolute().parent
+    if (checkpoint / COMPLETE).exists():
+        try:
+            listed = read_marker(checkpoint).files_in(directory.absolute().name)
+        except MarkerError as error:
+            raise WeightsError(str(error)) from None
+        if listed:
+            return [path for name in listed if (path := directory / Path(name).name).match("weights-*.safetensors")]
+    return sorted(directory.glob("weights-*.safetensors"))
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -230,7 +249,7 @@ def _open(path: Path) -> Any:
 
 def _check_version(path: Path, version: object) -> None:
     if problem := other_format(path, version, FORMAT_VERSION):
-        raise WeightsError(problem)
+        raise (LaterWeightsError if is_later_format(version, FORMAT_VERSION) else WeightsError)(problem)
 
 
 def _build(schema: type[Any], values: dict[str, Any], path: Path, prefix: str) -> Any:

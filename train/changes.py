@@ -15,7 +15,7 @@ from train.optimizer import OptimizerConfig
 from train.origin import KEYS, changes_of_origin
 from train.run_directory import RunDirectory
 from train.schedule import ScheduleConfig
-from train.stored_configuration import as_json, differences, in_current_form, read_configuration, written
+from train.stored_configuration import as_json, configuration_before, differences, in_current_form, written
 
 # A run resumed with another value of one of these would not be the same run.
 _FIXED = ("seed", "model")
@@ -38,9 +38,12 @@ _ROUNDING = 1e-9
 
 def changes_of_run(config: RunConfig, directory: RunDirectory) -> list[str]:
     """Where the folder holds a run that differs in what must not change, one line each."""
-    if not directory.config.exists():
+    before, damage = configuration_before(directory)
+    if damage and config.checkpoint.on_corrupt == "fail":
+        return [f"checkpoint.on_corrupt: {problem}; restore it, or set skip to do without (fail)" for problem in damage]
+    if before is None:
         return []
-    before, now = in_current_form(read_configuration(directory.config)), as_json(config)
+    now = as_json(config)
     before["model"], now["model"] = what_is_computed(before["model"]), what_is_computed(now["model"])
     problems = changes_of_origin(config, before, directory)
     if before["name"] != config.name:

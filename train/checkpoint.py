@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -13,7 +14,8 @@ from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from train.interpreter import python_name
 
 LIST_HELP = """\
-The checkpoints of a run, oldest first: completed steps, when they were saved (UTC), size, and which are kept for good.
+The checkpoints of a run, oldest first: completed steps, when they were saved (UTC), size, and which are kept for good,
+or are links to another place.
 
 example:
   python -m train.checkpoint list runs/first
@@ -73,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> int:
     from conf import ConfigError
-    from model.locate import COMPLETE, step_folders, step_of
+    from model.locate import step_folders, step_of
+    from model.marker import COMPLETE
     from train.checkpoints.layout import is_kept
     from train.run_directory import RunDirectory
 
@@ -88,7 +91,7 @@ def _list(options: argparse.Namespace) -> int:
     for folder in folders:
         marker, size = folder / COMPLETE, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         saved = _time(marker) if marker.is_file() else "incomplete"
-        note = "  kept" if is_kept(folder) else ""
+        note = f"  link to {os.path.realpath(folder)}" if folder.is_symlink() else "  kept" if is_kept(folder) else ""
         print(f"{step_of(folder):>10}  {saved:<19}  {size / 2**20:>6,.1f} MiB{note}")
     return 0
 
@@ -143,7 +146,7 @@ def _find(references: Sequence[str]) -> list[Path]:
 
 def _change(folder: Path, change: Callable[[Path], None]) -> None:
     from conf import ConfigError
-    from model.locate import COMPLETE
+    from model.marker import COMPLETE
     from train.checkpoints.layout import deciding_what_stays
 
     with deciding_what_stays(folder.parent):

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from conf import ConfigError, compose
+from conf.passwords import without_passwords
 from train.config import RunConfig
 from train.data import describe_data
 from train.memory_check import Room, memory_warnings
 from train.requirements import open_requirements
-from train.stored_configuration import in_current_form, read_configuration
+from train.stored_configuration import as_yaml, in_current_form, read_configuration
 from train.validate import validate
 
 
@@ -72,15 +71,12 @@ def read_run_config(path: Path) -> DictConfig:
     """
     file = path / "config.yaml" if path.is_dir() else path
     try:
-        tree = OmegaConf.load(file)
-    except OSError as error:
-        why = f"{file}: cannot be read ({error.strerror}); name a run's directory or its config.yaml"
-        raise ConfigError([why]) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file}: is no YAML ({' '.join(str(error).split())})"]) from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError([f"{file}: holds no keys and values; name the config.yaml of a run"])
-    return OmegaConf.create(in_current_form(read_configuration(file)))
+        stored = read_configuration(file)
+    except ConfigError as error:
+        raise ConfigError(
+            [f"{problem}; name a run's directory or its config.yaml" for problem in error.problems]
+        ) from None
+    return OmegaConf.create(in_current_form(stored))
 
 
 def show_plan(config: RunConfig, processes: int) -> None:
@@ -89,7 +85,7 @@ def show_plan(config: RunConfig, processes: int) -> None:
     Nothing is left behind. Raises as `open_requirements` does where the run could not start.
     """
     found = open_requirements(config, processes)
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    print(as_yaml(config), end="")
     sys.stdout.flush()
     folder = "goes on in" if found.directory.config.exists() else "would begin in"
     lines = [
@@ -97,4 +93,5 @@ def show_plan(config: RunConfig, processes: int) -> None:
         describe_data(config, found.plan, found.stream),
         *memory_warnings(config, found.plan, Room.here(processes)),
     ]
-    print(*lines, f"the run    {folder} {found.directory.path}; nothing was started", sep="\n", file=sys.stderr)
+    lines.append(f"the run    {folder} {found.directory.path}; nothing was started")
+    print(without_passwords("\n".join(lines)), file=sys.stderr)

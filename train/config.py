@@ -149,6 +149,9 @@ class CheckpointConfig:
     keep_last: int = 3
     # Checkpoints at multiples of this step are kept for good; null: none.
     keep_every: int | None = None
+    # A damaged or unreadable checkpoint is passed over, named in the log and the events, and the one before is taken
+    # (skip), or it ends the run (fail). One of a later version is refused in either case.
+    on_corrupt: str = "skip"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from conf import ConfigError
 from conf.lasting_output import LastingOutput
+from conf.passwords import without_passwords
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
@@ -41,6 +41,7 @@ from train.parallel.mesh import Mesh, join_mesh, launched_processes
 from train.plan import Plan, gib, make_plan
 from train.requirements import Requirements, open_requirements
 from train.run_directory import (
+    Attempt,
     EventLog,
     RunDirectory,
     RunLock,
@@ -49,6 +50,9 @@ from train.run_directory import (
     write_atomically,
 )
 from train.stop_requests import OUTSIDE_TRAINING
+from train.stored_configuration import as_yaml, configuration_before
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,6 +73,8 @@ class RunContext:
     origin: Origin | None = None
     # What this process says.
     output: LastingOutput = field(default_factory=LastingOutput)
+    # This start of the run; not known until the run's lock is held.
+    attempt: Attempt = field(init=False)
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -85,11 +91,27 @@ class RunContext:
     def say(self, text: str) -> None:
         """Tell whoever watches the run, once."""
         if self.mesh.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(without_passwords(text), file=sys.stderr, flush=True)
 
     def report_rejected(self, folder: Path, problem: str) -> None:
-        """Make an event of a checkpoint that is passed over."""
+        """Tell of a checkpoint that is passed over, and make an event of it."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
+        self._warn(f"{folder.name} is passed over: {problem}")
+
+    def report_damaged_configuration(self, problem: str) -> None:
+        """Tell of a file of an earlier start's configuration that is done without, and make an event of it."""
+        self.events.append("unreadable", problem=problem)
+        self._warn(f"{problem}; the run goes on without it")
+
+    def _warn(self, text: str) -> None:
+        self.say(f"WARNING    {text}")
+        if self.mesh.is_main:
+            log.warning(text)
+
+    def newest_usable(self, last_step: int | None = None) -> Path | None:
+        """The checkpoint that the run goes on from, of `last_step` or before. Collective; as `reader.newest_usable`."""
+        is_strict = self.config.checkpoint.on_corrupt == "fail"
+        return newest_usable(self.directory.checkpoints, self.mesh, self.report_rejected, last_step, is_strict)
 
     def report_lost_output(self, stream: str, reason: str) -> None:
         """Make an event of an output that nobody reads any more."""
@@ -169,20 +191,28 @@ def _enter(context: RunContext, found: Requirements) -> None:
     if mesh.is_main:
         directory.create()
     _check_same_on_all_ranks(context)
+    attempt, damaged = "", list[str]()
     if mesh.is_main:
-        closing.callback(RunLock(directory.lock).release)
+        lock = RunLock(directory.lock)
+        closing.callback(lock.release)
+        attempt = lock.attempt.identity
         # Another command may have begun and ended the run since its folder was looked at without the lock.
         if problems := changes_of_run(config, directory):
             raise ConfigError(problems)
+        _, damaged = configuration_before(directory)
         remove_torn(directory.checkpoints)
-    mesh.barrier(group="world")
+        directory.remove_partials()
+    # No rank goes on before rank 0 holds the lock.
+    context.attempt = Attempt(mesh.broadcast_object(attempt, group="world"), directory.lock)
     log = directory.log(mesh.rank)
     closing.enter_context(_log_to_file(log))
     closing.enter_context(context.output.spilling_to(log, context.report_lost_output))
     if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
-    context.checkpoint = newest_usable(directory.checkpoints, mesh, context.report_rejected)
+    for problem in damaged:
+        context.report_damaged_configuration(problem)
+    context.checkpoint = context.newest_usable()
     if context.checkpoint is None and context.origin is not None:
         _begin_from(context, context.origin)
     if context.checkpoint is not None:
@@ -194,7 +224,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
 
 def _begin_from(context: RunContext, origin: Origin) -> None:
     """Take up what the run begins with: a branch then has its parent's checkpoint as its own. Collective."""
-    if problems := take_up(origin, context.mesh, context.directory):
+    if problems := take_up(origin, context.mesh, context.directory, context.attempt):
         raise ConfigError(problems)
     ancestry = origin.ancestry()
     if origin.stored.located.tokenizer is None:
@@ -205,7 +235,7 @@ def _begin_from(context: RunContext, origin: Origin) -> None:
         return
     context.events.append("branch", **ancestry)
     context.say(f"Branch of {ancestry['source']}.")
-    context.checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected)
+    context.checkpoint = context.newest_usable()
 
 
 def _go_on_from(context: RunContext, checkpoint: Path) -> None:
@@ -237,10 +267,11 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
     config, plan, directory = context.config, context.plan, context.directory
     _check_room(plan, directory)
-    context.configuration_file = directory.keep_configuration(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    context.configuration_file = directory.keep_configuration(as_yaml(config))
     write_atomically(directory.plan, json.dumps(plan.as_dict(), indent=1))
     repository = Path(__file__).resolve().parents[1]
-    write_atomically(directory.code, json.dumps(code_revision(repository), indent=1))
+    # What is not committed may be meant for nobody else.
+    write_atomically(directory.code, json.dumps(code_revision(repository), indent=1), mode=0o600)
     write_atomically(directory.environment, json.dumps(environment_description(), indent=1))
     _keep_tokenizer(found.corpus.tokenizer(), directory.tokenizer)
     lines = [
@@ -270,11 +301,16 @@ def _check_room(plan: Plan, directory: RunDirectory) -> None:
         )
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
 @contextlib.contextmanager
 def _log_to_file(path: Path) -> Iterator[None]:
     """What Python code logs on this rank goes to its file."""
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # The second one passes nothing on to the first.
     loggers = [logging.getLogger(), logging.getLogger("DeepSpeed")]
     for logger in loggers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from conf.passwords import without_passwords
 from conf.problems import ConfigError
 
 
@@ -14,7 +15,7 @@ class RunError(RuntimeError):
 def last_words(error: Exception) -> str:
     """What a process of a run says of the error that it ends with; which one it is, where there are several."""
     rank = f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    return f"train: {rank}{error}"
+    return without_passwords(f"train: {rank}{error}")
 
 
 class UnfitDataError(ConfigError):

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf.problems import is_later_format, other_format
-from model.locate import COMPLETE, complete_checkpoints
+from model.locate import complete_checkpoints
+from model.marker import COMPLETE
+from model.weights import FORMAT_VERSION as WEIGHTS_FORMAT
+from model.weights import MODEL_JSON
 from train.callbacks.metrics_file import FORMAT_VERSION as METRICS_FORMAT
 from train.callbacks.samples import FORMAT_VERSION as SAMPLES_FORMAT
 from train.checkpoints.layout import FORMAT_VERSION as CHECKPOINT_FORMAT
@@ -38,11 +41,16 @@ def _versioned_files(directory: RunDirectory) -> Iterator[tuple[Path, int]]:
     for folder in complete_checkpoints(directory.checkpoints):
         yield folder / COMPLETE, CHECKPOINT_FORMAT
         yield folder / STATE_JSON, CHECKPOINT_FORMAT
+        yield folder / "weights" / MODEL_JSON, WEIGHTS_FORMAT
 
 
 def _version_of(path: Path) -> object:
     """The format_version of a JSON file, or of the header of a JSON lines file; None where it says none."""
-    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        content = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        # To open a pipe would wait for ever.
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
         return content.get("format_version") if isinstance(content, dict) else None
     return None

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.passwords import without_passwords
 from data_pipeline.reading.batch import MASKED, Batch
 from data_pipeline.reading.stream import WindowStream
 from train.config import RunConfig
@@ -154,7 +155,7 @@ def write_baselines(config: RunConfig, path: Path, set_name: str | None = None) 
     identity = {
         "format_version": FORMAT_VERSION,
         "set": name,
-        "settings": dataclasses.asdict(sets[name]),
+        "settings": without_passwords(dataclasses.asdict(sets[name])),
         "sequence_length": config.training.sequence_length,
         "train_split": config.corpus.split,
         "train_corpus": corpus.fingerprint,

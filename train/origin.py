@@ -8,7 +8,6 @@ and its source is not looked at again.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -24,14 +23,23 @@ from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.loading import StoredModel, open_stored
 from model.locate import complete_checkpoints, step_folder
+from model.marker import read_marker
 from model.stored import differences
-from train.checkpoints.layout import MARKER, STATE_JSON, CheckpointError, describe_file
+from train.checkpoints.layout import (
+    MARKER,
+    STATE_JSON,
+    CheckpointError,
+    begin_staging,
+    describe_file,
+    mark_complete,
+    put_in_place,
+)
 from train.checkpoints.reader import check
 from train.checkpoints.state import TrainState, read_state, write_state
 from train.config import RunConfig
 from train.length import steps_left
 from train.parallel.mesh import Mesh
-from train.run_directory import RunDirectory, read_events, write_atomically
+from train.run_directory import Attempt, RunDirectory, read_events
 from train.stored_configuration import as_override, written
 
 # The events that tell where a run began.
@@ -192,7 +200,7 @@ def _place(reference: str | None) -> str | None:
     return None if reference is None else os.path.realpath(str(reference))
 
 
-def take_up(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:
+def take_up(origin: Origin, mesh: Mesh, directory: RunDirectory, attempt: Attempt) -> list[str]:
     """Check the source's files, and give a branch its parent's checkpoint as its first. Collective.
 
     Returns what is wrong with the files, the same on all ranks.
@@ -205,30 +213,28 @@ def take_up(origin: Origin, mesh: Mesh, directory: RunDirectory) -> list[str]:
     if problems := [problem for of_rank in of_ranks for problem in of_rank]:
         return [f"{origin.key}: {checkpoint} is damaged ({problems[0]}); name another checkpoint"]
     if origin.state is not None and mesh.is_main:
-        _adopt(checkpoint, origin.state, directory.checkpoints)
+        _adopt(checkpoint, origin.state, directory.checkpoints, attempt.identity)
     mesh.barrier(group="world")
     return []
 
 
-def _adopt(checkpoint: Path, state: TrainState, root: Path) -> None:
+def _adopt(checkpoint: Path, state: TrainState, root: Path, attempt: str) -> None:
     """Make `checkpoint` one of the run with the folder `root` for checkpoints: from then on the run needs no other.
 
     Its files are never written to, so the two share them where the file system can. Only its state is written anew:
     one of version 0.2.0 leaves out what is found beside it in the parent's folder.
     """
-    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    folder = step_folder(root, state.step)
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in marker["files"]:
+    files = read_marker(checkpoint).files
+    folder = begin_staging(step_folder(root, state.step), attempt, ("weights",))
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name != STATE_JSON:
             _link_or_copy(checkpoint / name, folder / name)
-    marker["files"][STATE_JSON] = describe_file(write_state(folder, state))
+    files = {**files, STATE_JSON: describe_file(write_state(folder, state))}
     for path in {folder, folder / STATE_JSON, *(path.parent for path in folder.rglob("*"))}:
         sync(path)
-    # Last: without it the folder is no checkpoint.
-    write_atomically(folder / MARKER, json.dumps(marker, indent=1))
-    sync(root)
+    mark_complete(folder, attempt, files)
+    put_in_place(folder, step_folder(root, state.step))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

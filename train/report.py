@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from conf.command_line import exit_code
+from conf.passwords import without_passwords
 from conf.problems import is_later_format, other_format, undecodable
 from train.callbacks.metrics_file import read_metrics
 from train.comparison import draw_comparison
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
-        print(f"train.report: {error}", file=sys.stderr)
+        print(without_passwords(f"train.report: {error}"), file=sys.stderr)
         return 1 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2
     return 0
 

@@ -14,7 +14,7 @@ from model.loading import open_stored
 from train.changes import change_of_rate, changes_since, describe_resume
 from train.checkpoints.generators import seed_everything
 from train.checkpoints.lanes import LanesReader
-from train.checkpoints.reader import load, newest_usable
+from train.checkpoints.reader import load
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.context import RunContext
@@ -72,7 +72,7 @@ def go_back(context: RunContext, engine: Engine, last_step: int) -> tuple[TrainS
 
     Collective. Returns what belongs to these weights, and the checkpoint.
     """
-    checkpoint = newest_usable(context.directory.checkpoints, context.mesh, context.report_rejected, last_step)
+    checkpoint = context.newest_usable(last_step)
     if checkpoint is None:
         seed_everything(context.config.seed, context.mesh.rank)
     state = taken_over(context.config, _bring_to(context, engine, checkpoint))

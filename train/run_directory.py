@@ -14,15 +14,20 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from conf.passwords import without_passwords
 from conf.problems import other_format
 from data_pipeline.corpus import files
+from data_pipeline.corpus.files import remove_partials
+from train.errors import RunError
 
 EVENTS_FORMAT_VERSION = 1
 
@@ -55,6 +60,22 @@ class RunDirectory:
         for folder in (self.path, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def unwritable(self) -> list[str]:
+        """Where a run could not write, one line each: an earlier start's folders, or what its folder would lie in."""
+        there = [path for path in (self.path, self.logs, self.checkpoints, self.configurations) if path.is_dir()]
+        if not there:
+            there = [next(parent for parent in self.path.absolute().parents if parent.exists())]
+        problems = []
+        for path in there:
+            if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK, effective_ids=True)):
+                why = "its permissions do not allow it"
+                if not path.is_dir():
+                    why = "it is no folder"
+                elif os.statvfs(path).f_flag & os.ST_RDONLY:
+                    why = "its file system is read-only"
+                problems.append(f"run_root: {path} cannot be written to, {why}; change that, or set run_root elsewhere")
+        return problems
+
     def keep_configuration(self, text: str) -> str:
         """Make `text` the run's config.yaml, and keep it as that of one more attempt; returns this file's name.
 
@@ -63,13 +84,42 @@ class RunDirectory:
         self.configurations.mkdir(exist_ok=True)
         kept = [int(file.stem) for file in self.configurations.glob("*.yaml") if file.stem.isdecimal()]
         if not kept and self.config.exists():
-            # Of an attempt of version 0.2.0 or before.
-            write_atomically(self.configurations / "0001.yaml", self.config.read_text(encoding="utf-8"))
+            # Of an attempt of version 0.2.0 or before; as it is, where it is damaged too.
+            text_before = self.config.read_text(encoding="utf-8", errors="replace") if self.config.is_file() else ""
+            write_atomically(self.configurations / "0001.yaml", without_passwords(text_before))
             kept = [1]
         file = self.configurations / f"{max(kept, default=0) + 1:04d}.yaml"
         write_atomically(file, text)
         write_atomically(self.config, text)
         return str(file.relative_to(self.path))
+
+    def remove_partials(self) -> None:
+        """Delete what kills left of files under work. Rank 0 only, under the run's lock."""
+        # Not of baselines.json, which another command writes without the lock.
+        files = (self.config, self.plan, self.engine_settings, self.code, self.environment, self.metrics, self.samples)
+        remove_partials(self.path, [file.name for file in files])
+        remove_partials(self.configurations, [f"{number:04d}.yaml" for number in range(10_000)])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. Of two that believe to work on it, the run's lock file names the later.
+
+    A rank may outlive its job: stopped, waiting for a disk, cut off from the others. It must not write where the next
+    start does.
+    """
+
+    identity: str
+    lock: Path
+
+    def check(self) -> None:
+        """Raises RunError where another start has taken the run over, OSError where the lock file cannot be read."""
+        found = self.lock.read_text(encoding="utf-8") if self.lock.exists() else ""
+        if not found.endswith(f"attempt {self.identity}"):
+            raise RunError(
+                f"{self.lock.parent}: another start has taken over this run ({found or 'its lock file is empty'}); "
+                f"this process of attempt {self.identity} ends and writes nothing more there"
+            )
 
 
 class RunLock:
@@ -89,8 +139,9 @@ class RunLock:
             raise BlockingIOError(
                 f"{path.parent} is in use by {holder or 'another process'}; end it first, or give this run another name"
             ) from None
+        self.attempt = Attempt(uuid.uuid4().hex[:12], path)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.write(f"process {os.getpid()} on {platform.node()}, attempt {self.attempt.identity}")
         self._file.flush()
 
     def release(self) -> None:
@@ -116,7 +167,7 @@ class EventLog:
             # A second command for the run, refused because the first holds the run's lock, says so here as well.
             fcntl.flock(file, fcntl.LOCK_EX)
             _mend_last_line(file)
-            lines = [{"time": now, "event": kind, **fields}]
+            lines = [without_passwords({"time": now, "event": kind, **fields})]
             if file.tell() == 0:
                 lines.insert(0, {"time": now, "event": "header", "format_version": EVENTS_FORMAT_VERSION})
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -138,8 +189,12 @@ def _mend_last_line(file: BinaryIO) -> None:
 
 
 def read_events(run_directory: Path) -> list[dict[str, Any]]:
-    """Every line of a run's events.jsonl but the header, in order. Raises as `read_versioned_lines` does."""
-    return read_versioned_lines(Path(run_directory) / "events.jsonl", EVENTS_FORMAT_VERSION)[1:]
+    """Every event of a run's events.jsonl but the header, in order. Raises as `read_versioned_lines` does.
+
+    A line that names no event is passed over: another program, or an editor, left it.
+    """
+    lines = read_versioned_lines(Path(run_directory) / "events.jsonl", EVENTS_FORMAT_VERSION)[1:]
+    return [line for line in lines if isinstance(line.get("event"), str)]
 
 
 def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
@@ -156,21 +211,25 @@ def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line that parses: a run that was killed while it wrote leaves a torn last one."""
+    """Every line that is a JSON object: a run that was killed while it wrote leaves a torn last one."""
     return _parsed(path.read_bytes().splitlines()) if path.is_file() else []
 
 
 def _parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     parsed = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            parsed.append(json.loads(line))
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            if isinstance(content := json.loads(line), dict):
+                parsed.append(content)
     return parsed
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
-    files.write_whole(path, text.encode())
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write `text` so that a reader, or a crash, sees the old file or the whole new one.
+
+    `mode`: who may do what with it, as far as the umask allows.
+    """
+    files.write_whole(path, text.encode(), mode)
 
 
 def code_revision(repository: Path) -> dict[str, str | None]:
@@ -186,7 +245,8 @@ def code_revision(repository: Path) -> dict[str, str | None]:
         return done.stdout if done.returncode == 0 else None
 
     revision = git("rev-parse", "HEAD")
-    return {"revision": revision.strip() if revision else None, "difference": git("diff", "HEAD") if revision else None}
+    difference = git("diff", "HEAD") if revision else None
+    return {"revision": revision.strip() if revision else None, "difference": without_passwords(difference)}
 
 
 def environment_description() -> dict[str, Any]:
@@ -206,6 +266,6 @@ def environment_description() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpus": devices,
         "packages": versions,
-        "command": sys.argv,
+        "command": without_passwords(sys.argv),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }

@@ -11,30 +11,73 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from conf.passwords import without_passwords
+from conf.problems import ConfigError
 from model.stored import with_current_keys
 from train.config import RunConfig
+from train.run_directory import RunDirectory
 
 # Texts that name a place, not what is there.
 _PLACES = ("directory", "path", "run_root")
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """`config` as JSON gives it back."""
+    """`config` as JSON gives it back, without the passwords of its URLs."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return values
+    return without_passwords(values)
+
+
+def as_yaml(config: RunConfig) -> str:
+    """`config` as a config.yaml, without the passwords of its URLs."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_json(config)))
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
-    """A config.yaml of any version, as it stands there."""
-    stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    """A config.yaml of any version, as it stands there. Raises ConfigError where it cannot be read as one."""
+    try:
+        if not path.is_file():
+            raise ConfigError([f"{path}: cannot be read, it is {'no regular file' if path.exists() else 'missing'}"])
+        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is no YAML ({' '.join(str(error).split())})"]) from None
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{path}: holds no keys and values"])
     return typing.cast(dict[str, Any], stored)
 
 
+def configuration_before(directory: RunDirectory) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration of a run's last start, in the form of this version, and what is wrong with files of it.
+
+    A crash of the machine may leave config.yaml full of zeros; each attempt's is kept once more. None where no file
+    that can be read says what it was.
+    """
+    problems = []
+    kept = (file for file in directory.configurations.glob("*.yaml") if file.stem.isdecimal())
+    files = sorted(kept, key=lambda file: int(file.stem), reverse=True)
+    for file in ([directory.config] if os.path.lexists(directory.config) else []) + files:
+        try:
+            stored = read_configuration(file)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if isinstance(stored.get("name"), str) and isinstance(stored.get("model"), dict):
+            return in_current_form(stored), problems
+        problems.append(f"{file}: is no configuration of a run, it lacks 'name' or 'model'")
+    return None, problems
+
+
 def in_current_form(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that any version stored, with the keys of this one and the default of what it lacks."""
+    """A configuration that any version stored, with the keys of this one and the default of what it lacks.
+
+    Without the passwords of its URLs, which earlier versions kept.
+    """
     stored = {**stored, "model": with_current_keys(stored.get("model") or {})}
-    return typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored))))
+    return without_passwords(typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored)))))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:

@@ -66,6 +66,7 @@ class Trainer:
             self.config.model,
             self.config.checkpoint,
             self.step or None,
+            context.attempt,
         )
         self._restore_callbacks()
         self.restart_clock()

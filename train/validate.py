@@ -11,7 +11,7 @@ from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig, SamplesConfig
-from train.data import validate_corpus
+from train.data import ON_CORRUPT, validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.origin import validate_origin
@@ -257,6 +257,7 @@ def _validate_intervals(config: RunConfig) -> list[str]:
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
         *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
+        *choice("checkpoint.on_corrupt", config.checkpoint.on_corrupt, ON_CORRUPT),
         *validate_evaluation(config),
         *at_least("logging.interval", config.logging.interval, 1),
         *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),

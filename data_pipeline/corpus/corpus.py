@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
+from conf.passwords import without_passwords
 from data_pipeline.corpus.blocks import RESTORE
 from data_pipeline.corpus.files import BLOCK_BYTES, hash_file, path_in
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.open_files import OpenFiles
 from data_pipeline.corpus.remote import OPEN_CACHED_FILES, CacheSettings, RemoteCorpus, is_remote
-from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.shard_table import ShardEntry, shard_path
 from data_pipeline.corpus.token_sequence import TokenSequence
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import Tokenizer
@@ -42,7 +44,8 @@ def open_corpus(
 class Corpus:
     """A prepared corpus. Use `open_corpus`, or `Corpus.open`.
 
-    `directory`: its folder or URL, as it was given. `folder`: where its files but the shards lie on this machine.
+    `directory`: its folder or URL, as it was given but for a password. `folder`: where its files but the shards lie on
+    this machine.
     """
 
     def __init__(self, directory: str | Path, manifest: Manifest, remote: RemoteCorpus | None = None):
@@ -80,7 +83,7 @@ class Corpus:
             for entry in manifest.shards:
                 problem = check_shard_file(directory, entry, with_hash=True)
                 if problem:
-                    raise CorpusError(f"{path_in(directory, entry.file)}: {problem}; {RESTORE}")
+                    raise CorpusError(f"{shard_path(directory, entry.file)}: {problem}; {RESTORE}")
         corpus = Corpus(directory, manifest)
         corpus.tokenizer()
         return corpus
@@ -88,14 +91,15 @@ class Corpus:
     @staticmethod
     def _open_remote(url: str, cache: CacheSettings | None) -> Corpus:
         if cache is None:
-            raise CorpusError(f"{url}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
+            shown = without_passwords(url)
+            raise CorpusError(f"{shown}: a remote corpus needs a cache on a local disk; set corpus.cache_directory")
         remote = RemoteCorpus(url, cache)
         remote.copy_description()
         manifest = Manifest.read(remote.folder)
         if not len(manifest.shards):
-            raise CorpusError(f"{url}: the corpus is empty; prepare another from a source that holds documents")
+            raise CorpusError(f"{remote.url}: the corpus is empty; prepare another from a source that holds documents")
         remote.use(manifest)
-        corpus = Corpus(url, manifest, remote)
+        corpus = Corpus(remote.url, manifest, remote)
         corpus.tokenizer()
         return corpus
 
@@ -120,7 +124,7 @@ class Corpus:
         """The tokenizer that wrote the shards. Raises CorpusError when its file does not belong to them."""
         if self._tokenizer is None:
             entry = self.manifest.tokenizer
-            path = path_in(self.folder, entry.file)
+            path = path_in(self.folder, entry.file, MANIFEST_FILE, "tokenizer.file")
             if not path.is_file():
                 raise CorpusError(
                     f"{path}: the corpus' tokenizer is missing; restore it or prepare the corpus again elsewhere"
@@ -180,16 +184,23 @@ class Corpus:
         return self._sequences[split, source]
 
     def _shard_path(self, row: int) -> Path:
-        return path_in(self.folder, self.manifest.shards.file(row))
+        return shard_path(self.folder, self.manifest.shards.file(row))
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
     """Raises CorpusError for the first shard whose file is missing or has another size."""
     folder = str(directory)
+    # Folders of shards that were found to be the corpus' own.
+    own: set[str] = set()
     for row, expected in enumerate(manifest.shards.bytes.tolist()):
-        path = os.path.join(folder, manifest.shards.file(row))
+        name = manifest.shards.file(row)
+        path = os.path.join(folder, name)
         try:
-            size = os.stat(path).st_size
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode) or os.path.dirname(path) not in own:
+                found = os.stat(shard_path(directory, name))
+                own.add(os.path.dirname(path))
+            size = found.st_size
         except OSError:
             raise CorpusError(f"{path}: the shard is missing; {RESTORE}") from None
         if size != expected:
@@ -199,7 +210,7 @@ def _check_sizes(directory: Path, manifest: Manifest) -> None:
 
 def check_shard_file(directory: Path, entry: ShardEntry, with_hash: bool, with_sha256: bool = False) -> str | None:
     """How the file of a shard differs from its manifest entry; None when it does not."""
-    path = path_in(directory, entry.file)
+    path = shard_path(directory, entry.file)
     if not path.is_file():
         return "the shard is missing"
     size = path.stat().st_size

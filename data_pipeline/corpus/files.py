@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+
+from conf.named_files import unsafe_file
+from data_pipeline.errors import CorpusError
 
 # A damaged byte is found to within one block, and a reader of a range can check what it fetched.
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -88,16 +92,17 @@ def hash_file(
     return hasher.result()
 
 
-def write_atomically(path: Path, write: Callable[[Put], None]) -> FileHashes:
+def write_atomically(path: Path, write: Callable[[Put], None], mode: int = 0o666) -> FileHashes:
     """Create `path` so that at any kill it is absent, as before, or complete; returns its checksums.
 
     `write` gets a function that takes bytes. The data go to a file of their own, `<path>.<random>.partial`, are flushed
-    to the disk, then renamed: processes that write the same path do not meet.
+    to the disk, then renamed: processes that write the same path do not meet. `mode`: who may do what with it, as far
+    as the umask allows.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     hasher = _Hasher()
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
 
             def put(data: bytes | memoryview) -> int:
                 view = memoryview(data)
@@ -116,17 +121,30 @@ def write_atomically(path: Path, write: Callable[[Put], None]) -> FileHashes:
     return hasher.result()
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> FileHashes:
+def write_whole(path: Path, data: bytes | memoryview, mode: int = 0o666) -> FileHashes:
     """`write_atomically` of a file whose content is at hand."""
 
     def write(put: Put) -> None:
         put(data)
 
-    return write_atomically(path, write)
+    return write_atomically(path, write, mode)
 
 
-def path_in(folder: Path, name: str) -> Path:
-    """Where a file lies that a manifest, table or plan in `folder` names: the one place where such names are joined."""
+def remove_partials(folder: Path, names: Collection[str]) -> None:
+    """Delete what killed processes left of writing files called `names` in `folder`, while nobody writes any."""
+    for path in folder.glob("*.partial"):
+        found = re.fullmatch(r"(.+)\.[0-9a-f]{12}\.partial", path.name)
+        if found and found[1] in names and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def path_in(folder: Path, name: str, document: str, key: str, may_link_to: Callable[[str], bool] | None = None) -> Path:
+    """Where a file lies that `document` in `folder` names by `key`: the one place where such names are joined.
+
+    Raises CorpusError for a name that leads elsewhere, or to no regular file (conf.named_files.unsafe_file).
+    """
+    if problem := unsafe_file(folder / document, key, name, folder, may_link_to):
+        raise CorpusError(problem)
     return folder / name
 
 

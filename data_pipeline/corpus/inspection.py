@@ -13,8 +13,8 @@ import numpy as np
 from data_pipeline.corpus.corpus import Corpus, check_shard_file
 from data_pipeline.corpus.files import path_in
 from data_pipeline.corpus.input_list import count_files
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
-from data_pipeline.corpus.shard_table import ShardEntry
+from data_pipeline.corpus.manifest import MANIFEST_FILE, InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry, shard_path
 from data_pipeline.corpus.token_sequence import open_shard
 from data_pipeline.errors import CorpusError, TokenizerError
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
@@ -66,7 +66,7 @@ def _show_source(corpus: Corpus, split: str, source: str) -> None:
     table = corpus.manifest.shards
     rows = table.rows(split, source)
     looked_at = rows[np.unique(np.linspace(0, len(rows) - 1, STATISTICS_SHARDS).astype(int))]
-    shards = [open_shard(path_in(corpus.folder, table.file(row)), table[row], corpus.manifest) for row in looked_at]
+    shards = [open_shard(shard_path(corpus.folder, table.file(row)), table[row], corpus.manifest) for row in looked_at]
     lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
     hashes = np.concatenate([shard.document_hashes for shard in shards])
     quantiles = "/".join(f"{int(q)}" for q in np.quantile(lengths, LENGTH_QUANTILES, method="lower"))
@@ -95,14 +95,14 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
     try:
         corpus.tokenizer()
         # Reading a corpus does without this file; another preparation may take its tokenizer from here.
-        sidecar = path_in(directory, manifest.tokenizer.file).with_name(SIDECAR)
+        sidecar = path_in(directory, manifest.tokenizer.file, MANIFEST_FILE, "tokenizer.file").with_name(SIDECAR)
         if not sidecar.is_file():
             problems.append(f"{sidecar}: missing")
         elif (found := Tokenizer.load(sidecar.parent).eod_token) != manifest.tokenizer.eod_token:
             problems.append(f"{sidecar}: altered: it names {found}, the manifest {manifest.tokenizer.eod_token}")
     except (CorpusError, TokenizerError) as error:
         problems.append(str(error))
-    lists = {name: _checked_list(directory, getattr(manifest, name), problems) for name in ("inputs", "report")}
+    lists = {name: _checked_list(directory, name, getattr(manifest, name), problems) for name in ("inputs", "report")}
     if lists["inputs"] is not None:
         problems += _account_faults(directory, manifest, lists["inputs"])
     problems += _shard_list_faults(directory, manifest)
@@ -113,10 +113,10 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
 
 
 def _checked_list(
-    directory: Path, entry: InputsEntry | ReportEntry, problems: list[str]
+    directory: Path, name: str, entry: InputsEntry | ReportEntry, problems: list[str]
 ) -> list[dict[str, Any]] | None:
     """The lines of inputs.jsonl or report.jsonl; None after adding to `problems`."""
-    path = path_in(directory, entry.file)
+    path = path_in(directory, entry.file, MANIFEST_FILE, f"{name}.file")
     if not path.is_file():
         problems.append(f"{path}: missing")
         return None
@@ -129,7 +129,7 @@ def _checked_list(
 
 def _account_faults(directory: Path, manifest: Manifest, files: list[dict[str, Any]]) -> list[str]:
     """Records that are neither written nor rejected, file by file, unit by unit and in all."""
-    path = path_in(directory, manifest.inputs.file)
+    path = path_in(directory, manifest.inputs.file, MANIFEST_FILE, "inputs.file")
     faults = []
     for entry in files:
         rejected = sum(entry["rejected"].values())
@@ -181,7 +181,10 @@ def _shard_list_faults(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def _shard_faults(corpus: Corpus, entry: ShardEntry) -> list[str]:
-    path = path_in(corpus.folder, entry.file)
+    try:
+        path = shard_path(corpus.folder, entry.file)
+    except CorpusError as error:
+        return [str(error)]
     problem = check_shard_file(corpus.folder, entry, with_hash=True, with_sha256=True)
     if problem:
         return [f"{path}: {problem}"]

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from conf.problems import is_later_format, other_format
-from data_pipeline.corpus.files import write_whole
-from data_pipeline.corpus.shard_table import ShardTable, ShardTableEntry
+from data_pipeline.corpus.files import path_in, write_whole
+from data_pipeline.corpus.shard_table import MANIFEST_FILE, ShardTable, ShardTableEntry
 from data_pipeline.errors import CorpusError
 
 FORMAT = "xlstm-pretrain corpus"
 FORMAT_VERSION = 2
-MANIFEST_FILE = "manifest.json"
 # What an unfinished preparation keeps beside the corpus.
 PREPARING_FOLDER = "preparing"
 
@@ -169,6 +168,8 @@ def _from_document(document: dict[str, Any], folder: Path) -> Manifest:
     fields = {key: value for key, value in document.items() if key not in ("format", "format_version", "splits")}
     parts = {"tokenizer": TokenizerEntry, "inputs": InputsEntry, "report": ReportEntry, "shards": ShardTableEntry}
     fields |= {key: kind(**document[key]) for key, kind in parts.items()}
+    for key in ("tokenizer", "inputs", "report"):
+        path_in(folder, fields[key].file, MANIFEST_FILE, f"{key}.file")
     fields["shards"] = ShardTable.read(folder, fields["shards"])
     return Manifest(**fields)
 

@@ -14,8 +14,8 @@ from typing import Any
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import path_in, write_whole
 from data_pipeline.corpus.input_list import count_files, sum_counts
-from data_pipeline.corpus.manifest import InputsEntry, Manifest, ReportEntry
-from data_pipeline.corpus.shard_table import ShardEntry, ShardTable
+from data_pipeline.corpus.manifest import MANIFEST_FILE, InputsEntry, Manifest, ReportEntry
+from data_pipeline.corpus.shard_table import ShardEntry, ShardTable, shard_path
 from data_pipeline.errors import CorpusError, MachineError
 
 # How a new folder gets its shards: a second name of the same file, a reference by path, or a file of its own.
@@ -47,19 +47,19 @@ def merge_corpora(directories: list[Path], output: Path, link: str = "hard") -> 
         if any(mine[key] != theirs[key] for key in _EQUAL):
             problems.append(
                 f"{corpus.directory}: prepared with another tokenizer than {corpora[0].directory}; prepare its text "
-                f"again with tokenizer=file tokenizer.path={path_in(corpora[0].folder, first.tokenizer.file)}"
+                f"again with tokenizer=file tokenizer.path={corpora[0].tokenizer().path}"
             )
     owners: dict[str, Path] = {}
     for corpus in corpora:
         for entry in corpus.manifest.shards:
             if entry.sha256 in owners:
-                problems.append(f"{path_in(corpus.folder, entry.file)}: the same shard as {owners[entry.sha256]}")
-            owners[entry.sha256] = path_in(corpus.folder, entry.file)
+                problems.append(f"{shard_path(corpus.folder, entry.file)}: the same shard as {owners[entry.sha256]}")
+            owners[entry.sha256] = shard_path(corpus.folder, entry.file)
     if problems:
         raise CorpusError("these corpora cannot be merged:\n" + "\n".join(f"  {line}" for line in problems[:20]))
     shards = [
         (
-            path_in(corpus.folder, entry.file),
+            shard_path(corpus.folder, entry.file),
             dataclasses.replace(entry, file=f"shards/{number:04d}/{_below(entry.file)}"),
         )
         for number, corpus in enumerate(corpora)
@@ -100,7 +100,7 @@ def split_corpus(
     for part, entries in enumerate(chosen):
         folder = output if parts == 1 else output.with_name(f"{output.name}-{part:05d}")
         settings = {"part_of": corpus.fingerprint, **selection, "part": part, "settings": corpus.manifest.settings}
-        shards = [(path_in(corpus.folder, entry.file), entry) for entry in entries]
+        shards = [(shard_path(corpus.folder, entry.file), entry) for entry in entries]
         manifests.append((folder, _write([corpus], shards, settings, folder, link)))
     return manifests
 
@@ -146,7 +146,7 @@ def _fill(
 ) -> Manifest:
     partial.mkdir(parents=True)
     for source, entry in shards:
-        target = path_in(partial, entry.file)
+        target = shard_path(partial, entry.file)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             LINKS[link](source, target)
@@ -158,13 +158,13 @@ def _fill(
                 ) from None
             raise
     first = corpora[0].manifest
-    tokenizer_folder = path_in(partial, first.tokenizer.file).parent
+    tokenizer_folder = path_in(partial, first.tokenizer.file, MANIFEST_FILE, "tokenizer.file").parent
     tokenizer_folder.mkdir(parents=True, exist_ok=True)
     corpora[0].tokenizer().save_to(tokenizer_folder)
     lists = {name: _joined(corpora, name) for name in ("inputs", "report")}
     hashes = {}
     for name, lines in lists.items():
-        path = path_in(partial, getattr(first, name).file)
+        path = path_in(partial, getattr(first, name).file, MANIFEST_FILE, f"{name}.file")
         hashes[name] = write_whole(path, "".join(lines).encode()).sha256
     files = [json.loads(line) for line in lists["inputs"]]
     manifest = dataclasses.replace(
@@ -197,7 +197,7 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
             # A part may have been taken from a part.
             origin, settings = settings["part_of"], settings["settings"]
         if origin not in seen:
-            path = path_in(corpus.folder, getattr(corpus.manifest, name).file)
+            path = path_in(corpus.folder, getattr(corpus.manifest, name).file, MANIFEST_FILE, f"{name}.file")
             lines += path.read_text("utf-8").splitlines(keepends=True)
         seen.add(origin)
     return lines

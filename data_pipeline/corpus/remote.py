@@ -28,6 +28,8 @@ from typing import TypeVar
 import fsspec
 import xxhash
 
+from conf.named_files import unsafe_file
+from conf.passwords import HIDDEN, has_hidden_password, password_of, without_passwords
 from data_pipeline.corpus.blocks import RESTORE, altered_block
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
@@ -61,14 +63,20 @@ def is_remote(directory: str | Path) -> bool:
 
 
 class RemoteCorpus:
-    """The files of a corpus at a URL. `folder`: the local copies of all but the shards."""
+    """The files of a corpus at a URL. `folder`: the local copies of all but the shards.
+
+    `url`: without the password that the URL may hold, which no message shows.
+    """
 
     def __init__(self, url: str, cache: CacheSettings):
-        self.url = url.rstrip("/")
+        if has_hidden_password(url):
+            raise CorpusError(f"{url}: its password was not kept; name the corpus with it (corpus.directory)")
+        self.url = without_passwords(url.rstrip("/"))
+        self._password = password_of(url)
         try:
-            self._system, self._root = fsspec.core.url_to_fs(self.url)
+            self._system, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as error:
-            raise CorpusError(f"{url}: cannot be opened ({error})") from None
+            raise CorpusError(f"{self.url}: cannot be opened ({self._shown(error)})") from None
         self._cache = cache.directory
         self.folder = cache.directory / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._shards = self.folder / "shards"
@@ -76,6 +84,11 @@ class RemoteCorpus:
         self._since_measured = self._limit
         # Set by `use`.
         self._manifest: Manifest
+
+    def _shown(self, error: Exception) -> str:
+        """What a file system says, which may name the password in its own way."""
+        text = without_passwords(str(error))
+        return text.replace(self._password, HIDDEN) if self._password else text
 
     def copy_description(self) -> None:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
@@ -87,7 +100,10 @@ class RemoteCorpus:
                 self._copy(SHARD_TABLE_FILE)
                 (self.folder / "tokenizer").mkdir(exist_ok=True)
                 for path in self._retry("tokenizer", lambda: self._system.ls(f"{self._root}/tokenizer", detail=False)):
-                    self._copy(f"tokenizer/{path.rstrip('/').rsplit('/', 1)[-1]}")
+                    name = f"tokenizer/{path.rstrip('/').rsplit('/', 1)[-1]}"
+                    if problem := unsafe_file(self.url, "its list of tokenizer/", name):
+                        raise CorpusError(problem)
+                    self._copy(name)
 
     def _copy(self, name: str) -> None:
         data = self._retry(name, lambda: self._system.cat_file(f"{self._root}/{name}"))
@@ -208,10 +224,11 @@ class RemoteCorpus:
             except Exception as error:
                 # Each file system has its own errors for a network that fails for a moment.
                 if attempt == ATTEMPTS - 1:
+                    why = f"{type(error).__name__}: {self._shown(error)}"
+                    # Not from the error: its own words would stand in a traceback.
                     raise ReadingError(
-                        f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts "
-                        f"({type(error).__name__}: {error})"
-                    ) from error
+                        f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts ({why})"
+                    ) from None
                 _wait(attempt)
         raise AssertionError("unreachable")
 

@@ -16,12 +16,16 @@ from typing import SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
+from conf.named_files import FOREIGN_NAME, unsafe_file
 from data_pipeline.corpus.files import hash_file, path_in, write_whole
 from data_pipeline.errors import CorpusError
 
+MANIFEST_FILE = "manifest.json"
 SHARD_TABLE_FILE = "shards.arrow"
+SHARDS_FOLDER = "shards"
 _ADVICE = "restore the file or prepare the corpus again elsewhere"
 _COUNTS = ("documents", "tokens", "text_bytes")
 _LABEL = pa.dictionary(pa.int32(), pa.string())
@@ -66,6 +70,20 @@ class ShardTableEntry:
     xxh3_128: str
 
 
+def shard_path(folder: Path, file: str) -> Path:
+    """Where the shard `file` of the corpus in `folder` lies. Raises CorpusError as `path_in` does.
+
+    It may be a link to a shard of another corpus, as `--link symbolic` makes it.
+    """
+    return path_in(folder, file, SHARD_TABLE_FILE, "file", _is_of_a_corpus)
+
+
+def _is_of_a_corpus(path: str) -> bool:
+    return any(
+        parent.name == SHARDS_FOLDER and (parent.parent / MANIFEST_FILE).is_file() for parent in Path(path).parents
+    )
+
+
 class ShardTable(Sequence[ShardEntry]):
     """The rows as `ShardEntry` (made one at a time when asked for), and the columns as arrays.
 
@@ -108,7 +126,7 @@ class ShardTable(Sequence[ShardEntry]):
     @staticmethod
     def read(folder: Path, entry: ShardTableEntry) -> ShardTable:
         """Map the table in `folder` after comparing it with `entry`. Raises CorpusError naming the file."""
-        path = path_in(folder, entry.file)
+        path = path_in(folder, entry.file, MANIFEST_FILE, "shards.file")
         if not path.is_file():
             raise CorpusError(f"{path}: the table of shards is missing; {_ADVICE}")
         # Read, not mapped, so that the pages do not stay in the process.
@@ -121,15 +139,19 @@ class ShardTable(Sequence[ShardEntry]):
         try:
             data = pa.memory_map(str(path), "r").read_buffer()
             table = ShardTable(_only_batch(data), entry, data)
+            is_foreign = pc.match_substring_regex(table._batch.column("file"), FOREIGN_NAME)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise CorpusError(f"{path}: not a table of shards ({error}); {_ADVICE}") from None
         if len(table) != entry.shards:
             raise CorpusError(f"{path}: {len(table)} rows, the manifest says {entry.shards} shards; {_ADVICE}")
+        # All names at once: there may be a million.
+        if (row := pc.index(pc.fill_null(is_foreign, True), True).as_py()) >= 0:
+            raise CorpusError(unsafe_file(path, f"file of row {row}", table.file(row)))
         return table
 
     def write(self, folder: Path) -> None:
         """Write the table's file into `folder` atomically."""
-        write_whole(path_in(folder, self.entry.file), memoryview(self._data))
+        write_whole(path_in(folder, self.entry.file, MANIFEST_FILE, "shards.file"), memoryview(self._data))
 
     def __len__(self) -> int:
         return self._batch.num_rows

@@ -70,6 +70,7 @@ class PackingPlan:
         self.fingerprint: str = document["fingerprint"]
         self.statistics = {s: PackingStatistics(**e["statistics"]) for s, e in document["sources"].items()}
         self._entries = document["sources"]
+        self._paths: dict[str, Path] = {}
         self._descriptors: dict[str, int] = {}
         self._checked: dict[str, np.ndarray] = {}
         for source, entry in self._entries.items():
@@ -77,9 +78,10 @@ class PackingPlan:
                 self._open_file(source, kind, entry[kind])
 
     def _open_file(self, source: str, kind: str, entry: dict[str, Any]) -> None:
-        path = path_in(self.folder, entry["file"])
+        path = path_in(self.folder, entry["file"], _PLAN_FILE, f"sources.{source}.{kind}.file")
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CorpusError(f"{path}: missing or of another size than planned; delete {self.folder} to plan again")
+        self._paths[f"{source}/{kind}"] = path
         self._descriptors[f"{source}/{kind}"] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._checked[f"{source}/{kind}"] = np.zeros(len(entry["xxh3_64_blocks"]), dtype=bool)
 
@@ -107,7 +109,7 @@ class PackingPlan:
 
     def _read(self, source: str, kind: str, first: int, count: int, dtype: type[np.generic]) -> np.ndarray:
         entry, key = self._entries[source][kind], f"{source}/{kind}"
-        path, descriptor, checked = path_in(self.folder, entry["file"]), self._descriptors[key], self._checked[key]
+        path, descriptor, checked = self._paths[key], self._descriptors[key], self._checked[key]
         values = np.empty(count, dtype=dtype)
         for block in range(8 * first // BLOCK_BYTES, (8 * (first + count) - 1) // BLOCK_BYTES + 1):
             if not checked[block]:

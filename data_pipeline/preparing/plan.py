@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.corpus.files import path_in, write_whole
-from data_pipeline.corpus.manifest import Manifest, canonical_json
+from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, canonical_json
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
@@ -42,7 +42,7 @@ def confirm_finished(config: PrepareConfig, folder: Path, manifest: Manifest) ->
     _refuse_other_settings(folder, manifest.settings, content_settings(config))
     if config.data.kind == "datasets" or config.data.path and not Path(config.data.path).exists():
         return
-    with open(path_in(folder, manifest.inputs.file), encoding="utf-8") as file:
+    with open(path_in(folder, manifest.inputs.file, MANIFEST_FILE, "inputs.file"), encoding="utf-8") as file:
         old = {entry["file"]: entry["bytes"] for entry in map(json.loads, file)}
     _refuse_other_inputs(folder, old, open_source(config.data).inputs())
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from conf.problems import ConfigError
 from data_pipeline.corpus.corpus import check_shard_file
-from data_pipeline.corpus.files import BLOCK_BYTES, path_in, sync, write_whole
+from data_pipeline.corpus.files import BLOCK_BYTES, sync, write_whole
 from data_pipeline.corpus.input_list import INPUTS_FILE, count_files, sum_counts
 from data_pipeline.corpus.manifest import (
     MANIFEST_FILE,
@@ -30,7 +30,7 @@ from data_pipeline.corpus.manifest import (
     TokenizerEntry,
     canonical_json,
 )
-from data_pipeline.corpus.shard_table import ShardTable
+from data_pipeline.corpus.shard_table import ShardTable, shard_path
 from data_pipeline.errors import BrokenOffError, PrepareError, TokenizerError
 from data_pipeline.ordering.order import derive_key, permute
 from data_pipeline.preparing.claims import Claims
@@ -357,7 +357,7 @@ def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    known = {path_in(folder, manifest.shards.file(row)) for row in range(len(manifest.shards))}
+    known = {shard_path(folder, manifest.shards.file(row)) for row in range(len(manifest.shards))}
     for path in (folder / "shards").rglob("*"):
         if path.is_file() and path not in known:
             path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.named_files import unsafe_file
 from data_pipeline.corpus.files import hash_file, write_whole
 from data_pipeline.corpus.input_list import sum_counts
 from data_pipeline.corpus.manifest import canonical_json
@@ -55,7 +56,9 @@ class UnitRecord:
         """The record in `path`; None when there is none that can be read."""
         try:
             fields = json.loads(path.read_bytes())
-            return UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+            record = UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+            # Its unit is then done again.
+            return None if any(unsafe_file(path, "shards.file", shard.file) for shard in record.shards) else record
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

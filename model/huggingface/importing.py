@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from conf.named_files import unsafe_file
 from model.config import ModelConfig, validate_model
 from model.huggingface.base import CONFIG, INDEX, WEIGHTS, Format, HuggingFaceError, StoredTensor, Tensors
 from model.huggingface.formats import FORMATS
@@ -95,14 +96,32 @@ def _read_config(directory: Path) -> tuple[Format, dict[str, Any]]:
 def _open_tensors(directory: Path) -> Tensors:
     """Tensor name -> tensor, of one file or of the shards of an index."""
     index = directory / INDEX
-    if index.is_file():
-        paths = [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        paths = [directory / WEIGHTS]
+    paths = _indexed_files(directory, index) if index.is_file() else [directory / WEIGHTS]
     absent = [f"{path} does not exist" for path in paths if not path.is_file()]
     if absent:
         raise HuggingFaceError(f"{directory} has no complete safetensors weights", absent)
     return {tensor.name: tensor for path in paths for tensor in _tensors_in(path)}
+
+
+def _indexed_files(directory: Path, index: Path) -> list[Path]:
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file = {file: tensor for tensor, file in reversed(files.items())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"its weight_map cannot be read ({type(error).__name__}: {error})"
+        raise HuggingFaceError(f"{index} is damaged", [reason]) from None
+
+    def is_blob(path: str) -> bool:
+        # huggingface_hub links snapshots, and older versions a local folder, to files in its cache.
+        blobs = Path(path).parent
+        return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+
+    unsafe = [
+        unsafe_file(index, f"weight_map.{by_file[file]}", file, directory, is_blob) for file in sorted(by_file, key=str)
+    ]
+    if any(unsafe):
+        raise HuggingFaceError(f"{directory} names files that are not its own", list(filter(None, unsafe)))
+    return [directory / file for file in sorted(by_file, key=str)]
 
 
 def _tensors_in(path: Path) -> Iterator[StoredTensor]:

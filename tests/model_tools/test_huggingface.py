@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,43 @@ def test_published_config_of_the_7b_fits():
     layout = exporting.format_for(config).tensor_layout([name for name, _ in ours.named_parameters()], {})
     our_shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
     assert {name: our_shapes[mine] for name, [mine] in layout.items()} == their_shapes
+
+
+def test_an_index_names_files_of_its_own_directory(tmp_path):
+    directory = tmp_path / "models--x--y" / "snapshots" / "rev"
+    random_transformers_model().save_pretrained(directory, max_shard_size="150KB")
+    index = directory / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    tensor, file = next(iter(whole["weight_map"].items()))
+    for name, why in {
+        "../../other.safetensors": "a path with '..'",
+        "/etc/hostname": "an absolute path",
+        7: "which is no text",
+    }.items():
+        index.write_text(json.dumps({"weight_map": {**whole["weight_map"], tensor: name}}))
+        with pytest.raises(HuggingFaceError) as error:
+            import_huggingface(directory)
+        assert f"{index}: weight_map.{tensor} is {name!r}, {why}" in str(error.value)
+    for damaged in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": []}}', "\0"):
+        index.write_text(damaged)
+        with pytest.raises(HuggingFaceError, match="its weight_map cannot be read"):
+            import_huggingface(directory)
+    index.write_text(json.dumps(whole))
+    # As the cache of huggingface_hub links, and as nobody else may.
+    blob = tmp_path / "models--x--y" / "blobs" / "0123abc"
+    blob.parent.mkdir()
+    (directory / file).rename(blob)
+    (directory / file).symlink_to("../../blobs/0123abc")
+    import_huggingface(directory)
+    (directory / file).unlink()
+    (directory / file).symlink_to(blob)
+    import_huggingface(shutil.copytree(directory, tmp_path / "local", symlinks=True))
+    (directory / file).unlink()
+    blob.rename(tmp_path / "elsewhere")
+    (directory / file).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HuggingFaceError, match="a link out of its folder, to "):
+        import_huggingface(directory)
+    (directory / file).unlink()
+    os.mkfifo(directory / file)
+    with pytest.raises(HuggingFaceError, match="which is a named pipe"):
+        import_huggingface(directory)

@@ -151,7 +151,7 @@ def test_every_key_of_events(runs):
             seen.add(line["event"])
     # These runs have no GPU and so no kernels to check; rollbacks are in test_rollback.py, W&B's server is in
     # test_wandb_settings.py, what a run begins with in test_origin.py, lost outputs are in test_terminal.py.
-    elsewhere = {"kernel_preflight", "rollback", "wandb_offline", "initialise", "branch", "output_lost"}
+    elsewhere = {"kernel_preflight", "rollback", "wandb_offline", "initialise", "branch", "output_lost", "unreadable"}
     assert seen == documented.keys() - elsewhere
 
 
@@ -200,7 +200,7 @@ def test_every_file_and_key_of_a_checkpoint(runs, end):
     assert state["data_identity"].keys() == set(quoted(row[2])) - {"next_sample"}
 
     marker = json.loads((folder / "complete.json").read_text())
-    assert marker.keys() == {"format_version", "files"}
+    assert marker.keys() == {"format_version", "attempt", "files"}
     assert marker["files"].keys() == present - {"complete.json"}
     for name, entry in marker["files"].items():
         assert entry.keys() == {"bytes", "xxh3_128"}

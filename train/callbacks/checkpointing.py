@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from train.callbacks.base import Callback
 from train.checkpoints.layout import CheckpointError
 from train.decisions import CONTINUE, Decision, Rollback
+from train.errors import RunError
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -41,6 +42,6 @@ class Checkpointing(Callback):
         try:
             # What is being written holds an earlier step and needs no other rank's training thread.
             trainer.finish_saving()
-        except CheckpointError as error:
+        except (CheckpointError, RunError) as error:
             # Raised, it would stand in the place of what the run failed of.
             trainer.events.append("error", message=str(error))

@@ -80,5 +80,9 @@ class MetricsFile(Callback):
 
 
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
-    """Every line of a run's metrics.jsonl but the header, in order. Raises as `read_versioned_lines` does."""
-    return read_versioned_lines(Path(run_directory) / FILE_NAME, FORMAT_VERSION)[1:]
+    """Every measurement of a run's metrics.jsonl, in order, without the header. Raises as `read_versioned_lines` does.
+
+    A line without a kind or a step is passed over: another program, or an editor, left it.
+    """
+    lines = read_versioned_lines(Path(run_directory) / FILE_NAME, FORMAT_VERSION)[1:]
+    return [line for line in lines if isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)]

@@ -15,7 +15,8 @@ class StepLines:
 
     def __init__(self, path: Path, header: dict[str, Any], step: int):
         """Go on after `step`: what stands in the file of later ones, which are taken again, is removed."""
-        kept = [line for line in read_lines(path) if line != header and "step" in line and 0 < line["step"] <= step]
+        lines = (line for line in read_lines(path) if line != header and isinstance(line.get("step"), int))
+        kept = [line for line in lines if 0 < line["step"] <= step]
         write_atomically(path, "".join(_as_line(line) for line in [header, *kept]))
         self._file = path.open("a", encoding="utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import sys
@@ -11,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.passwords import without_passwords
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
 from train.origin import read_ancestry
 from train.run_directory import write_atomically
+from train.stored_configuration import as_json
 from train.wandb_settings import reach_seconds, wandb_mode
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ class WandbLogger(Callback):
         import wandb
 
         settings = trainer.config.logging.wandb
+        known = wandb.Settings(silent=True, console="off", init_timeout=reach_seconds(os.environ))
+        if without_passwords(sys.argv) != sys.argv:
+            # With what the machine is, W&B would keep the command line.
+            known.x_disable_machine_info = True
         return wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -75,8 +80,8 @@ class WandbLogger(Callback):
             resume=None if self._offline else "allow",
             mode="offline" if self._offline else "online",
             dir=str(trainer.run_directory),
-            config={**dataclasses.asdict(trainer.config), "ancestry": read_ancestry(Path(trainer.run_directory))},
-            settings=wandb.Settings(silent=True, console="off", init_timeout=reach_seconds(os.environ)),
+            config={**as_json(trainer.config), "ancestry": read_ancestry(Path(trainer.run_directory))},
+            settings=known,
         )
 
     def _go_offline(self, trainer: Trainer, reason: str) -> None:

@@ -37,17 +37,32 @@ def generator_states(device: torch.device) -> dict[str, Any]:
     return states
 
 
+def read_generators(path: Path) -> dict[str, Any]:
+    """What `generator_states` found, as JSON in a file: states that each kind of generator takes.
+
+    Raises OSError, ValueError, KeyError, TypeError or RuntimeError where the file holds something else.
+    """
+    states = json.loads(path.read_bytes())
+    version, internal, gauss_next = states["python"]
+    python = (version, tuple(internal), gauss_next)
+    random.Random().setstate(python)
+    name, keys, position, has_gauss, cached = states["numpy"]
+    numpy = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+    np.random.RandomState().set_state(numpy)
+    tensors = {
+        kind: torch.frombuffer(bytearray(base64.b64decode(states[kind])), dtype=torch.uint8)
+        for kind in ("torch", "cuda")
+        if kind == "torch" or kind in states
+    }
+    torch.Generator().set_state(tensors["torch"])
+    return {"python": python, "numpy": numpy, **tensors}
+
+
 def restore_generators(path: Path, device: torch.device) -> None:
     """Set every generator of this process to what `generator_states` found, as JSON in a file."""
-    states = json.loads(path.read_text(encoding="utf-8"))
-
-    def tensor(text: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensor(states["torch"]))
+    states = read_generators(path)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(tensor(states["cuda"]), device)
+        torch.cuda.set_rng_state(states["cuda"], device)

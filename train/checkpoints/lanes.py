@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conf.problems import other_format
-from train.checkpoints.layout import CheckpointError
+from model.marker import MarkerError, read_marker
+from train.checkpoints.layout import CheckpointError, refuse_other_format
 
 FOLDER = "carried"
 _FORMAT_VERSION = 1
@@ -31,20 +31,27 @@ def save_lanes(folder: Path, rank: int, first_lane: int, tensors: Mapping[str, T
 
 
 class LanesReader:
-    """Reads the lanes of any rank from a checkpoint. Raises CheckpointError for a file that cannot be read."""
+    """Reads the lanes of any rank from the files that a checkpoint's marker lists.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder / FOLDER
         # (first lane, file) of each.
         self._files: list[tuple[int, Path]] = []
-        for path in sorted(self.folder.glob("lanes-*.safetensors")):
+        try:
+            listed = read_marker(folder).files_in(FOLDER)
+        except MarkerError as error:
+            raise CheckpointError(str(error)) from None
+        for name in listed:
+            path = folder / name
             try:
                 with safe_open(path, framework="pt") as file:
                     metadata = file.metadata() or {}
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            if problem := other_format(path, metadata.get("format_version"), _FORMAT_VERSION):
-                raise CheckpointError(problem)
+            refuse_other_format(path, metadata.get("format_version"), _FORMAT_VERSION)
             self._files.append((int(metadata["first_lane"]), path))
 
     @property

@@ -8,11 +8,15 @@ A checkpoint is the folder `checkpoints/step-XXXXXXXX/`:
                                                               (train/checkpoints/lanes.py)
     random-RRRRR.json                                         the random generators of rank R
     state.json                                                position, counters, callbacks, layout, identities
-    complete.json                                             size and checksum of every other file; written last
+    complete.json                                             attempt; size and checksum of every other file
     kept.json                                                 where a user keeps it for good: nothing deletes it
 
 Everything that is cut over ranks is stored as named parts of parameters, so another number of ranks or another stage
-reads the same files. A folder without complete.json, or with a file that does not match it, is not a checkpoint.
+reads the same files. A folder without complete.json, or with a file that does not match it, is not a checkpoint; a
+file that it does not list is none of the checkpoint's.
+
+A save is staged in `checkpoints/step-XXXXXXXX.ATTEMPT.partial`, named after the start of the run that writes it, and
+renamed when all is there: what a rank of an earlier start still writes never meets it.
 """
 
 from __future__ import annotations
@@ -20,23 +24,42 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
+import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus.files import hash_file
-from model.locate import COMPLETE as MARKER
-from model.locate import FORMAT_VERSION as FORMAT_VERSION
+from conf.problems import is_later_format, other_format
+from data_pipeline.corpus.files import hash_file, sync
 from model.locate import step_folders, step_of
+from model.marker import COMPLETE as MARKER
+from model.marker import FORMAT_VERSION as FORMAT_VERSION
+from model.marker import is_marked
+from train.run_directory import write_atomically
 
+log = logging.getLogger(__name__)
 STATE_JSON = "state.json"
+# Names that `staging_folder` gives.
+_STAGED = r"step-\d{8,}\.[0-9a-f]{12}\.partial"
 KEPT = "kept.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and what to do."""
+
+
+class LaterCheckpointError(CheckpointError):
+    """A checkpoint that a later version of this program wrote."""
+
+
+def refuse_other_format(file: Path, found: object, known: int = FORMAT_VERSION) -> None:
+    """Raises LaterCheckpointError or CheckpointError where the format that `file` states is not `known`."""
+    if problem := other_format(file, found, known):
+        raise (LaterCheckpointError if is_later_format(found, known) else CheckpointError)(problem)
 
 
 def generators_file(folder: Path, rank: int) -> Path:
@@ -57,20 +80,25 @@ def remove(folder: Path) -> None:
 
 
 def remove_torn(root: Path) -> list[str]:
-    """Delete folders of saves that never completed; returns their names. Rank 0 only, before the first save."""
-    torn = [path for path in step_folders(root) if not (path / MARKER).exists()]
+    """Delete folders of saves that never completed, those that are staged included; returns their names.
+
+    Rank 0 only, under the run's lock, before the first save. A link is not the run's to delete, whatever it leads to.
+    """
+    torn = [path for path in step_folders(root) if not is_marked(path) and not path.is_symlink()]
+    torn += [path for path in sorted(root.glob("step-*.partial")) if re.fullmatch(_STAGED, path.name)]
     for path in torn:
-        shutil.rmtree(path)
+        # A rank of an earlier start may be writing there. What remains is deleted by the next start.
+        shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in torn]
 
 
 def remove_after(root: Path, step: int) -> list[str]:
     """Take checkpoints of later steps than `step` out of the run; returns their names. Rank 0 only, while nothing is
-    written. One that is kept for good is called set-aside-step-XXXXXXXX from then on."""
+    written. One that stays for good is called set-aside-step-XXXXXXXX from then on."""
     later = [path for path in step_folders(root) if step_of(path) > step]
     with deciding_what_stays(root):
         for path in reversed(later):
-            if is_kept(path):
+            if stays(path):
                 _set_aside(path)
             else:
                 remove(path)
@@ -79,22 +107,48 @@ def remove_after(root: Path, step: int) -> list[str]:
 
 def _set_aside(folder: Path) -> None:
     name, number = f"set-aside-{folder.name}", 1
-    while folder.with_name(name).exists():
+    while os.path.lexists(folder.with_name(name)):
         number += 1
         name = f"set-aside-{number}-{folder.name}"
     folder.rename(folder.with_name(name))
 
 
-def begin_folder(folder: Path, parts: tuple[str, ...]) -> None:
-    """Make the empty folder of a checkpoint, with its folders `parts`; what an earlier try left there goes, but for its
-    being kept."""
+def begin_staging(folder: Path, attempt: str, parts: tuple[str, ...]) -> Path:
+    """Make the empty folder in which `attempt` writes the checkpoint `folder`, with its folders `parts`; returns it."""
+    staged = staging_folder(folder, attempt)
+    shutil.rmtree(staged, ignore_errors=True)
+    for name in parts:
+        (staged / name).mkdir(parents=True)
+    return staged
+
+
+def staging_folder(folder: Path, attempt: str) -> Path:
+    """Where the checkpoint `folder` lies while `attempt` writes it."""
+    return folder.with_name(f"{folder.name}.{attempt}.partial")
+
+
+def mark_complete(staged: Path, attempt: str, files: Mapping[str, Any]) -> None:
+    """Write the marker; `files`: path in the checkpoint -> `describe_file`."""
+    marker = {"format_version": FORMAT_VERSION, "attempt": attempt, "files": files}
+    write_atomically(staged / MARKER, json.dumps(marker, indent=1))
+
+
+def put_in_place(staged: Path, folder: Path) -> None:
+    """Make the complete `staged` the checkpoint `folder`. What an earlier try left there goes, but for its being kept;
+    a link there is set aside, as is what is no folder."""
     with deciding_what_stays(folder.parent):
-        kept = is_kept(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in parts:
-            (folder / name).mkdir(parents=True)
-        if kept:
-            keep(folder)
+        if folder.is_symlink() or folder.is_file():
+            _set_aside(folder)
+        elif folder.exists():
+            try:
+                if is_kept(folder):
+                    shutil.copyfile(folder / KEPT, staged / KEPT)
+                remove(folder)
+            except OSError as error:
+                _set_aside(folder)
+                log.warning("%s cannot be deleted (%s) and is set aside", folder, error)
+        staged.rename(folder)
+    sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -105,9 +159,24 @@ def deciding_what_stays(root: Path) -> Iterator[None]:
         yield
 
 
+def stays(folder: Path) -> bool:
+    """Whether nothing deletes the checkpoint: a user keeps it for good, or has moved it elsewhere and left a link.
+
+    Neither the link goes nor what it leads to: that is the user's, may be shared by several runs, and takes no room on
+    this disk, which is all that pruning is for.
+    """
+    return folder.is_symlink() or is_kept(folder)
+
+
 def is_kept(folder: Path) -> bool:
-    """Whether a user keeps the checkpoint for good."""
-    return (folder / KEPT).exists()
+    """Whether a user keeps the checkpoint for good, for all that can be seen."""
+    try:
+        (folder / KEPT).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def keep(folder: Path) -> None:

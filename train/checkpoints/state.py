@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from conf.problems import other_format
-from train.checkpoints.layout import FORMAT_VERSION, STATE_JSON, CheckpointError
+from conf.problems import ConfigError
+from train.checkpoints.layout import FORMAT_VERSION, STATE_JSON, CheckpointError, refuse_other_format
+from train.stored_configuration import read_configuration
 
 
 @dataclass
@@ -42,6 +42,9 @@ class TrainState:
     format_version: int = FORMAT_VERSION
 
 
+_NOT_YET_IN_0_2_0 = {"applied_tokens", "schedule_step_tokens", "configuration"}
+
+
 def write_state(folder: Path, state: TrainState) -> Path:
     """Write `state` into a checkpoint; returns the file's path."""
     path = folder / STATE_JSON
@@ -50,20 +53,42 @@ def write_state(folder: Path, state: TrainState) -> Path:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state in a checkpoint. Raises CheckpointError when another version of this program wrote it."""
+    """The state in a checkpoint.
+
+    Raises LaterCheckpointError when a later version of this program wrote it, CheckpointError for whatever else is
+    wrong with it.
+    """
     path = folder / STATE_JSON
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if problem := other_format(path, content.get("format_version"), FORMAT_VERSION):
-        raise CheckpointError(problem)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} cannot be read: it is {'no regular file' if path.exists() else 'missing'}")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+    refuse_other_format(path, content.get("format_version"))
+    kinds = {name: type(value) for name, value in asdict(TrainState()).items()}
+    wrong = sorted(name for name, value in content.items() if type(value) is not kinds.get(name))
+    if wrong or not kinds.keys() - content.keys() <= _NOT_YET_IN_0_2_0:
+        missing = sorted(kinds.keys() - content.keys() - _NOT_YET_IN_0_2_0)
+        raise CheckpointError(
+            f"{path} cannot be read: keys are missing ({missing}), unknown or of a wrong type ({wrong})"
+        )
     return TrainState(**{**_not_yet_in_0_2_0(folder, content), **content})
 
 
 def _not_yet_in_0_2_0(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """What a state of version 0.2.0 or before leaves to be derived: its run had one batch size and sequence length."""
+    if content.keys() >= _NOT_YET_IN_0_2_0:
+        return {}
     step, tokens = content["step"], content["tokens"]
-    config = folder.parent.parent / "config.yaml"
+    configuration: dict[str, Any] = {}
+    # Where it is not there, or damaged, it is not known.
+    with contextlib.suppress(ConfigError):
+        configuration = read_configuration(folder.parent.parent / "config.yaml")
     return {
         "applied_tokens": tokens * content["applied_steps"] // step if step else 0,
         "schedule_step_tokens": tokens // step if step else 0,
-        "configuration": OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {},
+        "configuration": configuration,
     }

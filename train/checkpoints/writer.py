@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,32 +23,45 @@ from train.checkpoints.generators import generator_states
 from train.checkpoints.lanes import FOLDER as CARRIED
 from train.checkpoints.lanes import save_lanes
 from train.checkpoints.layout import (
-    FORMAT_VERSION,
-    MARKER,
     CheckpointError,
-    begin_folder,
+    begin_staging,
     deciding_what_stays,
     describe_file,
     generators_file,
-    is_kept,
+    mark_complete,
+    put_in_place,
     remove,
     remove_after,
+    staging_folder,
+    stays,
 )
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
+from train.errors import RunError
 from train.parallel.engine import Engine
 from train.parallel.fragments import MOMENTS
 from train.parallel.mesh import Mesh
-from train.run_directory import write_atomically
+from train.run_directory import Attempt, write_atomically
 
 _COMMIT_TIMEOUT_SECONDS = 3600.0
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
     """Saves in the background: `save` returns when the state is copied to host memory."""
 
-    def __init__(self, root: Path, mesh: Mesh, model: ModelConfig, config: CheckpointConfig, resumed_step: int | None):
-        """`resumed_step`: the step whose checkpoint the run goes on from; None when it starts."""
+    def __init__(
+        self,
+        root: Path,
+        mesh: Mesh,
+        model: ModelConfig,
+        config: CheckpointConfig,
+        resumed_step: int | None,
+        attempt: Attempt,
+    ):
+        """`resumed_step`: the step whose checkpoint the run goes on from; None when it starts. `attempt`: the start of
+        the run that this rank belongs to; once there is another, nothing is written any more."""
+        self.attempt = attempt
         self.root = root
         self.mesh = mesh
         self.model = model
@@ -63,7 +77,7 @@ class CheckpointWriter:
         """Copy this rank's part to host memory and start writing it. Collective: every rank calls it at the same step.
 
         `on_complete(folder, seconds)` runs on rank 0's writing thread once the checkpoint counts.
-        Raises CheckpointError when the previous save failed.
+        Raises CheckpointError when the previous save failed, RunError when another start has taken over the run.
         """
         self.wait()
         folder = step_folder(self.root, state.step)
@@ -72,8 +86,11 @@ class CheckpointWriter:
             return folder
         self._last_step = state.step
         snapshot = _Snapshot.take(engine, state, self.model)
+        self.attempt.check()
         if self.rank == 0:
-            begin_folder(folder, ("weights", *MOMENTS, *((CARRIED,) if snapshot.carried else ())))
+            begin_staging(
+                folder, self.attempt.identity, ("weights", *MOMENTS, *((CARRIED,) if snapshot.carried else ()))
+            )
         self.mesh.barrier(group="world")
         self._thread = threading.Thread(
             target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
@@ -82,12 +99,14 @@ class CheckpointWriter:
         return folder
 
     def wait(self) -> None:
-        """Until the save under way has ended. Raises CheckpointError if it failed."""
+        """Until the save under way has ended. Raises CheckpointError if it failed, RunError as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
+            if isinstance(error, RunError):
+                raise error
             raise CheckpointError(
                 f"writing the checkpoint under {self.root} failed on rank {self.rank}: {error}. Earlier checkpoints "
                 "are untouched; make room or repair the disk and start the same command again"
@@ -105,43 +124,55 @@ class CheckpointWriter:
     def _write(self, folder: Path, snapshot: _Snapshot, on_complete: Callable[[Path, float], None]) -> None:
         started = time.monotonic()
         try:
-            files = snapshot.write(folder, self.rank)
-            report = {str(path.relative_to(folder)): describe_file(path) for path in files}
-            write_atomically(folder / f"rank-{self.rank:05d}.json", json.dumps(report))
+            staged = staging_folder(folder, self.attempt.identity)
+            self.attempt.check()
+            files = snapshot.write(staged, self.rank)
+            report = {
+                "attempt": self.attempt.identity,
+                "files": {str(path.relative_to(staged)): describe_file(path) for path in files},
+            }
+            write_atomically(staged / f"rank-{self.rank:05d}.json", json.dumps(report))
             if self.rank == 0:
-                self._commit(folder)
+                self._commit(staged, folder)
                 on_complete(folder, time.monotonic() - started)
                 self._prune(folder)
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._error = error
 
-    def _commit(self, folder: Path) -> None:
+    def _commit(self, staged: Path, folder: Path) -> None:
         """Write the marker once every rank has reported its files. Ranks meet on the file system: a collective on this
         thread could overtake one of the training thread."""
-        reports = [folder / f"rank-{rank:05d}.json" for rank in range(self.mesh.size)]
+        reports = [staged / f"rank-{rank:05d}.json" for rank in range(self.mesh.size)]
         deadline = time.monotonic() + _COMMIT_TIMEOUT_SECONDS
         while not all(report.exists() for report in reports):
             if time.monotonic() > deadline:
                 missing = [report.name for report in reports if not report.exists()]
-                raise CheckpointError(f"{folder}: no word from {', '.join(missing)} within {_COMMIT_TIMEOUT_SECONDS} s")
+                raise CheckpointError(f"{staged}: no word from {', '.join(missing)} within {_COMMIT_TIMEOUT_SECONDS} s")
             time.sleep(0.02)
         files: dict[str, Any] = {}
         for report in reports:
-            files |= json.loads(report.read_text(encoding="utf-8"))
-        _sync_folders(folder)
-        marker = {"format_version": FORMAT_VERSION, "files": files}
-        write_atomically(folder / MARKER, json.dumps(marker, indent=1))
-        for report in reports:
+            found = json.loads(report.read_text(encoding="utf-8"))
+            if found["attempt"] != self.attempt.identity:
+                raise CheckpointError(f"{report} is of attempt {found['attempt']}, not of {self.attempt.identity}")
+            files |= found["files"]
             report.unlink()
-        _sync_folders(folder)
+        _sync_folders(staged)
+        mark_complete(staged, self.attempt.identity, files)
+        # The last look: from here on the folder has the name of a checkpoint.
+        self.attempt.check()
+        put_in_place(staged, folder)
 
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
         with deciding_what_stays(self.root):
             for folder in complete[: -self.keep_last]:
-                if not is_kept(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
-                    remove(folder)
+                if not stays(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
+                    try:
+                        remove(folder)
+                    except OSError as error:
+                        # What cannot be deleted is no reason to end a run whose new checkpoint is safe.
+                        log.warning("%s cannot be deleted: %s", folder, error)
 
 
 @dataclass

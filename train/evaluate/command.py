@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from conf import ConfigError, compose
+from conf.passwords import without_passwords
 from conf.problems import at_least, choice, suggestion
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError, MachineError
@@ -108,10 +109,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _evaluate(list(arguments))
     except ConfigError as error:
-        print(f"train.evaluate: {error}", file=sys.stderr)
+        print(without_passwords(f"train.evaluate: {error}"), file=sys.stderr)
         return 2
     except (DataError, CheckpointError, OSError, ValueError) as error:
-        print(f"train.evaluate: {error}", file=sys.stderr)
+        print(without_passwords(f"train.evaluate: {error}"), file=sys.stderr)
         return 1 if isinstance(error, (MachineError, OSError)) else 2
     return 0
 

@@ -1,5 +1,6 @@
 """Checkpoints that a user keeps for good: `python -m train.checkpoint`, and what deletes all others."""
 
+import json
 import threading
 
 import pytest
@@ -7,13 +8,31 @@ import pytest
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.checkpoint import main
-from train.checkpoints.layout import begin_folder, deciding_what_stays, is_kept, keep, remove_after
+from train.checkpoints.layout import (
+    begin_staging,
+    deciding_what_stays,
+    is_kept,
+    keep,
+    mark_complete,
+    put_in_place,
+    remove_after,
+)
 from train.interpreter import python_name
 from train.parallel.fragments import MOMENTS
+
+ATTEMPT = "0123456789ab"
 
 
 def names(root):
     return sorted(path.name for path in root.iterdir())
+
+
+def save_anew(folder):
+    staged = begin_staging(folder, ATTEMPT, ("weights", *MOMENTS))
+    assert staged.name == f"{folder.name}.{ATTEMPT}.partial" and (staged / "exp_avg").is_dir()
+    mark_complete(staged, ATTEMPT, {})
+    put_in_place(staged, folder)
+    assert not staged.exists()
 
 
 @pytest.fixture
@@ -75,7 +94,7 @@ def test_a_rollback_sets_a_kept_checkpoint_aside_and_no_start_takes_it_up(run):
     for _ in range(2):
         keep(root / "step-00000006")
         assert remove_after(root, 4)[0] == "step-00000006"
-        begin_folder(root / "step-00000006", ("weights",))
+        save_anew(root / "step-00000006")
     aside = ["set-aside-2-step-00000006", "set-aside-step-00000006"]
     assert names(root) == [*aside, "step-00000002", "step-00000004", "step-00000006"]
     assert (root / aside[1] / "complete.json").exists()
@@ -84,9 +103,11 @@ def test_a_rollback_sets_a_kept_checkpoint_aside_and_no_start_takes_it_up(run):
 def test_a_checkpoint_that_is_written_again_stays_kept(run):
     folder = run / "checkpoints" / "step-00000004"
     keep(folder)
-    begin_folder(folder, ("weights", *MOMENTS))
-    assert is_kept(folder) and not (folder / "complete.json").exists()
-    begin_folder(run / "checkpoints" / "step-00000006", ("weights",))
+    since = (folder / "kept.json").read_bytes()
+    save_anew(folder)
+    assert is_kept(folder) and (folder / "kept.json").read_bytes() == since
+    assert json.loads((folder / "complete.json").read_text()) == {"format_version": 1, "attempt": ATTEMPT, "files": {}}
+    save_anew(run / "checkpoints" / "step-00000006")
     assert not is_kept(run / "checkpoints" / "step-00000006")
 
 

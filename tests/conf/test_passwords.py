@@ -1,0 +1,54 @@
+"""No text that is shown has the password of a URL."""
+
+from pathlib import Path
+
+import pytest
+
+from conf import ConfigError
+from conf.command_line import exit_code
+from conf.passwords import has_hidden_password, password_of, without_passwords
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ftp://me:secret@host/x", "ftp://me:***@host/x"),
+        (
+            "corpus.directory=https://me:se'c\"r:e@t@host:21/x is missing",
+            "corpus.directory=https://me:***@host:21/x is missing",
+        ),
+        ("s3://:secret@bucket", "s3://:***@bucket"),
+        ("memory://a:b@c then a://d:e@f", "memory://a:***@c then a://d:***@f"),
+        ("ftp://me:***@host", "ftp://me:***@host"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("http://host:80/x, write to me@host", "http://host:80/x, write to me@host"),
+        ("ssh://me@host/x", "ssh://me@host/x"),
+        (str(Path("ftp://me:secret@host/x")), "ftp:/me:***@host/x"),
+        ("name: a@b:c", "name: a@b:c"),
+    ],
+)
+def test_the_password_of_a_url_is_hidden_in_any_text(text, shown):
+    assert without_passwords(text) == shown == without_passwords(shown)
+    assert without_passwords({"a": [text, 1, None], text: (text,)}) == {"a": [shown, 1, None], shown: (shown,)}
+    assert has_hidden_password(shown) is (":***@" in shown)
+
+
+def test_the_password_of_a_url_is_found():
+    assert [password_of(url) for url in ("ftp://me:se:c@ret@host/a:b@c", "s3://:x@b", "s3://b/c:d@e", "/a:b@c")] == [
+        "se:c@ret",
+        "x",
+        "",
+        "",
+    ]
+
+
+def test_errors_of_the_configuration_and_of_commands_show_none(capsys):
+    problem = "corpus.directory: no such corpus (ftp://me:secret@host/x)"
+    error = ConfigError([problem])
+    assert "secret" not in str(error) and error.problems == ["corpus.directory: no such corpus (ftp://me:***@host/x)"]
+
+    def command():
+        raise OSError(problem)
+
+    assert exit_code(command, (OSError,), "interrupted") == 1
+    assert capsys.readouterr().err == "error: corpus.directory: no such corpus (ftp://me:***@host/x)\n"
