@@ -23,6 +23,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
 from model.blocks import Block
+from model.compilation import CAPTURED
 from model.language_model import LanguageModel
 from model.stages import Stage
 from model.state import ModelState
@@ -172,6 +173,11 @@ class ZeroEngine:
     def _backward(self, loss: Tensor) -> None:
         """One backward pass of the step: to DeepSpeed each time chunk is a micro-batch. ZeRO 0 and 1 reduce gradients
         after the last one of the step, ZeRO 2 and 3 after each."""
+        if self.model.execution == CAPTURED:
+            # DeepSpeed keeps gradients until the next backward pass, and those of a CUDA graph do not last as long.
+            for parameter in self.model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
         self._backward_passes_left -= 1
         if self._backward_passes_left:
