@@ -19,6 +19,7 @@ from model.presets import preset
 from model.weights import WeightsError, load_weights, save_model
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
+from train.checkpoints.layout import describe_file, mark_complete
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)
@@ -32,7 +33,8 @@ def run_directory(tmp_path_factory):
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         save_model(random_model(CONFIG, seed), CONFIG, checkpoint / "weights")
         if step < 30:
-            (checkpoint / "complete.json").write_text("{}")
+            files = {path.relative_to(checkpoint).as_posix(): path for path in (checkpoint / "weights").iterdir()}
+            mark_complete(checkpoint, "0123456789ab", {name: describe_file(path) for name, path in files.items()})
     model = train_sentencepiece([Path(__file__).read_text()], TokenizerConfig(vocab_size=370))
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.model").write_bytes(model)
