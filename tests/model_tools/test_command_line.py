@@ -17,9 +17,9 @@ from model.generation import generate
 from model.locate import locate
 from model.presets import preset
 from model.weights import WeightsError, load_weights, save_model
+from tests.marking import mark_checkpoint
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
-from train.checkpoints.layout import describe_file, mark_complete
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)
@@ -33,8 +33,7 @@ def run_directory(tmp_path_factory):
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         save_model(random_model(CONFIG, seed), CONFIG, checkpoint / "weights")
         if step < 30:
-            files = {path.relative_to(checkpoint).as_posix(): path for path in (checkpoint / "weights").iterdir()}
-            mark_complete(checkpoint, "0123456789ab", {name: describe_file(path) for name, path in files.items()})
+            mark_checkpoint(checkpoint)
     model = train_sentencepiece([Path(__file__).read_text()], TokenizerConfig(vocab_size=370))
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.model").write_bytes(model)
