@@ -38,8 +38,9 @@ def as_yaml(config: RunConfig) -> str:
 def read_configuration(path: Path) -> dict[str, Any]:
     """A config.yaml of any version, as it stands there. Raises ConfigError where it cannot be read as one."""
     try:
-        if not path.is_file():
-            raise ConfigError([f"{path}: cannot be read, it is {'no regular file' if path.exists() else 'missing'}"])
+        if path.exists() and not path.is_file():
+            # To open a pipe would wait for ever.
+            raise ConfigError([f"{path}: cannot be read (it is no regular file)"])
         stored: Any = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None

@@ -13,6 +13,7 @@ from model.config import MLSTMConfig
 from model.huggingface import export_huggingface
 from model.initialisation import initialise
 from model.weights import WeightsError, save_model
+from tests.marking import mark_checkpoint
 from tests.runs import PATIENCE, ROOT, environment
 
 
@@ -49,7 +50,7 @@ def test_a_run_a_checkpoint_and_weights_load_with_the_same_values(tmp_path):
     made = small()
     step = tmp_path / "run" / "checkpoints" / "step-00000002"
     save_model(made, made.config, step / "weights")
-    (step / "complete.json").write_text("{}")
+    mark_checkpoint(step)
     tokens = torch.tensor([[1, 2, 3]])
     for path in (tmp_path / "run", step, step / "weights", str(step)):
         loaded = load(path)

@@ -17,6 +17,7 @@ from model.generation import generate
 from model.locate import locate
 from model.presets import preset
 from model.weights import WeightsError, load_weights, save_model
+from tests.marking import mark_checkpoint
 from tests.model_tools.small_models import CONFIGS, random_model
 from tests.runs import PATIENCE
 
@@ -32,7 +33,7 @@ def run_directory(tmp_path_factory):
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
         save_model(random_model(CONFIG, seed), CONFIG, checkpoint / "weights")
         if step < 30:
-            (checkpoint / "complete.json").write_text("{}")
+            mark_checkpoint(checkpoint)
     model = train_sentencepiece([Path(__file__).read_text()], TokenizerConfig(vocab_size=370))
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.model").write_bytes(model)

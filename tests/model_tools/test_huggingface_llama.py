@@ -14,6 +14,7 @@ from model.config import AttentionConfig
 from model.huggingface import HuggingFaceError, export_huggingface, import_huggingface
 from model.locate import locate
 from model.weights import save_model
+from tests.marking import mark_checkpoint
 from tests.model_tools.small_models import CONFIGS, random_model
 
 # Grouped queries, a head of its own, and a base of the rotary frequencies that is no default.
@@ -125,7 +126,7 @@ def test_a_soft_cap_and_blocks_of_another_kind_are_refused(tmp_path):
 def test_the_longest_text_is_a_sample_of_the_run(tmp_path):
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "weights"
     save_model(random_model(CONFIG), CONFIG, weights)
-    (weights.parent / "complete.json").touch()
+    mark_checkpoint(weights.parent)
     assert locate(tmp_path / "run").sequence_length is None
     (tmp_path / "run" / "config.yaml").write_text("training:\n  sequence_length: 77\n")
     assert locate(tmp_path / "run").sequence_length == 77
