@@ -41,7 +41,7 @@ from train.errors import RunError
 from train.parallel.engine import Engine
 from train.parallel.fragments import MOMENTS
 from train.parallel.mesh import Mesh
-from train.run_directory import Attempt, write_atomically
+from train.run_directory import Attempt
 
 _COMMIT_TIMEOUT_SECONDS = 3600.0
 log = logging.getLogger(__name__)
@@ -131,7 +131,10 @@ class CheckpointWriter:
                 "attempt": self.attempt.identity,
                 "files": {str(path.relative_to(staged)): describe_file(path) for path in files},
             }
-            write_atomically(staged / f"rank-{self.rank:05d}.json", json.dumps(report))
+            # Renamed as the last thing that is done there: rank 0 may then rename the folder at any time.
+            written = staged / f"rank-{self.rank:05d}.json.partial"
+            written.write_text(json.dumps(report), encoding="utf-8")
+            written.rename(written.with_suffix(""))
             if self.rank == 0:
                 self._commit(staged, folder)
                 on_complete(folder, time.monotonic() - started)
