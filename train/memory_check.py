@@ -64,7 +64,7 @@ def memory_warnings(config: RunConfig, plan: Plan, room: Room) -> list[str]:
     if not warnings and not on_host:
         return []
     shares_activations = bool(warnings) or room.device_bytes is None
-    return [f"{line}. {_remedy(config, plan, shares_activations)}" for line in (*warnings, *on_host)]
+    return [f"{line}. {ways_to_need_less(config, plan, shares_activations)}" for line in (*warnings, *on_host)]
 
 
 def _warning(low: float, high: float, room: float, who: str, where: str) -> list[str]:
@@ -77,7 +77,8 @@ def _warning(low: float, high: float, room: float, who: str, where: str) -> list
     ]
 
 
-def _remedy(config: RunConfig, plan: Plan, computes_there: bool) -> str:
+def ways_to_need_less(config: RunConfig, plan: Plan, computes_there: bool) -> str:
+    """Which keys lower what a run needs. `computes_there`: of the memory that holds activations."""
     ways = []
     parallel = config.parallel
     if computes_there and plan.micro_batch_size > 1:

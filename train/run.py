@@ -27,6 +27,7 @@ from train.errors import RunError, last_words
 from train.evaluate import open_sets
 from train.kernel_check import check_kernels
 from train.next_commands import next_commands
+from train.out_of_memory import explained
 from train.parallel.engine import EngineFactory, make_engine
 from train.plan import Plan
 from train.restore import restore
@@ -72,6 +73,12 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
         context.say(next_commands(config, context.directory, is_complete=True))
         return 0
     check_kernels(config, context.mesh, events)
+    with explained(config, context.plan):
+        return _train_steps(context, factory)
+
+
+def _train_steps(context: RunContext, factory: EngineFactory) -> int:
+    config, events = context.config, context.events
     state = restore(context, factory)
     for name, windows in open_sets(config, context.evaluation_corpora).items():
         events.append("evaluation_set", set=name, fingerprint=windows.fingerprint, tokens=windows.targets)
