@@ -55,7 +55,7 @@ def start_and_kill_at(overrides, run_directory, step):
             while not (
                 has_step(run_directory / "metrics.jsonl", step) and complete_checkpoints(run_directory / "checkpoints")
             ):
-                assert not run.done()
+                assert not run.done(), run.result().stderr
                 time.sleep(0.01)
             ranks = psutil.Process(fork_server().pid).children()
             assert len(ranks) == 2
