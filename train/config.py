@@ -147,6 +147,8 @@ class CheckpointConfig:
     interval: int = 1000
     # How many of the newest are kept.
     keep_last: int = 3
+    # Checkpoints in a row that may fail to be written, each tried again after twice as many steps, before the run ends.
+    max_failed_saves: int = 8
     # Checkpoints at multiples of this step are kept for good; null: none.
     keep_every: int | None = None
     # A damaged or unreadable checkpoint is passed over, named in the log and the events, and the one before is taken

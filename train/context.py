@@ -26,6 +26,7 @@ from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
+from model.locate import complete_checkpoints
 from train.callbacks.base import Callback
 from train.changes import changes_of_run, refused_changes_of_data
 from train.checkpoints.layout import remove_torn
@@ -96,14 +97,15 @@ class RunContext:
     def report_rejected(self, folder: Path, problem: str) -> None:
         """Tell of a checkpoint that is passed over, and make an event of it."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
-        self._warn(f"{folder.name} is passed over: {problem}")
+        self.warn(f"{folder.name} is passed over: {problem}")
 
     def report_damaged_configuration(self, problem: str) -> None:
         """Tell of a file of an earlier start's configuration that is done without, and make an event of it."""
         self.events.append("unreadable", problem=problem)
-        self._warn(f"{problem}; the run goes on without it")
+        self.warn(f"{problem}; the run goes on without it")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Tell of what a user should look at, on the terminal and in the log."""
         self.say(f"WARNING    {text}")
         if self.mesh.is_main:
             log.warning(text)
@@ -266,7 +268,7 @@ def _check_same_on_all_ranks(context: RunContext) -> None:
 def _prepare_folder(context: RunContext, found: Requirements) -> None:
     """Everything in the run's folder that is known before the first step. Rank 0 only."""
     config, plan, directory = context.config, context.plan, context.directory
-    _check_room(plan, directory)
+    _check_room(config, plan, directory)
     context.configuration_file = directory.keep_configuration(as_yaml(config))
     write_atomically(directory.plan, json.dumps(plan.as_dict(), indent=1))
     repository = Path(__file__).resolve().parents[1]
@@ -292,12 +294,17 @@ def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save_to(folder)
 
 
-def _check_room(plan: Plan, directory: RunDirectory) -> None:
-    free = shutil.disk_usage(directory.path).free
-    if free < plan.checkpoint_bytes:
+def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
+    """Of the checkpoints that are kept and the one that is written before the oldest goes, some may be there."""
+    free, there = shutil.disk_usage(directory.path).free, len(complete_checkpoints(directory.checkpoints))
+    interval = config.checkpoint.interval
+    to_come = 1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval)
+    missing = max(1, min(to_come, config.checkpoint.keep_last + 1 - there))
+    if free < missing * plan.checkpoint_bytes:
         raise RunError(
-            f"{directory.path} has {gib(free)} free, one checkpoint needs "
-            f"{gib(plan.checkpoint_bytes)}; make room or set run_root to another disk"
+            f"{directory.path} has {gib(free)} free, and {missing} more checkpoints of {gib(plan.checkpoint_bytes)} "
+            f"each will be there at once (checkpoint.keep_last={config.checkpoint.keep_last}, and one that is being "
+            "written); make room, keep fewer, or set run_root to another disk"
         )
 
 

@@ -26,13 +26,15 @@ from train.restore import RunState, go_back
 
 @dataclass(frozen=True)
 class _Agreement:
-    """Sums over ranks of one step; whether any rank wishes to decide something, and whether any met a damaged shard."""
+    """Sums over ranks of one step; whether any rank wishes to decide something, met a damaged shard, or failed to write
+    its part of a checkpoint."""
 
     loss: float
     gradient_norm: float
     valid_tokens: float
     wishes: bool
     damage: bool
+    save_has_failed: bool
 
 
 class Trainer:
@@ -182,6 +184,8 @@ class Trainer:
             # The step has emptied the engine of its gradients; nothing else of it remains.
             return decision
         self._check_skipped_steps()
+        if agreement.save_has_failed:
+            self.settle_save()
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
         self.dispatch("on_step_end")
@@ -201,13 +205,13 @@ class Trainer:
 
     def _agree(self, loss: Tensor, gradient_norm: Tensor, valid_tokens: Tensor) -> _Agreement:
         """What all ranks know of the step: its one device wait."""
-        flags = [bool(self._wishes), bool(self.stream.damage.unreported())]
+        flags = [bool(self._wishes), bool(self.stream.damage.unreported()), self._writer.has_failed]
         combined = torch.cat([loss.view(1), torch.tensor(flags, dtype=loss.dtype, device=self.device)])
         self.mesh.sum(combined, group="world")
-        total_loss, wishes, damage, norm, valid = torch.cat(
+        total_loss, wishes, damage, failed_saves, norm, valid = torch.cat(
             [combined, gradient_norm.view(1), valid_tokens.view(1)]
         ).tolist()
-        return _Agreement(total_loss, norm, valid, wishes > 0, damage > 0)
+        return _Agreement(total_loss, norm, valid, wishes > 0, damage > 0, failed_saves > 0)
 
     def _decide(self) -> Decision:
         """What follows from the wishes of all ranks. Collective, on steps where some rank has any."""
@@ -266,7 +270,7 @@ class Trainer:
         """
         left = self.step
         # A checkpoint under way may be the one to go back to.
-        self.finish_saving()
+        self.settle_save()
         self.mesh.barrier(group="world")
         self.state, checkpoint = go_back(self.context, self.engine, rollback.step)
         self._writer.rewind(self.step)
@@ -340,7 +344,8 @@ class Trainer:
             self._wishes.append(decision)
 
     def save_checkpoint(self) -> None:
-        """Start writing a checkpoint of the completed steps. Collective."""
+        """Start writing a checkpoint of the completed steps, when the one before is settled. Collective."""
+        self.settle_save()
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         self.state.world_size = self.mesh.size
         self.state.zero_stage = self.config.parallel.zero_stage
@@ -351,8 +356,21 @@ class Trainer:
 
         self._writer.save(self.engine, self.state, on_complete)
 
-    def finish_saving(self) -> None:
-        """Wait until this rank's part of the checkpoint under way is on disk (on rank 0, until all of it is)."""
+    @property
+    def failed_saves(self) -> int:
+        """Checkpoints in a row that could not be written."""
+        return self._writer.failed_saves
+
+    def settle_save(self) -> dict[int, str]:
+        """Wait for the checkpoint under way; rank -> why it failed there, which callbacks are told. Collective."""
+        problems = self._writer.settle()
+        if problems:
+            self.dispatch("on_save_failed", problems)
+        return problems
+
+    def await_own_save(self) -> None:
+        """Wait until this rank's part of the checkpoint under way is on disk (on rank 0, until all of it is). Raises
+        CheckpointError or RunError where it failed."""
         self._writer.wait()
 
 

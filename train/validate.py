@@ -256,6 +256,7 @@ def _validate_intervals(config: RunConfig) -> list[str]:
     problems = [
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
         *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        *at_least("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 0),
         *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         *choice("checkpoint.on_corrupt", config.checkpoint.on_corrupt, ON_CORRUPT),
         *validate_evaluation(config),

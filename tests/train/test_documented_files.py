@@ -150,8 +150,10 @@ def test_every_key_of_events(runs):
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"])
             seen.add(line["event"])
     # These runs have no GPU and so no kernels to check; rollbacks are in test_rollback.py, W&B's server is in
-    # test_wandb_settings.py, what a run begins with in test_origin.py, lost outputs are in test_terminal.py.
+    # test_wandb_settings.py, what a run begins with in test_origin.py, lost outputs are in test_terminal.py, failed
+    # saves in test_failing_disk.py.
     elsewhere = {"kernel_preflight", "rollback", "wandb_offline", "initialise", "branch", "output_lost", "unreadable"}
+    elsewhere.add("save_failed")
     assert seen == documented.keys() - elsewhere
 
 

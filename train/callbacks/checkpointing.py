@@ -21,27 +21,50 @@ class Checkpointing(Callback):
     """
 
     def __init__(self) -> None:
-        self._save_next = False
+        # The step after which a checkpoint is written whatever the interval says.
+        self._due: int | None = None
 
     def on_step_end(self, trainer: Trainer) -> Decision:
         interval = trainer.config.checkpoint.interval
-        if self._save_next or (interval and trainer.step % interval == 0):
+        if (self._due is not None and trainer.step >= self._due) or (interval and trainer.step % interval == 0):
+            self._due = None
             trainer.save_checkpoint()
-            self._save_next = False
         return CONTINUE
+
+    def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
+        """Try again, after twice as many steps each time. Raises RunError when that was often enough."""
+        failures, limit = trainer.failed_saves, trainer.config.checkpoint.max_failed_saves
+        self._due = trainer.step + 2 ** (failures - 1)
+        for rank, problem in problems.items():
+            trainer.events.append("save_failed", step=trainer.step, rank=rank, failures=failures, problem=problem)
+        told = "; ".join(f"rank {rank}: {problem}" for rank, problem in problems.items())
+        trainer.context.warn(f"a checkpoint could not be written ({told}). Older checkpoints are untouched")
+        if failures > limit:
+            raise RunError(
+                f"{failures} checkpoints in a row could not be written, more than checkpoint.max_failed_saves={limit} "
+                f"({told}). Make room under {trainer.run_directory} or repair its disk, and start the same command "
+                "again: it resumes from the last checkpoint that is whole"
+            )
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         # The checkpoint that the run went back to knows nothing of the samples that are left out now.
-        self._save_next = True
+        self._due = trainer.step + 1
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome != "failed":
             trainer.save_checkpoint()
-            trainer.finish_saving()
+            if trainer.settle_save():
+                trainer.save_checkpoint()
+                if problems := trainer.settle_save():
+                    raise CheckpointError(
+                        f"the last checkpoint, of step {trainer.step}, could not be written: "
+                        f"{'; '.join(problems.values())}. Make room under {trainer.run_directory} or repair its disk, "
+                        "and start the same command again"
+                    )
             return
         try:
             # What is being written holds an earlier step and needs no other rank's training thread.
-            trainer.finish_saving()
+            trainer.await_own_save()
         except (CheckpointError, RunError) as error:
             # Raised, it would stand in the place of what the run failed of.
             trainer.events.append("error", message=str(error))

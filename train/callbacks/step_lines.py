@@ -21,9 +21,12 @@ class StepLines:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become null."""
-        self._file.write(_as_line(line))
-        self._file.flush()
+        """Write one line; numbers that are not finite become null. Raises OSError that names the file."""
+        try:
+            self._file.write(_as_line(line))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def close(self) -> None:
         """Nothing can be appended any more."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +46,8 @@ from train.parallel.mesh import Mesh
 from train.run_directory import Attempt
 
 _COMMIT_TIMEOUT_SECONDS = 3600.0
+# Between looks at whether all ranks are done.
+_POLL_SECONDS = 0.02
 log = logging.getLogger(__name__)
 
 
@@ -72,34 +76,97 @@ class CheckpointWriter:
         self._last_step = resumed_step
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        # Where the save under way is staged, and how large this rank's part of it is.
+        self._staged: Path | None = None
+        self._bytes = 0
+        # Set where another rank's part has failed.
+        self._is_given_up = threading.Event()
+        # Saves in a row that have failed on some rank; equal on all ranks.
+        self.failed_saves = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part of the save under way has failed."""
+        return self._error is not None
 
     def save(self, engine: Engine, state: TrainState, on_complete: Callable[[Path, float], None]) -> Path:
         """Copy this rank's part to host memory and start writing it. Collective: every rank calls it at the same step.
 
-        `on_complete(folder, seconds)` runs on rank 0's writing thread once the checkpoint counts.
-        Raises CheckpointError when the previous save failed, RunError when another start has taken over the run.
+        `on_complete(folder, seconds)` runs on rank 0's writing thread once the checkpoint counts. The previous save
+        has been settled. Raises RunError when another start has taken over the run.
         """
-        self.wait()
+        assert self._thread is None and self._error is None, "the previous save is not settled"
         folder = step_folder(self.root, state.step)
         # Not "has the marker": rank 0 sees that earlier than the others, and they must all agree.
         if state.step == self._last_step:
             return folder
         self._last_step = state.step
         snapshot = _Snapshot.take(engine, state, self.model)
+        self._staged, self._bytes = staging_folder(folder, self.attempt.identity), snapshot.nbytes
         self.attempt.check()
         if self.rank == 0:
-            begin_staging(
-                folder, self.attempt.identity, ("weights", *MOMENTS, *((CARRIED,) if snapshot.carried else ()))
-            )
-        self.mesh.barrier(group="world")
+            try:
+                begin_staging(
+                    folder, self.attempt.identity, ("weights", *MOMENTS, *((CARRIED,) if snapshot.carried else ()))
+                )
+            except OSError as error:
+                self._error = error
+        if not all(self.mesh.gather_objects(self._error is None, group="world")):
+            return folder
         self._thread = threading.Thread(
             target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
         )
         self._thread.start()
         return folder
 
+    def settle(self) -> dict[int, str]:
+        """Wait until the save under way is whole on the disk, or has failed: rank -> why. Collective.
+
+        What failed is given up by all ranks, and its room on the disk is free again. Raises RunError as `save` does.
+        """
+        if self._staged is None:
+            return {}
+        while True:
+            if isinstance(self._error, RunError):
+                raise self._error
+            is_done = self._thread is None or not self._thread.is_alive()
+            of_ranks = self.mesh.gather_objects((is_done, self._problem()), group="world")
+            problems = {rank: problem for rank, (_, problem) in enumerate(of_ranks) if problem}
+            if problems:
+                self._give_up()
+                self.failed_saves += 1
+                return problems
+            if all(is_done for is_done, _ in of_ranks):
+                self.wait()
+                self._staged = None
+                self.failed_saves = 0
+                return {}
+            time.sleep(_POLL_SECONDS)
+
+    def _problem(self) -> str:
+        error = self._error
+        if error is None:
+            return ""
+        text = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error) or repr(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+            free = shutil.disk_usage(self.root).free
+            text += f" (this rank's part needs {self._bytes / 2**30:.3f} GiB, {free / 2**30:.3f} are free)"
+        return text
+
+    def _give_up(self) -> None:
+        self._is_given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.mesh.barrier(group="world")
+        self._is_given_up.clear()
+        if self.rank == 0 and self._staged is not None:
+            shutil.rmtree(self._staged, ignore_errors=True)
+        self._error = self._staged = self._last_step = None
+
     def wait(self) -> None:
-        """Until the save under way has ended. Raises CheckpointError if it failed, RunError as `save` does."""
+        """Until this rank's part of the save under way has ended (on rank 0, all of it). Raises CheckpointError if it
+        failed, RunError as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,8 +181,7 @@ class CheckpointWriter:
 
     def rewind(self, step: int) -> None:
         """Go on from the checkpoint of `step`, or from the beginning if that is 0: later ones are deleted, so that no
-        start takes up what was given up. Collective. Raises CheckpointError when the previous save failed."""
-        self.wait()
+        start takes up what was given up. Collective; the previous save has been settled."""
         self.mesh.barrier(group="world")
         if self.rank == 0:
             remove_after(self.root, step)
@@ -148,10 +214,12 @@ class CheckpointWriter:
         reports = [staged / f"rank-{rank:05d}.json" for rank in range(self.mesh.size)]
         deadline = time.monotonic() + _COMMIT_TIMEOUT_SECONDS
         while not all(report.exists() for report in reports):
+            if self._is_given_up.is_set():
+                raise CheckpointError("another rank's part failed")
             if time.monotonic() > deadline:
                 missing = [report.name for report in reports if not report.exists()]
                 raise CheckpointError(f"{staged}: no word from {', '.join(missing)} within {_COMMIT_TIMEOUT_SECONDS} s")
-            time.sleep(0.02)
+            time.sleep(_POLL_SECONDS)
         files: dict[str, Any] = {}
         for report in reports:
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -189,6 +257,12 @@ class _Snapshot:
     # What the lanes of this rank carry, beginning with the lane of this number.
     first_lane: int = 0
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        parts = (tensor for fragments in self.tensors.values() for _, _, tensor in fragments)
+        return sum(tensor.nbytes for tensor in (*parts, *self.carried.values()))
 
     @classmethod
     def take(cls, engine: Engine, state: TrainState, model: ModelConfig) -> _Snapshot:
