@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import PATIENCE, ROOT, TINY_RUN, environment
+from tests.runs import TINY_RUN, prepared_corpus
 
 # The files whose tests take longest, first: one of them last would leave the other processes idle.
 LONGEST = (
@@ -68,25 +66,13 @@ def _logging_left_as_found() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory) -> Path:
     """A prepared corpus of about 30,000 tokens, 320 ids, from generated text with a held-out split."""
-    folder = tmp_path_factory.mktemp("small_corpus")
     generator = random.Random(0)
     words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(2, 6))) for _ in range(200)]
-    (folder / "text").mkdir()
-    for number in range(40):
+    texts = []
+    for _ in range(40):
         sentences = (" ".join(generator.choices(words, k=generator.randint(4, 12))) for _ in range(30))
-        (folder / "text" / f"{number:03d}.txt").write_text(".\n".join(sentences), encoding="utf-8")
-    arguments = [
-        "data=text",
-        f"data.path={folder / 'text'}",
-        "data.split.validation_fraction=0.1",
-        "tokenizer=sentencepiece_4k",
-        "tokenizer.vocab_size=320",
-        f"output={folder / 'corpus'}",
-    ]
-    command = [sys.executable, "-m", "data_pipeline", "prepare", *arguments]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return folder / "corpus"
+        texts.append(".\n".join(sentences))
+    return prepared_corpus(tmp_path_factory.mktemp("small_corpus"), texts)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 from datetime import timedelta
 
 from conf import compose
+from tests.train.parallel.gradient_norms import GradientNorms
 from train.callbacks.base import Callback
 from train.config import RunConfig
 from train.parallel.mesh import join_mesh
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     # The runs find a process group, and leave it for the next.
     mesh = join_mesh(timedelta(seconds=300))
     for overrides in json.loads(arguments[0]):
-        code = train(compose(RunConfig, "train", overrides), [EqualCopies()])
+        code = train(compose(RunConfig, "train", overrides), [EqualCopies(), GradientNorms()])
         if code:
             return code
     mesh.close()

@@ -1,0 +1,203 @@
+"""Under every layout, the loss and the gradient norm of every parameter at every step are those of one process.
+
+On real processes over gloo, in fp32, with documents that begin anywhere and targets that are masked.
+
+AdamW divides a gradient by its own size: with a high learning rate and its usual epsilon of 1e-8 it makes whole steps
+of gradients that are nothing but rounding, and the weights of two runs part, whatever their layout. At a rate of 1e-2
+one process that only sums in another order (`reference_chunk_size` 8 for 16) is as far from itself as two sequence
+ranks are from it: by 1e-2 of the gradients of gate biases in the hybrid, by 0.5 in the NeurIPS blocks. With the rate
+and the epsilon of these runs it stays within 5e-6, so that what is seen is the layout.
+"""
+
+import json
+import random
+import statistics
+
+import pytest
+
+from data_pipeline import SampleStream, open_corpus
+from data_pipeline.reading.batch import MASKED
+from tests.runs import ROOT, TINY_RUN, prepared_corpus, run_script
+from tests.train.parallel.gradient_norms import GradientNorms, read_norms
+from tests.train.plain_runs import run_plainly
+
+STEPS, TOKENS, SAMPLES = 20, 48, 8
+RUN = [
+    *TINY_RUN,
+    "model.d_model=48",
+    # As many as 2, 3 and 4 sequence ranks can share.
+    "model.slstm.n_heads=12",
+    "optimizer.learning_rate=1e-3",
+    "optimizer.eps=1e-4",
+    f"training.sequence_length={TOKENS}",
+    f"training.global_batch_size={SAMPLES}",
+    f"training.total_steps={STEPS}",
+    "corpus.on_corrupt=skip",
+]
+# A block for each of four stages. The sLSTM has a convolution, and so has the mLSTM of the NeurIPS blocks.
+HYBRID = [
+    "model.n_blocks=5",
+    "model.slstm_at=[1]",
+    "model.attention_at=[3]",
+    "+model.attention.n_heads=12",
+    # Which all sequence ranks share.
+    "+model.attention.n_kv_heads=1",
+    "model.tie_embeddings=true",
+]
+NEURIPS = [
+    "model=tiny_neurips",
+    "model.n_blocks=4",
+    "model.slstm_at=[1]",
+    "model.ffn_dim=64",
+    "model.preup_mlstm.n_heads=2",
+    "model.preup_mlstm.reference_chunk_size=16",
+]
+MODELS = {"hybrid": HYBRID, "neurips": NEURIPS}
+PACKINGS = ("concatenate", "best_fit")
+STAGES = {2: "parallel.pipeline=2", 4: "parallel.pipeline=4"}
+SLICES = {n: f"parallel.sequence={n}" for n in (2, 3, 4)}
+# Of so many processes; what is left of them are replicas. ZeRO-1 where nothing else is said.
+LAYOUTS = {
+    2: {
+        "ZeRO-0": ["parallel=zero0"],
+        "ZeRO-1": [],
+        "ZeRO-2": ["parallel=zero2"],
+        "ZeRO-3": ["parallel=zero3"],
+        "sequence 2": [SLICES[2]],
+        "sequence 2 x ZeRO-3": [SLICES[2], "parallel=zero3"],
+        "pipeline 2": [STAGES[2]],
+    },
+    3: {"sequence 3": [SLICES[3]]},
+    4: {
+        "sequence 4": [SLICES[4]],
+        "sequence 2 x data 2 x ZeRO-3": [SLICES[2], "parallel=zero3"],
+        "pipeline 4": [STAGES[4]],
+        "pipeline 2 x data 2": [STAGES[2]],
+        "pipeline 2 x sequence 2": [STAGES[2], SLICES[2]],
+    },
+}
+# A parameter's gradient may be far smaller than the terms whose sum it is, such as that of a gate's bias over all
+# tokens. Below this share of the norm of all gradients a difference is relative to the share: 1e-5 of it is 1e-7 of
+# that norm, which is what a number in fp32 is rounded to.
+SMALL = 1e-2
+
+
+class Runs:
+    """Runs under one folder on one corpus."""
+
+    def __init__(self, root, corpus):
+        self.root, self.corpus = root, corpus
+
+    def overrides(self, name, model, changes):
+        given = [f"name={name}", f"run_root={self.root}", f"corpus.directory={self.corpus}", *RUN, *MODELS[model]]
+        if model == "neurips":
+            given = [key for key in given if not key.startswith(("model=tiny", "model.mlstm.")) or key in NEURIPS]
+        return [*given, *changes]
+
+    def one_process(self, name, model, changes):
+        assert run_plainly(self.overrides(name, model, ["parallel=zero0", *changes]), [GradientNorms()]) == 0
+
+    def start(self, processes, model, runs, changes):
+        """Train all of {name: overrides}, one after the other."""
+        given = [self.overrides(name, model, [*layout, *changes]) for name, layout in runs.items()]
+        script = ROOT / "tests/train/parallel/several_runs.py"
+        done = run_script(script, [json.dumps(given)], processes)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def losses(self, name):
+        lines = map(json.loads, (self.root / name / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    def differences(self, name, expected):
+        """{"loss": relative difference of each step, parameter: that of its gradient norm}."""
+        of_losses = zip(self.losses(name), self.losses(expected), strict=True)
+        apart = {"loss": [abs(ours - theirs) / theirs for ours, theirs in of_losses]}
+        of_steps = list(zip(read_norms(self.root / name), read_norms(self.root / expected), strict=True))
+        assert len(of_steps) == STEPS
+        for ours, theirs in of_steps:
+            assert ours.keys() == theirs.keys()
+            whole = sum(norm**2 for norm in theirs.values()) ** 0.5
+            for parameter, norm in theirs.items():
+                difference = abs(ours[parameter] - norm) / max(norm, SMALL * whole)
+                apart.setdefault(parameter, []).append(difference)
+        assert len(apart) > 50
+        return apart
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Documents of about half a sample, and some of several samples. One shard is damaged: its samples are masked."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(2, 6))) for _ in range(200)]
+    texts = [" ".join(generator.choices(words, k=generator.choice([7, 8, 9, 9, 10, 11, 30]))) for _ in range(800)]
+    folder = prepared_corpus(tmp_path_factory.mktemp("short_documents"), texts, "shard_bytes=8000")
+    # Packing reads every shard, once.
+    SampleStream(open_corpus(folder), "train", TOKENS, 0, packing="best_fit")
+    shard = sorted((folder / "shards" / "train").iterdir())[3]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def runs(corpus, tmp_path):
+    return Runs(tmp_path, corpus)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_documents_cross_the_borders_of_slices_and_targets_are_masked(corpus, packing):
+    stream = SampleStream(open_corpus(corpus), "train", TOKENS, 0, packing=packing, on_corrupt="skip")
+    batch = stream.batch(0, STEPS * SAMPLES)
+    masked = batch.targets == MASKED
+    for ranks in (2, 3, 4):
+        *_, last = batch.document_start.chunk(ranks, 1)
+        assert last[:, 1:].any()
+        for border in range(TOKENS // ranks, TOKENS, TOKENS // ranks):
+            crossed = ~(batch.document_start | masked)[:, border]
+            assert crossed.float().mean() > 0.4
+    assert masked.float().mean() > 0.05 and masked.any(1).float().mean() < 0.9
+
+
+@pytest.mark.slow
+def test_sequence_ranks_with_zero_3_and_stages_have_every_gradient_norm(runs):
+    layouts = {name: LAYOUTS[2][name] for name in ("sequence 2 x ZeRO-3", "pipeline 2")}
+    check(runs, 2, layouts, "hybrid", "corpus.packing=best_fit")
+
+
+@pytest.mark.slow
+@pytest.mark.layouts
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bf16_stays_near_one_process(runs, processes):
+    """To 1e-3 of every loss, and 5e-2 of each gradient norm in the mean over the steps.
+
+    A number in bf16 is rounded to 4e-3 of itself, and a head norm enlarges that for tokens of which the cell puts out
+    little. At the worst step replicas alone, which differ from one process in nothing but the order of sums, are 0.1
+    from it.
+    """
+    changes = ["corpus.packing=best_fit", "precision=bf16"]
+    runs.start(1, "hybrid", {"one": []}, changes)
+    runs.start(processes, "hybrid", LAYOUTS[processes], changes)
+    for layout in LAYOUTS[processes]:
+        apart = runs.differences(layout, "one")
+        assert max(apart.pop("loss")) <= 1e-3, layout
+        means = {name: statistics.mean(of_steps) for name, of_steps in apart.items()}
+        assert {name: mean for name, mean in means.items() if mean > 5e-2} == {}, layout
+
+
+@pytest.mark.slow
+@pytest.mark.layouts
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_every_layout_has_every_gradient_norm(runs, processes, model, packing):
+    check(runs, processes, LAYOUTS[processes], model, f"corpus.packing={packing}")
+
+
+def check(runs, processes, layouts, model, packing):
+    runs.one_process("one", model, [packing])
+    runs.start(processes, model, layouts, [packing])
+    for layout in layouts:
+        largest = {name: max(of_steps) for name, of_steps in runs.differences(layout, "one").items()}
+        assert {name: difference for name, difference in largest.items() if difference > 1e-5} == {}, layout
