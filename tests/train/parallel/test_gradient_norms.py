@@ -100,7 +100,7 @@ class Tolerance:
 
 
 FP32 = Tolerance(loss=1e-5, norm=1e-5, small=1e-3)
-# A number in bf16 is rounded to 4e-3 of itself, and a gradient is a sum of sums of many.
+# A number in bf16 is rounded to 4e-3 of itself.
 BF16 = Tolerance(loss=1e-3, norm=1e-1, small=1e-2)
 
 
@@ -201,8 +201,9 @@ def test_bf16_stays_near_one_process(runs, processes):
 
 @pytest.mark.slow
 @pytest.mark.layouts
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "packing"), [("hybrid", "concatenate"), ("hybrid", "best_fit"), ("neurips", "best_fit")]
+)
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_every_layout_has_every_gradient_norm(runs, processes, model, packing):
     check_in_fp32(runs, processes, LAYOUTS[processes], model, f"corpus.packing={packing}")
