@@ -99,7 +99,12 @@ class Tolerance:
     small: float
 
 
-FP32 = Tolerance(loss=1e-5, norm=1e-5, small=1e-3)
+FP32 = {
+    "hybrid": Tolerance(loss=1e-5, norm=1e-5, small=1e-3),
+    # The input gates' biases open all gates alike, which the normaliser takes back: their gradients are what is left of
+    # terms that cancel.
+    "neurips": Tolerance(loss=1e-5, norm=1e-5, small=1e-2),
+}
 # A number in bf16 is rounded to 4e-3 of itself.
 BF16 = Tolerance(loss=1e-3, norm=1e-1, small=1e-2)
 
@@ -213,7 +218,7 @@ def check_in_fp32(runs, processes, layouts, model, packing):
     runs.one_process("one", model, [packing])
     runs.start(processes, model, layouts, [packing])
     for layout in layouts:
-        check(runs, layout, FP32)
+        check(runs, layout, FP32[model])
 
 
 def check(runs, layout, tolerance):
