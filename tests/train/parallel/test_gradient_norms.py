@@ -2,16 +2,21 @@
 
 On real processes over gloo, in fp32, with documents that begin anywhere and targets that are masked.
 
-AdamW divides a gradient by its own size: with a high learning rate and its usual epsilon of 1e-8 it makes whole steps
-of gradients that are nothing but rounding, and the weights of two runs part, whatever their layout. At a rate of 1e-2
-one process that only sums in another order (`reference_chunk_size` 8 for 16) is as far from itself as two sequence
-ranks are from it: by 1e-2 of the gradients of gate biases in the hybrid, by 0.5 in the NeurIPS blocks. With the rate
-and the epsilon of these runs it stays within 5e-6, so that what is seen is the layout.
+Two things would make rounding grow until nothing else is seen; one process that only sums in another order
+(`reference_chunk_size` 8 for 16) then is as far from itself as two sequence ranks are from it:
+
+- AdamW divides a gradient by its own size. With a high learning rate and its usual epsilon of 1e-8 it makes whole steps
+  of gradients that are nothing but rounding. At a rate of 1e-2 gradients of gate biases part by 1e-2 in the hybrid, by
+  0.5 in the NeurIPS blocks.
+- A head norm divides the output of the cell by its size. With its usual epsilon of 1e-6 a token of which the cell puts
+  out little enlarges the rounding of all gradients before it, by ten at some steps.
+
+So the runs have a lower rate and larger epsilons.
 """
 
 import json
 import random
-import statistics
+from dataclasses import dataclass
 
 import pytest
 
@@ -43,6 +48,7 @@ HYBRID = [
     # Which all sequence ranks share.
     "+model.attention.n_kv_heads=1",
     "model.tie_embeddings=true",
+    "model.mlstm.head_norm_eps=1e-4",
 ]
 NEURIPS = [
     "model=tiny_neurips",
@@ -51,6 +57,7 @@ NEURIPS = [
     "model.ffn_dim=64",
     "model.preup_mlstm.n_heads=2",
     "model.preup_mlstm.reference_chunk_size=16",
+    "model.preup_mlstm.head_norm_eps=1e-4",
 ]
 MODELS = {"hybrid": HYBRID, "neurips": NEURIPS}
 PACKINGS = ("concatenate", "best_fit")
@@ -76,10 +83,30 @@ LAYOUTS = {
         "pipeline 2 x sequence 2": [STAGES[2], SLICES[2]],
     },
 }
-# A parameter's gradient may be far smaller than the terms whose sum it is, such as that of a gate's bias over all
-# tokens. Below this share of the norm of all gradients a difference is relative to the share: 1e-5 of it is 1e-7 of
-# that norm, which is what a number in fp32 is rounded to.
-SMALL = 1e-2
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Of losses and gradient norms, relative to those of one process.
+
+    A parameter's gradient may be far smaller than the terms whose sum it is, such as that of a gate's bias over all
+    tokens, and so near their rounding. Below the share `small` of the norm of all gradients a difference is relative to
+    the share.
+    """
+
+    loss: float
+    norm: float
+    small: float
+
+
+FP32 = {
+    "hybrid": Tolerance(loss=1e-5, norm=1e-5, small=1e-3),
+    # The input gates' biases open all gates alike, which the normaliser takes back: their gradients are what is left of
+    # terms that cancel.
+    "neurips": Tolerance(loss=1e-5, norm=1e-5, small=1e-2),
+}
+# A number in bf16 is rounded to 4e-3 of itself.
+BF16 = Tolerance(loss=1e-3, norm=1e-1, small=1e-2)
 
 
 class Runs:
@@ -108,18 +135,18 @@ class Runs:
         lines = map(json.loads, (self.root / name / "metrics.jsonl").read_text().splitlines())
         return [line["loss"] for line in lines if line["kind"] == "train"]
 
-    def differences(self, name, expected):
-        """{"loss": relative difference of each step, parameter: that of its gradient norm}."""
+    def differences(self, name, expected, small):
+        """Of losses, and of gradient norms by parameter: the largest of any step, relative."""
         of_losses = zip(self.losses(name), self.losses(expected), strict=True)
-        apart = {"loss": [abs(ours - theirs) / theirs for ours, theirs in of_losses]}
+        apart = {"loss": max(abs(ours - theirs) / theirs for ours, theirs in of_losses)}
         of_steps = list(zip(read_norms(self.root / name), read_norms(self.root / expected), strict=True))
         assert len(of_steps) == STEPS
         for ours, theirs in of_steps:
             assert ours.keys() == theirs.keys()
             whole = sum(norm**2 for norm in theirs.values()) ** 0.5
             for parameter, norm in theirs.items():
-                difference = abs(ours[parameter] - norm) / max(norm, SMALL * whole)
-                apart.setdefault(parameter, []).append(difference)
+                difference = abs(ours[parameter] - norm) / max(norm, small * whole)
+                apart[parameter] = max(apart.get(parameter, 0.0), difference)
         assert len(apart) > 50
         return apart
 
@@ -163,41 +190,38 @@ def test_documents_cross_the_borders_of_slices_and_targets_are_masked(corpus, pa
 @pytest.mark.slow
 def test_sequence_ranks_with_zero_3_and_stages_have_every_gradient_norm(runs):
     layouts = {name: LAYOUTS[2][name] for name in ("sequence 2 x ZeRO-3", "pipeline 2")}
-    check(runs, 2, layouts, "hybrid", "corpus.packing=best_fit")
+    check_in_fp32(runs, 2, layouts, "hybrid", "corpus.packing=best_fit")
 
 
 @pytest.mark.slow
 @pytest.mark.layouts
 @pytest.mark.parametrize("processes", [2, 4])
 def test_bf16_stays_near_one_process(runs, processes):
-    """To 1e-3 of every loss, and 5e-2 of each gradient norm in the mean over the steps.
-
-    A number in bf16 is rounded to 4e-3 of itself, and a head norm enlarges that for tokens of which the cell puts out
-    little. At the worst step replicas alone, which differ from one process in nothing but the order of sums, are 0.1
-    from it.
-    """
     changes = ["corpus.packing=best_fit", "precision=bf16"]
     runs.start(1, "hybrid", {"one": []}, changes)
     runs.start(processes, "hybrid", LAYOUTS[processes], changes)
     for layout in LAYOUTS[processes]:
-        apart = runs.differences(layout, "one")
-        assert max(apart.pop("loss")) <= 1e-3, layout
-        means = {name: statistics.mean(of_steps) for name, of_steps in apart.items()}
-        assert {name: mean for name, mean in means.items() if mean > 5e-2} == {}, layout
+        check(runs, layout, BF16)
 
 
 @pytest.mark.slow
 @pytest.mark.layouts
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "packing"), [("hybrid", "concatenate"), ("hybrid", "best_fit"), ("neurips", "best_fit")]
+)
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_every_layout_has_every_gradient_norm(runs, processes, model, packing):
-    check(runs, processes, LAYOUTS[processes], model, f"corpus.packing={packing}")
+    check_in_fp32(runs, processes, LAYOUTS[processes], model, f"corpus.packing={packing}")
 
 
-def check(runs, processes, layouts, model, packing):
+def check_in_fp32(runs, processes, layouts, model, packing):
     runs.one_process("one", model, [packing])
     runs.start(processes, model, layouts, [packing])
     for layout in layouts:
-        largest = {name: max(of_steps) for name, of_steps in runs.differences(layout, "one").items()}
-        assert {name: difference for name, difference in largest.items() if difference > 1e-5} == {}, layout
+        check(runs, layout, FP32[model])
+
+
+def check(runs, layout, tolerance):
+    apart = runs.differences(layout, "one", tolerance.small)
+    assert apart.pop("loss") <= tolerance.loss, layout
+    assert {name: largest for name, largest in apart.items() if largest > tolerance.norm} == {}, layout
