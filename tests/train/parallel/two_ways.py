@@ -9,6 +9,7 @@ from tests.runs import run_script
 
 SCRIPT = """
 import json
+import sys
 from datetime import timedelta
 
 import torch
