@@ -206,7 +206,7 @@ def report(rows: list[dict[str, Any]], around: dict[str, str], ceiling: dict[str
         "| size | batch | contender | ms | tokens/s | 6N share | exact share | GiB | first step | `compiled` takes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    best = {row["size"]: row["milliseconds"] for row in rows if row["contender"] == "compiled" and "problem" not in row}
+    best = {row["size"]: row["milliseconds"] for row in rows if row["contender"] == COMPILED and "problem" not in row}
     for row in rows:
         size = SIZES[row["size"]]
         head = f"| {row['size']} | {size.batch} x {size.length} | {row['contender']} |"

@@ -53,7 +53,7 @@ def _exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigError as error:
-        print(without_passwords(f"launch: {error}"), file=sys.stderr)
+        print(f"launch: {error}", file=sys.stderr)
         return 2
     except (DataError, OSError) as error:
         print(without_passwords(f"launch: {error}"), file=sys.stderr)

@@ -6,7 +6,7 @@ each half of a block, with D model width, F feed-forward width, K convolution ke
 total query and value widths, DK and DV those of a head, E the inner width of the NeurIPS mLSTM:
 
     mLSTM (7B)      c (2D + 3V) + u D + cell(QK, V)       u = 4 for bf16 on a CPU, else 0: fp32 gate inputs
-    mLSTM (NeurIPS) c (2D + 7E) + (4K + 12) E + cell(E, E)
+    mLSTM (NeurIPS) c (2D + 7E) + (4K + g) E + cell(E, E)             g = 3c on a GPU, else 12: gate inputs
     cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L + NH DK (c DV + 4) / L;
                     reference: 24 QK + 16 V + 8 NH + 12 NH L + 8 NH DK (DV + 1) / L
     sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;

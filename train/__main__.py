@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from conf.command_line import exit_code
 from conf.lasting_output import lasting_output
-from conf.passwords import without_passwords
 from train.stop_requests import OUTSIDE_TRAINING, SIGNALS, SignalListener, answered_signals
 
 HELP = """\
@@ -79,7 +78,7 @@ def _train(arguments: list[str]) -> int:
     except ConfigError as error:
         # Every rank finds the same problems; one of them says so.
         if os.environ.get("RANK", "0") == "0":
-            print(without_passwords(f"train: {error}"), file=sys.stderr)
+            print(f"train: {error}", file=sys.stderr)
         return 2
 
 

@@ -77,6 +77,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
     _refuse(
         [
             *_misfits_of_backends(config),
+            *_misfits_of_cuda_graphs(config),
             *changes_of_run(config, directory),
             *misfits_of_origin,
             *misfits_of_position(origin, config),
@@ -119,6 +120,12 @@ def _misfits_of_backends(config: RunConfig) -> list[str]:
         for section in ("mlstm", "preup_mlstm", "slstm")
         if (layer := getattr(config.model, section)) is not None and layer.backend == "triton"
     ]
+
+
+def _misfits_of_cuda_graphs(config: RunConfig) -> list[str]:
+    if not config.training.cuda_graphs or torch.cuda.is_available():
+        return []
+    return ["training.cuda_graphs: true needs a CUDA device, and this machine has none; set training.cuda_graphs=null"]
 
 
 def _refuse(problems: list[str]) -> None:

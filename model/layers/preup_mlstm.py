@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import statistics
-from model.hardware import Hardware
+from model.hardware import CPU, Hardware
 from model.initial_values import constant, normal, reads_stream, spread, uniform, writes_stream
 from model.layers import base, mlstm_cell
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
@@ -197,9 +197,10 @@ class PreUpMLSTMKind(LayerKind):
     def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         settings: PreUpMLSTMConfig = self.settings(config)
         cell, width = self._cell(config), settings.width(config.d_model)
-        # The convolution's taps and the concatenated input of the gates.
-        in_fp32 = (4 * settings.conv_kernel_size + 12) * width
-        around = hardware.compute_bytes * (2 * config.d_model + 7 * width) + in_fp32
+        taps = 4 * settings.conv_kernel_size * width
+        # Concatenated for the gates, which take bfloat16 as it is on a GPU, and a copy of it elsewhere.
+        gate_input = 3 * width * (4 if hardware.device_name == CPU else hardware.compute_bytes)
+        around = hardware.compute_bytes * (2 * config.d_model + 7 * width) + taps + gate_input
         return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware)
 
     def state_elements(self, config: ModelConfig) -> StateElements:

@@ -18,8 +18,7 @@ from model.__main__ import main as model_main
 from model.loading import load
 from model.locate import locate
 from model.weights import WeightsError
-from tests.runs import TINY_RUN
-from tests.train.plain_runs import run_plainly
+from tests.train.plain_runs import copied_run, run_plainly, saved_run
 from train.checkpoints.layout import CheckpointError
 from train.checkpoints.reader import check
 from train.checkpoints.state import read_state
@@ -33,18 +32,13 @@ ADVICE = "a later version wrote it: upgrade xlstm-pretrain"
 
 @pytest.fixture(scope="module")
 def base(small_corpus, tmp_path_factory):
-    root = tmp_path_factory.mktemp("later")
-    overrides = [f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN, "training.total_steps=2"]
-    overrides += ["name=run", "parallel=zero0", "checkpoint.interval=1"]
-    assert run_plainly(overrides) == 0
-    return root / "run", overrides
+    return saved_run(tmp_path_factory.mktemp("later"), small_corpus, "training.total_steps=2")
 
 
 @pytest.fixture
 def run(base, tmp_path):
     """(a copy of a run of two checkpoints, what starts it)"""
-    folder, overrides = base
-    return shutil.copytree(folder, tmp_path / "run"), [*overrides, f"run_root={tmp_path}"]
+    return copied_run(base, tmp_path)
 
 
 def make_later(path):

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from conf import ConfigError, compose
@@ -90,3 +91,20 @@ def test_ids_that_no_text_uses_are_hinted_at_and_padding_is_not(tiny_run):
     wasted = (4096 - 320) * config.model.d_model * 2
     assert f"the tokenizer has 320 ids, the model 4,096: {wasted:,} parameters" in said[4096]
     assert "model.vocab_size=320 is enough" in said[4096]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes CUDA graphs")
+def test_cuda_graphs_need_a_gpu_and_gradients_that_are_read_at_once(tiny_run):
+    def open_with(*overrides):
+        settings = [*tiny_run, "training.total_steps=3", "training.cuda_graphs=true", "precision=bf16", *overrides]
+        return open_requirements(compose(RunConfig, "train", settings), 1)
+
+    with pytest.raises(
+        ConfigError, match=r"training\.cuda_graphs: true needs a CUDA device"
+    ):
+        open_with("parallel=zero1")
+    with pytest.raises(ConfigError) as refused:
+        open_with("parallel=zero2", "training.time_chunk=8")
+    assert len(refused.value.problems) == 2
+    assert any("parallel.zero_stage=2 reads gradients late" in problem for problem in refused.value.problems)
+    assert any("training.time_chunk=8 keeps what blocks put out" in problem for problem in refused.value.problems)

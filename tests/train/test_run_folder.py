@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import pytest
 
 from model.__main__ import main as model_main
 from tests.privileges import permissions_hold
-from tests.runs import TINY_RUN
-from tests.train.plain_runs import run_plainly
+from tests.train.plain_runs import copied_run, run_plainly, saved_run
 from train.__main__ import main
 from train.callbacks.metrics_file import read_metrics
 from train.report import main as draw_report
@@ -22,18 +20,13 @@ from train.run_summary import summarise
 
 @pytest.fixture(scope="module")
 def base(small_corpus, tmp_path_factory):
-    root = tmp_path_factory.mktemp("folder")
-    overrides = [f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN, "schedule=constant", "name=run"]
-    overrides += ["parallel=zero0", "checkpoint.interval=1", "logging.csv=true"]
-    assert run_plainly([*overrides, "training.total_steps=2"]) == 0
-    return root / "run", overrides
+    return saved_run(tmp_path_factory.mktemp("folder"), small_corpus, "schedule=constant", "logging.csv=true")
 
 
 @pytest.fixture
 def run(base, tmp_path):
     """(a copy of a run of two steps, what starts it)"""
-    folder, overrides = base
-    return shutil.copytree(folder, tmp_path / "run"), [*overrides, f"run_root={tmp_path}"]
+    return copied_run(base, tmp_path)
 
 
 def test_the_next_start_removes_what_kills_left_of_files_under_work_and_nothing_else(run):

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _evaluate(list(arguments))
     except ConfigError as error:
-        print(without_passwords(f"train.evaluate: {error}"), file=sys.stderr)
+        print(f"train.evaluate: {error}", file=sys.stderr)
         return 2
     except (DataError, CheckpointError, OSError, ValueError) as error:
         print(without_passwords(f"train.evaluate: {error}"), file=sys.stderr)

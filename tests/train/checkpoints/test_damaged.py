@@ -7,26 +7,20 @@ import shutil
 import pytest
 
 from tests.privileges import permissions_hold
-from tests.runs import TINY_RUN
-from tests.train.plain_runs import run_plainly, train_losses
+from tests.train.plain_runs import copied_run, run_plainly, saved_run, train_losses
 from train.checkpoints.layout import MARKER, describe_file
 from train.run_directory import read_events
 
 
 @pytest.fixture(scope="module")
 def base(small_corpus, tmp_path_factory):
-    root = tmp_path_factory.mktemp("damaged")
-    overrides = [f"run_root={root}", f"corpus.directory={small_corpus}", *TINY_RUN, "schedule=constant"]
-    overrides += ["name=run", "parallel=zero0", "checkpoint.interval=1"]
-    assert run_plainly([*overrides, "training.total_steps=2"]) == 0
-    return root / "run", overrides
+    return saved_run(tmp_path_factory.mktemp("damaged"), small_corpus, "schedule=constant")
 
 
 @pytest.fixture
 def run(base, tmp_path):
     """(a copy of a run of two checkpoints, what starts it)"""
-    folder, overrides = base
-    return shutil.copytree(folder, tmp_path / "run"), [*overrides, f"run_root={tmp_path}"]
+    return copied_run(base, tmp_path)
 
 
 def sign(newest):

@@ -1,12 +1,16 @@
 """A disk that fails while a checkpoint is written: known at once, tried again, and no end of the run."""
 
 import json
+from collections import namedtuple
 
 import pytest
 
 from model.locate import complete_checkpoints
 from tests.runs import run_script, run_train
 from tests.train.checkpoints.test_resume import events, losses
+from tests.train.plain_runs import run_plainly
+from train import context
+from train.callbacks.step_lines import StepLines
 
 # `python -m train` whose rank RANK cannot write more than 4 kB to a file while one of the steps FIRST to LAST runs: the
 # system refuses, as where a disk is full. Arguments: RANK FIRST LAST OVERRIDE...
@@ -47,7 +51,7 @@ def run_on_full_disk(tmp_path, rank, first, last, overrides, processes):
 @pytest.mark.parametrize(("rank", "processes"), [(0, 1), (0, 2), (1, 2)])
 def test_a_save_that_fails_on_any_rank_is_tried_again_and_the_run_goes_on(rank, processes, tiny_run, tmp_path):
     overrides = [*tiny_run[1:], "training.total_steps=12", "checkpoint.interval=4"]
-    # The saves of steps 4, 5 and 7 fail; that of step 11 is the next try.
+    # What is saved from step 4 to step 8 fails, the tries in between too.
     done = run_on_full_disk(tmp_path, rank, 4, 8, ["name=full", *overrides], processes)
     assert done.returncode == 0, done.stderr
     failed = events(tmp_path / "full", "save_failed")
@@ -87,22 +91,15 @@ def test_the_last_checkpoint_of_a_run_that_cannot_be_written_fails_the_run(tiny_
 
 
 def test_a_start_asks_for_room_for_all_checkpoints_that_will_be_there(tiny_run, monkeypatch, capsys):
-    from collections import namedtuple
-
-    from tests.train.plain_runs import run_plainly
-    from train import context
-
     usage = namedtuple("usage", "free")
-    kinds = {"training.total_steps=9": 3, "training.total_steps=30": 4, "checkpoint.interval=0": 1}
-    for setting, missing in kinds.items():
-        monkeypatch.setattr(context.shutil, "disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr(context.shutil, "disk_usage", lambda path: usage(1000))
+    missing_of = {"training.total_steps=9": 3, "training.total_steps=30": 4, "checkpoint.interval=0": 1}
+    for setting, missing in missing_of.items():
         assert run_plainly([*tiny_run, "training.total_steps=9", "checkpoint.interval=3", setting, "name=room"]) == 1
         assert f"and {missing} more checkpoints of" in capsys.readouterr().err
 
 
 def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path):
-    from train.callbacks.step_lines import StepLines
-
     lines = StepLines(tmp_path / "metrics.jsonl", {"kind": "header"}, 0)
     lines._file.close()
     lines._file = open("/dev/full", "a")  # noqa: SIM115

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.runs import TINY_RUN
-from tests.train.parallel.two_ways import differences
+from tests.train.parallel.two_ways import check_two_ways
 
 # Of the sLSTM the loop that runs on a CPU is not compiled; on a GPU it is an operator.
 MODEL = [
@@ -18,9 +18,7 @@ WAYS = [["training.compile=false"], ["training.compile=true"]]
 
 
 def check(tmp_path, cases, *overrides):
-    for stage, precision, apart in differences(tmp_path, cases, WAYS, *MODEL, *overrides):
-        limit = 1e-5 if precision == "fp32" else 2e-2
-        assert max(apart.values()) <= limit, (stage, precision, apart)
+    check_two_ways(tmp_path, cases, WAYS, *MODEL, *overrides)
 
 
 @pytest.mark.slow

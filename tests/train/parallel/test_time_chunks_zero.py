@@ -3,18 +3,14 @@
 import pytest
 
 from tests.runs import TINY_RUN
-from tests.train.parallel.two_ways import differences
+from tests.train.parallel.two_ways import check_two_ways
 
 HYBRID = ["model.attention_at=[2]", "+model.attention.n_heads=4", "+model.attention.n_kv_heads=2"]
 
 
 def check(tmp_path, cases, *overrides):
     ways = [["training.time_chunk=null"], ["training.time_chunk=12"]]
-    given = [*TINY_RUN, *HYBRID, "training.z_loss_weight=1e-4", *overrides]
-    for stage, precision, apart in differences(tmp_path, cases, ways, *given):
-        # The facts have 5e-3 for a loss in bf16; of a gradient it is a share of the norm of all.
-        limit = 1e-5 if precision == "fp32" else 2e-2
-        assert max(apart.values()) <= limit, (stage, precision, apart)
+    check_two_ways(tmp_path, cases, ways, *TINY_RUN, *HYBRID, "training.z_loss_weight=1e-4", *overrides)
 
 
 @pytest.mark.slow
