@@ -99,9 +99,7 @@ def test_cuda_graphs_need_a_gpu_and_gradients_that_are_read_at_once(tiny_run):
         settings = [*tiny_run, "training.total_steps=3", "training.cuda_graphs=true", "precision=bf16", *overrides]
         return open_requirements(compose(RunConfig, "train", settings), 1)
 
-    with pytest.raises(
-        ConfigError, match=r"training\.cuda_graphs: true needs a CUDA device"
-    ):
+    with pytest.raises(ConfigError, match=r"training\.cuda_graphs: true needs a CUDA device"):
         open_with("parallel=zero1")
     with pytest.raises(ConfigError) as refused:
         open_with("parallel=zero2", "training.time_chunk=8")
