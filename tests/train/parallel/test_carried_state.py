@@ -8,7 +8,7 @@ import torch
 from model.state import named_tensors
 from tests.model.conftest import CONFIGS, model_in_play
 from train.checkpoints.lanes import LanesReader, save_lanes
-from train.checkpoints.layout import CheckpointError
+from train.checkpoints.layout import CheckpointError, describe_file, mark_complete
 from train.parallel.carried_state import CarriedState
 from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum
@@ -110,14 +110,18 @@ def test_only_rows_that_are_not_finite_are_dropped(model):
 
 def test_lanes_are_laid_out_anew_over_other_ranks_and_micro_batches(model, tmp_path):
     (tmp_path / "carried").mkdir()
-    state = some_state(model, 1, rows=8)
+    mark_complete(tmp_path, "attempt", {})
+    assert LanesReader(tmp_path).is_empty
+    state, files = some_state(model, 1, rows=8), {}
     for rank in (0, 1):
         lanes = range(4 * rank, 4 * rank + 4)
         carried = carried_by(model, lanes)
         for number in (0, 1):
             first = lanes.start + 2 * number
             carried.leave(number, state.map(lambda tensor, first=first: tensor[first : first + 2]))
-        save_lanes(tmp_path, rank, lanes.start, carried.tensors())
+        path = save_lanes(tmp_path, rank, lanes.start, carried.tensors())
+        files[f"carried/{path.name}"] = describe_file(path)
+    mark_complete(tmp_path, "attempt", files)
     reader = LanesReader(tmp_path)
     for lanes, rows in ((range(8), 1), (range(8), 8), (range(2, 4), 2), (range(2, 6), 4)):
         carried = carried_by(model, lanes, rows)
@@ -128,4 +132,3 @@ def test_lanes_are_laid_out_anew_over_other_ranks_and_micro_batches(model, tmp_p
         carried_by(model, range(6, 10), 4).fill(reader.read)
     with pytest.raises(CheckpointError, match="has no blocks.9.cell, which the model carries"):
         reader.read("blocks.9.cell", range(2))
-    assert LanesReader(tmp_path / "none").is_empty
