@@ -241,6 +241,16 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run ends because one of its processes does not go on."""
+
+    # Seconds that a process may stay in one phase of a step (data, forward, backward, reduce, step, evaluate) before
+    # the run ends and names it; null: never. Starting, saving, sampling and the first phase of each kind, which
+    # compiles, may take parallel.collective_timeout_seconds.
+    seconds: float | None = 120.0
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides what a run computes."""
 
@@ -266,6 +276,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def execution(self, device_type: str) -> str:
         """How blocks run in passes that train on such devices, of model.compilation."""

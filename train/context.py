@@ -52,6 +52,8 @@ from train.run_directory import (
 )
 from train.stop_requests import OUTSIDE_TRAINING
 from train.stored_configuration import as_yaml, configuration_before
+from train.watch.ends import SIGNAL, End, remove_ends, unreported_end
+from train.watch.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class RunContext:
     output: LastingOutput = field(default_factory=LastingOutput)
     # This start of the run; not known until the run's lock is held.
     attempt: Attempt = field(init=False)
+    # Of this start; none before its attempt is known.
+    watchdog: Watchdog | None = None
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -129,18 +133,28 @@ class RunContext:
     def close(self, error: BaseException | None = None) -> None:
         """Close the engine, give up the lock, the log file and the process group.
 
-        `error`: what the run failed of; None: nothing.
+        `error`: what the run failed of; None: nothing. Raises RunError in its place where another rank failed first.
         """
+        first = None
         if isinstance(error, Exception) and not isinstance(error, ConfigError):
-            # The folder may be what is wrong: not there, not writable, full.
-            with contextlib.suppress(OSError):
-                self.events.append("error", message=str(error) or repr(error))
+            first = self._report(error)
         if error is not None and self.mesh.size > 1:
             # Peers may wait in a collective that this rank will not join, and this rank would wait for them with its
             # engine and its process group. The process ends, and its launcher ends them.
             self.closing.pop_all()
-            return
-        self.closing.close()
+        else:
+            self.closing.close()
+        if first is not None:
+            raise RunError(f"this rank ends because {first.message}") from error
+
+    def _report(self, error: Exception) -> End | None:
+        """Make an event of what ends the run; returns the end of another rank where that is what `error` is about."""
+        if self.watchdog is not None:
+            return self.watchdog.fail(error)
+        # The folder may be what is wrong: not there, not writable, full.
+        with contextlib.suppress(OSError):
+            self.events.append("error", message=str(error) or repr(error))
+        return None
 
     def __enter__(self) -> RunContext:
         return self
@@ -198,6 +212,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
         lock = RunLock(directory.lock)
         closing.callback(lock.release)
         attempt = lock.attempt.identity
+        _tell_of_start_before(context, lock.attempt_before)
         # Another command may have begun and ended the run since its folder was looked at without the lock.
         if problems := changes_of_run(config, directory):
             raise ConfigError(problems)
@@ -209,6 +224,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
     log = directory.log(mesh.rank)
     closing.enter_context(_log_to_file(log))
     closing.enter_context(context.output.spilling_to(log, context.report_lost_output))
+    _watch(context)
     if mesh.device.type == "cpu" and config.training.cpu_threads is not None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.training.cpu_threads)
@@ -222,6 +238,37 @@ def _enter(context: RunContext, found: Requirements) -> None:
     if mesh.is_main and not context.is_complete:
         _prepare_folder(context, found)
     mesh.barrier(group="world")
+    assert context.watchdog is not None
+    context.watchdog.meet()
+
+
+def _tell_of_start_before(context: RunContext, attempt: str) -> None:
+    """Make an event of how the start before ended, where it could not do so itself. Rank 0 only, under the lock."""
+    end = unreported_end(context.directory, attempt)
+    if end is not None:
+        if end.kind == SIGNAL:
+            context.events.append("stop", reason=end.message, found_by="the next start")
+        else:
+            context.events.append_failure(**end.as_event(), found_by="the next start")
+        context.say(f"The start before this one ended: {end.message}.")
+    remove_ends(context.directory)
+
+
+def _watch(context: RunContext) -> None:
+    """From here on a rank that fails, or does not move, ends the run. Collective."""
+    config, mesh = context.config, context.mesh
+    context.watchdog = Watchdog(
+        mesh,
+        context.attempt,
+        context.directory,
+        context.events,
+        config.watchdog.seconds,
+        config.parallel.collective_timeout_seconds,
+    )
+    context.watchdog.start()
+    context.closing.callback(context.watchdog.close)
+    OUTSIDE_TRAINING.on_end = context.watchdog.leave
+    context.closing.callback(setattr, OUTSIDE_TRAINING, "on_end", None)
 
 
 def _begin_from(context: RunContext, origin: Origin) -> None:

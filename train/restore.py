@@ -47,7 +47,13 @@ def restore(context: RunContext, factory: EngineFactory = make_engine) -> RunSta
     state = _bring_to(context, engine, context.checkpoint)
     if context.checkpoint is None:
         configuration = context.configuration_file
-        events.append("start", world_size=mesh.size, steps=config.total_steps, configuration=configuration)
+        events.append(
+            "start",
+            attempt=context.attempt.identity,
+            world_size=mesh.size,
+            steps=config.total_steps,
+            configuration=configuration,
+        )
     else:
         state = _accept(context, context.checkpoint, state)
     return RunState(engine, state)
@@ -132,6 +138,7 @@ def _report_resume(context: RunContext, checkpoint: Path, saved: TrainState, sta
     changes, rate = changes_since(config, saved), change_of_rate(config, saved, state)
     context.events.append(
         "resume",
+        attempt=context.attempt.identity,
         checkpoint=checkpoint.name,
         step=state.step,
         tokens=state.tokens,

@@ -1,7 +1,8 @@
 """The folder of one run: every path in it, and the append-only event log.
 
 Layout (documented in docs/training.md): config.yaml, configurations/NNNN.yaml, plan.json, deepspeed.json, code.json,
-environment.json, metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, tokenizer/, checkpoints/step-XXXXXXXX/, report.png.
+environment.json, metrics.jsonl, events.jsonl, logs/rank-NNNNN.log, logs/rank-NNNNN.end.json, tokenizer/,
+checkpoints/step-XXXXXXXX/, report.png.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +56,10 @@ class RunDirectory:
     def log(self, rank: int) -> Path:
         """What one rank logs."""
         return self.logs / f"rank-{rank:05d}.log"
+
+    def end(self, rank: int) -> Path:
+        """How one rank ended, where it could say so."""
+        return self.logs / f"rank-{rank:05d}.end.json"
 
     def create(self) -> None:
         for folder in (self.path, self.logs, self.checkpoints):
@@ -139,6 +144,9 @@ class RunLock:
             raise BlockingIOError(
                 f"{path.parent} is in use by {holder or 'another process'}; end it first, or give this run another name"
             ) from None
+        self._file.seek(0)
+        # Of the start before this one; "" where there was none.
+        self.attempt_before = self._file.read().rpartition("attempt ")[2].strip()
         self.attempt = Attempt(uuid.uuid4().hex[:12], path)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}, attempt {self.attempt.identity}")
@@ -160,17 +168,38 @@ class EventLog:
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add one event; `fields` must be JSON values."""
-        if not self.is_main:
-            return
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if self.is_main:
+            with self._opened() as file:
+                _write_event(file, kind, fields)
+
+    def append_failure(self, *, attempt: object, **fields: object) -> dict[str, Any] | None:
+        """Add the event `error` of a start of the run, on any rank. Where one of them has done so before, nothing is
+        added, and that event is returned."""
+        with self._opened() as file:
+            file.seek(0)
+            for line in _parsed(file.read().splitlines()):
+                if line.get("event") == "error" and line.get("attempt") == attempt:
+                    return line
+            file.seek(0, os.SEEK_END)
+            _write_event(file, "error", {"attempt": attempt, **fields})
+        return None
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file, at its end, behind a whole line, and for this process alone."""
         with self.path.open("ab+") as file:
             # A second command for the run, refused because the first holds the run's lock, says so here as well.
             fcntl.flock(file, fcntl.LOCK_EX)
             _mend_last_line(file)
-            lines = [without_passwords({"time": now, "event": kind, **fields})]
-            if file.tell() == 0:
-                lines.insert(0, {"time": now, "event": "header", "format_version": EVENTS_FORMAT_VERSION})
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            yield file
+
+
+def _write_event(file: BinaryIO, kind: str, fields: dict[str, Any]) -> None:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    lines = [without_passwords({"time": now, "event": kind, **fields})]
+    if file.tell() == 0:
+        lines.insert(0, {"time": now, "event": "header", "format_version": EVENTS_FORMAT_VERSION})
+    file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _mend_last_line(file: BinaryIO) -> None:

@@ -88,13 +88,17 @@ class OutsideTraining:
     """What a request means while no step is taken: during imports and set-up, and after the last step.
 
     A process alone ends at once: it has nothing to save. One of several would leave the others waiting once they have
-    met; it keeps the request for the first step, and ends at once when asked again.
+    met; it keeps the request for the first step, and ends at once when asked again. One that has failed finds out why
+    before it ends.
     """
 
     def __init__(self) -> None:
         self._phase = "before the first step"
         self._others_wait = False
         self._kept: list[str] = []
+        self._exit_code = 0
+        # Told why the process ends, before it does.
+        self.on_end: Callable[[str], None] | None = None
 
     def answer(self, number: signal.Signals, output: LastingOutput) -> None:
         """To be called by the thread of a `SignalListener`."""
@@ -106,9 +110,15 @@ class OutsideTraining:
                 f"{number.name}: the run's processes are starting together; the run ends after its first step, with a "
                 "checkpoint. Asked again, it ends at once."
             )
+        elif self._exit_code and not self._kept:
+            self._kept.append(number.name)
+            tell(f"{number.name}: the run has failed and is about to end. Asked again, it ends at once.")
         else:
-            tell(f"train: stopped by {number.name} {self._phase}; the same command goes on.")
-            os._exit(0)
+            reason = f"stopped by {number.name} {self._phase}"
+            tell(f"train: {reason}; the same command goes on.")
+            if self.on_end is not None and not self._exit_code:
+                self.on_end(reason)
+            os._exit(self._exit_code)
 
     def processes_met(self, count: int) -> None:
         """From now on `count` processes depend on each other."""
@@ -119,9 +129,10 @@ class OutsideTraining:
         kept, self._kept = self._kept, []
         return kept
 
-    def end_training(self) -> None:
-        """Every step is taken, and what they are worth is saved."""
-        self._phase, self._others_wait = "after the last step", False
+    def end_training(self, has_failed: bool = False) -> None:
+        """Every step is taken, and what they are worth is saved; or training has failed."""
+        self._phase, self._others_wait = "after a failure" if has_failed else "after the last step", False
+        self._exit_code, self._kept = int(has_failed), []
 
 
 OUTSIDE_TRAINING = OutsideTraining()

@@ -22,6 +22,7 @@ from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
 from train.errors import RunError
 from train.length import last_step, learning_rate_of_next_step, steps_left
 from train.restore import RunState, go_back
+from train.watch.whereabouts import BETWEEN_STEPS, END, FORWARD, REDUCE, SAVE, STEP
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,12 @@ class Trainer:
             if isinstance(decision, Stop):
                 self._stop_reason = decision.reason
             outcome = "complete" if self.step >= self.total_steps else "stopped"
+        except Exception:
+            self.mesh.whereabouts.fail()
+            raise
         finally:
             with contextlib.ExitStack() as ending:
+                self.mesh.whereabouts.enter(END)
                 # In reverse, and all of them even where one fails: the last checkpoint comes before everything else.
                 for callback in self.callbacks:
                     ending.callback(callback.on_run_end, self, outcome)
@@ -159,10 +164,15 @@ class Trainer:
 
     def train_step(self, loader: StepLoader) -> Decision:
         """One optimizer step over the global batch; returns what all ranks agree to do after it."""
+        whereabouts = self.mesh.whereabouts
+        whereabouts.begin_step(self.step)
         self.dispatch("on_step_start")
         micro_batches = self._next_micro_batches(loader)
+        whereabouts.enter(REDUCE)
         valid_tokens = self._count_valid_tokens(micro_batches)
+        whereabouts.enter(FORWARD)
         loss = self.engine.train_batch(micro_batches, valid_tokens.clamp_min(1.0))
+        whereabouts.enter(REDUCE)
         gradient_norm = self.engine.gradient_norm()
         self.dispatch("on_gradients_ready")
 
@@ -178,7 +188,9 @@ class Trainer:
             )
         decision = self._decide() if agreement.wishes else CONTINUE
         self.last_learning_rate = learning_rate_of_next_step(self.config, self.state)
+        whereabouts.enter(STEP)
         applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
+        whereabouts.enter(BETWEEN_STEPS)
         self._advance(applied)
         if isinstance(decision, Rollback):
             # The step has emptied the engine of its gradients; nothing else of it remains.
@@ -346,6 +358,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Start writing a checkpoint of the completed steps, when the one before is settled. Collective."""
         self.settle_save()
+        self.mesh.whereabouts.enter(SAVE)
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         self.state.world_size = self.mesh.size
         self.state.zero_stage = self.config.parallel.zero_stage
@@ -355,6 +368,7 @@ class Trainer:
             self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
 
         self._writer.save(self.engine, self.state, on_complete)
+        self.mesh.whereabouts.enter(BETWEEN_STEPS)
 
     @property
     def failed_saves(self) -> int:
@@ -363,7 +377,9 @@ class Trainer:
 
     def settle_save(self) -> dict[int, str]:
         """Wait for the checkpoint under way; rank -> why it failed there, which callbacks are told. Collective."""
+        self.mesh.whereabouts.enter(SAVE)
         problems = self._writer.settle()
+        self.mesh.whereabouts.enter(BETWEEN_STEPS)
         if problems:
             self.dispatch("on_save_failed", problems)
         return problems

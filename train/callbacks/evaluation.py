@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision
 from train.evaluate import evaluate
+from train.watch.whereabouts import BETWEEN_STEPS
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -20,6 +21,7 @@ class Evaluation(Callback):
         at_interval = interval and trainer.step % interval == 0
         if trainer.config.evaluation.sets and (at_interval or trainer.step == trainer.total_steps):
             results = evaluate(trainer.engine, trainer.config, trainer.evaluation_corpora)
+            trainer.mesh.whereabouts.enter(BETWEEN_STEPS)
             trainer.restart_clock()
             trainer.dispatch("on_evaluation", results)
         return CONTINUE

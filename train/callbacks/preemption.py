@@ -68,4 +68,4 @@ class Preemption(Callback):
         if self._listener is not None:
             self._listener.__exit__(None, None, None)
             self._listener = None
-            OUTSIDE_TRAINING.end_training()
+            OUTSIDE_TRAINING.end_training(outcome == "failed")

@@ -17,6 +17,7 @@ from train.callbacks.base import Callback
 from train.callbacks.step_lines import StepLines
 from train.config import SamplesConfig
 from train.decisions import CONTINUE, Decision, Rollback
+from train.watch.whereabouts import BETWEEN_STEPS, SAMPLE
 from train.whole_model import whole_model
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Samples(Callback):
     def on_step_end(self, trainer: Trainer) -> Decision:
         settings = trainer.config.logging.samples
         if trainer.step % settings.interval == 0:
+            trainer.mesh.whereabouts.enter(SAMPLE)
             with whole_model(trainer.engine, trainer.config) as model:
                 if model is not None:
                     assert self._tokenizer is not None and self._file is not None
@@ -67,6 +69,7 @@ class Samples(Callback):
                     for sample in samples:
                         self._file.append({"step": trainer.step, **vars(sample)})
                     trainer.dispatch("on_samples", samples)
+            trainer.mesh.whereabouts.enter(BETWEEN_STEPS)
             trainer.restart_clock()
         return CONTINUE
 

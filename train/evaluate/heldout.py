@@ -17,6 +17,7 @@ from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
 from train.data import open_corpus
 from train.parallel.mesh import Mesh
+from train.watch.whereabouts import EVALUATE
 
 
 class Scorer(Protocol):
@@ -149,6 +150,7 @@ def _sum_losses(scorer: Scorer, batch_size: int, windows: EvaluationWindows) -> 
         first = turn + mesh.data * batch_size
         # A rank without windows of its own takes others': ZeRO-3 gathers weights only where all ranks take part.
         has_own = first < windows.count
+        mesh.whereabouts.enter(EVALUATE)
         loss, count = scorer.evaluate_batch(windows.batch(first if has_own else turn, batch_size, columns))
         if has_own:
             loss_sum, tokens = loss_sum + loss, tokens + count

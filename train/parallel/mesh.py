@@ -26,6 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.parallel.board import Board
+from train.watch.whereabouts import Whereabouts
+
 GroupName = Literal["world", "data_and_sequence", "sequence", "pipeline"]
 GROUP_NAMES: tuple[GroupName, ...] = typing.get_args(GroupName)
 Value = TypeVar("Value")
@@ -106,6 +109,7 @@ class Mesh:
         self.rank = rank
         self.device = device or torch.device("cpu")
         self.pipeline, self.data, self.sequence = shape.coordinates(rank)
+        self.whereabouts = Whereabouts()
         # Of the methods that move tensors between slices and stages, since the start: what this rank received from
         # others, in bytes, and how many times it took part.
         self.received_bytes: dict[GroupName, int] = dict.fromkeys(GROUP_NAMES, 0)
@@ -228,6 +232,13 @@ class Mesh:
         """Wait for all ranks of the group."""
         if self.size_of(group) > 1:
             dist.barrier(group=self._groups[group])
+
+    def open_board(self, prefix: str, patience: timedelta) -> Board | None:
+        """The board of all processes; None where this one is alone, or its caller has let them meet otherwise than by
+        torchrun's variables. Raises BoardError."""
+        if self.size == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            return None
+        return Board(prefix, patience)
 
     def close(self) -> None:
         """Leave the process group and the environment as `join_mesh` found them. Every rank calls it."""

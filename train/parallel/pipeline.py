@@ -44,6 +44,7 @@ from train.parallel.token_loss import StageLayer, on_device
 from train.parallel.zero import ZeroEngine
 from train.parallel.zero_fragments import accumulated_gradient
 from train.plan import Plan
+from train.watch.whereabouts import EVALUATE, FORWARD_AND_BACKWARD
 
 
 class PipelineEngine(ZeroEngine):
@@ -111,7 +112,13 @@ class PipelineEngine(ZeroEngine):
             self._batch_shape = batches[0].tokens.shape
         engine.total_loss, engine._compute_loss = None, True
         engine.set_dataiterator((batch.tokens, ()) for batch in batches)
-        self._layer.units = ((*on_device(batch, self.mesh.device)[1:], loss_scale) for batch in batches)
+        self._layer.units = self._units(batches, loss_scale)
+
+    def _units(self, batches: Sequence[Batch], loss_scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What the forward pass of each batch needs beside what passes between stages."""
+        for batch in batches:
+            self.mesh.whereabouts.enter(FORWARD_AND_BACKWARD if torch.is_grad_enabled() else EVALUATE)
+            yield (*on_device(batch, self.mesh.device)[1:], loss_scale)
 
     def _take_step(self) -> None:
         self._deepspeed._exec_optimizer_step()

@@ -37,6 +37,7 @@ from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum, model_name, on_device
 from train.parallel.zero_fragments import fill_weights, parameter_fragments
 from train.plan import Plan
+from train.watch.whereabouts import BACKWARD, FORWARD
 
 
 def _import_muon() -> None:
@@ -146,6 +147,7 @@ class ZeroEngine:
         self._backward_passes_left = sum(self._time_chunks.count(batch.tokens.shape[1]) for batch in micro_batches)
         carried = self.carried
         for number, batch in enumerate(micro_batches):
+            self.mesh.whereabouts.enter(FORWARD)
             of_batch = on_device(batch, self.mesh.device)
             state = None if carried is None else carried.entering(number, batch.continues)
             loss_sum, behind = self._time_chunks.forward_backward(
@@ -173,6 +175,7 @@ class ZeroEngine:
     def _backward(self, loss: Tensor) -> None:
         """One backward pass of the step: to DeepSpeed each time chunk is a micro-batch. ZeRO 0 and 1 reduce gradients
         after the last one of the step, ZeRO 2 and 3 after each."""
+        self.mesh.whereabouts.enter(BACKWARD)
         if self.model.execution == CAPTURED:
             # DeepSpeed keeps gradients until the next backward pass, and those of a CUDA graph do not last as long.
             for parameter in self.model.parameters():

@@ -1,0 +1,132 @@
+"""A rank that fails, dies or does not move ends the run of all, named, with what it did: real processes over gloo."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, TINY_RUN, run_script, run_train
+from train.run_directory import read_events
+from train.watch.ends import End
+
+TROUBLED = ROOT / "tests" / "train" / "watch" / "troubled_train.py"
+# Far below the time after which a collective that does not finish ends a run.
+SECONDS = 4
+
+
+@pytest.fixture
+def settings(small_corpus, tmp_path):
+    return [
+        f"run_root={tmp_path}",
+        f"corpus.directory={small_corpus}",
+        *TINY_RUN,
+        "name=run",
+        "training.total_steps=6",
+        "checkpoint.interval=2",
+        f"watchdog.seconds={SECONDS}",
+    ]
+
+
+def ends(folder: Path) -> dict[int, End]:
+    found = [End.from_json(json.loads(path.read_text())) for path in folder.glob("logs/*.end.json")]
+    return {end.rank: end for end in found}
+
+
+def failure(folder: Path) -> dict:
+    """The one event that says why the run failed."""
+    (event,) = [event for event in read_events(folder) if event["event"] == "error"]
+    return event
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sleep", "has not moved for"),
+        ("stop", "has not answered for"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(settings, tmp_path, rank, kind, words):
+    begun = time.monotonic()
+    done = run_script(TROUBLED, [str(rank), kind, "3", *settings], processes=2)
+    assert done.returncode == 1
+    assert time.monotonic() - begun < 300, "the timeout of collectives is 1,800 s"
+    event = failure(tmp_path / "run")
+    assert event["rank"] == rank and event["kind"] == "hang"
+    assert f"rank {rank} (process {event['process']} on {event['host']}) {words}" in event["message"]
+    # Of a process that stands still the last is known that it said.
+    assert "in train_step" in event["stack"] or kind == "stop"
+    assert event["position"] == "'data' of step 3" or kind == "stop"
+    assert done.stderr.count("the run ends. Where every rank was") == 1 and event["message"] in done.stderr
+    assert "Traceback" not in done.stderr
+    found = ends(tmp_path / "run")
+    assert found[1 - rank].because_of == rank and found[rank].because_of is None
+    for one in (0, 1):
+        log = (tmp_path / "run" / "logs" / f"rank-{one:05d}.log").read_text()
+        assert "in train_step" in log
+        # One that was stopped goes on to find the others gone.
+        assert ("This rank ends" in log and "Current thread" in log) or (kind, one) == ("stop", rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_of_any_class_ends_all_ranks_and_is_told_by_the_one_that_raised_it(settings, tmp_path, rank):
+    done = run_script(TROUBLED, [str(rank), "raise", "3", *settings], processes=2)
+    assert done.returncode == 1
+    event = failure(tmp_path / "run")
+    assert (event["rank"], event["kind"]) == (rank, "error") and "of no class that is expected" in event["message"]
+    assert "in _raise" in event["stack"] and event["position"] == "'data' of step 3"
+    found = ends(tmp_path / "run")
+    assert found[rank].because_of is None and "in _raise" in found[rank].stack
+    assert found[1 - rank].because_of == rank
+    assert f"train: rank {1 - rank}: this rank ends because" in done.stderr
+    assert "in _raise" in (tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["kill", "abort"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_without_a_word_is_named_by_the_one_that_is_left(settings, tmp_path, rank, kind):
+    done = run_script(TROUBLED, [str(rank), kind, "3", *settings], processes=2)
+    assert done.returncode == 1
+    event = failure(tmp_path / "run")
+    assert (event["rank"], event["kind"]) == (rank, "gone") and "is gone without a word" in event["message"]
+    assert ends(tmp_path / "run").keys() == {1 - rank}
+    assert f"train: rank {1 - rank}: this rank ends because rank {rank} (process {event['process']}" in done.stderr
+    if kind == "abort":
+        log = (tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert "Fatal Python error: Aborted" in log and "troubled_train.py" in log
+
+
+def test_a_process_alone_that_hangs_ends_with_its_stack(settings, tmp_path):
+    done = run_script(TROUBLED, ["0", "sleep", "3", *settings])
+    assert done.returncode == 1
+    assert "rank 0" in failure(tmp_path / "run")["message"] and "has not moved for" in done.stderr
+    assert "in _sleep" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+
+
+def test_the_next_start_says_how_one_that_was_killed_ended(settings, tmp_path):
+    done = run_script(TROUBLED, ["0", "kill", "3", *settings])
+    assert done.returncode == -9
+    assert not [event for event in read_events(tmp_path / "run") if event["event"] == "error"]
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy" / "run")
+    done = run_train(settings)
+    assert done.returncode == 0 and "The start before this one ended: without a word of any rank" in done.stderr
+    kinds = [event["event"] for event in read_events(tmp_path / "run")]
+    assert kinds.index("error") < kinds.index("resume") and failure(tmp_path / "run")["found_by"] == "the next start"
+    # What a rank could write, but not put among the events, is what the next start tells.
+    (attempt,) = [event["attempt"] for event in read_events(copy) if event["event"] == "start"]
+    told = End(attempt, 1, 7, "node-3", 5.0, "error", "its disk is gone", "", "'save' of step 2")
+    later = End(attempt, 0, 6, "node-2", 9.0, "error", "a collective failed", "", "'reduce' of step 3")
+    for end in (later, told):
+        (copy / "logs" / f"rank-{end.rank:05d}.end.json").write_text(end.as_json())
+    done = run_train([*settings, f"run_root={copy.parent}"])
+    assert done.returncode == 0 and "The start before this one ended: its disk is gone." in done.stderr
+    assert failure(copy)["rank"] == 1 and not list((copy / "logs").glob("*.end.json"))
+
+
+def test_a_run_that_ends_in_order_leaves_no_end(settings, tmp_path):
+    done = run_train(settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert not ends(tmp_path / "run")
+    assert not [event for event in read_events(tmp_path / "run") if event["event"] == "error"]
