@@ -52,7 +52,7 @@ from train.run_directory import (
 )
 from train.stop_requests import OUTSIDE_TRAINING
 from train.stored_configuration import as_yaml, configuration_before
-from train.watch.ends import SIGNAL, End, remove_ends, unreported_end
+from train.watch.ends import SIGNAL, End, end_of, remove_ends, unreported_end
 from train.watch.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class RunContext:
             return self.watchdog.fail(error)
         # The folder may be what is wrong: not there, not writable, full.
         with contextlib.suppress(OSError):
-            self.events.append("error", message=str(error) or repr(error))
+            self.events.append("error", **end_of(error, self.mesh.rank, "", str(self.mesh.whereabouts.now)).as_event())
         return None
 
     def __enter__(self) -> RunContext:
@@ -247,9 +247,9 @@ def _tell_of_start_before(context: RunContext, attempt: str) -> None:
     end = unreported_end(context.directory, attempt)
     if end is not None:
         if end.kind == SIGNAL:
-            context.events.append("stop", reason=end.message, found_by="the next start")
+            context.events.append("stop", step=None, reason=end.message)
         else:
-            context.events.append_failure(**end.as_event(), found_by="the next start")
+            context.events.append_failure(**end.as_event(found_by="the next start"))
         context.say(f"The start before this one ended: {end.message}.")
     remove_ends(context.directory)
 

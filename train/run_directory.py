@@ -172,7 +172,7 @@ class EventLog:
             with self._opened() as file:
                 _write_event(file, kind, fields)
 
-    def append_failure(self, *, attempt: object, **fields: object) -> dict[str, Any] | None:
+    def append_failure(self, attempt: object, **fields: object) -> dict[str, Any] | None:
         """Add the event `error` of a start of the run, on any rank. Where one of them has done so before, nothing is
         added, and that event is returned."""
         with self._opened() as file:

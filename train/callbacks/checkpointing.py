@@ -67,4 +67,7 @@ class Checkpointing(Callback):
             trainer.await_own_save()
         except (CheckpointError, RunError) as error:
             # Raised, it would stand in the place of what the run failed of.
-            trainer.events.append("error", message=str(error))
+            failures = trainer.failed_saves + 1
+            trainer.events.append(
+                "save_failed", step=trainer.step, rank=trainer.mesh.rank, failures=failures, problem=str(error)
+            )

@@ -9,6 +9,10 @@ A rank that is killed from outside writes none.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,10 +46,10 @@ class End:
     def as_json(self) -> str:
         return json.dumps(without_passwords({"format_version": FORMAT_VERSION, **asdict(self)}))
 
-    def as_event(self) -> dict[str, object]:
+    def as_event(self, found_by: str = "this start") -> dict[str, object]:
         """What events.jsonl has of the end that ended a run."""
         fields = asdict(self)
-        return {name: value for name, value in fields.items() if name != "because_of"}
+        return {name: value for name, value in fields.items() if name != "because_of"} | {"found_by": found_by}
 
     @classmethod
     def from_event(cls, event: Mapping[str, Any]) -> End:
@@ -59,6 +63,13 @@ class End:
         if content.get("format_version") != FORMAT_VERSION or fields.keys() != cls.__dataclass_fields__.keys():
             return None
         return cls(**fields)  # type: ignore[arg-type]
+
+
+def end_of(error: BaseException, rank: int, attempt: str, position: str) -> End:
+    """The end of this process, which fails with `error`."""
+    stack = "".join(traceback.format_exception(error))
+    message = str(error) or repr(error)
+    return End(attempt, rank, os.getpid(), platform.node(), time.time(), ERROR, message, stack, position)
 
 
 def write_end(directory: RunDirectory, end: End) -> None:

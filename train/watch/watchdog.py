@@ -30,7 +30,7 @@ from conf.passwords import without_passwords
 from train.parallel.board import Board, BoardError
 from train.parallel.mesh import Mesh
 from train.run_directory import Attempt, EventLog, RunDirectory
-from train.watch.ends import ERROR, GONE, HANG, SIGNAL, End, write_end
+from train.watch.ends import GONE, HANG, SIGNAL, End, end_of, write_end
 from train.watch.judgement import Beat, Culprit, Judge
 from train.watch.whereabouts import END, LEFT, SAVE
 
@@ -126,7 +126,7 @@ class Watchdog:
         self._closing.set()
         log.error("the run fails on this rank", exc_info=(type(error), error, error.__traceback__))
         elsewhere = self._end_elsewhere(error)
-        own = self._end(ERROR, str(error) or repr(error), "".join(traceback.format_exception(error)))
+        own = end_of(error, self._mesh.rank, self._attempt, self._position)
         first = self._tell(elsewhere or own)
         self._leave_end(own, first)
         return None if first is own else first
@@ -238,7 +238,7 @@ class Watchdog:
 
     def _follow(self, first: End) -> None:
         """Another rank has ended the run: so does this one, by itself or, soon, by this thread."""
-        if not self._closing.wait(self._grace) and self._ending.acquire(blocking=False):
+        if not self._closing.wait(self._interval) and self._ending.acquire(blocking=False):
             self._end_process(first)
 
     @property
@@ -305,12 +305,14 @@ class Watchdog:
                 stack = "".join(self._board.read([f"stack/{rank}"]) or [])
         return End(self._attempt, rank, beat.process, beat.host, time.time(), kind, message, stack, str(beat.position))
 
-    def _end(self, kind: str, message: str, stack: str) -> End:
+    @property
+    def _position(self) -> str:
         whereabouts = self._mesh.whereabouts
-        position = str(whereabouts.failed_at or whereabouts.now)
-        return End(
-            self._attempt, self._mesh.rank, self._process, self._host, time.time(), kind, message, stack, position
-        )
+        return str(whereabouts.failed_at or whereabouts.now)
+
+    def _end(self, kind: str, message: str, stack: str) -> End:
+        who = (self._attempt, self._mesh.rank, self._process, self._host)
+        return End(*who, time.time(), kind, message, stack, self._position)
 
     def leave(self, reason: str) -> None:
         """This rank is about to end because of a signal, outside of its steps."""

@@ -153,6 +153,7 @@ on_metrics = MetricsFile.on_metrics
 def taken_over(self, trainer, record):
     on_metrics(self, trainer, record)
     if record["step"] == 3:
+        trainer.await_own_save()
         # As on a file system whose locks do not reach other machines.
         trainer.context.attempt.lock.write_text("process 1 on other, attempt 0123456789ab")
 
