@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class TimeChunks:
             loss += part.detach()
             scaled = part * loss_scale
             if gradients is not None:
-                scaled = with_gradients(scaled, behind, lambda found=gradients: found)
+                scaled = with_gradients(scaled, behind, partial(list, gradients))
             del part, behind
             backward(scaled)
             gradients = [leaf.grad for leaf in leaves]
