@@ -182,6 +182,8 @@ def more_curves(small_corpus, tmp_path_factory):
             "p2_bf16": [stages, "precision=bf16"],
             "p2_zero0_bf16": [stages, "precision=bf16", "parallel=zero0"],
             "p2_one_pass": [stages, "training.micro_batch_size=8"],
+            "p2_chunks_untied": [*CHUNKS, UNTIED, "parallel=zero0", "training.micro_batch_size=8"],
+            "p2_chunks_bf16": [*CHUNKS, "precision=bf16"],
             "zero3": ["parallel=zero3"],
             "sequence2": ["parallel.sequence=2"],
         },
@@ -203,6 +205,8 @@ def more_curves(small_corpus, tmp_path_factory):
         4,
         {
             "p4": ["parallel.pipeline=4"],
+            "p4_chunks": [*CHUNKS, "parallel.pipeline=4"],
+            "p2_data2_chunks": [*CHUNKS, "parallel.activation_checkpointing=block"],
             "p4_untied": ["parallel.pipeline=4", UNTIED],
             "p2_data2_zero0": [stages, "parallel=zero0"],
             "p2_data2_bf16": [stages, "precision=bf16"],
@@ -218,13 +222,15 @@ def more_curves(small_corpus, tmp_path_factory):
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("name", ["p2", "p2_zero0", "p2_one_pass", "p2_data2_zero0", "p4"])
+@pytest.mark.parametrize(
+    "name", ["p2", "p2_zero0", "p2_one_pass", "p2_data2_zero0", "p2_data2_chunks", "p4", "p4_chunks"]
+)
 def test_further_layouts_give_the_curve_of_one_process(more_curves, name):
     more_curves.assert_alike(name, "one")
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("name", ["p2_untied", "p4_untied"])
+@pytest.mark.parametrize("name", ["p2_untied", "p2_chunks_untied", "p4_untied"])
 def test_a_head_of_its_own_gives_the_curve_of_one_process(more_curves, name):
     more_curves.assert_alike(name, "one_untied")
 
@@ -234,6 +240,7 @@ def test_a_head_of_its_own_gives_the_curve_of_one_process(more_curves, name):
     ("name", "expected"),
     [
         ("p2_bf16", "bf16"),
+        ("p2_chunks_bf16", "bf16"),
         ("p2_data2_bf16", "bf16"),
         ("p2_zero0_bf16", "bf16_zero0"),
         ("p2_sequence2_zero0_bf16", "bf16_zero0"),

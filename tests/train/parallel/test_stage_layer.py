@@ -1,6 +1,7 @@
 """Stages that go chunk by chunk through the pipeline's schedule have the losses and gradients of one pass."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -134,3 +135,52 @@ def test_monitors_report_the_numbers_of_one_stage(name, batches):
     for key, (reduction, value) in expected.items():
         assert found[key][0] == reduction
         torch.testing.assert_close(found[key][1], value, rtol=1e-6, atol=1e-6)
+
+
+class Kept:
+    """A tensor that a graph has saved."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class MeasuredStage(ComputingStage):
+    """Counts the bytes that its graphs have saved, each memory once."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.most_bytes, self.live = 0, weakref.WeakSet()
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in self.layer.model.parameters()}
+
+    def keep(self, tensor):
+        kept = Kept(tensor)
+        if tensor.untyped_storage().data_ptr() not in self.weights:
+            self.live.add(kept)
+        return kept
+
+    def forward(self, unit, received):
+        with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor):
+            output = super().forward(unit, received)
+        storages = [kept.tensor.untyped_storage() for kept in self.live]
+        self.most_bytes = max(self.most_bytes, sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+        return output
+
+
+@pytest.mark.parametrize("name", ["mlstm_and_slstm", "neurips_mlstm_and_slstm"])
+def test_what_a_stage_keeps_is_what_its_chunks_in_flight_need(name):
+    """Of k chunks k + p - 1 - i at stage i, so of whole micro-batches p - i."""
+    model = model_in_play(CONFIGS[name])
+    number, micro_batches, tokens = model.config.n_blocks, 4, torch.zeros(1, 256, dtype=torch.int64)
+    batches = [Batch(tokens, tokens, tokens.bool(), ["a"])] * micro_batches
+
+    def most_kept(count):
+        chunks = TimeChunks(256 // count).ranges(256)
+        stages = [
+            MeasuredStage(UnitSchedule(micro_batches, count, number, place), stage, batches, chunks)
+            for place, stage in enumerate(stages_of(model, number, "none"))
+        ]
+        return [stage.most_bytes for stage in simulated_pipeline.run(stages)]
+
+    shares = [of_chunks / whole for of_chunks, whole in zip(most_kept(4), most_kept(1), strict=True)]
+    expected = [(4 + number - 1 - place) / 4 / (number - place) for place in range(number)]
+    assert shares == pytest.approx(expected, rel=0.1)
