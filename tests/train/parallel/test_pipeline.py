@@ -270,3 +270,14 @@ def test_bf16_stays_near_one_process(more_curves, name, expected):
 )
 def test_checkpoints_go_on_under_any_layout(more_curves, name):
     more_curves.assert_alike(name, "one", STEPS - 10)
+
+
+@pytest.mark.layouts
+def test_compiled_blocks_take_chunks_through_stages(small_corpus, tmp_path):
+    found = Curves(tmp_path, small_corpus)
+    # The loop of the sLSTM is not compiled on a CPU.
+    changes = [*CHUNKS, "model.slstm_at=[]", "model.slstm=null", "training.total_steps=4"]
+    found.start(2, {f"compiled_{on}": [*changes, f"training.compile={on}"] for on in ("false", "true")})
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([line[key] for line in found.lines(f"compiled_{on}", "train")] for on in ("true", "false"))
+        assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-5)

@@ -183,4 +183,4 @@ def test_what_a_stage_keeps_is_what_its_chunks_in_flight_need(name):
 
     shares = [of_chunks / whole for of_chunks, whole in zip(most_kept(4), most_kept(1), strict=True)]
     expected = [(4 + number - 1 - place) / 4 / (number - place) for place in range(number)]
-    assert shares == pytest.approx(expected, rel=0.1)
+    assert shares == pytest.approx(expected, rel=0.02)
