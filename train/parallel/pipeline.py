@@ -1,8 +1,8 @@
 """The engine of pipeline stages: each rank computes a range of blocks, on DeepSpeed's PipelineModule with ZeRO 0 or 1.
 
 Of DeepSpeed's engine we use the instructions (receive, compute, send, reduce), in the order of our schedule
-(train/parallel/unit_schedule.py), whose units are the time chunks of micro-batches. We do not use what stands around
-them, which would take the numbers of the run out of our hands:
+(train/parallel/pipeline_schedule.py), whose units are the time chunks of micro-batches. We do not use what stands
+around them, which would take the numbers of the run out of our hands:
 
 - Its `train_batch` steps the optimizer at once. Ours ends before: clipping, skipping and monitors come in between.
 - Its loss is a mean over micro-batches, which weighs tokens unequally where targets are masked; and it is broadcast.
@@ -30,9 +30,9 @@ from model.stages import Stage
 from train.config import RunConfig
 from train.parallel.balance import parts_of
 from train.parallel.mesh import Mesh
+from train.parallel.pipeline_schedule import UnitSchedule
 from train.parallel.stage_layer import StageLayer, units_of
 from train.parallel.tied_weight import TiedWeight
-from train.parallel.unit_schedule import UnitSchedule
 from train.parallel.zero import ZeroEngine
 from train.parallel.zero_fragments import accumulated_gradient
 from train.plan import Plan

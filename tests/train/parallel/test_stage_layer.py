@@ -12,10 +12,10 @@ from model.stages import Stage
 from model.statistics import recording
 from tests.model.conftest import CONFIGS, model_in_play
 from tests.train.parallel import simulated_pipeline
+from train.parallel.pipeline_schedule import UnitSchedule
 from train.parallel.stage_layer import StageLayer, units_of
 from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum
-from train.parallel.unit_schedule import UnitSchedule
 
 TOKENS, MICRO_BATCHES = 29, 2
 # Float64: only rounding is left.

@@ -8,7 +8,7 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTi
 from tests.runs import ROOT
 from tests.train.parallel.simulated_pipeline import Stage, name_of, run
 from train.parallel.balance import bubble, units_in_flight
-from train.parallel.unit_schedule import UnitSchedule
+from train.parallel.pipeline_schedule import UnitSchedule
 
 # What DeepSpeed does behind the last backward pass.
 LATER = (ReduceTiedGrads, ReduceGrads, OptimizerStep)
