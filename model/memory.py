@@ -81,8 +81,9 @@ class InWork:
             its slice, of every block in float32.
         time_chunk: tokens of each sequence that are trained at a time; None: all. Their activations alone are kept, and
             thrice the state, as it enters and leaves and its gradient; an attention's state has all tokens.
-        micro_batches: those whose backward pass is still to come, as in a pipeline. Each keeps what it has to; the
-            largest half or block, and the logits, are those of one.
+        micro_batches: those, or their time chunks, whose backward pass is still to come, as in a pipeline. Each keeps
+            what it has to, a time chunk also the state that enters it; the largest half or block, and the logits, are
+            those of one.
     """
 
     sequence_ranks: int = 1
@@ -147,7 +148,8 @@ def activation_bytes(
         elements = [kinds[index].state_elements(config) for index in part.blocks]
         cached = sum(state.convolution + sequence_length * state.cache_per_token for state in elements)
         recurrent = sum(state.recurrent for state in elements)
-        in_blocks += 3 * micro_batch_size * (4 * recurrent + hardware.compute_bytes * cached)
+        states = in_work.micro_batches + 2
+        in_blocks += states * micro_batch_size * (4 * recurrent + hardware.compute_bytes * cached)
     if not part.head:
         return float(in_blocks)
     head = 2 * hardware.compute_bytes * config.d_model * tokens * in_work.micro_batches

@@ -33,7 +33,8 @@ class TrainingConfig:
     # Adds this times logsumexp(logits)^2 to the loss of every token in training, not in evaluation; PaLM has 1e-4.
     z_loss_weight: float = 0.0
     # Train each micro-batch so many tokens of its samples at a time, exactly and in the activation memory of that many,
-    # for at most one more forward pass; null: all tokens at once.
+    # for at most one more forward pass; null: all tokens at once. With parallel.pipeline the stages wait less for each
+    # other, run nothing twice, and have the activations of a whole micro-batch in memory.
     time_chunk: int | None = None
     # Go on with the documents: each row of a batch begins with the state behind its row of the step before (truncated
     # backpropagation through time). Needs corpus.packing=concatenate.

@@ -14,8 +14,9 @@ from train.checkpoints.state import TrainState
 from train.config import RunConfig
 from train.length import steps_left
 from train.optimizer import OptimizerConfig, describe_optimizer
-from train.parallel.balance import StageCost, bubble, slowest_against_mean, stage_costs
+from train.parallel.balance import StageCost, bubble, slowest_against_mean, stage_costs, units_in_flight
 from train.parallel.mesh import MeshShape
+from train.parallel.time_chunks import TimeChunks
 from train.schedule import ScheduleConfig, describe_schedule
 
 # Of plan.json.
@@ -47,7 +48,8 @@ class Plan:
     sequence_ranks: int
     # Of the pipeline, first to last: what each takes of a rank. One, where the whole model is on each rank.
     stages: list[StageCost]
-    # Share of a step that a stage waits for others while the pipeline fills and empties, (p - 1) / (m + p - 1).
+    # Share of a step that a stage waits for others while the pipeline fills and empties, (p - 1) / (m k + p - 1), where
+    # each of the m micro-batches goes in k time chunks.
     bubble: float
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -129,7 +131,8 @@ class Plan:
         if len(self.stages) == 1:
             return []
         lines = [
-            f"pipeline   {len(self.stages)} stages, {self.gradient_accumulation_steps} micro-batches a step; each "
+            f"pipeline   {len(self.stages)} stages, {self.gradient_accumulation_steps} micro-batches"
+            f"{f' of {self._chunks} time chunks' if self._chunks > 1 else ''} a step; each "
             f"stage waits {self.bubble:.1%} of the time for the first and the last ones (bubble)"
         ]
         flops = sum(stage.flops for stage in self.stages)
@@ -174,8 +177,16 @@ class Plan:
     def _describe_chunks(self) -> list[str]:
         if self.time_chunk is None:
             return []
-        chunks, states = -(-self.sequence_length // self.time_chunk), gib(self.host_state_bytes)
-        return [f"chunks     {chunks} time chunks of {self.time_chunk:,} tokens; {states} of states in host memory"]
+        if len(self.stages) > 1:
+            kept = units_in_flight(len(self.stages), 0, self.gradient_accumulation_steps, self._chunks)
+            rest = f"the first stage keeps up to {kept} of them"
+        else:
+            rest = f"{gib(self.host_state_bytes)} of states in host memory"
+        return [f"chunks     {self._chunks} time chunks of {self.time_chunk:,} tokens; {rest}"]
+
+    @property
+    def _chunks(self) -> int:
+        return TimeChunks(self.time_chunk).count(self.sequence_length)
 
     def _describe_length(self) -> str:
         whole = (
@@ -205,14 +216,17 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     largest = max(stages, key=lambda stage: stage.bytes)
     micro_batches = training.global_batch_size // (training.micro_batch_size * shape.data)
     six_n = six_n_flops_per_token(config.model)
-    between_chunks = states_between_chunks_bytes(
-        config.model, training.micro_batch_size, training.sequence_length, training.time_chunk, compute_bytes
-    )
+    between_chunks = 0.0
+    if shape.pipeline == 1:
+        between_chunks = states_between_chunks_bytes(
+            config.model, training.micro_batch_size, training.sequence_length, training.time_chunk, compute_bytes
+        )
     # Of one row.
     carried = state_bytes(config.model, cache_dtype_bytes=compute_bytes) if training.carry_state else 0
     on_host = between_chunks if device != CPU else 0.0
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-    waiting = bubble(shape.pipeline, micro_batches)
+    chunks = TimeChunks(training.time_chunk).count(training.sequence_length)
+    waiting = bubble(shape.pipeline, micro_batches, chunks)
     seconds = None
     if peak is not None:
         seconds = six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size)

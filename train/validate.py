@@ -163,17 +163,12 @@ def _validate_compile(config: RunConfig) -> list[str]:
 
 
 def _validate_time_chunk(config: RunConfig) -> list[str]:
-    chunk, ranks, stages = config.training.time_chunk, config.parallel.sequence, config.parallel.pipeline
+    chunk, ranks = config.training.time_chunk, config.parallel.sequence
     problems = at_least("training.time_chunk", chunk, 1)
     if chunk is not None and ranks > 1:
         problems.append(
             f"training.time_chunk: chunks in time ({chunk} tokens) are trained one after another by one rank, and "
             f"parallel.sequence={ranks} ranks share each sample; set training.time_chunk=null or parallel.sequence=1"
-        )
-    if chunk is not None and stages > 1:
-        problems.append(
-            f"training.time_chunk: the last chunk ({chunk} tokens) goes backward first, which the order of the "
-            f"parallel.pipeline={stages} stages does not allow; set training.time_chunk=null or parallel.pipeline=1"
         )
     return problems
 

@@ -157,6 +157,11 @@ def test_time_chunks_keep_the_activations_of_one_chunk_and_the_state(config):
         long = activation_bytes(config, BATCH, 100 * chunk, hardware=FP32, in_work=in_work)
         assert long == pytest.approx(found[1], rel=0.01)
         assert states_between_chunks_bytes(config, BATCH, 100 * chunk - 1, chunk, 4) == 98 * sum(sizes)
+        # In a pipeline each chunk whose backward pass is still to come keeps its activations and the state before it.
+        kept = activation_bytes(dataclasses.replace(config, vocab_size=0), BATCH, chunk, hardware=FP32) + sum(sizes)
+        in_flight = dataclasses.replace(in_work, micro_batches=5)
+        five = activation_bytes(config, BATCH, 100 * chunk, hardware=FP32, in_work=in_flight)
+        assert five - long == pytest.approx(4 * kept, rel=0.01)
     assert states_between_chunks_bytes(config, BATCH, 2 * chunk, chunk, 4) == 0
     assert states_between_chunks_bytes(config, BATCH, 2 * chunk, None, 4) == 0
 

@@ -33,11 +33,6 @@ def test_a_sound_configuration_has_no_problem():
             "parallel.sequence=2 ranks share each sample; set training.time_chunk=null or parallel.sequence=1",
         ),
         (
-            ["training.time_chunk=512", "parallel.pipeline=2"],
-            "training.time_chunk: the last chunk (512 tokens) goes backward first, which the order of the "
-            "parallel.pipeline=2 stages does not allow; set training.time_chunk=null or parallel.pipeline=1",
-        ),
-        (
             ["training.carry_state=true", "parallel.pipeline=2"],
             "training.carry_state: the state of a row belongs to one rank, and parallel.pipeline=2 stages share each "
             "row; set parallel.pipeline=1",

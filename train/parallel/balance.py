@@ -2,7 +2,8 @@
 
 Time is counted in FLOPs (model/accounting.py): forward, backward, and what activation checkpointing computes again; of
 the last stage also the head. Memory is that of one rank at its peak (model/memory.py), the embedding included; of p
-stages, stage i keeps the activations of p - i micro-batches, or of all if there are fewer.
+stages, stage i keeps the activations of p - i micro-batches, or of all if there are fewer. Of micro-batches that go in
+k time chunks it keeps k + p - 1 - i chunks, each with the state that enters it.
 
 The cut is that with the least time of the slowest stage, for which all others wait. Counted FLOPs are not time to the
 percent: among the cuts within TOLERANCE of it, the one with the least memory of the largest stage is taken.
@@ -21,6 +22,7 @@ from model.memory import InWork, activation_bytes, training_state_bytes
 from model.parts import Part, split
 from train.config import RunConfig
 from train.parallel.mesh import MeshShape
+from train.parallel.time_chunks import TimeChunks
 
 TOLERANCE = 0.02
 
@@ -49,11 +51,19 @@ class StageCost:
         return self.state_bytes + self.activation_bytes
 
 
-def bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step that a stage waits, while the pipeline fills and empties: (p - 1) / (m + p - 1)."""
+def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """Share of a step that a stage waits, while the pipeline fills and empties: (p - 1) / (m k + p - 1).
+
+    `chunks`: k time chunks of each micro-batch.
+    """
     if stages == 1:
         return 0.0
-    return (stages - 1) / (micro_batches + stages - 1)
+    return (stages - 1) / (micro_batches * chunks + stages - 1)
+
+
+def units_in_flight(stages: int, stage: int, micro_batches: int, chunks: int = 1) -> int:
+    """Time chunks of micro-batches that stage i has begun and not ended, at most: k + p - 1 - i, or all there are."""
+    return min(chunks + stages - 1 - stage, micro_batches * chunks)
 
 
 def slowest_against_mean(stages: Sequence[StageCost]) -> float:
@@ -81,10 +91,13 @@ class Accounts:
         self.stages = shape.pipeline
         training = config.training
         self._micro_batches = training.global_batch_size // (training.micro_batch_size * shape.data)
+        self._chunks = TimeChunks(training.time_chunk).count(training.sequence_length)
 
     def in_flight(self, stage: int) -> int:
-        """Micro-batches that a stage has begun and not ended, at most."""
-        return max(1, min(self.stages - stage, self._micro_batches))
+        """Time chunks of micro-batches that a stage has begun and not ended, at most; without stages there is one."""
+        if self.stages == 1:
+            return 1
+        return max(1, units_in_flight(self.stages, stage, self._micro_batches, self._chunks))
 
     def cost(self, part: Part, stage: int) -> StageCost:
         """What `part` takes as stage number `stage`."""
@@ -116,7 +129,7 @@ class Accounts:
         return (3.0 * forward + again) / length
 
     def activation_bytes(self, part: Part, in_flight: int) -> float:
-        """What its layers keep of so many micro-batches, with what the one in work takes."""
+        """What its layers keep of so many time chunks of micro-batches, with what the one in work takes."""
         training = self.config.training
         return activation_bytes(
             self.config.model,
@@ -131,7 +144,8 @@ class Accounts:
     def _passed_bytes(self, part: Part, stage: int) -> float:
         """Of the hidden states that a stage received, copied by DeepSpeed, and of those that it sent, kept by it."""
         training = self.config.training
-        tokens = training.micro_batch_size * training.sequence_length // self.shape.sequence
+        length = min(training.sequence_length, training.time_chunk or training.sequence_length)
+        tokens = training.micro_batch_size * length // self.shape.sequence
         ways = (not part.embedding) + (not part.head)
         return float(ways * self.in_flight(stage) * tokens * self.config.model.d_model * self.hardware.compute_bytes)
 

@@ -1,8 +1,8 @@
 """The engine of pipeline stages: each rank computes a range of blocks, on DeepSpeed's PipelineModule with ZeRO 0 or 1.
 
-Of DeepSpeed's engine we use the instructions (receive, compute, send, reduce) and the schedule that orders them, one
-forward pass and one backward pass in turn ("1F1B", PipeDream-Flush, arXiv 2006.09503). We do not use what stands around
-them, which would take the numbers of the run out of our hands:
+Of DeepSpeed's engine we use the instructions (receive, compute, send, reduce), in the order of our schedule
+(train/parallel/pipeline_schedule.py), whose units are the time chunks of micro-batches. We do not use what stands
+around them, which would take the numbers of the run out of our hands:
 
 - Its `train_batch` steps the optimizer at once. Ours ends before: clipping, skipping and monitors come in between.
 - Its loss is a mean over micro-batches, which weighs tokens unequally where targets are masked; and it is broadcast.
@@ -12,25 +12,16 @@ them, which would take the numbers of the run out of our hands:
 - It steps both copies of a tied weight, whose rounding drifts apart, and fails on a stage that has no other weight.
   Here one copy is stepped (train/parallel/tied_weight.py).
 - Its checkpoints are those of one layout.
-
-A schedule of other units, such as time chunks of micro-batches, is another subclass of `PipeSchedule`: the layer takes
-its units in the order in which they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.schedule import (
-    InferenceSchedule,
-    OptimizerStep,
-    PipeInstruction,
-    ReduceGrads,
-    ReduceTiedGrads,
-    TrainSchedule,
-)
+from deepspeed.runtime.pipe.schedule import BackwardPass, InferenceSchedule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
@@ -39,8 +30,9 @@ from model.stages import Stage
 from train.config import RunConfig
 from train.parallel.balance import parts_of
 from train.parallel.mesh import Mesh
+from train.parallel.pipeline_schedule import UnitSchedule
+from train.parallel.stage_layer import StageLayer, Unit, units_of
 from train.parallel.tied_weight import TiedWeight
-from train.parallel.token_loss import StageLayer, on_device
 from train.parallel.zero import ZeroEngine
 from train.parallel.zero_fragments import accumulated_gradient
 from train.plan import Plan
@@ -55,6 +47,7 @@ class PipelineEngine(ZeroEngine):
         mesh.sum(torch.zeros((), device=mesh.device), group="pipeline")
         self._parts = parts_of(config, plan.stages)
         super().__init__(config, plan, mesh)
+        self._deepspeed._INSTRUCTION_MAP = {**self._deepspeed._INSTRUCTION_MAP, BackwardPass: _backward_pass}
         # Of what passes between stages.
         self._batch_shape: torch.Size | None = None
 
@@ -78,10 +71,10 @@ class PipelineEngine(ZeroEngine):
     def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """See `Engine.train_batch`. Stages but the last have no part of the loss."""
         engine = self._deepspeed
-        # DeepSpeed averages over the ranks of a stage and over micro-batches.
+        # DeepSpeed averages over the ranks of a stage and over units, which it takes for micro-batches.
         averaged = self.mesh.size_of("data_and_sequence") * engine.gradient_accumulation_steps()
-        self._begin(micro_batches, averaged / valid_tokens)
-        engine._exec_schedule(_ForwardsAndBackwards(len(micro_batches), engine.num_stages, engine.stage_id))
+        chunks = self._begin(micro_batches, averaged / valid_tokens)
+        engine._exec_schedule(UnitSchedule(len(micro_batches), chunks, engine.num_stages, engine.stage_id))
         self._tied.add_gradients(lambda weight: accumulated_gradient(engine, weight))
         engine._exec_reduce_grads()
         if engine.total_loss is None:
@@ -95,40 +88,44 @@ class PipelineEngine(ZeroEngine):
         engine.module.eval()
         try:
             with torch.no_grad():
-                self._begin([batch], torch.ones((), device=self.mesh.device))
-                engine._exec_schedule(InferenceSchedule(1, engine.num_stages, engine.stage_id))
+                chunks = self._begin([batch], torch.ones((), device=self.mesh.device))
+                engine._exec_schedule(InferenceSchedule(chunks, engine.num_stages, engine.stage_id))
         finally:
             engine.module.train()
         if not self.model.part.head:
             return 0.0, 0
         return float(engine.total_loss), batch.scored_targets()
 
-    def _begin(self, batches: Sequence[Batch], loss_scale: Tensor) -> None:
-        """Let the next schedule compute these batches."""
+    def _begin(self, batches: Sequence[Batch], loss_scale: Tensor) -> int:
+        """Let the next schedule compute these batches; returns the time chunks of each."""
         engine = self._deepspeed
-        if batches[0].tokens.shape != self._batch_shape:
-            # Stages tell each other the new shape with the first tensor.
+        shape = batches[0].tokens.shape
+        chunks = self._time_chunks.ranges(shape[1])
+        if shape != self._batch_shape:
+            # Stages tell each other the new shape with the first tensor; with each one where the last chunk is shorter.
             engine.reset_activation_shape()
-            self._batch_shape = batches[0].tokens.shape
+            engine.dynamic_shape = len({chunk.stop - chunk.start for chunk in chunks}) > 1
+            self._batch_shape = shape
         engine.total_loss, engine._compute_loss = None, True
-        engine.set_dataiterator((batch.tokens, ()) for batch in batches)
-        self._layer.units = self._units(batches, loss_scale)
+        engine.set_dataiterator((batch.tokens[:, chunk], ()) for batch in batches for chunk in chunks)
+        self._layer.units = map(self._begun, units_of(batches, chunks, loss_scale, self.mesh.device))
+        return len(chunks)
 
-    def _units(self, batches: Sequence[Batch], loss_scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What the forward pass of each batch needs beside what passes between stages."""
-        for batch in batches:
-            self.mesh.whereabouts.enter(FORWARD_AND_BACKWARD if torch.is_grad_enabled() else EVALUATE)
-            yield (*on_device(batch, self.mesh.device)[1:], loss_scale)
+    def _begun(self, unit: Unit) -> Unit:
+        """`unit`, whose forward pass begins."""
+        self.mesh.whereabouts.enter(FORWARD_AND_BACKWARD if torch.is_grad_enabled() else EVALUATE)
+        return unit
 
     def _take_step(self) -> None:
         self._deepspeed._exec_optimizer_step()
         self._tied.send_weight()
 
 
-class _ForwardsAndBackwards(TrainSchedule):
-    """DeepSpeed's 1F1B up to the last backward pass. What follows needs all gradients, and waits for the trainer."""
-
-    def steps(self) -> Iterator[list[PipeInstruction]]:
-        later = (ReduceTiedGrads, ReduceGrads, OptimizerStep)
-        for instructions in super().steps():
-            yield [instruction for instruction in instructions if not isinstance(instruction, later)]
+def _backward_pass(engine: Any, buffer_id: int) -> None:
+    """DeepSpeed's, of this unit also on the last stage: there DeepSpeed takes the loss that was computed last."""
+    outputs = engine.pipe_buffers["outputs"]
+    if engine.is_last_stage():
+        engine.loss, outputs[buffer_id] = outputs[buffer_id], None
+    engine._exec_backward_pass(buffer_id)
+    # DeepSpeed would keep what the graph holds until the next loss.
+    engine.loss = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class TimeChunks:
         recorded: list[tuple[int, Statistics]] = []
         for index, before in zip(reversed(range(len(chunks))), entering.last_to_first(), strict=True):
             tokens, targets, document_start = (tensor[:, chunks[index]] for tensor in batch)
-            leaves = [] if index == 0 else _as_leaves(before)
+            leaves = [] if index == 0 else as_leaves(before)
             is_last = index == len(chunks) - 1
             with statistics.recording_chunk(is_first=index == 0) as measured:
                 part, behind = module(tokens, targets, document_start, before, return_state or not is_last)
@@ -92,7 +93,7 @@ class TimeChunks:
             loss += part.detach()
             scaled = part * loss_scale
             if gradients is not None:
-                scaled = _WithGradients.apply(scaled, gradients, *_tensors(behind))
+                scaled = with_gradients(scaled, behind, partial(list, gradients))
             del part, behind
             backward(scaled)
             gradients = [leaf.grad for leaf in leaves]
@@ -161,7 +162,7 @@ def _tensors(state: ModelState | None) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(state)]
 
 
-def _as_leaves(state: ModelState | None) -> list[Tensor]:
+def as_leaves(state: ModelState | None) -> list[Tensor]:
     """The tensors of a state without a graph, which are to get gradients where they can."""
     leaves = _tensors(state)
     for tensor in leaves:
@@ -169,16 +170,23 @@ def _as_leaves(state: ModelState | None) -> list[Tensor]:
     return leaves
 
 
-class _WithGradients(torch.autograd.Function):
-    """A loss to which the tensors of a state are tied: they have the gradients that were found later in time."""
+def with_gradients(result: Tensor, state: ModelState, gradients: Callable[[], Sequence[Tensor | None]]) -> Tensor:
+    """`result`, to which the tensors of a state are tied: they go backward when it does.
 
+    `gradients`: gives theirs, which were found later in time, in the order of model.state.named_tensors; called in the
+    backward pass. Whatever the engine has multiplied its losses by, they have been multiplied by already.
+    """
+    tied: Tensor = _WithGradients.apply(result, gradients, *_tensors(state))
+    return tied
+
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *state: Tensor) -> Tensor:
+    def forward(ctx: Any, result: Tensor, gradients: Callable[[], Sequence[Tensor | None]], *state: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return loss.clone()
+        return result.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # By whatever the engine has multiplied its losses, these have been multiplied already.
-        return gradient, None, *ctx.gradients
+        return gradient, None, *ctx.gradients()

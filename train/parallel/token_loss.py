@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,41 +53,6 @@ class TokenLossSum(nn.Module):
             z_loss_weight=self.z_loss_weight if self.training else 0.0,
         )
         return output.loss_sum, output.state
-
-
-class StageLayer(nn.Module):
-    """One stage of the model as an engine sees it: tokens or hidden states in, hidden states or summed losses out.
-
-    `units` gives for each forward pass, in turn: targets, document_start, and what the sum of losses is multiplied by.
-    `compute_context` makes the context of a forward pass.
-    """
-
-    def __init__(self, model: Stage, z_loss_weight: float, compute_context: Callable[[], AbstractContextManager[Any]]):
-        super().__init__()
-        self.model = model
-        self.z_loss_weight = z_loss_weight
-        self.units: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
-        self._compute_context = compute_context
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, S] int64 tokens or [B, S, D] hidden states of the stage before -> [B, S, D], or fp32 scalar at the end.
-
-        The z-loss is part of it in training mode only.
-        """
-        targets, document_start, loss_scale = next(self.units)
-        with self._compute_context():
-            output = self.model(
-                inputs,
-                targets=targets if self.model.part.head else None,
-                document_start=document_start,
-                loss_reduction="sum",
-                z_loss_weight=self.z_loss_weight if self.training else 0.0,
-            )
-        if output.loss_sum is None:
-            hidden: Tensor = output.hidden
-            return hidden
-        loss: Tensor = output.loss_sum * loss_scale
-        return loss
 
 
 def model_name(name: str) -> str:

@@ -83,6 +83,17 @@ def test_earlier_stages_keep_the_activations_of_more_micro_batches():
     assert alone[1].activation_bytes == alone[2].activation_bytes
 
 
+def test_of_micro_batches_in_time_chunks_stages_keep_some_chunks_more_than_of_one():
+    """Of 4 chunks the stages keep 7, 6, 5 and 4, where of whole micro-batches they keep 4, 3, 2 and 1."""
+    config = configuration("model=xlstm_160m", "model.vocab_size=512", "training.time_chunk=512")
+    whole = costs(configuration("model=xlstm_160m", "model.vocab_size=512"), 4)
+    chunked = costs(config, 4)
+    assert config.training.sequence_length == 4 * 512
+    assert [Accounts(config, MeshShape(4), Hardware()).in_flight(stage) for stage in range(4)] == [7, 6, 5, 4]
+    shares = [one.activation_bytes / other.activation_bytes for one, other in zip(chunked, whole, strict=True)]
+    assert shares == pytest.approx([7 / 16, 6 / 12, 5 / 8, 4 / 4], rel=0.1)
+
+
 def test_the_state_of_a_stage_is_shared_by_its_own_ranks():
     config = configuration("model=xlstm_160m")
     alone, shared = costs(config, 2), costs(config, 2, data=2, sequence=2)
@@ -92,6 +103,7 @@ def test_the_state_of_a_stage_is_shared_by_its_own_ranks():
 
 def test_the_bubble():
     assert bubble(1, 8) == 0 and bubble(2, 8) == pytest.approx(1 / 9) and bubble(4, 1) == pytest.approx(3 / 4)
+    assert bubble(1, 8, 4) == 0 and bubble(4, 2, 4) == pytest.approx(3 / 11)
 
 
 def test_the_plan_says_who_does_what_and_how_long_they_wait():
@@ -113,3 +125,17 @@ def test_the_plan_says_who_does_what_and_how_long_they_wait():
     assert 1 <= slowest_against_mean(plan.stages) < 1.1
     assert plan.predicted_seconds == pytest.approx(plain.predicted_seconds * waits)
     assert "stages" not in plain.describe() and plain.bubble == 0
+
+
+def test_the_plan_says_how_long_stages_wait_for_time_chunks():
+    chunks = ["model=xlstm_160m", "parallel.pipeline=2", "training.micro_batch_size=16", "training.time_chunk=512"]
+    plan = make_plan(configuration(*chunks), 2, "NVIDIA H100")
+    assert plan.gradient_accumulation_steps == 4 and plan.bubble == pytest.approx(1 / 17)
+    text = plan.describe()
+    assert "2 stages, 4 micro-batches of 4 time chunks a step; each stage waits 5.9% of the time" in text
+    assert "chunks     4 time chunks of 512 tokens; the first stage keeps up to 5 of them" in text
+    # States between chunks stay where they are made.
+    assert plan.host_state_bytes == 0 and plan.rank_bytes == max(stage.bytes for stage in plan.stages)
+    whole = make_plan(configuration(*chunks, "training.time_chunk=null"), 2, "NVIDIA H100")
+    waits = (1 - 1 / 5) / (1 - 1 / 17) * slowest_against_mean(plan.stages) / slowest_against_mean(whole.stages)
+    assert plan.predicted_seconds == pytest.approx(whole.predicted_seconds * waits)

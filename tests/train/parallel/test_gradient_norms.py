@@ -63,6 +63,8 @@ MODELS = {"hybrid": HYBRID, "neurips": NEURIPS}
 PACKINGS = ("concatenate", "best_fit")
 STAGES = {2: "parallel.pipeline=2", 4: "parallel.pipeline=4"}
 SLICES = {n: f"parallel.sequence={n}" for n in (2, 3, 4)}
+# 20, 20 and 8 of the 48 tokens.
+UNEVEN_CHUNKS = "training.time_chunk=20"
 # Of so many processes; what is left of them are replicas. ZeRO-1 where nothing else is said.
 LAYOUTS = {
     2: {
@@ -73,6 +75,7 @@ LAYOUTS = {
         "sequence 2": [SLICES[2]],
         "sequence 2 x ZeRO-3": [SLICES[2], "parallel=zero3"],
         "pipeline 2": [STAGES[2]],
+        "pipeline 2 x chunks": [STAGES[2], UNEVEN_CHUNKS],
     },
     3: {"sequence 3": [SLICES[3]]},
     4: {
@@ -81,6 +84,8 @@ LAYOUTS = {
         "pipeline 4": [STAGES[4]],
         "pipeline 2 x data 2": [STAGES[2]],
         "pipeline 2 x sequence 2": [STAGES[2], SLICES[2]],
+        "pipeline 4 x chunks": [STAGES[4], UNEVEN_CHUNKS],
+        "pipeline 2 x data 2 x chunks": [STAGES[2], UNEVEN_CHUNKS],
     },
 }
 
@@ -189,8 +194,19 @@ def test_documents_cross_the_borders_of_slices_and_targets_are_masked(corpus, pa
 
 @pytest.mark.slow
 def test_sequence_ranks_with_zero_3_and_stages_have_every_gradient_norm(runs):
-    layouts = {name: LAYOUTS[2][name] for name in ("sequence 2 x ZeRO-3", "pipeline 2")}
+    layouts = {name: LAYOUTS[2][name] for name in ("sequence 2 x ZeRO-3", "pipeline 2", "pipeline 2 x chunks")}
     check_in_fp32(runs, 2, layouts, "hybrid", "corpus.packing=best_fit")
+
+
+@pytest.mark.slow
+@pytest.mark.layouts
+@pytest.mark.parametrize("stages", STAGES)
+def test_two_micro_batches_in_chunks_through_stages_have_every_gradient_norm(runs, stages):
+    layouts = {
+        f"{chunks} chunks": [STAGES[stages], f"training.time_chunk={TOKENS // chunks}", "training.micro_batch_size=4"]
+        for chunks in (1, 2, 4)
+    }
+    check_in_fp32(runs, stages, layouts, "hybrid", "corpus.packing=best_fit")
 
 
 @pytest.mark.slow

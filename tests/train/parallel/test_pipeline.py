@@ -27,6 +27,8 @@ WATCHED = [
     "logging.samples.max_new_tokens=8",
     "logging.samples.temperature=0",
 ]
+# 12, 12 and 8 of the 32 tokens.
+CHUNKS = ["parallel.pipeline=2", "training.time_chunk=12"]
 UNTIED = "model.tie_embeddings=false"
 # What differs where sequence ranks measure the first tokens of a sequence, or is near zero, has no relative precision.
 COMPARED = ("rms", "gradient_norm", "parameter_norm", "_max", "saturation")
@@ -82,7 +84,15 @@ def curves(small_corpus, tmp_path_factory):
     found = Curves(tmp_path_factory.mktemp("pipeline"), small_corpus)
     found.plainly("one", [])
     branch = f"resume_from={found.root}/p2@10"
-    found.start(2, {"p2": ["parallel.pipeline=2"], "p2_again": ["parallel.pipeline=2", branch]})
+    found.start(
+        2,
+        {
+            "p2": ["parallel.pipeline=2"],
+            "p2_again": ["parallel.pipeline=2", branch],
+            "p2_chunks": [*CHUNKS, "parallel.activation_checkpointing=unit"],
+            "p2_chunks_of_one": [*CHUNKS, f"resume_from={found.root}/one@10"],
+        },
+    )
     found.start(
         4,
         {
@@ -100,7 +110,7 @@ def curves(small_corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["p2", "p2_data2", "p2_sequence2", "p4"])
+@pytest.mark.parametrize("name", ["p2", "p2_data2", "p2_sequence2", "p2_chunks", "p4"])
 def test_stages_give_the_curve_of_one_process(curves, name):
     curves.assert_alike(name, "one")
 
@@ -112,12 +122,13 @@ def test_monitors_are_those_of_one_process(curves, name):
 
 
 @pytest.mark.slow
-def test_monitors_with_sequence_ranks_name_every_layer(curves):
-    curves.assert_same_monitors("p2_sequence2", "one", ("rms", "gradient_norm", "parameter_norm"))
+@pytest.mark.parametrize("name", ["p2_sequence2", "p2_chunks"])
+def test_monitors_of_parts_of_sequences_name_every_layer(curves, name):
+    curves.assert_same_monitors(name, "one", ("rms", "gradient_norm", "parameter_norm"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["p2", "p2_sequence2", "p4"])
+@pytest.mark.parametrize("name", ["p2", "p2_sequence2", "p2_chunks", "p4"])
 def test_stages_together_write_what_one_process_writes(curves, name):
     written, expected = ((curves.root / run / "samples.jsonl").read_text() for run in (name, "one"))
     assert written == expected
@@ -137,6 +148,13 @@ def test_a_checkpoint_of_two_stages_goes_on_with_four(curves):
 def test_a_checkpoint_of_four_stages_goes_on_in_one_process(curves):
     curves.plainly("one_of_p4", [f"resume_from={curves.root}/p4@10"])
     curves.assert_alike("one_of_p4", "one", STEPS - 10)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_stages_and_chunks_goes_on_in_one_process_and_back(curves):
+    curves.plainly("one_of_chunks", [f"resume_from={curves.root}/p2_chunks@10"])
+    curves.assert_alike("one_of_chunks", "one", STEPS - 10)
+    curves.assert_alike("p2_chunks_of_one", "one", STEPS - 10)
 
 
 @pytest.mark.slow
@@ -164,6 +182,8 @@ def more_curves(small_corpus, tmp_path_factory):
             "p2_bf16": [stages, "precision=bf16"],
             "p2_zero0_bf16": [stages, "precision=bf16", "parallel=zero0"],
             "p2_one_pass": [stages, "training.micro_batch_size=8"],
+            "p2_chunks_untied": [*CHUNKS, UNTIED, "parallel=zero0", "training.micro_batch_size=8"],
+            "p2_chunks_bf16": [*CHUNKS, "precision=bf16"],
             "zero3": ["parallel=zero3"],
             "sequence2": ["parallel.sequence=2"],
         },
@@ -185,6 +205,8 @@ def more_curves(small_corpus, tmp_path_factory):
         4,
         {
             "p4": ["parallel.pipeline=4"],
+            "p4_chunks": [*CHUNKS, "parallel.pipeline=4"],
+            "p2_data2_chunks": [*CHUNKS, "parallel.activation_checkpointing=block"],
             "p4_untied": ["parallel.pipeline=4", UNTIED],
             "p2_data2_zero0": [stages, "parallel=zero0"],
             "p2_data2_bf16": [stages, "precision=bf16"],
@@ -200,13 +222,15 @@ def more_curves(small_corpus, tmp_path_factory):
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("name", ["p2", "p2_zero0", "p2_one_pass", "p2_data2_zero0", "p4"])
+@pytest.mark.parametrize(
+    "name", ["p2", "p2_zero0", "p2_one_pass", "p2_data2_zero0", "p2_data2_chunks", "p4", "p4_chunks"]
+)
 def test_further_layouts_give_the_curve_of_one_process(more_curves, name):
     more_curves.assert_alike(name, "one")
 
 
 @pytest.mark.layouts
-@pytest.mark.parametrize("name", ["p2_untied", "p4_untied"])
+@pytest.mark.parametrize("name", ["p2_untied", "p2_chunks_untied", "p4_untied"])
 def test_a_head_of_its_own_gives_the_curve_of_one_process(more_curves, name):
     more_curves.assert_alike(name, "one_untied")
 
@@ -216,6 +240,7 @@ def test_a_head_of_its_own_gives_the_curve_of_one_process(more_curves, name):
     ("name", "expected"),
     [
         ("p2_bf16", "bf16"),
+        ("p2_chunks_bf16", "bf16"),
         ("p2_data2_bf16", "bf16"),
         ("p2_zero0_bf16", "bf16_zero0"),
         ("p2_sequence2_zero0_bf16", "bf16_zero0"),
@@ -245,3 +270,14 @@ def test_bf16_stays_near_one_process(more_curves, name, expected):
 )
 def test_checkpoints_go_on_under_any_layout(more_curves, name):
     more_curves.assert_alike(name, "one", STEPS - 10)
+
+
+@pytest.mark.layouts
+def test_compiled_blocks_take_chunks_through_stages(small_corpus, tmp_path):
+    found = Curves(tmp_path, small_corpus)
+    # The loop of the sLSTM is not compiled on a CPU.
+    changes = [*CHUNKS, "model.slstm_at=[]", "model.slstm=null", "training.total_steps=4"]
+    found.start(2, {f"compiled_{on}": [*changes, f"training.compile={on}"] for on in ("false", "true")})
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([line[key] for line in found.lines(f"compiled_{on}", "train")] for on in ("true", "false"))
+        assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-5)
