@@ -24,7 +24,7 @@ def exact(inputs, grad):
 
 
 def error(found, expected):
-    return float((found.detach().double() - expected).norm() / expected.norm())
+    return float((found.double() - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

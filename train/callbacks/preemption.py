@@ -1,6 +1,7 @@
 """A signal from the scheduler or the keyboard ends the run at the next step, with a checkpoint.
 
-The request is answered at once, from a thread. SIGHUP means a lost terminal, and the run goes on without it.
+The request is answered at once, from a thread. SIGHUP means a lost terminal, and the run goes on without it. A launcher
+that is gone ends the run as well: without it the job is over, and another start would find the folder in use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from train.callbacks.base import Callback
-from train.decisions import Stop
+from train.decisions import CONTINUE, Decision, Stop
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals, is_lost_terminal, tell
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Preemption(Callback):
         self._listener.__enter__()
         for name in OUTSIDE_TRAINING.begin_training():
             trainer.wish(Stop(name))
+
+    def on_step_end(self, trainer: Trainer) -> Decision:
+        watchdog = trainer.context.watchdog
+        return Stop("the launcher is gone") if watchdog is not None and watchdog.launcher_is_gone else CONTINUE
 
     def _answer(self, trainer: Trainer, number: signal.Signals) -> None:
         """Say what will happen. In a thread of its own, while a step may be under way."""

@@ -69,6 +69,8 @@ class Watchdog:
         self._seconds = seconds
         self._judge = Judge(long_seconds if seconds is None else seconds, long_seconds)
         self._interval = min(_INTERVAL, (seconds or 10.0) / 10)
+        # The process that started this one does not answer, so that nobody would start the run again.
+        self.launcher_is_gone = False
         # For the board.
         self._patience = timedelta(seconds=10 if seconds is None else max(1.0, min(10.0, seconds / 4)))
         self._board: Board | None = None
@@ -145,7 +147,8 @@ class Watchdog:
                 self._follow(first)
                 return
             self._look(now)
-            if self._seconds is not None and (culprits := self._judge.culprits(now)):
+            # While the board does not answer nothing is known of the others.
+            if self._seconds is not None and self._board_lost is None and (culprits := self._judge.culprits(now)):
                 self._accuse(culprits)
                 return
             if gone := self._gone():
@@ -164,7 +167,9 @@ class Watchdog:
         try:
             self._board.put(f"stack/{self._mesh.rank}", "\n".join(stack[-_FRAMES:]))
             self._board.put(f"beat/{self._mesh.rank}", beat.as_json())
-            self._board_lost = None
+            if self._board_lost is not None:
+                self._judge.excuse(time.monotonic() - self._board_lost)
+                self._board_lost = None
         except BoardError as error:
             self._lose_board(error)
 
@@ -194,7 +199,8 @@ class Watchdog:
         if is_of_rank and server is not None and not is_leaving and self._seconds is not None:
             self._accuse([Culprit(0, server, since, is_silent=True)])
         log.warning("the board of the run's processes is lost, this rank watches itself alone: %s", error)
-        self._board = None
+        self.launcher_is_gone = self._board is not None and self._board.is_of_launcher
+        self._board = self._board_lost = None
         self._judge.forget_all_but(self._mesh.rank)
 
     def _first_end(self) -> End | None:

@@ -1,13 +1,17 @@
 """A rank that fails, dies or does not move ends the run of all, named, with what it did: real processes over gloo."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.runs import ROOT, TINY_RUN, run_script, run_train
+from tests.runs import PATIENCE, ROOT, TINY_RUN, environment, run_script, run_train, train_command
+from train.checkpoints.layout import MARKER
 from train.run_directory import read_events
 from train.watch.ends import End
 
@@ -130,3 +134,26 @@ def test_a_run_that_ends_in_order_leaves_no_end(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not ends(tmp_path / "run")
     assert not [event for event in read_events(tmp_path / "run") if event["event"] == "error"]
+
+
+def test_a_run_whose_launcher_is_killed_saves_and_stops(settings, tmp_path):
+    command = train_command([*settings, "training.total_steps=100000", "watchdog.seconds=1"], processes=2)
+    launcher = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+    ranks = []
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        gone, alive = psutil.wait_procs(ranks, timeout=PATIENCE)
+        assert len(gone) == 2 and not alive
+    finally:
+        for process in (launcher, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()
+    last = read_events(tmp_path / "run")[-1]
+    assert (last["event"], last["reason"]) == ("stop", "the launcher is gone")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last['step']:08d}" / MARKER).is_file()
