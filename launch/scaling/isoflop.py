@@ -1,7 +1,7 @@
 """IsoFLOP curves: at each budget a parabola in the logarithm of the size, and power laws through the optima.
 
-Approach 2 of arXiv 2203.15556 (section 3.2): runs of one budget C differ in size, and the least loss among them shows the
-size N(C) and the tokens D(C) that the budget is best spent on; N(C) = k C^a, D(C) = k C^b.
+Approach 2 of arXiv 2203.15556 (section 3.2): runs of one budget C differ in size, and the least loss among them shows
+the size N(C) and the tokens D(C) that the budget is best spent on; N(C) = k C^a, D(C) = k C^b.
 
 The parabola is that of the log loss: noise of losses is about a constant share of them, so the residuals of all budgets
 can be put together, and the intervals come from resampling those (Davison and Hinkley, Bootstrap Methods and their
@@ -267,7 +267,7 @@ def _power_law(curves: Sequence[Curve], axis: Axis) -> PowerLaw:
 
 
 def _lowest(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place, value) of the minimum of c0 + c1 x + c2 x^2, not a number where there is none. [..., 3] -> [...], [...]."""
+    """(place, value), each [...], of the least c0 + c1 x + c2 x^2 [..., 3]; not a number where there is none."""
     constant, slope, curvature = np.moveaxis(coefficients, -1, 0)
     upwards = np.where(curvature > 0, curvature, np.nan)
     return -slope / (2 * upwards), constant - slope**2 / (4 * upwards)

@@ -62,7 +62,7 @@ class LossLaw:
     def figures(self) -> dict[str, Interval]:
         """Coefficients, and the exponents a and b of the optimum N ~ C^a, D ~ C^b where C ~ N D.
 
-        a = beta / (alpha + beta), b = alpha / (alpha + beta) (arXiv 2203.15556, equation 4); gamma does not change them.
+        a = beta / (alpha + beta), b = alpha / (alpha + beta) (arXiv 2203.15556, equation 4), whatever gamma is.
         """
         named = dict(zip(COEFFICIENTS, range(len(COEFFICIENTS)), strict=True))
         if not self.free_gamma:
@@ -79,8 +79,8 @@ class LossLaw:
             found.append(f"{self.name}: the runs do not tell E from 0; longer runs of larger models would")
         if self.free_gamma and figures["gamma"].high > 4 * figures["gamma"].low:
             found.append(
-                f"{self.name}: the runs hardly determine gamma ({figures['gamma'].written('.2g')}), nor alpha and beta apart "
-                "from it; compare a, b and predictions, which do not depend on it"
+                f"{self.name}: the runs hardly determine gamma ({figures['gamma'].written('.2g')}), nor alpha and beta "
+                "apart from it; compare a, b and predictions, which do not depend on it"
             )
         if self.starts[0] < 3:
             found.append(f"{self.name}: only {self.starts[0]} of {self.starts[1]} starts found this fit; doubt it")
@@ -101,9 +101,10 @@ def too_few(runs: Sequence[ScalingRun], free_gamma: bool) -> str | None:
     needed = 2 * (6 if free_gamma else 5)
     if len(runs) < needed:
         return f"{len(runs)} runs are too few for {needed // 2} coefficients; add runs until there are {needed}"
-    for noun, values in (("sizes", {run.parameters for run in runs}), ("numbers of tokens", {run.tokens for run in runs})):
+    different = {"sizes": {run.parameters for run in runs}, "numbers of tokens": {run.tokens for run in runs}}
+    for noun, values in different.items():
         if len(values) < 4:
-            return f"{len(values)} {noun} are too few to tell an exponent; add runs until there are 4"
+            return f"{len(values)} different {noun} are too few for an exponent; add runs until there are 4"
     return None
 
 

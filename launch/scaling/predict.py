@@ -15,10 +15,10 @@ from launch.scaling.intervals import Interval, interval
 from launch.scaling.isoflop import Axis, PowerLaw
 from launch.scaling.parametric import LossLaw, loss
 from launch.scaling.runs import Group
-from launch.scaling.token_cost import TokenCost
+from launch.scaling.token_cost import LARGEST, TokenCost
 
-# Sizes that are looked at, in parameters; the optimum lies between two of them to a fraction of their distance.
-_SIZES = np.geomspace(1e5, 1e14, 451)
+# Sizes that are looked at; the optimum lies between two of them to a fraction of their distance.
+_GRID = 401
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,29 @@ def predict(model: GroupModel, flops: float) -> list[Prediction]:
     return found
 
 
-def optimum(
-    coefficients: np.ndarray, cost: TokenCost, flops: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def optimum(coefficients: np.ndarray, cost: TokenCost, flops: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N, D, L), each [R, B]: the least L(N, C / c(N)), with what a token really costs in place of C = 6 N D.
 
     Args:
         coefficients: [R, 6].
         flops: [B] budgets.
+
+    Not a number where the optimum lies beyond the sizes for which the cost of a token is known.
     """
-    tokens = flops[:, None] / cost.flops(_SIZES)
+    grid = np.geomspace(cost.smallest, LARGEST, _GRID)
+    tokens = flops[:, None] / cost.flops(grid)
     sizes = np.empty((len(coefficients), len(flops)))
     for place in range(len(flops)):
         # [R, G]; one budget at a time keeps this small.
-        losses = loss(coefficients[:, None], _SIZES, tokens[place])
-        lowest = np.clip(losses.argmin(axis=1), 1, len(_SIZES) - 2)
+        losses = loss(coefficients[:, None], grid, tokens[place])
+        found = losses.argmin(axis=1)
+        lowest = np.clip(found, 1, _GRID - 2)
         rows = np.arange(len(coefficients))
         before, at, behind = (losses[rows, lowest + step] for step in (-1, 0, 1))
-        curvature = before - 2 * at + behind
         # The minimum of the parabola through three neighbours, in steps of the grid.
-        shift = np.clip(np.where(curvature > 0, (before - behind) / (2 * np.where(curvature > 0, curvature, 1)), 0), -1, 1)
-        sizes[:, place] = _SIZES[lowest] * (_SIZES[1] / _SIZES[0]) ** shift
+        curvature = np.maximum(before - 2 * at + behind, np.finfo(float).tiny)
+        shift = np.clip((before - behind) / (2 * curvature), -1, 1)
+        sizes[:, place] = np.where(found == lowest, grid[lowest] * (grid[1] / grid[0]) ** shift, np.nan)
     spent = flops / cost.flops(sizes)
     return sizes, spent, loss(coefficients[:, None], sizes, spent)
 
@@ -120,12 +122,13 @@ def as_lines(models: Sequence[GroupModel], flops: float) -> list[str]:
         lines += ["", str(model.group)]
         beyond = flops / model.most_flops
         if beyond > 1.5:
-            lines.append(f"  extrapolated: {beyond:.1f} times the largest run; the intervals do not know of what changes there")
-        for found in predict(model, flops):
-            written = "" if found.loss is None else f"   loss {found.loss.written('.4f')}"
             lines.append(
-                f"  {found.fit:20} parameters {found.parameters.written('.3g')}   tokens {found.tokens.written('.3g')}{written}"
+                f"  extrapolated: {beyond:.1f} times the largest run; intervals know nothing of what changes there"
             )
+        for found in predict(model, flops):
+            figures = [f"parameters {found.parameters.written('.3g')}", f"tokens {found.tokens.written('.3g')}"]
+            figures += [] if found.loss is None else [f"loss {found.loss.written('.4f')}"]
+            lines.append(f"  {found.fit:20} {'   '.join(figures)}")
         if not model.power_laws and not model.loss_laws:
             lines.append("  no fit: too few runs (the page of the fit says what is missing)")
     return lines

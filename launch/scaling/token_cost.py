@@ -16,6 +16,8 @@ from launch.scaling.runs import ScalingRun
 # Powers of N. With widths and depths in proportion N grows as width^3; attention and cells as width^2 (their widths
 # and the number of layers), embedding and head as width.
 _POWERS = (1.0, 2 / 3, 1 / 3)
+# In parameters: no optimum is looked for among larger models.
+LARGEST = 1e14
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class TokenCost:
 
     Attributes:
         factors: of the powers; trailing zeros where the runs have too few sizes.
+        smallest: size down to which it holds: a tenth of that of the smallest run.
         error: greatest deviation of a run from it, as a share.
     """
 
     factors: tuple[float, ...]
+    smallest: float
     error: float
 
     def flops(self, parameters: np.ndarray) -> np.ndarray:
@@ -40,20 +44,20 @@ class TokenCost:
 
 def fit_cost(runs: Sequence[ScalingRun]) -> TokenCost:
     """Least squares of relative deviations. As many powers as there are sizes; fewer where a cost would not be
-    positive, or would not grow with the size, somewhere from a tenth of the smallest size to a hundred times the
-    largest."""
+    positive, or would not grow with the size, somewhere from a tenth of the smallest size to LARGEST."""
     sizes = np.array([run.parameters for run in runs])
     costs = np.array([run.flops / run.tokens for run in runs])
-    reach = np.geomspace(sizes.min() / 10, sizes.max() * 100, 200)
+    smallest = float(sizes.min()) / 10
+    reach = np.geomspace(smallest, LARGEST, 400)
     found = None
     for terms in range(min(len(_POWERS), len(set(sizes.tolist()))), 0, -1):
         powers = np.stack([sizes**power for power in _POWERS[:terms]], axis=-1) / costs[:, None]
         # Columns differ by orders of magnitude.
         scale = powers.max(axis=0)
         factors = np.linalg.lstsq(powers / scale, np.ones_like(costs), rcond=None)[0] / scale
-        found = TokenCost(tuple(float(factor) for factor in factors) + (0.0,) * (len(_POWERS) - terms), 0.0)
+        found = TokenCost(tuple(float(factor) for factor in factors) + (0.0,) * (len(_POWERS) - terms), smallest, 0.0)
         if (np.diff(found.flops(reach), prepend=0) > 0).all():
             break
     assert found is not None, "there are no runs"
     error = float(np.abs(found.flops(sizes) / costs - 1).max())
-    return TokenCost(found.factors, error)
+    return TokenCost(found.factors, smallest, error)
