@@ -28,8 +28,8 @@ class Comparison:
         budget: FLOPs.
         gap: loss of the first less that of the second, each at the lowest point of its curve, nats per token.
         fitted_gap: the same of the fits of L(N, D); None where one of the families has none.
-        compute_ratio: share of the budget, or multiple of it, at which the second family has the loss that the first has
-            with all of it, by the fits of L(N, D); None where one of the families has none.
+        compute_ratio: share of the budget, or multiple of it, at which the second family has the loss that the first
+            has with all of it, by the fits of L(N, D); None where one of the families has none.
     """
 
     first: str

@@ -1,4 +1,4 @@
-"""Training FLOPs of a run, by the exact count of its family and by the two approximations that papers use.
+"""Training FLOPs of a run, by the exact count of its family and by the approximation that papers use.
 
 The exact count adds up the parts of a model; a multiply-add is 2 FLOPs, the backward pass costs twice the forward pass,
 norms and the embedding look-up are left out (model/accounting.py). The formula of each part stands with its source
@@ -14,8 +14,10 @@ where the part is:
 
 from __future__ import annotations
 
-from model.accounting import training_flops_per_token
-from model.config import ModelConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 
 def run_flops(model: ModelConfig, context: int, tokens: float) -> float:
@@ -23,6 +25,9 @@ def run_flops(model: ModelConfig, context: int, tokens: float) -> float:
 
     With chunks of the mLSTM as in the published counts, whatever GPU it ran on: runs of a table must be counted alike.
     """
+    # Tables of runs are read without torch.
+    from model.accounting import training_flops_per_token
+
     return tokens * training_flops_per_token(model, context)
 
 
@@ -32,25 +37,3 @@ def six_n_d(parameters: float, tokens: float) -> float:
     It counts the embedding as a matrix product, and no attention and no cell.
     """
     return 6.0 * parameters * tokens
-
-
-def hoffmann_flops(
-    layers: int, width: int, heads: int, ffn_dim: int, vocabulary: int, context: int, tokens: float
-) -> float:
-    """Training FLOPs of a Transformer as arXiv 2203.15556, appendix F, counts them: three forward passes.
-
-    It counts the embedding as a product (2 S V D), and attention for every pair of tokens, those that a causal mask
-    hides included; its feed-forward layer has two matrices.
-
-    Args:
-        width: D; keys, queries and values of all heads together are as wide.
-        ffn_dim: inner width of the feed-forward layer.
-        vocabulary: V.
-        context: S, tokens of a sequence.
-    """
-    s, d = context, width
-    embedding = 2.0 * s * vocabulary * d
-    attention = 2.0 * 3 * s * d * d + 2.0 * s * s * d + 3.0 * heads * s * s + 2.0 * s * s * d + 2.0 * s * d * d
-    feed_forward = 2.0 * s * (2 * d * ffn_dim)
-    logits = 2.0 * s * d * vocabulary
-    return 3 * (embedding + layers * (attention + feed_forward) + logits) * tokens / s

@@ -34,6 +34,7 @@ WIDEST = 4.0
 _FARTHEST = 10.0
 
 Axis = Literal["parameters", "tokens"]
+AXES: tuple[Axis, ...] = ("parameters", "tokens")
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,15 @@ def fit_isoflop(runs: Sequence[ScalingRun], named: bool, resamples: int, generat
     for budget, of_budget in by_budget(runs, named).items():
         reason = _too_few(of_budget)
         if reason is None:
-            found: _Fits = {axis: _Parabola(of_budget, axis) for axis in ("parameters", "tokens")}
+            found: _Fits = {axis: _Parabola(of_budget, axis) for axis in AXES}
             reason = next((why for axis, parabola in found.items() if (why := parabola.no_optimum(axis))), None)
         if reason is None:
             fits.append(found)
         else:
             left_out.append(f"budget {budget:.3g} FLOPs: {reason}")
-    noise = {axis: _noise([found[axis] for found in fits]) for axis in ("parameters", "tokens")} if fits else {}
+    noise: dict[Axis, np.ndarray] = {}
+    for axis in AXES:
+        noise[axis] = _noise([found[axis] for found in fits])
     curves = []
     for found in fits:
         curve = _curve(found, noise, resamples, named, generator)
@@ -164,7 +167,7 @@ def fit_isoflop(runs: Sequence[ScalingRun], named: bool, resamples: int, generat
             left_out.append(f"budget {curve.budget:.3g} FLOPs: {reason}")
     laws: dict[Axis, PowerLaw] = {}
     if len(curves) >= LEAST_BUDGETS:
-        laws = {axis: _power_law(curves, axis) for axis in ("parameters", "tokens")}
+        laws = {axis: _power_law(curves, axis) for axis in AXES}
     else:
         left_out.append(
             f"{len(curves)} budgets with an optimum are too few for N(C) and D(C); add budgets until there are "
@@ -274,8 +277,8 @@ def _lowest(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _noise(parabolas: Sequence[_Parabola]) -> np.ndarray:
-    residuals = np.concatenate([parabola.residuals for parabola in parabolas])
-    centred: np.ndarray = residuals - residuals.mean()
+    residuals = np.array([residual for parabola in parabolas for residual in parabola.residuals])
+    centred: np.ndarray = residuals - residuals.mean() if len(residuals) else residuals
     return centred
 
 

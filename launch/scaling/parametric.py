@@ -25,7 +25,7 @@ from launch.scaling.runs import ScalingRun
 HUBER_DELTA = 1e-3
 # Order of the columns of coefficients everywhere in this package.
 COEFFICIENTS = ("E", "ln A", "ln B", "alpha", "beta", "gamma")
-_STARTS = 64
+_STARTS = 32
 # L-BFGS, of an objective of the order of 1.
 _TOLERANCES = {"ftol": 1e-12, "gtol": 1e-7, "maxiter": 5000, "maxfun": 20000, "maxcor": 20}
 # (least, most) of ln E, both terms' logarithms, both exponents times gamma, ln gamma. No run is near them: they keep a
@@ -67,15 +67,15 @@ class LossLaw:
         named = dict(zip(COEFFICIENTS, range(len(COEFFICIENTS)), strict=True))
         if not self.free_gamma:
             del named["gamma"]
-        found = {name: interval(self.coefficients[place], self.draws[:, place]) for name, place in named.items()}
-        a, draws = _size_exponent(self.coefficients), _size_exponent(self.draws)
+        found = {name: interval(float(self.coefficients[place]), self.draws[:, place]) for name, place in named.items()}
+        a, draws = float(_size_exponent(self.coefficients)), _size_exponent(self.draws)
         return found | {"a": interval(a, draws), "b": interval(1 - a, 1 - draws)}
 
     def warnings(self) -> list[str]:
         """What the runs leave open, as sentences."""
         figures = self.figures()
         found = []
-        if figures["E"].low < 0.01:
+        if figures["E"].low < 0.05 * figures["E"].value:
             found.append(f"{self.name}: the runs do not tell E from 0; longer runs of larger models would")
         if self.free_gamma and figures["gamma"].high > 4 * figures["gamma"].low:
             found.append(

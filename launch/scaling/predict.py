@@ -89,6 +89,7 @@ def optimum(coefficients: np.ndarray, cost: TokenCost, flops: np.ndarray) -> tup
     grid = np.geomspace(cost.smallest, LARGEST, _GRID)
     tokens = flops[:, None] / cost.flops(grid)
     sizes = np.empty((len(coefficients), len(flops)))
+    is_known = np.empty(sizes.shape, dtype=bool)
     for place in range(len(flops)):
         # [R, G]; one budget at a time keeps this small.
         losses = loss(coefficients[:, None], grid, tokens[place])
@@ -99,9 +100,12 @@ def optimum(coefficients: np.ndarray, cost: TokenCost, flops: np.ndarray) -> tup
         # The minimum of the parabola through three neighbours, in steps of the grid.
         curvature = np.maximum(before - 2 * at + behind, np.finfo(float).tiny)
         shift = np.clip((before - behind) / (2 * curvature), -1, 1)
-        sizes[:, place] = np.where(found == lowest, grid[lowest] * (grid[1] / grid[0]) ** shift, np.nan)
+        sizes[:, place] = grid[lowest] * (grid[1] / grid[0]) ** shift
+        is_known[:, place] = found == lowest
     spent = flops / cost.flops(sizes)
-    return sizes, spent, loss(coefficients[:, None], sizes, spent)
+    losses = loss(coefficients[:, None], sizes, spent)
+    of_sizes, of_tokens, of_losses = (np.where(is_known, values, np.nan) for values in (sizes, spent, losses))
+    return of_sizes, of_tokens, of_losses
 
 
 def flops_for_loss(losses: np.ndarray, flops: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Columns, in the order in which they are written (docs/scaling_laws.md):
 - family: what is compared with what, such as "mlstm"; optional, the name of the file where it is missing.
 - parameters: N, all of them; counted as the user likes, but the same for every row.
 - tokens: D, that the run was trained on.
-- flops: C, of the whole training; optional, 6 N D where there is no such column (arXiv 2203.15556, appendix F).
+- flops: C, of the whole training; optional, 6 N D where there is no such column.
 - context: tokens of a training sequence; optional. Losses of different contexts are never fitted together.
 - loss: nats per token on one held-out set, after the last step.
 - budget: nominal FLOPs of the IsoFLOP curve that the run belongs to; optional, found from `flops` where it is missing.
@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+from launch.scaling.flops import six_n_d
 
 COLUMNS = ("run", "family", "parameters", "tokens", "flops", "context", "loss", "budget", "excluded")
 REQUIRED = ("parameters", "tokens", "loss")
@@ -249,7 +251,7 @@ def _wrong_values(texts: Mapping[str, str]) -> list[str]:
 
 def _run(texts: Mapping[str, str], where: str, file: str) -> ScalingRun:
     numbers = {name: _number(texts.get(name, "")) for name in _NUMBERS}
-    estimated = 6.0 * numbers["parameters"] * numbers["tokens"]
+    estimated = six_n_d(numbers["parameters"], numbers["tokens"])
     return ScalingRun(
         run=texts.get("run") or where,
         family=texts.get("family") or file,

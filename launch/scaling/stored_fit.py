@@ -1,7 +1,8 @@
 """fit.json: what predictions need of a fit, resamples included.
 
 `{"format_version": 1, "groups": [...]}`; a group has `family`, `context`, `most_flops`, `token_cost` (factors of N^(1,
-2/3, 1/3), the smallest size for which it holds, its greatest error), `power_laws` by axis and `loss_laws`. Draws are lists, one entry for each resample; null where it has none.
+2/3, 1/3), the smallest size for which it holds, its greatest error), `power_laws` by axis and `loss_laws`. Draws are
+lists, one entry for each resample; null where it has none.
 """
 
 from __future__ import annotations
