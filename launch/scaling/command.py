@@ -49,8 +49,9 @@ def run_sweep_command(options: argparse.Namespace) -> int:
 
     Raises ValueError for what the user must change, OSError where the machine fails.
     """
-    named = [options.path] if options.sweep == "predict" else [*options.paths, options.output]
-    if problems := undecodable(named):
+    given = vars(options).values()
+    texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    if problems := undecodable(text for text in texts if isinstance(text, str)):
         raise ValueError("\n".join(problems))
     if options.sweep == "collect":
         _collect(options)

@@ -84,6 +84,8 @@ def _by_laws(first: GroupModel, second: GroupModel, budgets: np.ndarray) -> list
     """(gap, compute ratio) at each budget; empty where one of the groups has no fit of L(N, D)."""
     if first.preferred_law is None or second.preferred_law is None:
         return []
+    # The one of fewer runs, which has the wider intervals.
+    law = min(first.preferred_law, second.preferred_law, key=lambda law: law.tail)
     # The fit itself is row 0, its resamples follow.
     rows = [np.vstack([law.coefficients, law.draws]) for law in (first.preferred_law, second.preferred_law)]
     at_budget = [optimum(row, group.cost, budgets)[2] for row, group in zip(rows, (first, second), strict=True)]
@@ -93,5 +95,5 @@ def _by_laws(first: GroupModel, second: GroupModel, budgets: np.ndarray) -> list
     for place, budget in enumerate(budgets):
         gaps = at_budget[0][:, place] - at_budget[1][:, place]
         ratios = flops_for_loss(curves, grid, at_budget[0][:, place]) / budget
-        found.append((interval(gaps[0], gaps[1:]), interval(ratios[0], ratios[1:])))
+        found.append((law.interval(gaps[0], gaps[1:]), law.interval(ratios[0], ratios[1:])))
     return found

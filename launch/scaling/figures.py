@@ -147,7 +147,7 @@ def _draw_front(axes: Axes, fit: GroupFit, color: str) -> None:
     rows = np.vstack([law.coefficients, law.draws])
     losses = optimum(rows, fit.model.cost, grid)[2]
     axes.plot(grid, losses[0], color=color, linewidth=2, label=literal(fit.group.family))
-    low, high = np.quantile(losses[1:], [0.025, 0.975], axis=0)
+    low, high = np.quantile(losses[1:], [law.tail, 1 - law.tail], axis=0)
     axes.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
 
 

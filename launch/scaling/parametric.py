@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from launch.scaling.intervals import Interval, interval
+from launch.scaling.intervals import Interval, interval, tail_of_resampled_runs
 from launch.scaling.runs import ScalingRun
 
 # Difference of log losses beyond which the Huber loss grows linearly (arXiv 2203.15556, section 3.3).
@@ -59,6 +59,15 @@ class LossLaw:
     def name(self) -> str:
         return "L(N, D) with gamma" if self.free_gamma else "L(N, D)"
 
+    @property
+    def tail(self) -> float:
+        """Share of the draws that lie below an interval, and above it."""
+        return tail_of_resampled_runs(self.runs, len(COEFFICIENTS) if self.free_gamma else len(COEFFICIENTS) - 1)
+
+    def interval(self, value: float, draws: np.ndarray) -> Interval:
+        """The interval of what the fit says, from what its resamples say of it."""
+        return interval(float(value), draws, self.tail)
+
     def figures(self) -> dict[str, Interval]:
         """Coefficients, and the exponents a and b of the optimum N ~ C^a, D ~ C^b where C ~ N D.
 
@@ -67,9 +76,9 @@ class LossLaw:
         named = dict(zip(COEFFICIENTS, range(len(COEFFICIENTS)), strict=True))
         if not self.free_gamma:
             del named["gamma"]
-        found = {name: interval(float(self.coefficients[place]), self.draws[:, place]) for name, place in named.items()}
+        found = {name: self.interval(self.coefficients[place], self.draws[:, place]) for name, place in named.items()}
         a, draws = float(_size_exponent(self.coefficients)), _size_exponent(self.draws)
-        return found | {"a": interval(a, draws), "b": interval(1 - a, 1 - draws)}
+        return found | {"a": self.interval(a, draws), "b": self.interval(1 - a, 1 - draws)}
 
     def warnings(self) -> list[str]:
         """What the runs leave open, as sentences."""

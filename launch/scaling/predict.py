@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.scaling.intervals import Interval, interval
+from launch.scaling.intervals import Interval
 from launch.scaling.isoflop import Axis, PowerLaw
 from launch.scaling.parametric import LossLaw, loss
 from launch.scaling.runs import Group
@@ -71,7 +71,7 @@ def predict(model: GroupModel, flops: float) -> list[Prediction]:
             optimum(coefficients, model.cost, np.array([flops])) for coefficients in (law.coefficients[None], law.draws)
         )
         parameters, tokens, losses = (
-            interval(float(at[0, 0]), drawn[:, 0]) for at, drawn in zip(value, draws, strict=True)
+            law.interval(at[0, 0], drawn[:, 0]) for at, drawn in zip(value, draws, strict=True)
         )
         found.append(Prediction(law.name, parameters, tokens, losses))
     return found

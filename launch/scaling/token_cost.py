@@ -1,7 +1,7 @@
 """What a token of training costs as a function of the size, learned from the runs that were made.
 
-C = 6 N D is wrong by tens of percent for models with long contexts, large vocabularies or cells (by -25 to +110 % for
-the runs of arXiv 2510.02228), and the optimum of a budget depends on it. The table of runs has exact FLOPs.
+A token does not cost 6 N where contexts are long or embeddings large (-29 to +108 % for the runs of arXiv 2510.02228),
+and the optimum of a budget depends on it. The table of runs has exact FLOPs.
 """
 
 from __future__ import annotations

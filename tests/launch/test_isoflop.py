@@ -11,7 +11,6 @@ from launch.scaling.isoflop import IsoFlop, by_budget, fit_isoflop
 from launch.scaling.runs import ScalingRun
 from tests.launch.recovery import Truth
 
-
 OPTIMA = {budget: 1e8 * (budget / 1e18) ** 0.5 for budget in (1e18, 1e19, 1e20, 1e21)}
 
 

@@ -56,7 +56,7 @@ def test_the_cost_of_a_token_is_learned_from_runs() -> None:
     assert one_size.flops(np.array([2e8])) == pytest.approx(2 * costs[0])
 
 
-# Runs of arXiv 2510.02228, as its authors published them with the run data (github.com/NX-AI/xlstm_scaling_laws, 604bb306):
+# Runs of arXiv 2510.02228, from the data that its authors published (github.com/NX-AI/xlstm_scaling_laws, 604bb306):
 # family, blocks, width, heads, feed-forward width, context, parameters, tokens, FLOPs.
 PUBLISHED = [
     ("xlstm_160m", 12, 640, 5, 1728, 2048, 123963640, 10695475200, 6.002771390772019e18),
@@ -78,5 +78,5 @@ def test_flops_and_parameters_are_those_of_published_runs(run) -> None:
 
 
 def test_six_n_d_is_what_chinchilla_was_counted_with() -> None:
-    """arXiv 2203.15556, table 3: 70 billion parameters and 1.4 trillion tokens for 5.88e23 FLOPs, the budget of Gopher."""
+    """arXiv 2203.15556: 70 billion parameters and 1.4 trillion tokens."""
     assert six_n_d(70e9, 1.4e12) == pytest.approx(5.88e23)
