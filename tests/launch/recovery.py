@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,12 +83,13 @@ WITH_GAMMA = Truth(a=482.0 ** (1 / 0.7), b=2085.0 ** (1 / 0.7), alpha=0.348 / 0.
 
 def main(draws: int) -> None:
     """Print how many draws recover each figure, and all of them at once."""
-    protocols = {
-        "L(N, D)": [law_is_recovered(Truth(), draw, resamples=200, starts=64) for draw in range(draws)],
-        "L(N, D) with gamma": [law_is_recovered(WITH_GAMMA, draw, resamples=200, starts=64) for draw in range(draws)],
-        "IsoFLOP": [isoflop_is_recovered(Truth(), draw) for draw in range(draws)],
+    protocols: dict[str, Callable[[int], dict[str, bool]]] = {
+        "IsoFLOP": lambda draw: isoflop_is_recovered(Truth(), draw),
+        "L(N, D)": lambda draw: law_is_recovered(Truth(), draw, resamples=200, starts=32),
+        "L(N, D) with gamma": lambda draw: law_is_recovered(WITH_GAMMA, draw, resamples=200, starts=32),
     }
-    for name, found in protocols.items():
+    for name, recovered in protocols.items():
+        found = [recovered(draw) for draw in range(draws)]
         counts = {figure: sum(one[figure] for one in found) for figure in found[0]}
         print(f"{name}: of {draws} draws {counts}, all at once {sum(all(one.values()) for one in found)}", flush=True)
 
