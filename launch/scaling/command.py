@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from conf.problems import undecodable
+from conf.problems import local_folder, undecodable
 
 # Each command imports what it needs: the help does without torch, scipy and matplotlib.
 
@@ -53,6 +53,8 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
     if problems := undecodable(text for text in texts if isinstance(text, str)):
         raise ValueError("\n".join(problems))
+    if options.sweep != "predict":
+        _check_output(options.output, is_folder=options.sweep == "fit")
     if options.sweep == "collect":
         _collect(options)
     elif options.sweep == "fit":
@@ -104,6 +106,17 @@ def _predict(options: argparse.Namespace) -> None:
 
     models = read_fit(Path(options.path))
     print("\n\n".join("\n".join(as_lines(models, flops)) for flops in options.flops))
+
+
+def _check_output(given: str, is_folder: bool) -> None:
+    """Raises ValueError for a place that cannot be written to, before minutes are spent on what should go there."""
+    path, problems = Path(given), local_folder("--output", given)
+    if is_folder and path.exists() and not path.is_dir():
+        problems.append(f"--output: {path} is a file; name a folder, which gets several files")
+    if not is_folder and path.is_dir():
+        problems.append(f"--output: {path} is a folder; name the CSV file to write")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _columns(given: list[str]) -> dict[str, str]:

@@ -166,7 +166,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _column(text: str) -> str:
-    is_number = text[:1].isdigit() or text[:2].lstrip("-")[:1].isdigit()
+    is_number = text.lstrip("-")[:1].isdigit()
     return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
 
 

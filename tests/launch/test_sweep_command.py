@@ -123,6 +123,9 @@ def test_runs_that_have_not_ended_are_in_the_table_with_the_reason(tmp_path: Pat
         (["fit", str(FIXTURE), "--output", "x", "--column", "loss"], "write NAME=THEIRS"),
         (["predict", "nowhere", "--flops", "1e21"], "nowhere: no such file; make it with `sweep fit"),
         (["predict", str(FIXTURE), "--flops", "1e21"], "is no fit; name the folder that `sweep fit` wrote"),
+        (["fit", str(FIXTURE), "--output", str(FIXTURE)], "scaling_runs.csv is a file; name a folder"),
+        (["fit", str(FIXTURE), "--output", "s3://bucket/x"], "--output: must be a folder of this machine"),
+        (["collect", str(RELEASED / "tied"), "--output", "."], ". is a folder; name the CSV file to write"),
         (["collect", "nowhere", "--output", "x.csv"], "nowhere: is no run's directory"),
         (
             ["collect", str(RELEASED / "tied"), "--set", "books", "--output", "x.csv"],
