@@ -30,7 +30,7 @@ class FitSettings:
     def validate(self) -> None:
         """Raises ValueError where intervals would mean nothing."""
         if self.resamples < 20:
-            raise ValueError(f"--resamples: {self.resamples} are too few for an interval; take 20 or more, such as 200")
+            raise ValueError(f"--resamples: too few for an interval ({self.resamples}); take 20 or more, such as 200")
 
 
 @dataclass(frozen=True)

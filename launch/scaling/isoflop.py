@@ -170,7 +170,7 @@ def fit_isoflop(runs: Sequence[ScalingRun], named: bool, resamples: int, generat
         laws = {axis: _power_law(curves, axis) for axis in AXES}
     else:
         left_out.append(
-            f"{len(curves)} budgets with an optimum are too few for N(C) and D(C); add budgets until there are "
+            f"too few budgets with an optimum for N(C) and D(C) ({len(curves)}); add budgets until there are "
             f"{LEAST_BUDGETS}, of {LEAST_RUNS} runs or more each"
         )
     return IsoFlop(curves, laws, left_out)
@@ -284,10 +284,10 @@ def _noise(parabolas: Sequence[_Parabola]) -> np.ndarray:
 
 def _too_few(runs: Sequence[ScalingRun]) -> str | None:
     if len(runs) < LEAST_RUNS:
-        return f"{len(runs)} runs are too few for a curve; add runs until there are {LEAST_RUNS}"
+        return f"too few runs for a curve ({len(runs)}); add runs until there are {LEAST_RUNS}"
     sizes = len({run.parameters for run in runs})
     if sizes < LEAST_SIZES:
-        return f"{sizes} different sizes are too few for a curve; add sizes until there are {LEAST_SIZES}"
+        return f"too few different sizes for a curve ({sizes}); add sizes until there are {LEAST_SIZES}"
     return None
 
 

@@ -109,11 +109,11 @@ def too_few(runs: Sequence[ScalingRun], free_gamma: bool) -> str | None:
     """Why L(N, D) cannot be fitted to these runs, with what to add; None where it can."""
     needed = 2 * (6 if free_gamma else 5)
     if len(runs) < needed:
-        return f"{len(runs)} runs are too few for {needed // 2} coefficients; add runs until there are {needed}"
+        return f"too few runs for {needed // 2} coefficients ({len(runs)}); add runs until there are {needed}"
     different = {"sizes": {run.parameters for run in runs}, "numbers of tokens": {run.tokens for run in runs}}
     for noun, values in different.items():
         if len(values) < 4:
-            return f"{len(values)} different {noun} are too few for an exponent; add runs until there are 4"
+            return f"too few different {noun} for an exponent ({len(values)}); add runs until there are 4"
     return None
 
 

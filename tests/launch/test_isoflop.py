@@ -60,8 +60,8 @@ def test_a_run_without_a_budget_is_on_no_curve_where_others_name_theirs() -> Non
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda runs: runs[:4], "4 runs are too few for a curve; add runs until there are 5"),
-        (lambda runs: [replace(run, parameters=1e8) for run in runs], "1 different sizes are too few for a curve"),
+        (lambda runs: runs[:4], "too few runs for a curve (4); add runs until there are 5"),
+        (lambda runs: [replace(run, parameters=1e8) for run in runs], "too few different sizes for a curve (1)"),
         (lambda runs: [replace(run, loss=5 - run.loss) for run in runs], "its losses have no minimum over parameters"),
         (
             lambda runs: [replace(run, loss=3 - 0.1 * i + 0.004 * i**2) for i, run in enumerate(runs)],
@@ -94,4 +94,4 @@ def test_a_curve_that_is_flat_within_the_noise_is_left_out() -> None:
 def test_two_budgets_give_no_power_law() -> None:
     found = fit(parabolas({1e18: 1e8, 1e19: 3e8}))
     assert found.laws == {} and len(found.curves) == 2
-    assert "2 budgets with an optimum are too few for N(C) and D(C); add budgets until there are 3" in found.left_out[0]
+    assert "too few budgets with an optimum for N(C) and D(C) (2); add budgets until there are 3" in found.left_out[0]

@@ -65,10 +65,10 @@ def test_loss_is_the_formula() -> None:
 def test_too_few_runs_are_named_with_what_to_add() -> None:
     runs = Truth().runs(0.005, np.random.default_rng(0))
     assert too_few(runs, True) is None
-    assert too_few(runs[:9], False) == "9 runs are too few for 5 coefficients; add runs until there are 10"
-    assert too_few(runs[:11], True) == "11 runs are too few for 6 coefficients; add runs until there are 12"
+    assert too_few(runs[:9], False) == "too few runs for 5 coefficients (9); add runs until there are 10"
+    assert too_few(runs[:11], True) == "too few runs for 6 coefficients (11); add runs until there are 12"
     same_size = [replace(run, parameters=1e9) for run in runs]
-    assert too_few(same_size, False) == "1 different sizes are too few for an exponent; add runs until there are 4"
+    assert too_few(same_size, False) == "too few different sizes for an exponent (1); add runs until there are 4"
 
 
 def test_what_the_runs_leave_open_is_said() -> None:

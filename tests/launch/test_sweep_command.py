@@ -61,7 +61,7 @@ def test_the_same_command_gives_the_same_files_and_markup_in_names_stays_text(tm
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
     page = (tmp_path / "one" / "scaling.html").read_text(encoding="utf-8")
     assert "<b>" not in page and "&lt;b&gt;at$t$&lt;/b&gt;" in page
-    assert "L(N, D) with gamma: 11 runs are too few for 6 coefficients; add runs until there are 12" in page
+    assert "L(N, D) with gamma: too few runs for 6 coefficients (11); add runs until there are 12" in page
 
 
 def test_fit_prints_exponents_with_intervals_and_what_was_left_out(fitted: Path) -> None:
@@ -119,7 +119,7 @@ def test_runs_that_have_not_ended_are_in_the_table_with_the_reason(tmp_path: Pat
     [
         (["fit", "nowhere.csv", "--output", "x"], "nowhere.csv: no such file"),
         (["fit", ".", "--output", "x"], "is a folder; gather the runs in it with `collect` first"),
-        (["fit", str(FIXTURE), "--output", "x", "--resamples", "5"], "5 are too few for an interval; take 20 or more"),
+        (["fit", str(FIXTURE), "--output", "x", "--resamples", "5"], "too few for an interval (5); take 20 or more"),
         (["fit", str(FIXTURE), "--output", "x", "--column", "loss"], "write NAME=THEIRS"),
         (["predict", "nowhere", "--flops", "1e21"], "nowhere: no such file; make it with `sweep fit"),
         (["predict", str(FIXTURE), "--flops", "1e21"], "is no fit; name the folder that `sweep fit` wrote"),
@@ -153,7 +153,7 @@ def test_too_few_runs_are_refused_with_what_to_add(tmp_path: Path, capsys: pytes
     assert main(["sweep", "fit", str(tmp_path / "few.csv"), "--output", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert "too few runs for any fit" in error
-    assert "mlstm, context 2,048: L(N, D): 5 runs are too few for 5 coefficients; add runs until there are 10" in error
+    assert "mlstm, context 2,048: L(N, D): too few runs for 5 coefficients (5); add runs until there are 10" in error
     assert "add budgets until there are 3, of 5 runs or more each" in error
     assert not (tmp_path / "x").exists()
 
