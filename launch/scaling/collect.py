@@ -33,13 +33,11 @@ def collect(paths: Sequence[Path], held_out: str | None = None) -> RunTable:
     runs: list[ScalingRun] = []
     notes: list[str] = []
     problems: list[str] = []
-    names_budgets = False
     for path in paths:
         if path.is_file():
             table = read_runs([path])
             runs += table.runs
             notes += table.notes
-            names_budgets |= table.names_budgets
             continue
         try:
             runs.append(_row(path, held_out))
@@ -47,7 +45,7 @@ def collect(paths: Sequence[Path], held_out: str | None = None) -> RunTable:
             problems += [line if str(path) in line else f"{path}: {line}" for line in error.problems]
     if problems:
         raise ConfigError(problems)
-    return RunTable(mark_repeated(runs), notes, names_budgets)
+    return RunTable(mark_repeated(runs), notes)
 
 
 def _row(path: Path, held_out: str | None) -> ScalingRun:

@@ -63,7 +63,7 @@ def fit_table(
     fits = []
     for number, (group, runs) in enumerate(table.by_group().items()):
         tell(f"{group}: fitting {len(runs)} runs")
-        fits.append(_fit_group(group, runs, table.names_budgets, settings, number))
+        fits.append(_fit_group(group, runs, settings, number))
     if not any(fit.model.power_laws or fit.model.loss_laws for fit in fits):
         lines = [f"  - {fit.group}: {reason}" for fit in fits for reason in fit.not_fitted]
         excluded = f"; {len(table.excluded)} runs of the table are excluded" if table.excluded else ""
@@ -71,13 +71,11 @@ def fit_table(
     return fits
 
 
-def _fit_group(
-    group: Group, runs: list[ScalingRun], names_budgets: bool, settings: FitSettings, number: int
-) -> GroupFit:
+def _fit_group(group: Group, runs: list[ScalingRun], settings: FitSettings, number: int) -> GroupFit:
     # Of each fit by itself: a group that is added changes nothing of the others' draws.
     generators = [np.random.default_rng([settings.seed, number, fit]) for fit in range(3)]
     resamples = max(settings.resamples, _LEAST_PARABOLA_RESAMPLES)
-    isoflop = fit_isoflop(runs, names_budgets, resamples, generators[0])
+    isoflop = fit_isoflop(runs, resamples, generators[0])
     not_fitted = [f"IsoFLOP: {reason}" for reason in isoflop.left_out]
     laws: list[LossLaw] = []
     for free_gamma in (False, True):

@@ -111,17 +111,17 @@ class IsoFlop:
     left_out: list[str]
 
 
-def by_budget(runs: Sequence[ScalingRun], named: bool) -> dict[float, list[ScalingRun]]:
+def by_budget(runs: Sequence[ScalingRun]) -> dict[float, list[ScalingRun]]:
     """Budget -> its runs, by FLOPs.
 
-    `named`: the table names budgets, and runs without one belong to none. Otherwise the runs are sorted by FLOPs, and
-    the stretch of BUDGET_WIDTH that holds most of them is a budget, again and again until none holds LEAST_RUNS.
+    Where any run names its budget, those that do not belong to none. Otherwise the runs are sorted by FLOPs, and the
+    stretch of BUDGET_WIDTH that holds most of them is a budget, again and again until none holds LEAST_RUNS.
     """
     found: dict[float, list[ScalingRun]] = {}
-    if named:
-        for run in runs:
-            if run.budget is not None:
-                found.setdefault(run.budget, []).append(run)
+    for run in runs:
+        if run.budget is not None:
+            found.setdefault(run.budget, []).append(run)
+    if found:
         return dict(sorted(found.items()))
     left = sorted(runs, key=lambda run: run.flops)
     while left:
@@ -136,17 +136,16 @@ def by_budget(runs: Sequence[ScalingRun], named: bool) -> dict[float, list[Scali
     return dict(sorted(found.items()))
 
 
-def fit_isoflop(runs: Sequence[ScalingRun], named: bool, resamples: int, generator: np.random.Generator) -> IsoFlop:
+def fit_isoflop(runs: Sequence[ScalingRun], resamples: int, generator: np.random.Generator) -> IsoFlop:
     """Parabolas of every budget of one group's runs, and N(C) and D(C) where LEAST_BUDGETS have one.
 
     Args:
-        named: as for `by_budget`.
         resamples: R, for the intervals.
         generator: of the resamples.
     """
     fits: list[_Fits] = []
     left_out = []
-    for budget, of_budget in by_budget(runs, named).items():
+    for budget, of_budget in by_budget(runs).items():
         reason = _too_few(of_budget)
         if reason is None:
             found: _Fits = {axis: _Parabola(of_budget, axis) for axis in AXES}
@@ -160,7 +159,7 @@ def fit_isoflop(runs: Sequence[ScalingRun], named: bool, resamples: int, generat
         noise[axis] = _noise([found[axis] for found in fits])
     curves = []
     for found in fits:
-        curve = _curve(found, noise, resamples, named, generator)
+        curve = _curve(found, noise, resamples, generator)
         if (reason := curve.uncertain()) is None:
             curves.append(curve)
         else:
@@ -223,9 +222,7 @@ class _Parabola:
 _Fits = dict[Axis, _Parabola]
 
 
-def _curve(
-    fits: _Fits, noise: dict[Axis, np.ndarray], resamples: int, named: bool, generator: np.random.Generator
-) -> Curve:
+def _curve(fits: _Fits, noise: dict[Axis, np.ndarray], resamples: int, generator: np.random.Generator) -> Curve:
     optimal: dict[Axis, float] = {}
     draws: dict[Axis, np.ndarray] = {}
     depths: dict[Axis, tuple[float, np.ndarray]] = {}
@@ -236,7 +233,7 @@ def _curve(
         depths[axis] = float(np.exp(depth)), np.exp(drawn_depths)
     by_size = fits["parameters"]
     flops = _mean([run.flops for run in by_size.runs])
-    budget = by_size.runs[0].budget if named else None
+    budget = by_size.runs[0].budget
     constant, slope, curvature = map(float, by_size.coefficients)
     return Curve(
         budget=flops if budget is None else budget,

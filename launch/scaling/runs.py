@@ -83,12 +83,10 @@ class RunTable:
 
     Attributes:
         notes: sentences, such as that FLOPs were estimated.
-        names_budgets: whether the runs say to which IsoFLOP curve they belong; a run that does not is on none then.
     """
 
     runs: list[ScalingRun]
     notes: list[str]
-    names_budgets: bool = False
 
     @property
     def used(self) -> list[ScalingRun]:
@@ -122,7 +120,6 @@ def read_runs(paths: Sequence[Path], columns: Mapping[str, str] | None = None) -
     ]
     runs: list[ScalingRun] = []
     notes: list[str] = []
-    has_budgets = False
     for path in paths:
         try:
             # utf-8-sig: spreadsheets begin a file with a byte order mark.
@@ -140,12 +137,11 @@ def read_runs(paths: Sequence[Path], columns: Mapping[str, str] | None = None) -
         problems += found.problems
         runs += found.runs
         notes += found.notes
-        has_budgets |= found.has_budgets
     if problems:
         shown = problems[:_MOST_SHOWN]
         rest = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise ValueError(f"{_count(len(problems), 'problem')} in the table of runs:\n" + _bullets([*shown, *rest]))
-    return RunTable(mark_repeated(runs), notes, has_budgets)
+    return RunTable(mark_repeated(runs), notes)
 
 
 def mark_repeated(runs: Iterable[ScalingRun]) -> list[ScalingRun]:
@@ -180,7 +176,6 @@ class _Read(NamedTuple):
     runs: list[ScalingRun]
     notes: list[str]
     problems: list[str]
-    has_budgets: bool
 
 
 def _read(path: Path, text: str, columns: Mapping[str, str]) -> _Read:
@@ -189,7 +184,7 @@ def _read(path: Path, text: str, columns: Mapping[str, str]) -> _Read:
     rows.fieldnames = header
     theirs, problems = _columns(path, header, columns)
     if problems:
-        return _Read([], [], problems, False)
+        return _Read([], [], problems)
     runs = []
     for number, row in enumerate(rows, 1):
         texts = {name: (row.get(column) or "").strip() for name, column in theirs.items()}
@@ -209,7 +204,7 @@ def _read(path: Path, text: str, columns: Mapping[str, str]) -> _Read:
     notes = []
     if "flops" not in theirs:
         notes.append(f"{path.name} has no column flops; the FLOPs of its runs are 6 x parameters x tokens")
-    return _Read(runs, notes, problems, "budget" in theirs and any(run.budget is not None for run in runs))
+    return _Read(runs, notes, problems)
 
 
 def _columns(path: Path, header: Sequence[str], chosen: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -68,7 +68,7 @@ def law_is_recovered(truth: Truth, draw: int, resamples: int, starts: int, noise
 def isoflop_is_recovered(truth: Truth, draw: int, noise: float = 0.005) -> dict[str, bool]:
     """The same of the exponents of IsoFLOP curves, and of the optimal size in the middle of the budgets."""
     generator = np.random.default_rng(draw)
-    laws = fit_isoflop(truth.runs(noise, generator), True, 1000, generator).laws
+    laws = fit_isoflop(truth.runs(noise, generator), 1000, generator).laws
     middle = truth.budgets[len(truth.budgets) // 2]
     return {
         "N(C) exponent": truth.size_exponent in laws["parameters"].exponent_interval(),

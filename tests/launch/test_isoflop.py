@@ -14,8 +14,8 @@ from tests.launch.recovery import Truth
 OPTIMA = {budget: 1e8 * (budget / 1e18) ** 0.5 for budget in (1e18, 1e19, 1e20, 1e21)}
 
 
-def fit(runs: list[ScalingRun], named: bool = True) -> IsoFlop:
-    return fit_isoflop(runs, named, 200, np.random.default_rng(0))
+def fit(runs: list[ScalingRun]) -> IsoFlop:
+    return fit_isoflop(runs, 200, np.random.default_rng(0))
 
 
 def parabolas(optima: dict[float, float], sizes: int = 7) -> list[ScalingRun]:
@@ -46,14 +46,14 @@ def test_budgets_that_no_one_names_are_found() -> None:
     generator = np.random.default_rng(0)
     runs = [replace(run, flops=run.flops * float(generator.uniform(0.95, 1.05))) for run in Truth().runs(0, generator)]
     stray = replace(runs[0], flops=1.1e19)
-    found = by_budget([*runs, stray], named=False)
+    found = by_budget([replace(run, budget=None) for run in [*runs, stray]])
     assert list(found) == pytest.approx(list(Truth().budgets), rel=0.03)
     assert all(len(of_budget) == Truth().sizes for of_budget in found.values())
 
 
 def test_a_run_without_a_budget_is_on_no_curve_where_others_name_theirs() -> None:
     runs = Truth().runs(0, np.random.default_rng(0))
-    found = by_budget([replace(runs[0], budget=None), *runs[1:]], named=True)
+    found = by_budget([replace(runs[0], budget=None), *runs[1:]])
     assert sum(len(of_budget) for of_budget in found.values()) == len(runs) - 1
 
 

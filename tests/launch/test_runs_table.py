@@ -8,6 +8,7 @@ import pytest
 
 from launch.scaling.runs import COLUMNS, Group, as_csv, read_runs
 from tests.launch.tables import FIXTURE, invented_runs
+from tests.runs import ROOT
 
 
 def write(folder: Path, text: str, name: str = "runs.csv") -> Path:
@@ -24,7 +25,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert as_csv(table.runs) == text
     assert len(table.used) == 56 and [run.run for run in table.excluded] == ["mlstm-diverged"]
     assert list(table.by_group()) == [Group("attention", 2048), Group("mlstm", 2048)]
-    assert table.names_budgets and table.notes == []
+    assert table.notes == []
 
 
 def test_other_names_of_columns_are_known(tmp_path: Path) -> None:
@@ -128,8 +129,6 @@ def test_a_byte_order_mark_and_spaces_in_the_header_do_not_matter(tmp_path: Path
 
 
 def test_the_page_of_the_documentation_has_every_column() -> None:
-    from tests.runs import ROOT
-
     page = (ROOT / "docs" / "scaling_laws.md").read_text(encoding="utf-8")
     for column in COLUMNS:
         assert f"| `{column}` |" in page, column
