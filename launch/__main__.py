@@ -17,7 +17,8 @@ from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signa
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Start training runs, and make scaling laws of many.")
+    purpose = "Start training runs, and make scaling laws of many."
+    parser = argparse.ArgumentParser(prog="python -m launch", description=purpose)
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
     local.add_argument("--processes", type=_positive, default=None, help="number of processes")

@@ -96,6 +96,7 @@ def test_runs_of_0_2_0_are_collected(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tied.loss == pytest.approx(5.056562900543213)
     # plan.json of that run counts 198355.875 FLOPs a token.
     assert tied.flops == pytest.approx(1536 * 198355.875)
+    assert by_name["mixed"].family == "mlstm+slstm+attention"
     assert len(table.runs) == 3 + 57
     assert f"{len(table.used)} runs to fit" in capsys.readouterr().out
 
