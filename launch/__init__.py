@@ -1,1 +1,1 @@
-"""From a configuration to processes: on this machine today, on a Slurm cluster in a later release."""
+"""From a configuration to processes, on this machine today, and from many runs to scaling laws."""

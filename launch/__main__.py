@@ -1,4 +1,4 @@
-"""`python -m launch`: start runs."""
+"""`python -m launch`: start runs, and make scaling laws of many."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conf import ConfigError
-from conf.command_line import parse_arguments
+from conf.command_line import exit_code, parse_arguments
 from conf.lasting_output import lasting_output
 from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, MachineError
+from launch.scaling.command import add_sweep_commands, run_sweep_command
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Start training runs.")
+    purpose = "Start training runs, and make scaling laws of many."
+    parser = argparse.ArgumentParser(prog="python -m launch", description=purpose)
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
     local.add_argument("--processes", type=_positive, default=None, help="number of processes")
@@ -25,7 +27,11 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
+    add_sweep_commands(commands)
     options = parse_arguments(parser, arguments)
+    if options.command == "sweep":
+        interrupted = "launch: interrupted; the same command begins again"
+        return exit_code(lambda: run_sweep_command(options), (OSError,), interrupted, (ValueError,))
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))

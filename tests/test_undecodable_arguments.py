@@ -44,6 +44,10 @@ REASON = "caf\\xe9: holds bytes that are no UTF-8; give the text, or name the fi
         (train_command, ["corpus.directory=a", "training.total_steps=1", "name=b", f"logging.wandb.tags=[{CAFE}]"]),
         (launch_command, ["local", "corpus.directory=a", "training.total_steps=1", f"name={CAFE}"]),
         (launch_command, ["demo", f"name={CAFE}"]),
+        (launch_command, ["sweep", "collect", CAFE, "--output", "a"]),
+        (launch_command, ["sweep", "fit", "a", "--output", CAFE]),
+        (launch_command, ["sweep", "fit", "a", "--output", "b", "--column", f"loss={CAFE}"]),
+        (launch_command, ["sweep", "predict", CAFE, "--flops", "1e20"]),
         (report_command, [CAFE]),
     ],
 )

@@ -39,6 +39,7 @@ LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png", "exported/config.json"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
     "docs/model.md": ["weights/first/model.json"],
+    "docs/scaling_laws.md": ["scaling/runs.csv", "scaling/fit/scaling.html", "scaling/fit/fit.json"],
     "docs/guides/weights.md": ["runs/tuned/checkpoints/step-00000002", "averaged/average.json"],
     "docs/guides/resume.md": ["runs/first/checkpoints/step-00000008", "runs/annealed/checkpoints/step-00000010"],
 }
@@ -157,7 +158,7 @@ def _check(module, arguments):
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if module in OUR_MODULES or top == "benchmarks":
         path = ROOT / module.replace(".", "/")
-        files = [path.with_suffix(".py"), *path.glob("*.py")]
+        files = [path.with_suffix(".py"), *path.rglob("*.py")]
         source = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
         known = [argument for argument in arguments if re.fullmatch(r"--[\w-]+(=.*)?", argument)]
         known += arguments[:1] if module in ("launch", "data_pipeline", "model") else []
