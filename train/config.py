@@ -12,6 +12,7 @@ from data_pipeline.tokenizing.config import TokenizerConfig
 from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
 from model.config import ModelConfig
+from train.alert_rules import AlertsConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
 
@@ -278,6 +279,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
     def execution(self, device_type: str) -> str:
         """How blocks run in passes that train on such devices, of model.compilation."""

@@ -9,6 +9,7 @@ from model.config import validate_model
 from model.generation import sampling_problems
 from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
+from train.alert_rules import validate_alerts
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, RunConfig, SamplesConfig
 from train.data import ON_CORRUPT, validate_corpus
@@ -48,6 +49,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         problems.append("name: empty, so the run's folder would be run_root itself; give the run a name")
     problems += local_folder("run_root", config.run_root)
     problems += _validate_samples(config.logging.samples)
+    problems += validate_alerts(config.alerts, "alerts")
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 

@@ -95,7 +95,7 @@ def test_lists_mappings_and_optional_sections():
     assert "maybe: a section with keys is expected" in text
 
 
-GROUPS = ["model", "optimizer", "schedule", "parallel", "precision", "checkpoint", "evaluation", "logging"]
+GROUPS = ["model", "optimizer", "schedule", "parallel", "precision", "checkpoint", "evaluation", "logging", "alerts"]
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF_DIR / group).glob("*.yaml"))]
 
 

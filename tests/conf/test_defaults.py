@@ -10,8 +10,9 @@ from conf import compose
 from train.config import RunConfig
 
 GIVEN = ["name=x", "corpus.directory=y", "training.total_steps=1"]
-# What the command line must give, what a model's file decides, and the sets of an evaluation: the library has none.
-DECIDED_ELSEWHERE = {"name", "corpus.directory", "training.total_steps", "model", "evaluation.sets"}
+# What the command line must give, what a model's file decides, the sets of an evaluation and the rules of alerts: the
+# library has none.
+DECIDED_ELSEWHERE = {"name", "corpus.directory", "training.total_steps", "model", "evaluation.sets", "alerts.rules"}
 
 
 def differences(composed: Any, default: Any, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from train.decisions import CONTINUE, Decision, Rollback
 
 if TYPE_CHECKING:
+    from train.callbacks.alerts import Alert
     from train.callbacks.samples import Sample
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
@@ -52,6 +53,9 @@ class Callback:
 
     def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
         """Texts that the model has generated, on rank 0 alone."""
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        """A person should look at this, on all ranks."""
 
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """The checkpoint that was being written is given up: rank -> what failed there, equal on all ranks."""

@@ -19,6 +19,7 @@ from train.stored_configuration import as_json
 from train.wandb_settings import reach_seconds, wandb_mode
 
 if TYPE_CHECKING:
+    from train.callbacks.alerts import Alert
     from train.callbacks.samples import Sample
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
@@ -115,6 +116,12 @@ class WandbLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        if self._run is not None:
+            self._run.alert(
+                title=f"{trainer.config.name}: {alert.rule}", text=without_passwords(alert.words), level="WARN"
+            )
 
     def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
         if self._run is not None:
