@@ -20,8 +20,9 @@ from typing import Any
 
 from data_pipeline.errors import PrepareError
 from data_pipeline.sources import columns
-from data_pipeline.sources.archives import DamagedArchiveError, OversizedLine, read_lines
+from data_pipeline.sources.archives import DamagedArchiveError, MemoryLimitError, OversizedLine, read_lines
 from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.json_size import parsed_bytes
 from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
 from data_pipeline.sources.splits import given_split
 
@@ -70,6 +71,8 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
+# Shorter lines take less than 100 MiB once they are parsed, whatever they hold.
+HARMLESS_LINE_BYTES = 1 << 20
 _RECORD_ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "records"}
 
 
@@ -192,11 +195,13 @@ class TextSource(FileSource):
             )
 
     def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
-        path = self.root / item.name
-        if path.stat().st_size > self.config.max_record_bytes:
-            yield self._too_large(item, 0, f"{path.stat().st_size} bytes")
+        with open(self.root / item.name, "rb") as file:
+            # Files of /proc and those that grow have more than their size says.
+            data = file.read(self.config.max_record_bytes + 1)
+            size = max(len(data), os.fstat(file.fileno()).st_size)
+        if size > self.config.max_record_bytes:
+            yield self._too_large(item, 0, f"{size} bytes")
             return
-        data = path.read_bytes()
         on_bytes(len(data))
         try:
             text = data.decode("utf-8")
@@ -225,11 +230,11 @@ class RecordSource(FileSource):
         try:
             if kind != "jsonl":
                 return columns.first_record(path, kind)
-            for line in read_lines(path, self.config.max_record_bytes, lambda count: None):
-                record = None if isinstance(line, OversizedLine) else _object(line)
+            for line in self._lines(item, lambda count: None):
+                record = None if isinstance(line, OversizedLine) or self._excess(line) else _object(line)
                 if record is not None:
                     return record
-        except (DamagedArchiveError, *columns.DAMAGE):
+        except (DamagedArchiveError, MemoryLimitError, *columns.DAMAGE):
             # Reading it says so.
             pass
         return None
@@ -248,19 +253,34 @@ class RecordSource(FileSource):
             return self._read_columns(item, on_bytes, columns.read_arrow)
         return self._read_columns(item, on_bytes, functools.partial(columns.read_parquet, part=item.part))
 
+    def _lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[bytes | memoryview | OversizedLine]:
+        config = self.config
+        return read_lines(self.root / item.name, config.max_record_bytes, config.max_reader_bytes, on_bytes)
+
+    def _excess(self, line: bytes | memoryview) -> int:
+        """Memory that a line would take, parsed, where that is more than it may; else 0."""
+        size = parsed_bytes(line) if len(line) > HARMLESS_LINE_BYTES else 0
+        return size if size > self.config.max_reader_bytes else 0
+
     def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         position = 0
         try:
-            for line in read_lines(self.root / item.name, self.config.max_record_bytes, on_bytes):
+            for line in self._lines(item, on_bytes):
                 position += 1
                 yield self._parse(item, line, position)
         except DamagedArchiveError as error:
             detail = f"{error}; nothing of the file is used"
             yield Rejection(item.name, position + 1, "damaged_archive", detail, whole_file=True)
+        except MemoryLimitError as error:
+            detail = f"{error}; nothing of the file is used"
+            yield Rejection(item.name, position + 1, "memory_limit", detail, whole_file=True)
 
     def _parse(self, item: InputFile, line: bytes | memoryview | OversizedLine, position: int) -> Document | Rejection:
         if isinstance(line, OversizedLine):
             return self._too_large(item, position, f"a line of {line.bytes} bytes")
+        if size := self._excess(line):
+            detail = f"its fields take {size} bytes of memory, data.max_reader_bytes is {self.config.max_reader_bytes}"
+            return Rejection(item.name, position, "too_large", detail)
         try:
             record = parse_json_fast(line)
         except (ValueError, RecursionError):

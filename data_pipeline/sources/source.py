@@ -18,7 +18,7 @@ from data_pipeline.sources.splits import split_by_name, split_by_text
 
 OnBytes = Callable[[int], None]
 # Reasons of rejections that lose an unknown number of records.
-FILE_LOST = ("damaged_archive", "unreadable_input")
+FILE_LOST = ("damaged_archive", "unreadable_input", "memory_limit")
 
 
 class Document(NamedTuple):
