@@ -229,7 +229,7 @@ class RecordSource(FileSource):
         path, kind = self.root / item.name, self._kind(item)
         try:
             if kind != "jsonl":
-                return columns.first_record(path, kind)
+                return columns.first_record(path, kind, self.config.max_reader_bytes)
             for line in self._lines(item, lambda count: None):
                 record = None if isinstance(line, OversizedLine) or self._excess(line) else _object(line)
                 if record is not None:
@@ -293,7 +293,7 @@ class RecordSource(FileSource):
         return self.from_record(item, record, position)
 
     def _read_columns(
-        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[list[columns.Record], float]]]
+        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[Iterator[columns.Record], float]]]
     ) -> Iterator[Document | Rejection]:
         position = 0
         told = 0
@@ -302,12 +302,19 @@ class RecordSource(FileSource):
                 position = columns.first_row(self.root / item.name, item.part)
             for records, share in read(self.root / item.name, item.name, self.config):
                 for record in records:
+                    if isinstance(record, columns.LostRows):
+                        detail = f"{record.error}; its {record.rows} rows are lost"
+                        yield Rejection(item.name, position + 1, "memory_limit", detail)
+                        position += record.rows
+                        continue
                     position += 1
                     yield self.from_record(item, record, position)
                 done = int(item.bytes_to_read * share)
                 on_bytes(done - told)
                 told = done
             on_bytes(item.bytes_to_read - told)
+        except MemoryLimitError as error:
+            yield Rejection(item.name, position + 1, "memory_limit", f"{error}; what follows is lost")
         except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             where = f" in row groups {item.part.first} to {item.part.end - 1}" if item.part else ""

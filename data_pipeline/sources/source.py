@@ -128,6 +128,8 @@ class Source(abc.ABC):
         """The document of a record with fields."""
         if isinstance(record, UnicodeDecodeError):
             return Rejection(item.name, position, "not_utf8", f"byte {record.start} of a field: {record.reason}")
+        if isinstance(record, columns.OversizedText):
+            return self._too_large(item, position, f"{record.characters} characters")
         if not isinstance(record, dict):
             return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
         text = record.get(self.config.text_field)
