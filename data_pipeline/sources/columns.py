@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from data_pipeline.errors import PrepareError
@@ -256,7 +257,7 @@ def _records(batch: pa.RecordBatch, config: DataConfig) -> Iterator[Record]:
 
 def _record(row: pa.RecordBatch, config: DataConfig) -> Record:
     for name, column in zip(row.schema.names, row.columns, strict=True):
-        if name == config.text_field and (characters := _excess(column[0], config.max_record_bytes)):
+        if name == config.text_field and (characters := _excess(column, config.max_record_bytes)):
             return OversizedText(characters)
     try:
         return row.to_pylist()[0]
@@ -264,17 +265,24 @@ def _record(row: pa.RecordBatch, config: DataConfig) -> Record:
         return error
 
 
-def _excess(value: pa.Scalar, allowed: int) -> int:
-    """The length of a text in characters where that is more than is allowed, found without making a copy; else 0."""
+def _excess(value: pa.Array, allowed: int) -> int:
+    """The length of one text in characters where that is more than is allowed; else 0."""
+    if not (pa.types.is_string(value.type) or pa.types.is_large_string(value.type)):
+        value = _plain(value[0])
+    # A scalar of a plain text would be a copy of it.
+    if value is None or (pa.compute.binary_length(value)[0].as_py() or 0) <= allowed:
+        return 0
+    characters = pa.compute.utf8_length(value)[0].as_py()
+    return characters if characters > allowed else 0
+
+
+def _plain(value: pa.Scalar) -> pa.Array | None:
+    """A text that lies in a dictionary, in a run or elsewhere; None for what is no text."""
     while isinstance(value, pa.DictionaryScalar | pa.RunEndEncodedScalar | pa.ExtensionScalar):
         value = value.value
     data = value.as_buffer() if isinstance(value, pa.BinaryScalar) else None
-    if data is None or data.size <= allowed:
-        return 0
-    # All bytes but those that go on with a character of UTF-8.
-    view = np.frombuffer(data, dtype=np.int8)
-    characters = sum(int(np.count_nonzero(view[at : at + ROWS_BYTES] >= -64)) for at in range(0, len(view), ROWS_BYTES))
-    return characters if characters > allowed else 0
+    offsets = np.array([0, data.size if data else 0], dtype=np.int64)
+    return None if data is None else pa.LargeStringArray.from_buffers(1, pa.py_buffer(offsets), data)
 
 
 def _holds_its_values(kind: pa.DataType) -> bool:

@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from data_pipeline.sources.json_size import parsed_bytes
+
 # Fields that a message names, and characters of each.
 SHOWN_FIELDS = 20
 SHOWN_CHARACTERS = 80
+# Strings above so many characters are looked at before they are parsed, and are no JSON above so much memory.
+LONG_JSON = 1 << 20
+MAX_PARSED_BYTES = 1 << 26
 
 
 def look_up(record: Any, field: str) -> Any:
@@ -53,6 +58,8 @@ def _beginnings(field: str) -> Iterator[str]:
 
 def _fields(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
+        if len(value) > LONG_JSON and parsed_bytes(value.encode("utf-8", "surrogatepass")) > MAX_PARSED_BYTES:
+            return {}
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

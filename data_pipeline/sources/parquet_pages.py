@@ -208,6 +208,8 @@ class _Compact:
         while (byte := self._byte()) & 128:
             value |= (byte & 127) << shift
             shift += 7
+            if shift > 63:
+                raise pa.ArrowInvalid("a page header with a number above 64 bits")
         return value | byte << shift
 
     def _integer(self) -> int:
