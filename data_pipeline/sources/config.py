@@ -114,7 +114,7 @@ def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:
         problems.append(
             f"{prefix}.max_reader_bytes: kind={config.kind} does not use it ({config.max_reader_bytes}); leave it out"
         )
-    problems += between(f"{prefix}.max_reader_bytes", config.max_reader_bytes, 2**20, 2**40)
+    problems += between(f"{prefix}.max_reader_bytes", config.max_reader_bytes, 2**24, 2**40)
     problems += between(f"{prefix}.tolerance.rejected_fraction", config.tolerance.rejected_fraction, 0, 1)
     for key in ("lost_text_fraction", "lost_text_warning"):
         problems += between(f"{prefix}.tolerance.{key}", getattr(config.tolerance, key), 0, 1)

@@ -22,7 +22,7 @@ from data_pipeline.errors import PrepareError
 from data_pipeline.sources import columns
 from data_pipeline.sources.archives import DamagedArchiveError, MemoryLimitError, OversizedLine, read_lines
 from data_pipeline.sources.config import DataConfig
-from data_pipeline.sources.json_size import parsed_bytes
+from data_pipeline.sources.json_size import MOST_BYTES, parsed_bytes
 from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
 from data_pipeline.sources.splits import given_split
 
@@ -71,8 +71,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
-# Shorter lines take less than 100 MiB once they are parsed, whatever they hold.
-HARMLESS_LINE_BYTES = 1 << 20
 _RECORD_ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "records"}
 
 
@@ -259,8 +257,9 @@ class RecordSource(FileSource):
 
     def _excess(self, line: bytes | memoryview) -> int:
         """Memory that a line would take, parsed, where that is more than it may; else 0."""
-        size = parsed_bytes(line) if len(line) > HARMLESS_LINE_BYTES else 0
-        return size if size > self.config.max_reader_bytes else 0
+        allowed = self.config.max_reader_bytes
+        size = parsed_bytes(line) if len(line) * MOST_BYTES > allowed else 0
+        return size if size > allowed else 0
 
     def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         position = 0

@@ -1,4 +1,4 @@
-"""How much memory a JSON text takes once it is parsed: `[],[],` takes 25 times as much as it has bytes."""
+"""How much memory a JSON text takes once it is parsed: `[],[],` takes 25 times as many bytes as it has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ SLICE_BYTES = 1 << 20
 # Of CPython's objects, rounded up. A comma: a number and its place in a list. A colon: an entry of a dict. A closing
 # quotation mark: what a string takes beside its text.
 OBJECT_BYTES = {b",": 48, b":": 160, b"[": 112, b"{": 80, b'"': 64}
+# No text takes as many bytes for each of its own: the worst is `[[[...]]],`, half of which are opening brackets.
+MOST_BYTES = 64
 _WEIGHTS = np.zeros(256, dtype=np.int64)
 for _character, _bytes in OBJECT_BYTES.items():
     _WEIGHTS[ord(_character)] = _bytes
