@@ -177,7 +177,8 @@ def _prepare_least(source: Source, inputs: list[InputFile], encode: Encode, dtyp
         texts: list[bytes] = []
         filled = 0
         for item in inputs:
-            for line in read_lines(source.root / item.name, source.config.max_record_bytes, lambda count: None):
+            limits = source.config.max_record_bytes, source.config.max_reader_bytes
+            for line in read_lines(source.root / item.name, *limits, lambda count: None):
                 texts.append(parse(line)["text"].encode())
                 filled += len(texts[-1])
                 if filled >= BATCH_BYTES:

@@ -16,6 +16,7 @@ from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.config import PrepareConfig
 from data_pipeline.preparing.workers import WorkFolder
+from data_pipeline.sources.config import MAX_READER_BYTES
 from data_pipeline.sources.source import InputFile
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.tokenizer import load_tokenizer
@@ -25,6 +26,9 @@ def content_settings(config: PrepareConfig) -> dict[str, Any]:
     """What the corpus' content depends on beside the input; no absolute path, so that a moved source is the same."""
     data = dataclasses.asdict(config.data)
     del data["tolerance"]
+    if config.data.max_reader_bytes == MAX_READER_BYTES:
+        # Corpora that were prepared before there was the key keep their settings.
+        del data["max_reader_bytes"]
     if config.data.kind != "datasets" or config.data.path is None or Path(config.data.path).exists():
         del data["path"]
     if config.tokenizer.kind == "file":

@@ -27,7 +27,7 @@ from data_pipeline.corpus.manifest import fingerprint_of
 from data_pipeline.errors import CorpusError
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.reading.batch import Batch, Columns, DamagedSamples, sample_numbers
-from data_pipeline.sources.config import TOLERANCE_RECORDS, DataConfig, ToleranceConfig
+from data_pipeline.sources.config import MAX_READER_BYTES, TOLERANCE_RECORDS, DataConfig, ToleranceConfig
 from data_pipeline.sources.source import Document, Rejection, Source
 from data_pipeline.sources.sources import open_source
 from data_pipeline.tokenizing.config import TokenizerConfig
@@ -376,6 +376,9 @@ def _identity(data: DataConfig, source: Source) -> tuple[list[Any], str | None]:
     """What the text depends on, and why it may be another the next time (None: it is not)."""
     settings: list[Any] = [data.kind, data.text_field, data.source_field, data.source, data.split.rule, data.split.seed]
     settings += [data.split.unit, data.split.validation_fraction, data.split.test_fraction, data.max_record_bytes]
+    if data.max_reader_bytes != MAX_READER_BYTES:
+        # Runs that began before there was the key go on.
+        settings.append(data.max_reader_bytes)
     if source.root is not None:
         return [*settings, [[item.name, item.bytes] for item in source.inputs()]], None
     if data.path is not None and Path(data.path).exists():

@@ -14,6 +14,7 @@ SPLIT_RULES = ("hash", "given")
 SPLIT_UNITS = ("file", "document")
 # Records below which a share of rejected ones says little.
 TOLERANCE_RECORDS = 10_000
+MAX_READER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class DataConfig:
     source: str = "unknown"
     # Records above this many bytes (text: characters) are rejected; a line of a file is never held beyond it.
     max_record_bytes: int = 256 * 2**20
+    # Memory, in bytes, that reading may take beside the record itself: the window of a zstd frame, pages and rows of
+    # Parquet, a compressed batch of Arrow, the fields of a JSON record. What needs more is rejected before it is
+    # decoded. Not used by text trees, nor by kind=datasets, where the library decides what it holds.
+    max_reader_bytes: int = MAX_READER_BYTES
     # kind=datasets: configuration name of the data set; null: its default.
     subset: str | None = None
     # kind=datasets: revision of the data set; null: its newest.
@@ -105,6 +110,11 @@ def validate_data(config: DataConfig, prefix: str = "data") -> list[str]:
     if not config.source:
         problems.append(f"{prefix}.source: empty; name the label of records without one")
     problems += between(f"{prefix}.max_record_bytes", config.max_record_bytes, 1, 2**30)
+    if config.kind in (*TEXT_KINDS, "datasets") and config.max_reader_bytes != MAX_READER_BYTES:
+        problems.append(
+            f"{prefix}.max_reader_bytes: kind={config.kind} does not use it ({config.max_reader_bytes}); leave it out"
+        )
+    problems += between(f"{prefix}.max_reader_bytes", config.max_reader_bytes, 2**24, 2**40)
     problems += between(f"{prefix}.tolerance.rejected_fraction", config.tolerance.rejected_fraction, 0, 1)
     for key in ("lost_text_fraction", "lost_text_warning"):
         problems += between(f"{prefix}.tolerance.{key}", getattr(config.tolerance, key), 0, 1)

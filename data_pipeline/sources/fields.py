@@ -6,9 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from data_pipeline.sources.json_size import MOST_BYTES, parsed_bytes
+
 # Fields that a message names, and characters of each.
 SHOWN_FIELDS = 20
 SHOWN_CHARACTERS = 80
+# A string of which parsing takes more memory than this is no JSON.
+MAX_PARSED_BYTES = 1 << 26
 
 
 def look_up(record: Any, field: str) -> Any:
@@ -53,6 +57,9 @@ def _beginnings(field: str) -> Iterator[str]:
 
 def _fields(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
+        is_long = len(value) * MOST_BYTES > MAX_PARSED_BYTES
+        if is_long and parsed_bytes(value.encode("utf-8", "surrogatepass")) > MAX_PARSED_BYTES:
+            return {}
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

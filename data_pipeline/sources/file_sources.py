@@ -20,8 +20,9 @@ from typing import Any
 
 from data_pipeline.errors import PrepareError
 from data_pipeline.sources import columns
-from data_pipeline.sources.archives import DamagedArchiveError, OversizedLine, read_lines
+from data_pipeline.sources.archives import DamagedArchiveError, MemoryLimitError, OversizedLine, read_lines
 from data_pipeline.sources.config import DataConfig
+from data_pipeline.sources.json_size import MOST_BYTES, parsed_bytes
 from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
 from data_pipeline.sources.splits import given_split
 
@@ -192,11 +193,13 @@ class TextSource(FileSource):
             )
 
     def read_file(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
-        path = self.root / item.name
-        if path.stat().st_size > self.config.max_record_bytes:
-            yield self._too_large(item, 0, f"{path.stat().st_size} bytes")
+        with open(self.root / item.name, "rb") as file:
+            # Files of /proc and those that grow have more than their size says.
+            data = file.read(self.config.max_record_bytes + 1)
+            size = max(len(data), os.fstat(file.fileno()).st_size)
+        if size > self.config.max_record_bytes:
+            yield self._too_large(item, 0, f"{size} bytes")
             return
-        data = path.read_bytes()
         on_bytes(len(data))
         try:
             text = data.decode("utf-8")
@@ -224,12 +227,12 @@ class RecordSource(FileSource):
         path, kind = self.root / item.name, self._kind(item)
         try:
             if kind != "jsonl":
-                return columns.first_record(path, kind)
-            for line in read_lines(path, self.config.max_record_bytes, lambda count: None):
-                record = None if isinstance(line, OversizedLine) else _object(line)
+                return columns.first_record(path, kind, self.config.max_reader_bytes)
+            for line in self._lines(item, lambda count: None):
+                record = None if isinstance(line, OversizedLine) or self._excess(line) else _object(line)
                 if record is not None:
                     return record
-        except (DamagedArchiveError, *columns.DAMAGE):
+        except (DamagedArchiveError, MemoryLimitError, *columns.DAMAGE):
             # Reading it says so.
             pass
         return None
@@ -248,19 +251,35 @@ class RecordSource(FileSource):
             return self._read_columns(item, on_bytes, columns.read_arrow)
         return self._read_columns(item, on_bytes, functools.partial(columns.read_parquet, part=item.part))
 
+    def _lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[bytes | memoryview | OversizedLine]:
+        config = self.config
+        return read_lines(self.root / item.name, config.max_record_bytes, config.max_reader_bytes, on_bytes)
+
+    def _excess(self, line: bytes | memoryview) -> int:
+        """Memory that a line would take, parsed, where that is more than it may; else 0."""
+        allowed = self.config.max_reader_bytes
+        size = parsed_bytes(line) if len(line) * MOST_BYTES > allowed else 0
+        return size if size > allowed else 0
+
     def _read_json_lines(self, item: InputFile, on_bytes: OnBytes) -> Iterator[Document | Rejection]:
         position = 0
         try:
-            for line in read_lines(self.root / item.name, self.config.max_record_bytes, on_bytes):
+            for line in self._lines(item, on_bytes):
                 position += 1
                 yield self._parse(item, line, position)
         except DamagedArchiveError as error:
             detail = f"{error}; nothing of the file is used"
             yield Rejection(item.name, position + 1, "damaged_archive", detail, whole_file=True)
+        except MemoryLimitError as error:
+            detail = f"{error}; nothing of the file is used"
+            yield Rejection(item.name, position + 1, "memory_limit", detail, whole_file=True)
 
     def _parse(self, item: InputFile, line: bytes | memoryview | OversizedLine, position: int) -> Document | Rejection:
         if isinstance(line, OversizedLine):
             return self._too_large(item, position, f"a line of {line.bytes} bytes")
+        if size := self._excess(line):
+            detail = f"its fields take {size} bytes of memory, data.max_reader_bytes is {self.config.max_reader_bytes}"
+            return Rejection(item.name, position, "too_large", detail)
         try:
             record = parse_json_fast(line)
         except (ValueError, RecursionError):
@@ -273,7 +292,7 @@ class RecordSource(FileSource):
         return self.from_record(item, record, position)
 
     def _read_columns(
-        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[list[columns.Record], float]]]
+        self, item: InputFile, on_bytes: OnBytes, read: Callable[..., Iterator[tuple[Iterator[columns.Record], float]]]
     ) -> Iterator[Document | Rejection]:
         position = 0
         told = 0
@@ -282,12 +301,19 @@ class RecordSource(FileSource):
                 position = columns.first_row(self.root / item.name, item.part)
             for records, share in read(self.root / item.name, item.name, self.config):
                 for record in records:
+                    if isinstance(record, columns.LostRows):
+                        detail = f"{record.error}; its {record.rows} rows are lost"
+                        yield Rejection(item.name, position + 1, "memory_limit", detail)
+                        position += record.rows
+                        continue
                     position += 1
                     yield self.from_record(item, record, position)
                 done = int(item.bytes_to_read * share)
                 on_bytes(done - told)
                 told = done
             on_bytes(item.bytes_to_read - told)
+        except MemoryLimitError as error:
+            yield Rejection(item.name, position + 1, "memory_limit", f"{error}; what follows is lost")
         except columns.DAMAGE as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             where = f" in row groups {item.part.first} to {item.part.end - 1}" if item.part else ""

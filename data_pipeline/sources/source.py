@@ -18,7 +18,7 @@ from data_pipeline.sources.splits import split_by_name, split_by_text
 
 OnBytes = Callable[[int], None]
 # Reasons of rejections that lose an unknown number of records.
-FILE_LOST = ("damaged_archive", "unreadable_input")
+FILE_LOST = ("damaged_archive", "unreadable_input", "memory_limit")
 
 
 class Document(NamedTuple):
@@ -128,6 +128,8 @@ class Source(abc.ABC):
         """The document of a record with fields."""
         if isinstance(record, UnicodeDecodeError):
             return Rejection(item.name, position, "not_utf8", f"byte {record.start} of a field: {record.reason}")
+        if isinstance(record, columns.OversizedText):
+            return self._too_large(item, position, f"{record.characters} characters")
         if not isinstance(record, dict):
             return Rejection(item.name, position, "malformed", f"not a record with fields but {_kind(record)}")
         text = record.get(self.config.text_field)

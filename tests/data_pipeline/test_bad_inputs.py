@@ -195,10 +195,10 @@ def test_the_fast_parser_rejects_what_the_standard_library_rejects(tmp_path, mon
 def test_a_line_is_never_held_beyond_the_limit(tmp_path):
     long = b"x" * (3 * CHUNK_BYTES)
     (tmp_path / "a").write_bytes(b"\n".join([b"a", long, b"", b"b" * 100, b"c" * 101, long]))
-    found = list(read_lines(tmp_path / "a", 100, lambda count: None))
+    found = list(read_lines(tmp_path / "a", 100, 1 << 20, lambda count: None))
     sizes = [line.bytes if isinstance(line, OversizedLine) else bytes(line) for line in found]
     assert sizes == [b"a", len(long), b"", b"b" * 100, 101, len(long)]
-    whole = [bytes(line) for line in read_lines(tmp_path / "a", len(long), lambda count: None)]
+    whole = [bytes(line) for line in read_lines(tmp_path / "a", len(long), 1 << 20, lambda count: None)]
     assert whole == [b"a", long, b"", b"b" * 100, b"c" * 101, long]
 
 

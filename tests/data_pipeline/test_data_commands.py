@@ -164,6 +164,14 @@ def test_presets_are_valid(data, tokenizer):
         ),
         ({"data": DataConfig(tolerance=ToleranceConfig(damaged_files=-1))}, "data.tolerance.damaged_files: must be at"),
         ({"data": DataConfig(max_record_bytes=0)}, "data.max_record_bytes: must be between 1 and 1073741824 (0)"),
+        (
+            {"data": DataConfig("jsonl", "raw", ["*"], max_reader_bytes=1000)},
+            "data.max_reader_bytes: must be between 16777216 and 1099511627776 (1000)",
+        ),
+        (
+            {"data": DataConfig("datasets", "raw", max_reader_bytes=2**25)},
+            "data.max_reader_bytes: kind=datasets does not use it (33554432); leave it out",
+        ),
         ({"tokenizer": TokenizerConfig(backend="magic")}, "tokenizer.backend: no such library ('magic')"),
     ],
 )
