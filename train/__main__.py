@@ -23,7 +23,7 @@ Choices (group=choice):
   model       xlstm_7b, xlstm_160m, neurips_125m_7_1, llama_160m, tiny, ...   (conf/model/)
   parallel    zero0, zero1, zero2, zero3      precision   bf16, fp32
   schedule    cosine, linear_to_zero, wsd, xlstm_7b_exponential, constant
-  recipe, optimizer, checkpoint, evaluation, logging, experiment              (conf/<group>/)
+  recipe, optimizer, checkpoint, evaluation, logging, alerts, experiment      (conf/<group>/)
 A model brings the learning rate, schedule and batch of its recipe; what you give wins.
 Every value can be set:  training.global_batch_size=512 optimizer.learning_rate=1e-3 ...   See docs/configuration.md.
 

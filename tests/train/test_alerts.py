@@ -176,3 +176,11 @@ def test_a_webhook_that_is_not_there_costs_a_run_nothing(settings, tmp_path):
     assert run_plainly([*settings, rule, "alerts.webhook=http://127.0.0.1:9/secret"]) == 0
     log = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
     assert "a message to the webhook of alerts did not arrive" in log and "secret" not in log
+
+
+@pytest.mark.slow
+def test_an_alert_is_one_of_wandb_too(settings, tmp_path):
+    rule = "+alerts.rules.low_loss={figure: loss, above: 0.1}"
+    assert run_plainly([*settings, rule, "logging.wandb.mode=offline"]) == 0
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"run: low_loss" in file.read_bytes()
