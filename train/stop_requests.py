@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.lasting_output import LastingOutput
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 Answer = Callable[[signal.Signals], None]
 
 

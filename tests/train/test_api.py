@@ -22,12 +22,13 @@ from train import train
 from train.callbacks.base import Callback
 from train.config import RunConfig
 from train.run_directory import RunLock
+from train.stop_requests import SIGNALS
 
 
 def surroundings():
     import torch
 
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    names = SIGNALS
     return {
         "signals": [str(signal.getsignal(name)) for name in names],
         "handlers": [str(handler) for handler in logging.getLogger().handlers],

@@ -57,7 +57,7 @@ def test_another_seed_under_the_same_name_exits_2(tiny_run, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, number, reason",
-    [(1, signal.SIGINT, "SIGINT"), (2, signal.SIGUSR1, "SIGUSR1")],
+    [(1, signal.SIGINT, "SIGINT"), (2, signal.SIGUSR2, "SIGUSR2")],
 )
 def test_a_signal_ends_the_run_with_a_checkpoint_and_exits_0(tiny_run, tmp_path, processes, number, reason):
     overrides = [*tiny_run, "training.total_steps=4000"]

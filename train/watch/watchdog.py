@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 # What is on the board: of each rank its beat and its stack; of the run, who ended first.
 _FIRST_END = "first end"
-# Frames below these folders wait for other ranks.
-_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
+# Frames of these files wait for other ranks.
+_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/train/parallel/mesh.py")
 # Innermost frames that are told of a rank.
 _FRAMES = 12
 # Seconds between two beats, at most.
@@ -159,7 +159,7 @@ class Watchdog:
         """Tell the others where this rank is."""
         frame = sys._current_frames().get(self._trainer)
         stack = [] if frame is None else list(_frames(frame))
-        waits = any(folder in line for line in stack for folder in _COLLECTIVES)
+        waits = any(part in line for line in stack for part in _COLLECTIVES)
         beat = Beat(next(self._numbers), self._mesh.whereabouts.now, waits, self._host, self._process, self._created)
         if self._board is None:
             self._judge.see({self._mesh.rank: beat}, time.monotonic())
@@ -351,7 +351,7 @@ def _frames(frame: FrameType) -> Iterator[str]:
 def _is_of_collective(error: BaseException) -> bool:
     """Whether an exception was raised by what moves tensors between ranks."""
     return type(error).__module__.startswith("torch.") or any(
-        folder in frame.filename for frame in traceback.extract_tb(error.__traceback__) for folder in _COLLECTIVES
+        part in frame.filename for frame in traceback.extract_tb(error.__traceback__) for part in _COLLECTIVES
     )
 
 

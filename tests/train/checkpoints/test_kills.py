@@ -159,7 +159,8 @@ def run_and_kill(overrides, tmp_path, steps, kills, layouts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.layouts)])
+@pytest.mark.layouts
+@pytest.mark.parametrize("kills", [30])
 def test_kills_at_one_layout_leave_no_trace(kills, overrides, tmp_path):
     steps = 12 * kills
     supervised = run_and_kill(overrides, tmp_path, steps, kills, [LAYOUTS[3]])
@@ -167,8 +168,10 @@ def test_kills_at_one_layout_leave_no_trace(kills, overrides, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.layouts)])
-def test_kills_under_changing_layouts_lose_and_repeat_no_sample(kills, overrides, tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "layouts"), [(3, LAYOUTS[:8]), pytest.param(60, LAYOUTS, marks=pytest.mark.layouts)], ids=["3", "60"]
+)
+def test_kills_under_changing_layouts_lose_and_repeat_no_sample(kills, layouts, overrides, tmp_path):
     steps = 12 * kills
-    supervised = run_and_kill(overrides, tmp_path, steps, kills, LAYOUTS)
+    supervised = run_and_kill(overrides, tmp_path, steps, kills, layouts)
     check(supervised, overrides, tmp_path, steps, kills, is_bitwise=False)

@@ -1,6 +1,7 @@
 """`python -m train` of which one rank gets into trouble: troubled_train.py RANK KIND STEP OVERRIDE...
 
-main([...])    KIND: what the rank does at the beginning of step STEP; by TROUBLES
+main([...])    KIND: what the rank does at the beginning of step STEP, by TROUBLES; after a colon the part of a step
+               in which it does so, instead: "sleep:forward"
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ class Trouble(Callback):
 
     def on_step_start(self, trainer: Trainer) -> None:
         if (trainer.mesh.rank, trainer.step) == (self._rank, self._step):
-            TROUBLES[self._kind]()
+            trouble, _, part = self._kind.partition(":")
+            if part:
+                trainer.model.register_forward_pre_hook(lambda *_: TROUBLES[trouble]())
+            else:
+                TROUBLES[trouble]()
 
 
 def main(arguments: list[str]) -> int:
