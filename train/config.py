@@ -154,6 +154,12 @@ class CheckpointConfig:
     max_failed_saves: int = 8
     # Checkpoints at multiples of this step are kept for good; null: none.
     keep_every: int | None = None
+    # A held-out set (<set> or <set>/<source>): of the checkpoints at whose step it was scored, the one with the lowest
+    # loss is kept until a better one is; null: none.
+    keep_best: str | None = None
+    # Write one where the last phase of the schedule begins (the decay of wsd, a cooldown), and keep it for good: from
+    # there a run can be extended or branched.
+    keep_before_decay: bool = True
     # A damaged or unreadable checkpoint is passed over, named in the log and the events, and the one before is taken
     # (skip), or it ends the run (fail). One of a later version is refused in either case.
     on_corrupt: str = "skip"

@@ -50,6 +50,7 @@ from train.run_directory import (
     environment_description,
     write_atomically,
 )
+from train.schedule import last_phase_begins
 from train.stop_requests import OUTSIDE_TRAINING
 from train.stored_configuration import as_yaml, configuration_before
 from train.watch.ends import SIGNAL, End, end_of, remove_ends, unreported_end
@@ -346,7 +347,9 @@ def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
     free, there = shutil.disk_usage(directory.path).free, len(complete_checkpoints(directory.checkpoints))
     interval = config.checkpoint.interval
     to_come = 1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval)
-    missing = max(1, min(to_come, config.checkpoint.keep_last + 1 - there))
+    decays = last_phase_begins(config.schedule, plan.total_steps) is not None
+    beyond = int(config.checkpoint.keep_best is not None) + int(config.checkpoint.keep_before_decay and decays)
+    missing = max(1, min(to_come, config.checkpoint.keep_last + beyond + 1 - there))
     if free < missing * plan.checkpoint_bytes:
         raise RunError(
             f"{directory.path} has {gib(free)} free, and {missing} more checkpoints of {gib(plan.checkpoint_bytes)} "

@@ -11,7 +11,7 @@ from typing import Any
 
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
-from train.schedule import learning_rate
+from train.schedule import last_phase_begins, learning_rate
 from train.stored_configuration import as_json, in_current_form
 
 
@@ -37,10 +37,24 @@ def schedule_length(config: RunConfig, state: TrainState) -> int:
 
 def learning_rate_of_next_step(config: RunConfig, state: TrainState) -> float:
     """The rate of the step that follows `state`."""
-    position: float = state.applied_steps
+    rate, length = config.optimizer.learning_rate, schedule_length(config, state)
+    return learning_rate(config.schedule, rate, _position(config, state), length)
+
+
+def last_phase_begins_now(config: RunConfig, state: TrainState) -> bool:
+    """Whether the latest step was the last one before the rate falls for good (`train.schedule.last_phase_begins`)."""
+    begins = last_phase_begins(config.schedule, schedule_length(config, state))
+    step = 1.0
     if config.training.total_tokens is not None:
-        position = state.applied_tokens / state.schedule_step_tokens
-    return learning_rate(config.schedule, config.optimizer.learning_rate, position, schedule_length(config, state))
+        step = config.tokens_per_step / state.schedule_step_tokens
+    return begins is not None and _position(config, state) - step < begins <= _position(config, state)
+
+
+def _position(config: RunConfig, state: TrainState) -> float:
+    """Where the run stands in its schedule, in the steps that the schedule counts."""
+    if config.training.total_tokens is None:
+        return state.applied_steps
+    return state.applied_tokens / state.schedule_step_tokens
 
 
 def begin(config: RunConfig, data_identity: dict[str, Any]) -> TrainState:

@@ -75,6 +75,13 @@ def describe_schedule(config: ScheduleConfig, total_steps: int) -> str:
     return ", ".join(parts)
 
 
+def last_phase_begins(config: ScheduleConfig, total_steps: int) -> int | None:
+    """The step after which the rate begins to fall for good, by the decay of wsd or a cooldown; None without one."""
+    duration = config.decay if config.kind == "wsd" else config.cooldown
+    steps = duration_in_steps(duration, total_steps)
+    return total_steps - steps if steps else None
+
+
 def learning_rate(config: ScheduleConfig, peak: float, step: float, total_steps: int) -> float:
     """The learning rate of the step that follows `step` applied optimizer steps (0: the first step of the run).
 

@@ -355,8 +355,11 @@ class Trainer:
         if not isinstance(decision, Continue):
             self._wishes.append(decision)
 
-    def save_checkpoint(self) -> None:
-        """Start writing a checkpoint of the completed steps, when the one before is settled. Collective."""
+    def save_checkpoint(self, staying: frozenset[int] = frozenset()) -> None:
+        """Start writing a checkpoint of the completed steps, when the one before is settled. Collective.
+
+        `staying`: steps whose checkpoints are not deleted to make room.
+        """
         self.settle_save()
         self.mesh.whereabouts.enter(SAVE)
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
@@ -367,6 +370,7 @@ class Trainer:
         def on_complete(folder: Path, seconds: float) -> None:
             self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
 
+        self._writer.staying = staying
         self._writer.save(self.engine, self.state, on_complete)
         self.mesh.whereabouts.enter(BETWEEN_STEPS)
 

@@ -249,6 +249,14 @@ def validate_evaluation(config: RunConfig) -> list[str]:
     return problems
 
 
+def _validate_keep_best(config: RunConfig) -> list[str]:
+    name, sets = config.checkpoint.keep_best, config.evaluation.sets
+    if name is None or name.partition("/")[0] in sets:
+        return []
+    known = f"choose one of {', '.join(sets)}" if sets else "the run has none; see evaluation.sets"
+    return [f"checkpoint.keep_best: no such held-out set ({name}); {known}"]
+
+
 def _validate_intervals(config: RunConfig) -> list[str]:
     problems = [
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
@@ -256,6 +264,7 @@ def _validate_intervals(config: RunConfig) -> list[str]:
         *at_least("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 0),
         *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
         *choice("checkpoint.on_corrupt", config.checkpoint.on_corrupt, ON_CORRUPT),
+        *_validate_keep_best(config),
         *validate_evaluation(config),
         *at_least("logging.interval", config.logging.interval, 1),
         *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),

@@ -72,6 +72,8 @@ class CheckpointWriter:
         self.rank = mesh.rank
         self.keep_last = config.keep_last
         self.keep_every = config.keep_every
+        # Steps whose checkpoints are kept beyond that.
+        self.staying: frozenset[int] = frozenset()
         # The step whose checkpoint is on disk already, or on its way.
         self._last_step = resumed_step
         self._thread: threading.Thread | None = None
@@ -238,7 +240,9 @@ class CheckpointWriter:
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
         with deciding_what_stays(self.root):
             for folder in complete[: -self.keep_last]:
-                if not stays(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
+                step = step_of(folder)
+                is_one_of_every = self.keep_every is not None and step % self.keep_every == 0
+                if not (stays(folder) or is_one_of_every or step in self.staying):
                     try:
                         remove(folder)
                     except OSError as error:

@@ -2,11 +2,13 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
+from train.callbacks.base import Callback
 from train.checkpoint import main
 from train.checkpoints.layout import (
     begin_staging,
@@ -17,8 +19,12 @@ from train.checkpoints.layout import (
     put_in_place,
     remove_after,
 )
+from train.decisions import CONTINUE
+from train.evaluate import EvaluationResult
 from train.interpreter import python_name
+from train.length import last_phase_begins_now
 from train.parallel.fragments import MOMENTS
+from train.schedule import ScheduleConfig, last_phase_begins
 
 ATTEMPT = "0123456789ab"
 
@@ -44,6 +50,78 @@ def run(tmp_path):
         if step < 8:
             (checkpoints / f"step-{step:08d}" / "complete.json").write_text("{}")
     return tmp_path / "run"
+
+
+class Scores(Callback):
+    """Held-out losses as a test wants them: step -> loss."""
+
+    def __init__(self, losses):
+        self._losses = losses
+
+    def on_step_end(self, trainer):
+        if (loss := self._losses.get(trainer.step)) is not None:
+            trainer.dispatch("on_evaluation", {"validation": EvaluationResult(loss, 1.0, 1)})
+        return CONTINUE
+
+
+def steps(checkpoints):
+    return [int(name.removeprefix("step-")) for name in names(checkpoints)]
+
+
+def test_the_best_checkpoint_by_a_held_out_set_stays_until_a_better_one_is_there(small_corpus, tmp_path):
+    overrides = [f"run_root={tmp_path}", f"corpus.directory={small_corpus}", *TINY_RUN, "name=run", "schedule=constant"]
+    overrides += ["checkpoint.interval=2", "checkpoint.keep_last=1", "checkpoint.keep_best=validation"]
+    overrides += ["parallel=zero0", "evaluation.sets.validation.max_tokens=32"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    # Step 5 is the best of all and has no checkpoint.
+    scores = Scores({2: 4.0, 4: 3.0, 5: 1.0, 6: 3.5, 8: 3.2, 10: 2.0, 12: 2.5})
+    for length, expected in ((6, [4, 6]), (9, [4, 9]), (13, [10, 13])):
+        assert run_plainly([*overrides, f"training.total_steps={length}"], [scores]) == 0
+        # The set is really scored at the end of the run as well, and is worse there.
+        assert steps(checkpoints) == expected
+
+
+def test_the_last_phase_of_a_schedule_begins_with_a_checkpoint_that_stays(small_corpus, tmp_path):
+    overrides = [f"run_root={tmp_path}", f"corpus.directory={small_corpus}", *TINY_RUN, "name=run", "schedule=wsd"]
+    overrides += ["schedule.warmup=1", "schedule.decay=4", "checkpoint.interval=3", "checkpoint.keep_last=1"]
+    overrides += ["parallel=zero0"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert run_plainly([*overrides, "training.total_steps=12"]) == 0
+    assert steps(checkpoints) == [8, 12]
+    # Extended: the decay begins once more, later.
+    assert run_plainly([*overrides, "training.total_steps=20"]) == 0
+    assert steps(checkpoints) == [8, 16, 20]
+    without = [*overrides, "name=without", "training.total_steps=12", "checkpoint.keep_before_decay=false"]
+    assert run_plainly(without) == 0
+    assert steps(tmp_path / "without" / "checkpoints") == [12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        ({"kind": "wsd", "decay": 0.25, "decay_shape": "linear"}, 75),
+        ({"kind": "cosine", "cooldown": 10}, 90),
+        ({"kind": "cosine"}, None),
+        ({"kind": "constant", "final_factor": None}, None),
+    ],
+)
+def test_where_the_last_phase_of_a_schedule_begins(settings, begins):
+    assert last_phase_begins(ScheduleConfig(**settings), 100) == begins
+
+
+def test_the_last_phase_of_a_run_in_tokens_begins_at_their_count():
+    """Steps of 100 tokens for a schedule that counts steps of 60: 6,000 of 10,000 tokens are passed in step 60."""
+    config = SimpleNamespace(
+        schedule=ScheduleConfig(kind="wsd", decay=0.4, decay_shape="linear"),
+        training=SimpleNamespace(total_tokens=10_000),
+        tokens_per_step=100,
+    )
+    begun = []
+    for step in range(1, 101):
+        state = SimpleNamespace(applied_tokens=100 * step, schedule_step_tokens=60)
+        begun += [step] if last_phase_begins_now(config, state) else []
+    # The schedule has 167 steps of 60 tokens, of which 67 are the decay: it begins at 6,000 tokens.
+    assert begun == [60]
 
 
 def test_a_kept_checkpoint_outlives_pruning_until_it_is_released(small_corpus, tmp_path, capsys):
