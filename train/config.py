@@ -242,6 +242,22 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class NumbersConfig:
+    """What a run does about bad steps, which are not finite, and about processes that hold other weights than they
+    should."""
+
+    # So many bad steps among the last numbers.window take the run back to the newest checkpoint before the first of
+    # them, and it leaves out the samples that it has read since; null: never.
+    bad_steps: int | None = 5
+    # Steps that the run looks back on for it.
+    window: int = 100
+    # Spikes (logging.spike_factor) count as bad steps too.
+    count_spikes: bool = False
+    # Times that a run may go back so; where it would do so once more, it ends.
+    max_rollbacks: int = 3
+
+
+@dataclass(frozen=True)
 class WatchdogConfig:
     """When a run ends because one of its processes does not go on."""
 
@@ -277,6 +293,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    numbers: NumbersConfig = field(default_factory=NumbersConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def execution(self, device_type: str) -> str:

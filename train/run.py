@@ -9,6 +9,7 @@ from conf import ConfigError
 from conf.lasting_output import LastingOutput, lasting_output
 from data_pipeline.errors import DataError
 from model.weights import WeightsError
+from train.callbacks.bad_steps import BadSteps
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.csv_tables import CsvTables
@@ -102,7 +103,7 @@ def _twice_as_long(config: RunConfig, plan: Plan) -> str:
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
-    callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger()]
+    callbacks: list[Callback] = [Stability(), BadSteps(), MetricsFile(), WandbLogger()]
     # Behind the file that it is made from.
     if config.logging.csv:
         callbacks.append(CsvTables())

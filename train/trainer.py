@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class Trainer:
         self.last_loss = math.nan
         self.last_gradient_norm = math.nan
         self.last_learning_rate = math.nan
+        # Of the latest step: whether it was applied, and the positions of its samples in the data order.
+        self.last_was_applied = True
+        self.last_samples = range(0)
         # What this rank wishes for and all ranks have not agreed on yet.
         self._wishes: list[Decision] = []
         self._stop_reason: str | None = None
@@ -173,10 +176,10 @@ class Trainer:
         whereabouts.enter(FORWARD)
         loss = self.engine.train_batch(micro_batches, valid_tokens.clamp_min(1.0))
         whereabouts.enter(REDUCE)
-        gradient_norm = self.engine.gradient_norm()
+        norm_on_device = self.engine.gradient_norm()
         self.dispatch("on_gradients_ready")
 
-        agreement = self._agree(loss, gradient_norm, valid_tokens)
+        agreement = self._agree(loss, norm_on_device, valid_tokens)
         self.last_loss, self.last_gradient_norm = agreement.loss, agreement.gradient_norm
         if agreement.damage:
             self._report_damage()
@@ -189,7 +192,9 @@ class Trainer:
         decision = self._decide() if agreement.wishes else CONTINUE
         self.last_learning_rate = learning_rate_of_next_step(self.config, self.state)
         whereabouts.enter(STEP)
-        applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
+        # No engine sees the loss: where that is not finite, gradients that are take part in nothing.
+        gradient_norm = self.last_gradient_norm if math.isfinite(self.last_loss) else math.nan
+        applied = self.engine.step(self.last_learning_rate, gradient_norm)
         whereabouts.enter(BETWEEN_STEPS)
         self._advance(applied)
         if isinstance(decision, Rollback):
@@ -249,6 +254,8 @@ class Trainer:
 
     def _advance(self, applied: bool) -> None:
         state = self.state
+        self.last_was_applied = applied
+        self.last_samples = range(state.next_sample, state.next_sample + self.plan.global_batch_size)
         if applied:
             state.applied_steps += 1
             state.applied_tokens += self.config.tokens_per_step
@@ -270,9 +277,9 @@ class Trainer:
         state = self.state
         if state.skipped_steps > self.config.training.max_skipped_steps:
             raise RunError(
-                f"{state.skipped_steps} steps had a gradient that is not finite, more than training.max_skipped_steps="
-                f"{self.config.training.max_skipped_steps}; the last at step {state.step - 1}. Lower "
-                "optimizer.learning_rate or look at events.jsonl and the stability statistics"
+                f"{state.skipped_steps} steps had a loss or gradient that is not finite, more than "
+                f"training.max_skipped_steps={self.config.training.max_skipped_steps}; the last at step "
+                f"{state.step - 1}. Lower optimizer.learning_rate or look at events.jsonl and the stability statistics"
             )
 
     def _roll_back(self, rollback: Rollback) -> None:
@@ -280,14 +287,15 @@ class Trainer:
 
         Collective. What was saved later is deleted: a start would take it up.
         """
-        left = self.step
+        left, position = self.step, self.state.next_sample
         # A checkpoint under way may be the one to go back to.
         self.settle_save()
         self.mesh.barrier(group="world")
         self.state, checkpoint = go_back(self.context, self.engine, rollback.step)
         self._writer.rewind(self.step)
         self._restore_callbacks()
-        first_skipped, skipped = self.state.next_sample, rollback.skip * self.plan.global_batch_size
+        first_skipped, batch = self.state.next_sample, self.plan.global_batch_size
+        skipped = position - first_skipped if rollback.skip is None else rollback.skip * batch
         self.state.next_sample += skipped
         if skipped and self.engine.carried is not None:
             # The windows that come next do not follow those that the lanes have seen.
@@ -301,7 +309,8 @@ class Trainer:
             samples=skipped,
             reason=rollback.reason,
         )
-        self.dispatch("on_rollback", rollback, left)
+        # Of another batch size, which the run may have had since that checkpoint, steps are rounded up.
+        self.dispatch("on_rollback", replace(rollback, skip=-(-skipped // batch)), left)
 
     def _restore_callbacks(self) -> None:
         for callback in self.callbacks:
@@ -369,6 +378,11 @@ class Trainer:
 
         self._writer.save(self.engine, self.state, on_complete)
         self.mesh.whereabouts.enter(BETWEEN_STEPS)
+
+    def keep_checkpoint_of(self, step: int | None) -> None:
+        """Let no later checkpoint take the place of the newest one of `step` or before; None: of none. To be said
+        again whenever it changes."""
+        self._writer.kept_for_going_back = step
 
     @property
     def failed_saves(self) -> int:

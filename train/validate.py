@@ -10,7 +10,7 @@ from model.generation import sampling_problems
 from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.checkpoints.state import TrainState
-from train.config import PRECISIONS, RunConfig, SamplesConfig
+from train.config import PRECISIONS, NumbersConfig, RunConfig, SamplesConfig
 from train.data import ON_CORRUPT, validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
@@ -39,6 +39,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_time_chunk(config),
         *_validate_carry_state(config),
         *_validate_intervals(config),
+        *_validate_numbers(config.numbers),
         *validate_origin(config),
     ]
     if _length_is_known(config):
@@ -261,4 +262,18 @@ def _validate_intervals(config: RunConfig) -> list[str]:
     ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
+    return problems
+
+
+def _validate_numbers(numbers: NumbersConfig) -> list[str]:
+    problems = [
+        *at_least("numbers.bad_steps", numbers.bad_steps, 1),
+        *at_least("numbers.window", numbers.window, 1),
+        *at_least("numbers.max_rollbacks", numbers.max_rollbacks, 0),
+    ]
+    if not problems and numbers.bad_steps is not None and numbers.bad_steps > numbers.window:
+        problems.append(
+            f"numbers.bad_steps: {numbers.bad_steps} bad steps are never among the last {numbers.window} "
+            "(numbers.window); raise the window, or set numbers.bad_steps=null to never go back"
+        )
     return problems
