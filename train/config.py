@@ -255,6 +255,10 @@ class NumbersConfig:
     count_spikes: bool = False
     # Times that a run may go back so; where it would do so once more, it ends.
     max_rollbacks: int = 3
+    # Steps between comparisons of the weights that several processes hold alike, bit for bit; 0: never.
+    compare_interval: int = 1000
+    # Compare also the gradients of those steps; with parallel.zero_stage=0, where every process has all of them.
+    compare_gradients: bool = False
 
 
 @dataclass(frozen=True)

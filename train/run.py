@@ -21,6 +21,7 @@ from train.callbacks.samples import Samples
 from train.callbacks.stability import Stability
 from train.callbacks.tensorboard_logger import TensorBoardLogger
 from train.callbacks.wandb_logger import WandbLogger
+from train.callbacks.weight_comparison import WeightComparison
 from train.checkpoints.layout import CheckpointError
 from train.config import RunConfig
 from train.context import RunContext, open_run
@@ -112,4 +113,4 @@ def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Cal
     if config.logging.progress:
         callbacks.append(Progress())
     sampling = [Samples()] if config.logging.samples.interval else []
-    return [*callbacks, *more, Preemption(), Evaluation(), *sampling, Checkpointing()]
+    return [*callbacks, *more, Preemption(), WeightComparison(), Evaluation(), *sampling, Checkpointing()]

@@ -39,7 +39,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_time_chunk(config),
         *_validate_carry_state(config),
         *_validate_intervals(config),
-        *_validate_numbers(config.numbers),
+        *_validate_numbers(config.numbers, config.parallel.zero_stage),
         *validate_origin(config),
     ]
     if _length_is_known(config):
@@ -265,15 +265,25 @@ def _validate_intervals(config: RunConfig) -> list[str]:
     return problems
 
 
-def _validate_numbers(numbers: NumbersConfig) -> list[str]:
+def _validate_numbers(numbers: NumbersConfig, zero_stage: int) -> list[str]:
     problems = [
         *at_least("numbers.bad_steps", numbers.bad_steps, 1),
         *at_least("numbers.window", numbers.window, 1),
         *at_least("numbers.max_rollbacks", numbers.max_rollbacks, 0),
+        *at_least("numbers.compare_interval", numbers.compare_interval, 0),
     ]
     if not problems and numbers.bad_steps is not None and numbers.bad_steps > numbers.window:
         problems.append(
             f"numbers.bad_steps: {numbers.bad_steps} bad steps are never among the last {numbers.window} "
             "(numbers.window); raise the window, or set numbers.bad_steps=null to never go back"
+        )
+    if numbers.compare_gradients and zero_stage > 0:
+        problems.append(
+            f"numbers.compare_gradients: with parallel.zero_stage={zero_stage} each process keeps another part of the "
+            "gradients, and there is nothing to compare; set parallel.zero_stage=0 or numbers.compare_gradients=false"
+        )
+    if numbers.compare_gradients and not numbers.compare_interval:
+        problems.append(
+            "numbers.compare_gradients: nothing is compared at any step (numbers.compare_interval=0); set an interval"
         )
     return problems
