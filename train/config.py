@@ -51,6 +51,10 @@ class TrainingConfig:
     kernel_preflight: bool = True
     # Non-finite steps that a run may skip before it stops.
     max_skipped_steps: int = 20
+    # Samples that no step reads, as windows of the run's order: [[first, count], ...], such as those of a step that an
+    # event names. A step that would read any of them begins behind the window. What lies behind the run's position
+    # changes nothing.
+    skip_samples: list[list[int]] = field(default_factory=list)
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
     cpu_threads: int | None = None
 
@@ -336,6 +340,11 @@ class RunConfig:
             )
             if is_so
         ]
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """Windows of the order that no step reads: first sample, how many."""
+        return [(first, count) for first, count in self.training.skip_samples]
 
     @property
     def tokens_per_step(self) -> int:

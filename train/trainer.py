@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from data_pipeline.ordering.left_out import begin_of_step
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import StepLoader
 from train.checkpoints.writer import CheckpointWriter
@@ -154,6 +155,7 @@ class Trainer:
             workers=self.config.corpus.workers,
             sequence_rank=self.mesh.sequence,
             sequence_ranks=shape.sequence,
+            left_out=self.config.left_out,
         )
         with contextlib.closing(loader):
             self.restart_clock()
@@ -169,6 +171,7 @@ class Trainer:
         """One optimizer step over the global batch; returns what all ranks agree to do after it."""
         whereabouts = self.mesh.whereabouts
         whereabouts.begin_step(self.step)
+        self._leave_out()
         self.dispatch("on_step_start")
         micro_batches = self._next_micro_batches(loader)
         whereabouts.enter(REDUCE)
@@ -207,6 +210,21 @@ class Trainer:
             self._log()
         self.dispatch("on_step_end")
         return decision
+
+    def _leave_out(self) -> None:
+        """Where the next samples are left out, go on behind them, as the loader does."""
+        first, batch = self.state.next_sample, self.plan.global_batch_size
+        behind = begin_of_step(first, batch, self.config.left_out)
+        if behind > first:
+            self.events.append("left_out", step=self.step, first_sample=first, samples=behind - first)
+            self._move_on_to(behind)
+
+    def _move_on_to(self, sample: int) -> None:
+        """Go on elsewhere in the data."""
+        if sample != self.state.next_sample and self.engine.carried is not None:
+            # The windows that come next do not follow those that the lanes have seen.
+            self.engine.carried.clear()
+        self.state.next_sample = sample
 
     def _next_micro_batches(self, loader: StepLoader) -> list[Batch]:
         started = time.perf_counter()
@@ -296,10 +314,7 @@ class Trainer:
         self._restore_callbacks()
         first_skipped, batch = self.state.next_sample, self.plan.global_batch_size
         skipped = position - first_skipped if rollback.skip is None else rollback.skip * batch
-        self.state.next_sample += skipped
-        if skipped and self.engine.carried is not None:
-            # The windows that come next do not follow those that the lanes have seen.
-            self.engine.carried.clear()
+        self._move_on_to(first_skipped + skipped)
         self.events.append(
             "rollback",
             step=left,

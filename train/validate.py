@@ -74,6 +74,11 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.z_loss_weight: must be 0 (no z-loss) or positive ({training.z_loss_weight})")
     if training.max_skipped_steps < 0:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
+    problems += [
+        f"training.skip_samples[{number}]: needs [first sample, at least 0; how many, at least 1] ({window})"
+        for number, window in enumerate(training.skip_samples)
+        if len(window) != 2 or window[0] < 0 or window[1] < 1
+    ]
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
     per_replica = config.parallel.pipeline * config.parallel.sequence
