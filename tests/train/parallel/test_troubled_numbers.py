@@ -109,6 +109,20 @@ def test_a_run_with_a_flipped_bit_ends_within_the_interval_and_names_the_ranks(t
 
 
 @pytest.mark.layouts
+@pytest.mark.parametrize("name", ENGINES)
+def test_nan_that_stays_ends_the_run_after_so_many_rollbacks(small_corpus, tmp_path, name):
+    settings = [*ENGINES[name], "numbers.max_rollbacks=1", "training.max_skipped_steps=100"]
+    done = start(tmp_path, small_corpus, {name: (settings, {"poison": list(range(4, 100))})})
+    assert done.returncode == 1, done.stderr
+    (event,) = events_of(tmp_path / name, "rollback")
+    assert (event["step"], event["to_step"], event["samples"]) == (8, 4, 4 * SAMPLES)
+    (error,) = events_of(tmp_path / name, "error")
+    assert "3 of the last 4 steps were bad, from step 4 (samples 64:8) to step 6 (samples 80:8)" in error["message"]
+    assert "going back once (numbers.max_rollbacks=1) has not helped" in error["message"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.layouts
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "pipeline"])
 def test_every_engine_ends_a_run_with_a_flipped_bit(small_corpus, tmp_path, name):
     """A stage of a pipeline without replicas and fp32 weights has nothing to compare with."""
