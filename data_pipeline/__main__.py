@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", type=int, metavar="I", help="show sample I of a run: where it comes from, its text"
     )
     inspect.add_argument(
+        "--samples",
+        metavar="FIRST:COUNT",
+        help="the same of COUNT samples from FIRST on, such as those of a step that events.jsonl names",
+    )
+    inspect.add_argument(
         "--run",
         type=_folder,
         metavar="RUN",
@@ -117,6 +122,14 @@ def _folder(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _window(text: str) -> tuple[int, int]:
+    first, _, count = text.partition(":")
+    try:
+        return int(first), int(count)
+    except ValueError:
+        raise ConfigError([f"--samples: needs FIRST:COUNT with two whole numbers ({text})"]) from None
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from conf import compose
     from data_pipeline.preparing.config import PrepareConfig
@@ -130,23 +143,30 @@ def _prepare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from data_pipeline.corpus.corpus import Corpus
     from data_pipeline.corpus.inspection import show_corpus
-    from data_pipeline.reading.inspection import show_sample
+    from data_pipeline.reading.inspection import show_samples
     from data_pipeline.reading.run_order import open_order
     from data_pipeline.reading.stream import Lanes
 
     keys = ("split", "sequence_length", "seed", "weight", "window_shards")
     given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
-    if options.sample is None:
+    window = None if options.sample is None else (options.sample, 1)
+    if window is None and options.samples is not None:
+        window = _window(options.samples)
+    if window is None:
         if given or options.run_directory is not None:
             raise ConfigError([f"{names or '--run'}: only --sample uses it; say which with --sample I"])
         show_corpus(options.directory)
         return 0
+    if options.sample is not None and options.samples is not None:
+        raise ConfigError(["--samples: --sample is another way to say which; leave out one of the two"])
     if given and options.run_directory is not None:
         raise ConfigError([f"{names}: --run {options.run_directory} says it already; leave out one of the two"])
     # The order is computed in 64 bits.
-    if not 0 <= options.sample < 2**62:
-        raise ConfigError([f"--sample: must be at least 0 and below 2^62 ({options.sample})"])
+    if not 0 <= window[0] < 2**62:
+        raise ConfigError([f"--sample: must be at least 0 and below 2^62 ({window[0]})"])
+    if window[1] < 1:
+        raise ConfigError([f"--samples: must be at least one sample ({window[0]}:{window[1]})"])
     try:
         if options.run_directory is not None:
             order, sequence_length, seed, global_batch_size, windows = _order_of_run(options.run_directory)
@@ -160,7 +180,8 @@ def _inspect(options: argparse.Namespace) -> int:
             windows = None
         corpus = Corpus.open(options.directory)
         lanes = None if windows is None else Lanes(global_batch_size, windows)
-        show_sample(open_order(corpus, order, sequence_length, seed, global_batch_size, lanes=lanes), options.sample)
+        stream = open_order(corpus, order, sequence_length, seed, global_batch_size, lanes=lanes)
+        show_samples(stream, *window)
     except ConfigError:
         raise
     except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TYPES = {
+    "bool": bool,
     "int": int,
     "integer": int,
     "float": (int, float),
@@ -45,4 +46,4 @@ def _is_one(value: object, word: str) -> bool:
         return isinstance(value, list) and all(_is_one(item, word.removeprefix("list of ")) for item in value)
     if word.split()[0] == "hex":
         return isinstance(value, str) and re.fullmatch("[0-9a-f]+", value) is not None
-    return isinstance(value, TYPES[word]) and not isinstance(value, bool)
+    return isinstance(value, TYPES[word]) and isinstance(value, bool) == (word == "bool")

@@ -52,6 +52,10 @@ class TrainingConfig:
     kernel_preflight: bool = True
     # Non-finite steps that a run may skip before it stops.
     max_skipped_steps: int = 20
+    # Samples that no step reads, as windows of the run's order: [[first, count], ...], such as those of a step that an
+    # event names. A step that would read any of them begins behind the window. What lies behind the run's position
+    # changes nothing.
+    skip_samples: list[list[int]] = field(default_factory=list)
     # Processes of the run that compute on one host when there is no GPU; threads of each (null: torch's choice).
     cpu_threads: int | None = None
 
@@ -249,6 +253,26 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class NumbersConfig:
+    """What a run does about bad steps, which are not finite, and about processes that hold other weights than they
+    should."""
+
+    # So many bad steps among the last numbers.window take the run back to the newest checkpoint before the first of
+    # them, and it leaves out the samples that it has read since; null: never.
+    bad_steps: int | None = 5
+    # Steps that the run looks back on for it.
+    window: int = 100
+    # Spikes (logging.spike_factor) count as bad steps too.
+    count_spikes: bool = False
+    # Times that a run may go back so; where it would do so once more, it ends.
+    max_rollbacks: int = 3
+    # Steps between comparisons of the weights that several processes hold alike, bit for bit; 0: never.
+    compare_interval: int = 1000
+    # Compare also the gradients of those steps; with parallel.zero_stage=0, where every process has all of them.
+    compare_gradients: bool = False
+
+
+@dataclass(frozen=True)
 class WatchdogConfig:
     """When a run ends because one of its processes does not go on."""
 
@@ -284,6 +308,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    numbers: NumbersConfig = field(default_factory=NumbersConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
@@ -323,6 +348,11 @@ class RunConfig:
             )
             if is_so
         ]
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """Windows of the order that no step reads: first sample, how many."""
+        return [(first, count) for first, count in self.training.skip_samples]
 
     @property
     def tokens_per_step(self) -> int:

@@ -27,11 +27,12 @@ class Rollback:
     """Go back to the checkpoint of `step`, or to the newest before it, and leave out data.
 
     The beginning of the run counts as the checkpoint of step 0. `skip`: optimizer steps whose samples, counted from the
-    position of that checkpoint, are not read again. `reason` is told to whoever reads events.jsonl.
+    position of that checkpoint, are not read again; None: all that the run has read since. `reason` is told to whoever
+    reads events.jsonl.
     """
 
     step: int
-    skip: int
+    skip: int | None
     reason: str = ""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.ordering.left_out import position_after
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
 from model.hardware import CPU, Hardware
 from model.memory import state_bytes, states_between_chunks_bytes
@@ -244,7 +245,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         tokens_per_step=config.tokens_per_step,
         total_steps=state.step + left,
         total_tokens=total_tokens,
-        total_samples=state.next_sample + left * training.global_batch_size,
+        total_samples=position_after(state.next_sample, left, training.global_batch_size, config.left_out),
         completed_steps=state.step,
         completed_tokens=state.tokens,
         parameters=counted.total,

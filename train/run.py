@@ -10,6 +10,7 @@ from conf.lasting_output import LastingOutput, lasting_output
 from data_pipeline.errors import DataError
 from model.weights import WeightsError
 from train.callbacks.alerts import Alerts
+from train.callbacks.bad_steps import BadSteps
 from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.csv_tables import CsvTables
@@ -21,6 +22,7 @@ from train.callbacks.samples import Samples
 from train.callbacks.stability import Stability
 from train.callbacks.tensorboard_logger import TensorBoardLogger
 from train.callbacks.wandb_logger import WandbLogger
+from train.callbacks.weight_comparison import WeightComparison
 from train.checkpoints.layout import CheckpointError
 from train.config import RunConfig
 from train.context import RunContext, open_run
@@ -103,7 +105,7 @@ def _twice_as_long(config: RunConfig, plan: Plan) -> str:
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
-    callbacks: list[Callback] = [Stability(), MetricsFile(), WandbLogger(), Alerts()]
+    callbacks: list[Callback] = [Stability(), BadSteps(), MetricsFile(), WandbLogger(), Alerts()]
     # Behind the file that it is made from.
     if config.logging.csv:
         callbacks.append(CsvTables())
@@ -112,4 +114,4 @@ def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Cal
     if config.logging.progress:
         callbacks.append(Progress())
     sampling = [Samples()] if config.logging.samples.interval else []
-    return [*callbacks, *more, Preemption(), Evaluation(), *sampling, Checkpointing()]
+    return [*callbacks, *more, Preemption(), WeightComparison(), Evaluation(), *sampling, Checkpointing()]

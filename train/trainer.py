@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from data_pipeline.ordering.left_out import begin_of_step
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import StepLoader
 from train.checkpoints.writer import CheckpointWriter
@@ -60,6 +61,9 @@ class Trainer:
         self.last_loss = math.nan
         self.last_gradient_norm = math.nan
         self.last_learning_rate = math.nan
+        # Of the latest step: whether it was applied, and the positions of its samples in the data order.
+        self.last_was_applied = True
+        self.last_samples = range(0)
         # What this rank wishes for and all ranks have not agreed on yet.
         self._wishes: list[Decision] = []
         self._stop_reason: str | None = None
@@ -151,6 +155,7 @@ class Trainer:
             workers=self.config.corpus.workers,
             sequence_rank=self.mesh.sequence,
             sequence_ranks=shape.sequence,
+            left_out=self.config.left_out,
         )
         with contextlib.closing(loader):
             self.restart_clock()
@@ -166,6 +171,7 @@ class Trainer:
         """One optimizer step over the global batch; returns what all ranks agree to do after it."""
         whereabouts = self.mesh.whereabouts
         whereabouts.begin_step(self.step)
+        self._leave_out()
         self.dispatch("on_step_start")
         micro_batches = self._next_micro_batches(loader)
         whereabouts.enter(REDUCE)
@@ -173,10 +179,10 @@ class Trainer:
         whereabouts.enter(FORWARD)
         loss = self.engine.train_batch(micro_batches, valid_tokens.clamp_min(1.0))
         whereabouts.enter(REDUCE)
-        gradient_norm = self.engine.gradient_norm()
+        norm_on_device = self.engine.gradient_norm()
         self.dispatch("on_gradients_ready")
 
-        agreement = self._agree(loss, gradient_norm, valid_tokens)
+        agreement = self._agree(loss, norm_on_device, valid_tokens)
         self.last_loss, self.last_gradient_norm = agreement.loss, agreement.gradient_norm
         if agreement.damage:
             self._report_damage()
@@ -189,7 +195,9 @@ class Trainer:
         decision = self._decide() if agreement.wishes else CONTINUE
         self.last_learning_rate = learning_rate_of_next_step(self.config, self.state)
         whereabouts.enter(STEP)
-        applied = self.engine.step(self.last_learning_rate, self.last_gradient_norm)
+        # No engine sees the loss: where that is not finite, gradients that are take part in nothing.
+        gradient_norm = self.last_gradient_norm if math.isfinite(self.last_loss) else math.nan
+        applied = self.engine.step(self.last_learning_rate, gradient_norm)
         whereabouts.enter(BETWEEN_STEPS)
         self._advance(applied)
         if isinstance(decision, Rollback):
@@ -202,6 +210,21 @@ class Trainer:
             self._log()
         self.dispatch("on_step_end")
         return decision
+
+    def _leave_out(self) -> None:
+        """Where the next samples are left out, go on behind them, as the loader does."""
+        first, batch = self.state.next_sample, self.plan.global_batch_size
+        behind = begin_of_step(first, batch, self.config.left_out)
+        if behind > first:
+            self.events.append("left_out", step=self.step, first_sample=first, samples=behind - first)
+            self._move_on_to(behind)
+
+    def _move_on_to(self, sample: int) -> None:
+        """Go on elsewhere in the data."""
+        if sample != self.state.next_sample and self.engine.carried is not None:
+            # The windows that come next do not follow those that the lanes have seen.
+            self.engine.carried.clear()
+        self.state.next_sample = sample
 
     def _next_micro_batches(self, loader: StepLoader) -> list[Batch]:
         started = time.perf_counter()
@@ -249,6 +272,8 @@ class Trainer:
 
     def _advance(self, applied: bool) -> None:
         state = self.state
+        self.last_was_applied = applied
+        self.last_samples = range(state.next_sample, state.next_sample + self.plan.global_batch_size)
         if applied:
             state.applied_steps += 1
             state.applied_tokens += self.config.tokens_per_step
@@ -270,9 +295,9 @@ class Trainer:
         state = self.state
         if state.skipped_steps > self.config.training.max_skipped_steps:
             raise RunError(
-                f"{state.skipped_steps} steps had a gradient that is not finite, more than training.max_skipped_steps="
-                f"{self.config.training.max_skipped_steps}; the last at step {state.step - 1}. Lower "
-                "optimizer.learning_rate or look at events.jsonl and the stability statistics"
+                f"{state.skipped_steps} steps had a loss or gradient that is not finite, more than "
+                f"training.max_skipped_steps={self.config.training.max_skipped_steps}; the last at step "
+                f"{state.step - 1}. Lower optimizer.learning_rate or look at events.jsonl and the stability statistics"
             )
 
     def _roll_back(self, rollback: Rollback) -> None:
@@ -280,18 +305,16 @@ class Trainer:
 
         Collective. What was saved later is deleted: a start would take it up.
         """
-        left = self.step
+        left, position = self.step, self.state.next_sample
         # A checkpoint under way may be the one to go back to.
         self.settle_save()
         self.mesh.barrier(group="world")
         self.state, checkpoint = go_back(self.context, self.engine, rollback.step)
         self._writer.rewind(self.step)
         self._restore_callbacks()
-        first_skipped, skipped = self.state.next_sample, rollback.skip * self.plan.global_batch_size
-        self.state.next_sample += skipped
-        if skipped and self.engine.carried is not None:
-            # The windows that come next do not follow those that the lanes have seen.
-            self.engine.carried.clear()
+        first_skipped, batch = self.state.next_sample, self.plan.global_batch_size
+        skipped = position - first_skipped if rollback.skip is None else rollback.skip * batch
+        self._move_on_to(first_skipped + skipped)
         self.events.append(
             "rollback",
             step=left,
@@ -301,7 +324,8 @@ class Trainer:
             samples=skipped,
             reason=rollback.reason,
         )
-        self.dispatch("on_rollback", rollback, left)
+        # Of another batch size, which the run may have had since that checkpoint, steps are rounded up.
+        self.dispatch("on_rollback", replace(rollback, skip=-(-skipped // batch)), left)
 
     def _restore_callbacks(self) -> None:
         for callback in self.callbacks:
@@ -373,6 +397,11 @@ class Trainer:
         self._writer.staying = staying
         self._writer.save(self.engine, self.state, on_complete)
         self.mesh.whereabouts.enter(BETWEEN_STEPS)
+
+    def keep_checkpoint_of(self, step: int | None) -> None:
+        """Let no later checkpoint take the place of the newest one of `step` or before; None: of none. To be said
+        again whenever it changes."""
+        self._writer.kept_for_going_back = step
 
     @property
     def failed_saves(self) -> int:

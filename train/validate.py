@@ -11,7 +11,7 @@ from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.alert_rules import validate_alerts
 from train.checkpoints.state import TrainState
-from train.config import PRECISIONS, RunConfig, SamplesConfig
+from train.config import PRECISIONS, NumbersConfig, RunConfig, SamplesConfig
 from train.data import ON_CORRUPT, validate_corpus
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
@@ -40,6 +40,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_time_chunk(config),
         *_validate_carry_state(config),
         *_validate_intervals(config),
+        *_validate_numbers(config.numbers, config.parallel.zero_stage),
         *validate_origin(config),
     ]
     if _length_is_known(config):
@@ -75,6 +76,11 @@ def _validate_training(config: RunConfig, world_size: int) -> list[str]:
         problems.append(f"training.z_loss_weight: must be 0 (no z-loss) or positive ({training.z_loss_weight})")
     if training.max_skipped_steps < 0:
         problems.append(f"training.max_skipped_steps: cannot be negative ({training.max_skipped_steps})")
+    problems += [
+        f"training.skip_samples[{number}]: needs [first sample, at least 0; how many, at least 1] ({window})"
+        for number, window in enumerate(training.skip_samples)
+        if len(window) != 2 or window[0] < 0 or window[1] < 1
+    ]
     if training.cpu_threads is not None and training.cpu_threads < 1:
         problems.append(f"training.cpu_threads: must be at least 1 or null ({training.cpu_threads})")
     per_replica = config.parallel.pipeline * config.parallel.sequence
@@ -272,4 +278,28 @@ def _validate_intervals(config: RunConfig) -> list[str]:
     ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")
+    return problems
+
+
+def _validate_numbers(numbers: NumbersConfig, zero_stage: int) -> list[str]:
+    problems = [
+        *at_least("numbers.bad_steps", numbers.bad_steps, 1),
+        *at_least("numbers.window", numbers.window, 1),
+        *at_least("numbers.max_rollbacks", numbers.max_rollbacks, 0),
+        *at_least("numbers.compare_interval", numbers.compare_interval, 0),
+    ]
+    if not problems and numbers.bad_steps is not None and numbers.bad_steps > numbers.window:
+        problems.append(
+            f"numbers.bad_steps: {numbers.bad_steps} bad steps are never among the last {numbers.window} "
+            "(numbers.window); raise the window, or set numbers.bad_steps=null to never go back"
+        )
+    if numbers.compare_gradients and zero_stage > 0:
+        problems.append(
+            f"numbers.compare_gradients: with parallel.zero_stage={zero_stage} each process keeps another part of the "
+            "gradients, and there is nothing to compare; set parallel.zero_stage=0 or numbers.compare_gradients=false"
+        )
+    if numbers.compare_gradients and not numbers.compare_interval:
+        problems.append(
+            "numbers.compare_gradients: nothing is compared at any step (numbers.compare_interval=0); set an interval"
+        )
     return problems

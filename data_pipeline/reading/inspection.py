@@ -6,6 +6,14 @@ from data_pipeline.corpus.inspection import indented
 from data_pipeline.reading.stream import SampleStream
 
 
+def show_samples(stream: SampleStream, first: int, count: int) -> None:
+    """Print samples first ... first + count - 1 of a run, with an empty line between two."""
+    for index in range(first, first + count):
+        if index > first:
+            print()
+        show_sample(stream, index)
+
+
 def show_sample(stream: SampleStream, index: int) -> None:
     """Print sample `index` of a run: source, epoch, shard and token range, document starts, text."""
     origin = stream.origin(index)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.ordering.left_out import Windows, begin_of_step
 from data_pipeline.reading.batch import Batch, Columns
 
 
@@ -26,8 +27,9 @@ class StepLoader:
     Step t takes samples [first_sample + t * global_batch_size, ...) of the run; replica r of R the r-th contiguous part
     of it, cut into micro-batches; sequence rank q of Q the q-th slice of each of its samples. Each item is the list of
     micro-batches of one step; at most `prefetch_steps` steps are read ahead. An error of a thread is raised from
-    `next`, at its step. `consumed_samples` counts the samples of the whole run up to the last step handed out, and is
-    all that has to be kept to go on. Close it (or use it as a context manager) to end the threads.
+    `next`, at its step. `consumed_samples` counts the samples of the whole run up to the last step handed out, those
+    that are `left_out` (`ordering/left_out.py`) before it among them, and is all that has to be kept to go on. Close it
+    (or use it as a context manager) to end the threads.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class StepLoader:
         workers: int = 1,
         sequence_rank: int = 0,
         sequence_ranks: int = 1,
+        left_out: Windows = (),
     ):
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (replicas * micro_batch_size):
             raise ValueError(
@@ -60,17 +63,21 @@ class StepLoader:
         self._micro_batch_size = micro_batch_size
         self._share = global_batch_size // replicas
         self._columns = Columns.of_rank(stream.sequence_length, sequence_rank, sequence_ranks)
-        self._next = first_sample + replica * self._share
+        self._replica = replica
+        self._left_out = left_out
+        self._next = first_sample
         self._failure: BaseException | None = None
         self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(workers, thread_name_prefix="step-loader")
-        self._steps: deque[Future[list[Batch]]] = deque()
+        # Each with the position behind it.
+        self._steps: deque[tuple[int, Future[list[Batch]]]] = deque()
         for _ in range(prefetch_steps):
             self._read_ahead()
 
     def _read_ahead(self) -> None:
         assert self._threads is not None
-        self._steps.append(self._threads.submit(self._load, self._next))
-        self._next += self._global_batch_size
+        first = begin_of_step(self._next, self._global_batch_size, self._left_out)
+        self._next = first + self._global_batch_size
+        self._steps.append((self._next, self._threads.submit(self._load, first + self._replica * self._share)))
 
     def _load(self, first: int) -> list[Batch]:
         share = self._stream.batch(first, self._share, self._columns)
@@ -86,12 +93,13 @@ class StepLoader:
         if self._threads is None:
             raise RuntimeError("StepLoader is closed")
         try:
-            step = self._steps.popleft().result()
+            behind, future = self._steps.popleft()
+            step = future.result()
         except Exception as error:
             self._failure = error
             raise
         self._read_ahead()
-        self.consumed_samples += self._global_batch_size
+        self.consumed_samples = behind
         return step
 
     def close(self) -> None:

@@ -46,6 +46,9 @@ class PlainEngine:
             for name, parameter in self.model.named_parameters()
         ]
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
     def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         loss = torch.zeros(())
         for batch in micro_batches:

@@ -1,16 +1,10 @@
-"""Stability statistics of real runs: equal under every layout, right by definition, and cheap; spikes; resuming."""
-
-import json
-from collections import deque
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+"""Stability statistics of real runs: equal under every layout, right by definition, and cheap."""
 
 import pytest
 
 from tests.runs import run_train
 from train.callbacks.metrics_file import read_metrics
-from train.callbacks.stability import MINIMUM_HISTORY, WINDOW, Stability, layer_group
-from train.config import LoggingConfig, RunConfig
+from train.callbacks.stability import layer_group
 
 
 @pytest.mark.parametrize(
@@ -27,57 +21,6 @@ from train.config import LoggingConfig, RunConfig
 )
 def test_parameters_are_reported_by_the_part_of_the_model(name, group):
     assert layer_group(name, n_blocks=2) == group
-
-
-@dataclass
-class FakeTrainer:
-    """What the spike alert reads of a trainer."""
-
-    factor: float = 4.0
-    events: list = field(default_factory=list)
-    step: int = 0
-    last_loss: float = 2.0
-    last_gradient_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        recorded = self.events
-        self.events = SimpleNamespace(append=lambda kind, **fields: recorded.append((kind, fields)), recorded=recorded)
-        self.config = RunConfig(logging=replace(LoggingConfig(), spike_factor=self.factor))
-
-    def take_steps(self, callback: Stability, *gradient_norms: float) -> None:
-        for norm in gradient_norms:
-            self.step, self.last_gradient_norm = self.step + 1, norm
-            callback.on_step_end(self)
-
-
-def test_a_jump_of_the_gradient_norm_is_an_event():
-    trainer, callback = FakeTrainer(), Stability()
-    trainer.take_steps(callback, *[1.0] * MINIMUM_HISTORY, 4.0, 4.1)
-    assert trainer.events.recorded == [
-        ("spike", {"step": MINIMUM_HISTORY + 2, "quantity": "grad_norm", "value": 4.1, "median": 1.0})
-    ]
-
-
-def test_nothing_is_a_spike_before_there_is_a_history():
-    trainer, callback = FakeTrainer(), Stability()
-    trainer.take_steps(callback, *[1.0] * (MINIMUM_HISTORY - 1), 100.0)
-    assert trainer.events.recorded == []
-
-
-def test_steps_that_are_not_finite_neither_alert_nor_count():
-    trainer, callback = FakeTrainer(), Stability()
-    trainer.take_steps(callback, *[1.0] * MINIMUM_HISTORY, float("nan"), float("inf"))
-    assert trainer.events.recorded == []
-    assert callback.state_dict()["grad_norm"] == [1.0] * MINIMUM_HISTORY
-
-
-def test_the_median_survives_a_checkpoint():
-    trainer, before, after = FakeTrainer(), Stability(), Stability()
-    trainer.take_steps(before, *[1.0] * (WINDOW + 5))
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    assert after._history["loss"] == deque([2.0] * WINDOW)
-    trainer.take_steps(after, 9.0)
-    assert [fields["quantity"] for _, fields in trainer.events.recorded] == ["grad_norm"]
 
 
 def statistics_of(tmp_path, overrides: list[str], processes: int, interval: int = 1) -> tuple[dict, list[dict]]:

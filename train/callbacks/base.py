@@ -63,7 +63,8 @@ class Callback:
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         """The run went back: `trainer.step` counts as completed what is so again, `left` steps were before.
 
-        `load_state_dict` has been called. The step that was under way had no on_step_end.
+        `rollback.skip` says of how many steps the samples are left out. `load_state_dict` has been called. The step
+        that was under way had no on_step_end.
         """
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:

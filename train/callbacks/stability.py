@@ -1,18 +1,15 @@
-"""Stability statistics of every layer at an interval, and an alert when the loss or the gradient norm jumps.
+"""Stability statistics of every layer at an interval.
 
 A monitored step waits for the device only at its end: layers record 0-d tensors (`model.statistics`), norms are
-added up on the device, two all-reduces combine the ranks, and one copy brings everything to the host. The other steps
-only compare two numbers that the trainer has on the host anyway.
+added up on the device, two all-reduces combine the ranks, and one copy brings everything to the host.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import statistics as python_statistics
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,20 +24,14 @@ if TYPE_CHECKING:
     from train.parallel.mesh import Mesh
     from train.trainer import Trainer
 
-# Steps that the running median looks back on, and how many there must be before anything counts as a spike.
-WINDOW = 128
-MINIMUM_HISTORY = 32
-_WATCHED = ("loss", "grad_norm")
-
 
 class Stability(Callback):
-    """Every `logging.monitor_interval` steps, dispatches `on_statistics` to all callbacks; logs spikes as events."""
+    """Every `logging.monitor_interval` steps, dispatches `on_statistics` to all callbacks."""
 
     def __init__(self) -> None:
         self._recording: contextlib.ExitStack | None = None
         self._statistics: Statistics | None = None
         self._pending: _Combined | None = None
-        self._history: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in _WATCHED}
 
     def on_step_start(self, trainer: Trainer) -> None:
         interval = trainer.config.logging.monitor_interval
@@ -64,7 +55,6 @@ class Stability(Callback):
         self._pending = _combine_over_ranks(recorded, squares, trainer.mesh)
 
     def on_step_end(self, trainer: Trainer) -> Decision:
-        self._watch(trainer, {"loss": trainer.last_loss, "grad_norm": trainer.last_gradient_norm})
         if self._pending is not None:
             values = self._pending.to_host()
             self._pending = None
@@ -78,31 +68,10 @@ class Stability(Callback):
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         self._stop_recording()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: list(history) for name, history in self._history.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, history in self._history.items():
-            history.clear()
-            history.extend(state.get(name, []))
-
     def _stop_recording(self) -> None:
         if self._recording is not None:
             self._recording.close()
             self._recording = self._statistics = None
-
-    def _watch(self, trainer: Trainer, latest: dict[str, float]) -> None:
-        factor = trainer.config.logging.spike_factor
-        for name, value in latest.items():
-            # Steps that are not finite are skipped and logged by the trainer; they say nothing about the usual size.
-            if not math.isfinite(value):
-                continue
-            history = self._history[name]
-            if len(history) >= MINIMUM_HISTORY:
-                median = python_statistics.median(history)
-                if value > factor * median:
-                    trainer.events.append("spike", step=trainer.step, quantity=name, value=value, median=median)
-            history.append(value)
 
 
 class _Combined:

@@ -83,6 +83,8 @@ class CheckpointWriter:
         self._bytes = 0
         # Set where another rank's part has failed.
         self._is_given_up = threading.Event()
+        # The newest checkpoint of this step or before stays, whatever `keep_last` says: the run may go back to it.
+        self.kept_for_going_back: int | None = None
         # Saves in a row that have failed on some rank; equal on all ranks.
         self.failed_saves = 0
 
@@ -238,11 +240,13 @@ class CheckpointWriter:
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
+        last = self.kept_for_going_back
+        kept = [folder for folder in complete if last is not None and step_of(folder) <= last][-1:]
+        if self.keep_every is not None:
+            kept += [folder for folder in complete if step_of(folder) % self.keep_every == 0]
         with deciding_what_stays(self.root):
             for folder in complete[: -self.keep_last]:
-                step = step_of(folder)
-                is_one_of_every = self.keep_every is not None and step % self.keep_every == 0
-                if not (stays(folder) or is_one_of_every or step in self.staying):
+                if folder not in kept and not stays(folder) and step_of(folder) not in self.staying:
                     try:
                         remove(folder)
                     except OSError as error:

@@ -23,7 +23,8 @@ class Engine(Protocol):
     """One rank's share of the model, its optimizer and its gradients.
 
     A step is `train_batch`, `gradient_norm`, `step`, in this order; between the last two the gradients of `fragments`
-    can be read. All but `fragments`, `model` and `describe` are collective: every rank calls them in the same order.
+    can be read. All but `fragments`, `model`, `whole_weights` and `describe` are collective: every rank calls them in
+    the same order.
     """
 
     @property
@@ -39,6 +40,10 @@ class Engine(Protocol):
 
         Over all ranks, the owned ones cover every parameter exactly once.
         """
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Weights as the forward pass reads them, by name, of the parameters that this rank holds whole between steps.
+        All ranks that hold one hold the same bits."""
 
     @property
     def carried(self) -> CarriedState | None:

@@ -35,7 +35,7 @@ from train.parallel.mesh import Mesh
 from train.parallel.sequence import DistributedSequence
 from train.parallel.time_chunks import TimeChunks
 from train.parallel.token_loss import TokenLossSum, model_name, on_device
-from train.parallel.zero_fragments import fill_weights, parameter_fragments
+from train.parallel.zero_fragments import fill_weights, parameter_fragments, whole_weights
 from train.plan import Plan
 from train.watch.whereabouts import BACKWARD, FORWARD
 
@@ -139,6 +139,10 @@ class ZeroEngine:
         # Its `dtype` argument chooses bf16 on a host without fp16 whatever is passed; the dictionary is read properly.
         context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=self._settings)
         return context
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """See `Engine.whole_weights`."""
+        return whole_weights(self.model)
 
     def train_batch(self, micro_batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """See `Engine.train_batch`. DeepSpeed averages over ranks, so each one's part is weighted by their number."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -124,6 +125,15 @@ def _stage_3_fragments(
             start=start,
             read_gradient=read_gradient,
         )
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that this rank has whole between two steps; under ZeRO-3 those that are too small to be cut."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) is ZeroParamStatus.AVAILABLE
+    }
 
 
 def accumulated_gradient(engine: DeepSpeedEngine, parameter: Any) -> Tensor:

@@ -82,6 +82,16 @@ def test_the_order_comes_from_the_folder_of_a_run(corpus, tmp_path, capsys, sett
         check_shown(capsys.readouterr().out, stream, index)
 
 
+def test_several_samples_are_shown_one_after_the_other(corpus, capsys):
+    options = ["--sequence-length", "20", "--seed", "3"]
+    stream = SampleStream(corpus, "train", 20, 3)
+    assert main(["inspect", str(corpus.directory), "--samples", "17:3", *options]) == 0
+    shown = capsys.readouterr().out.split("\n\nsample ")
+    assert len(shown) == 3
+    for number, text in enumerate(shown):
+        check_shown(text if number == 0 else f"sample {text}", stream, 17 + number)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -95,6 +105,9 @@ def test_the_order_comes_from_the_folder_of_a_run(corpus, tmp_path, capsys, sett
         (["--sample", "0", "--window-shards", "0"], "window_shards: needs at least 1 shard"),
         (["--sample", "0", "--weight", "RedPajamaC4"], "--weight: needs SOURCE=W with a number W (RedPajamaC4)"),
         (["--sample", "0", "--weight", "RedPajamaX=1"], "weights.RedPajamaX: the corpus has no such source"),
+        (["--samples", "5:0"], "--samples: must be at least one sample (5:0)"),
+        (["--samples", "5:2", "--sample", "5"], "--samples: --sample is another way to say which"),
+        (["--samples", "5:x"], "--samples: needs FIRST:COUNT with two whole numbers (5:x)"),
         (["--sample", "-1"], "--sample: must be at least 0 and below 2^62 (-1)"),
         (["--sample", str(10**20)], "--sample: must be at least 0 and below 2^62 (100000000000000000000)"),
     ],

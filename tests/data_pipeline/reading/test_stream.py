@@ -230,6 +230,17 @@ def test_samples_after_the_last_cap_are_refused(corpus):
         stream.batch(stream.limit, 1)
 
 
+def test_loader_reads_nothing_that_is_left_out(text_corpus):
+    stream = SampleStream(text_corpus, "train", 8, seed=0)
+    settings = {"global_batch_size": 4, "micro_batch_size": 2, "replicas": 2, "first_sample": 2}
+    for replica in range(2):
+        with StepLoader(stream, **settings, replica=replica, left_out=[(9, 3), (12, 5)]) as loader:
+            for begins in (2, 18, 22):
+                tokens = torch.cat([batch.tokens for batch in next(loader)])
+                assert torch.equal(tokens, stream.batch(begins + 2 * replica, 2).tokens)
+                assert loader.consumed_samples == begins + 4
+
+
 def test_loader_raises_the_threads_error_and_goes_on_raising_it(text_corpus, tmp_path):
     class Broken(SampleStream):
         def batch(self, first_sample, count=None, columns=None):
