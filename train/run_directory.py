@@ -22,8 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from conf.passwords import without_passwords
 from conf.problems import other_format
 from data_pipeline.corpus import files
@@ -280,6 +278,9 @@ def code_revision(repository: Path) -> dict[str, str | None]:
 
 def environment_description() -> dict[str, Any]:
     """Versions and hardware that a result may depend on."""
+    # Commands that only read folders of runs do without torch, whose import takes seconds.
+    import torch
+
     packages = ("torch", "triton", "deepspeed", "hydra-core", "numpy", "pyarrow", "sentencepiece", "xlstm-pretrain")
     versions: dict[str, str | None] = {}
     for package in packages:
