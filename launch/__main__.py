@@ -12,6 +12,7 @@ from conf.command_line import exit_code, parse_arguments
 from conf.lasting_output import lasting_output
 from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, MachineError
+from launch.queue_commands import QUEUE_COMMANDS, add_queue_commands, run_queue_command
 from launch.scaling.command import add_sweep_commands, run_sweep_command
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
@@ -27,11 +28,15 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
+    add_queue_commands(commands)
     add_sweep_commands(commands)
     options = parse_arguments(parser, arguments)
     if options.command == "sweep":
         interrupted = "launch: interrupted; the same command begins again"
         return exit_code(lambda: run_sweep_command(options), (OSError,), interrupted, (ValueError,))
+    if options.command in QUEUE_COMMANDS:
+        interrupted = "launch: interrupted; jobs that are in the queue stay there"
+        return exit_code(lambda: run_queue_command(options), (MachineError, OSError), interrupted, (DataError,))
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))

@@ -31,12 +31,18 @@ READ_VALUES = {
     "train/context.py",
     "train/run.py",
     "launch/__main__.py",
+    "launch/cancel.py",
     "launch/demo.py",
+    "launch/job.py",
+    "launch/logs.py",
     "launch/scaling/collect.py",
+    "launch/slurm.py",
+    "launch/status.py",
+    "launch/submit.py",
 }
 # How to speak of values that are wrong, and to whom, and which files may be touched; they import nothing, so that every
 # package may import them.
-SHARED = ("conf.problems", "conf.lasting_output", "conf.named_files", "conf.passwords")
+SHARED = ("conf.problems", "conf.lasting_output", "conf.named_files", "conf.passwords", "conf.slurm_variables")
 # The command line of the model turns text into tokens and describes runs; the library does neither.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
 # The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from conf.command_line import exit_code
 from conf.lasting_output import lasting_output
+from conf.slurm_variables import become_rank
 from train.stop_requests import OUTSIDE_TRAINING, SIGNALS, SignalListener, answered_signals
 
 HELP = """\
@@ -38,6 +39,7 @@ Prepare a corpus first:  python -m data_pipeline prepare --help
 def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         return exit_code(lambda: _help(asked=bool(arguments)), (), "train: interrupted")
+    become_rank()
     with (
         lasting_output() as output,
         SignalListener(answered_signals(), lambda number: OUTSIDE_TRAINING.answer(number, output)),

@@ -49,11 +49,14 @@ class Requirements:
     origin: Origin | None
 
 
-def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "size") -> Requirements:
+def open_requirements(
+    config: RunConfig, world_size: int, corpus_check: str = "size", computes_here: bool = True
+) -> Requirements:
     """Check `config` on `world_size` processes against the files that it names.
 
-    `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). Raises ConfigError with every problem
-    of the configuration, a corpus that is missing or cannot be used among them; ReadingError where the machine fails.
+    `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). `computes_here`: the run is computed
+    on this machine, which must then have what that takes. Raises ConfigError with every problem of the configuration, a
+    corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
     directory = RunDirectory(Path(config.run_root) / config.name)
     _refuse(later_formats(directory))
@@ -76,8 +79,7 @@ def open_requirements(config: RunConfig, world_size: int, corpus_check: str = "s
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     _refuse(
         [
-            *_misfits_of_backends(config),
-            *_misfits_of_cuda_graphs(config),
+            *([*_misfits_of_backends(config), *_misfits_of_cuda_graphs(config)] if computes_here else []),
             *changes_of_run(config, directory),
             *misfits_of_origin,
             *misfits_of_position(origin, config),

@@ -22,8 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from conf.passwords import without_passwords
 from conf.problems import other_format
 from data_pipeline.corpus import files
@@ -31,6 +29,8 @@ from data_pipeline.corpus.files import remove_partials
 from train.errors import RunError
 
 EVENTS_FORMAT_VERSION = 1
+# In a copy of the source tree: what `code_revision` says of the original.
+COPIED_REVISION = "code.json"
 
 
 class RunDirectory:
@@ -262,7 +262,13 @@ def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def code_revision(repository: Path) -> dict[str, str | None]:
-    """The git revision of the source tree and its uncommitted difference; null outside a git checkout."""
+    """The git revision of the source tree and its uncommitted difference; null outside a git checkout.
+
+    Of a copy that `launch submit` has made, those of the original.
+    """
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        original: dict[str, str | None] = json.loads((repository / COPIED_REVISION).read_text(encoding="utf-8"))
+        return original
 
     def git(*arguments: str) -> str | None:
         try:
@@ -280,6 +286,9 @@ def code_revision(repository: Path) -> dict[str, str | None]:
 
 def environment_description() -> dict[str, Any]:
     """Versions and hardware that a result may depend on."""
+    # Commands that only read folders of runs do without torch, whose import takes seconds.
+    import torch
+
     packages = ("torch", "triton", "deepspeed", "hydra-core", "numpy", "pyarrow", "sentencepiece", "xlstm-pretrain")
     versions: dict[str, str | None] = {}
     for package in packages:

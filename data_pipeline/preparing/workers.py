@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from conf.slurm_variables import array_task
 from data_pipeline.corpus.manifest import MANIFEST_FILE, PREPARING_FOLDER
 from data_pipeline.errors import BrokenOffError, DataError, PrepareError
 from data_pipeline.preparing.claims import Claims
@@ -98,16 +99,15 @@ def task_of(config: PrepareConfig) -> tuple[int, int]:
     """(index, count) of this command among those that share the work. Raises PrepareError."""
     if config.task_index is not None and config.task_count is not None:
         return config.task_index, config.task_count
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+    task = array_task()
+    if task is None:
         return 0, 1
-    number, first, last, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
-    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-    if (last - first) // step + 1 != count or (number - first) % step:
+    if task.index is None:
         raise PrepareError(
-            f"the Slurm array has {count} tasks with ids from {first} to {last}, not in equal steps; set task_index "
-            "and task_count"
+            f"the Slurm array has {task.count} tasks with ids from {task.first} to {task.last}, not in equal steps; "
+            "set task_index and task_count"
         )
-    return (number - first) // step, count
+    return task.index, task.count
 
 
 def run_workers(
