@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from conf import ConfigError
@@ -25,7 +26,7 @@ def show_logs(run: Path, rank: int | None, attempt: int | None, follow: bool) ->
         for path in _files(folder, rank, attempt):
             if path not in shown:
                 shown.add(path)
-                _copy(path, follow, lambda path=path: _files(folder, rank, attempt)[-1:] != [path])
+                _copy(path, follow, partial(_is_over, path, folder, rank, attempt))
         if not follow:
             break
         time.sleep(POLL_SECONDS)
@@ -42,6 +43,11 @@ def _files(folder: LaunchFolder, rank: int | None, attempt: int | None) -> list[
     number = attempt or max((int(path.name[8:]) for path in (folder.run / "logs").glob("attempt-*")), default=0)
     path = folder.logs(number) / f"rank-{rank or 0:05d}.out"
     return [path] if path.is_file() else []
+
+
+def _is_over(path: Path, folder: LaunchFolder, rank: int | None, attempt: int | None) -> bool:
+    """Whether a later file is there."""
+    return _files(folder, rank, attempt)[-1:] != [path]
 
 
 def _absence(folder: LaunchFolder, rank: int | None, attempt: int | None) -> str:

@@ -28,7 +28,7 @@ check_gpus() {
         problem "$(wc -l <<< "$found") of $gpus GPUs are there"
     fi
     while IFS=, read -r index used errors slow temperature clock driver; do
-        [ "${used// /}" -le "$used_gpu_mib" ] || problem "GPU $index: $used MiB are in use by another program"
+        [ "${used// /}" -le "$used_gpu_mib" ] || problem "GPU $index:$used MiB are in use by another program"
         # [N/A] where a GPU does not count them.
         [[ "$errors" =~ ^\ *(0|\[N/A\])$ ]] || problem "GPU $index:$errors uncorrected errors of its memory"
         [ "$slow" != " Active" ] || problem "GPU $index is slowed down by its hardware"
