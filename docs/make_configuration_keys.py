@@ -20,6 +20,7 @@ from typing import Any
 
 from conf import CONF_DIR, compose
 from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from launch.job import SubmitConfig, validate_machines
 from train.config import RunConfig
 from train.validate import validate
 
@@ -61,13 +62,14 @@ def page() -> str:
     """The whole page. Raises ValueError that names every field without a comment and section without a docstring."""
     run = compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
     preparation = compose(PrepareConfig, "prepare", ["output=DIR"])
+    submission = compose(SubmitConfig, "submit")
     required = {"name", "corpus.directory", "output"}
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
     of_preparation = {section.schema for section in sections(preparation)} - {PrepareConfig}
     missing = [
         problem
-        for schema in {section.schema: None for tree in (run, preparation) for section in sections(tree)}
+        for schema in {section.schema: None for tree in (run, preparation, submission) for section in sections(tree)}
         for problem in undocumented(schema)
     ]
     if missing:
@@ -83,6 +85,9 @@ def page() -> str:
     lines.append("## A preparation\n")
     for section in sections(preparation):
         lines += _render(section, required, lambda key: _choices_of_preparation(preparation, key))
+    lines.append("## A submission: `python -m launch submit`\n")
+    for section in sections(submission):
+        lines += _render(section, required, lambda key: _choices(submission, key, validate_machines))
     return "\n".join(lines)
 
 

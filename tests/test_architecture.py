@@ -31,8 +31,14 @@ READ_VALUES = {
     "train/context.py",
     "train/run.py",
     "launch/__main__.py",
+    "launch/cancel.py",
     "launch/demo.py",
+    "launch/job.py",
+    "launch/logs.py",
     "launch/scaling/collect.py",
+    "launch/slurm.py",
+    "launch/status.py",
+    "launch/submit.py",
 }
 # How to speak of values that are wrong, and to whom, and which files may be touched; they import nothing, so that every
 # package may import them.

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
+from launch.job import SubmitConfig
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -37,7 +38,9 @@ def run_keys() -> tuple[str, ...]:
 
 @functools.cache
 def all_keys() -> tuple[str, ...]:
-    return run_keys() + _keys(compose(PrepareConfig, "prepare", ["output=DIR"]))
+    return (
+        run_keys() + _keys(compose(PrepareConfig, "prepare", ["output=DIR"])) + _keys(compose(SubmitConfig, "submit"))
+    )
 
 
 def _keys(tree: object) -> tuple[str, ...]:

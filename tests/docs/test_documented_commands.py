@@ -11,6 +11,7 @@ import pytest
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
+from launch.job import read_job
 from model.config import ModelOnlyConfig, validate_model
 from tests.docs.documentation import (
     NEEDS,
@@ -171,6 +172,8 @@ def _check(module, arguments):
             config = _composed(*given, *overrides)
             processes = arguments[arguments.index("--processes") + 1] if "--processes" in arguments else "1"
             assert validate(config, world_size=int(processes)) == []
+    elif module == "launch" and arguments[0] == "submit" and overrides and "..." not in arguments:
+        read_job(overrides)
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)
     elif module == "model" and arguments[0] == "describe":

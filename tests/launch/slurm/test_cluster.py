@@ -80,6 +80,8 @@ def test_a_run_survives_time_limit_preemption_a_killed_rank_and_a_lost_node(
     next_attempt()
     stops = [event["reason"] for event in read_events(run_folder) if event["event"] == "stop_request"]
     assert stops[:1] == ["SIGUSR1"], words()
+    # Once is enough.
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00")
 
     goes_on(5)
     before = len(attempts(run_folder))
