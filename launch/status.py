@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,8 +40,13 @@ def show_status(path: Path, watch: bool, as_json: bool) -> int:
 
 def find_runs(path: Path) -> list[Path]:
     """The folders of runs at or below `path`: those that have begun, and those that were submitted."""
-    found = {file.parent for file in path.rglob("config.yaml") if (file.parent / "logs").is_dir()}
-    found |= {file.parent.parent for file in path.rglob("launch/job.json")}
+    found = []
+    for folder, below, files in os.walk(path):
+        is_run = {"config.yaml", "events.jsonl"} <= set(files)
+        if is_run or (Path(folder) / "launch" / "job.json").is_file():
+            found.append(Path(folder))
+            # Checkpoints may have thousands of files.
+            below.clear()
     return sorted(found)
 
 
@@ -48,9 +54,12 @@ def _queue() -> list[slurm.QueuedJob] | None:
     """None where this machine has no Slurm, or it does not answer: what folders say is shown all the same."""
     try:
         return slurm.queue()
-    except (ConfigError, slurm.SlurmError) as error:
-        print(f"The queue is not known: {error}", file=sys.stderr)
-        return None
+    except ConfigError as error:
+        why = error.problems[0]
+    except slurm.SlurmError as error:
+        why = str(error)
+    print(f"The queue is not known: {why}", file=sys.stderr)
+    return None
 
 
 def status_of(run: Path, queue: Sequence[slurm.QueuedJob] | None) -> dict[str, Any]:

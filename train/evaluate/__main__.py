@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from conf.command_line import exit_code
 from conf.lasting_output import lasting_output
+from conf.slurm_variables import become_rank
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return command.main(arguments)
 
+    become_rank()
     with lasting_output():
         return exit_code(run, (), "train.evaluate: interrupted")
 
