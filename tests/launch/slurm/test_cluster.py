@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from launch.folder import LaunchFolder
 from tests.launch.slurm.cluster import kill, wait_for
 from tests.runs import run_train
 from train.callbacks.metrics_file import read_metrics
-from train.run_directory import read_events, read_lines
+from train.run_directory import read_lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 MACHINES = ["nodes=2", "gpus_per_node=0", "processes_per_node=1", "launch.exclusive=false", "launch.memory=1000"]
 # Of a node without much to spare.
 PREFLIGHT = ["launch.preflight.free_gib=0.1", "launch.preflight.all_reduce_mib=1"]
-PATIENCE = 300
+PATIENCE = 600
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -46,75 +47,86 @@ def attempts(run: Path) -> list[dict]:
 def test_a_run_survives_time_limit_preemption_a_killed_rank_and_a_lost_node(
     cluster, launch, small_corpus, tmp_path, run_folder
 ):
+    # At a constant rate: however fast this machine is, the run is ended when everything has happened to it.
     run = [
         "experiment=demo",
         "name=run",
-        f"run_root={tmp_path}",
         f"corpus.directory={small_corpus}",
-        "corpus.max_epochs=1000",
-        "training.total_steps=160",
-        "checkpoint.interval=10",
+        "corpus.max_epochs=100000",
+        "schedule=constant",
+        "schedule.warmup=5",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=2",
+        "checkpoint.interval=4",
         "logging.interval=1",
         "logging.progress=false",
         "logging.wandb.mode=disabled",
         "evaluation=none",
     ]
-    # Two minutes before the end, at most a minute after the beginning: Slurm looks at its clock twice a minute.
-    time_limit = ["launch.time=00:03:00", "launch.signal_seconds=120", "launch.exclude_after=0"]
-    submitted = launch("submit", *MACHINES, *PREFLIGHT, *time_limit, *run)
+    machines = [*MACHINES, *PREFLIGHT, "launch.time=01:00:00", "launch.signal_seconds=120", "launch.exclude_after=0"]
+    here = f"run_root={tmp_path}"
+    submitted = launch("submit", *machines, *run, here, "training.total_steps=100000")
     assert submitted.returncode == 0, submitted.stderr
     job, words = submitted.stdout.strip(), words_of(run_folder)
 
-    def goes_on(more_steps: int) -> None:
-        """Wait until another attempt has taken steps."""
-        before = len(attempts(run_folder))
-        target = last_step(run_folder) + more_steps
-        wait_for(lambda: len(attempts(run_folder)) >= before and last_step(run_folder) >= target, PATIENCE, words)
+    def takes_steps() -> int:
+        """Wait until the attempt under way has taken steps; returns its number."""
+        wait_for(lambda: attempts(run_folder), PATIENCE, words)
+        began = attempts(run_folder)[-1]["time"]
+        wait_for(lambda: any(mark["time"] >= began for mark in marks("start", "resume")), PATIENCE, words)
+        target = last_step(run_folder) + 5
+        wait_for(lambda: last_step(run_folder) >= target, PATIENCE, words)
+        return len(attempts(run_folder))
 
-    def next_attempt(than: int | None = None) -> None:
-        number = (len(attempts(run_folder)) if than is None else than) + 1
-        wait_for(lambda: len(attempts(run_folder)) >= number, PATIENCE, words)
+    def ends(attempt: int) -> None:
+        wait_for(lambda: len(attempts(run_folder)) > attempt, PATIENCE, words)
 
-    # The end of the time: Slurm itself sends the signal.
-    next_attempt()
-    next_attempt()
-    stops = [event["reason"] for event in read_events(run_folder) if event["event"] == "stop_request"]
-    assert stops[:1] == ["SIGUSR1"], words()
-    # Once is enough.
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=01:00:00")
+    def marks(*kinds: str) -> list[dict]:
+        return [event for event in read_lines(run_folder / "events.jsonl") if event.get("event") in kinds]
 
-    goes_on(5)
-    before = len(attempts(run_folder))
+    attempt = takes_steps()
+    began = datetime.fromisoformat(attempts(run_folder)[-1]["time"])
+    minutes = (datetime.now(UTC) - began) // timedelta(minutes=1) + 1
+    # Slurm, which looks at its clock twice a minute, sends the signal two minutes before.
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
+    ends(attempt)
+    assert [event["reason"] for event in marks("stop")] == ["SIGUSR1"], words()
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+    attempt = takes_steps()
     other = cluster.ask("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1").strip()
     wait_for(lambda: cluster.state_of(other) == "COMPLETED", PATIENCE, words)
-    next_attempt(before)
-    stops = [event["reason"] for event in read_events(run_folder) if event["event"] == "stop_request"]
-    assert "SIGTERM" in stops, words()
+    ends(attempt)
+    assert [event["reason"] for event in marks("stop")] == ["SIGUSR1", "SIGTERM"], words()
 
-    goes_on(5)
+    attempt = takes_steps()
     (rank,) = cluster.tasks("127.0.0.2", "train")
     kill(rank)
-    next_attempt()
+    ends(attempt)
     ended = [line for line in LaunchFolder(run_folder).history() if line["event"] == "end" and line.get("code")]
     assert (ended[-1]["rank"], ended[-1]["node"]) == (1, "127.0.0.2"), words()
 
-    goes_on(5)
+    attempt = takes_steps()
     cluster.lose_node("127.0.0.2")
     wait_for(lambda: cluster.states()["127.0.0.2"].startswith("down"), PATIENCE, words)
     cluster.start_node("127.0.0.2")
-    next_attempt()
+    ends(attempt)
 
-    wait_for(lambda: cluster.state_of(job) == "COMPLETED", 2 * PATIENCE, words)
-    assert len(attempts(run_folder)) >= 5
-    # Attempts after the first went on from a checkpoint, and lost at most the steps since it.
-    resumed = [event["step"] for event in read_events(run_folder) if event["event"] == "resume"]
-    assert resumed == sorted(resumed) and len(resumed) == len(attempts(run_folder)) - 1, words()
+    takes_steps()
+    assert launch("cancel", str(run_folder)).returncode == 0
+    wait_for(lambda: cluster.state_of(job) == "COMPLETED", PATIENCE, words)
+    end = f"training.total_steps={last_step(run_folder) + 3}"
+    submitted = launch("submit", *machines, *run, here, end)
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for(lambda: cluster.state_of(submitted.stdout.strip()) == "COMPLETED", PATIENCE, words)
 
-    uninterrupted = tmp_path / "uninterrupted"
-    reference = [setting for setting in run if not setting.startswith("run_root")]
-    done = run_train([*reference, f"run_root={uninterrupted}"], processes=2)
+    # Stopped on request no step is lost, otherwise at most those since the last checkpoint.
+    resumed = [event["step"] for event in marks("resume")]
+    assert len(resumed) >= 5 and resumed == sorted(resumed), words()
+    assert [event["step"] for event in marks("stop")][:2] == resumed[:2]
+    done = run_train([*run, f"run_root={tmp_path / 'uninterrupted'}", end], processes=2)
     assert done.returncode == 0, done.stderr
-    assert len(losses(run_folder)) == 160
-    assert losses(run_folder) == losses(uninterrupted / "run")
+    assert losses(run_folder) == losses(tmp_path / "uninterrupted" / "run")
+    assert list(losses(run_folder)) == list(range(1, last_step(run_folder) + 1))
     kept = json.loads((run_folder / "code.json").read_text())
     assert kept == json.loads((run_folder / "launch" / "code" / "code.json").read_text()) and kept["revision"]
