@@ -11,7 +11,6 @@ from conf import ConfigError, compose
 from conf.problems import at_least, choice
 from train.command import Command, compose_run
 from train.config import RunConfig
-from train.validate import validate
 
 CONTINUATIONS = ("requeue", "chain")
 CONTAINERS = ("pyxis", "apptainer")
@@ -134,7 +133,10 @@ class Job:
 
 
 def read_job(arguments: Sequence[str], base: Path | None = None) -> tuple[Job, RunConfig]:
-    """Sort the settings of a command into those of machines and of the run. Raises ConfigError with all problems."""
+    """Sort the settings of a command into those of machines and of the run.
+
+    Raises ConfigError with all problems, but what `open_requirements` finds of a run whose values can be read.
+    """
     of_machines = [argument for argument in arguments if _is_of_machines(argument)]
     overrides = [argument for argument in arguments if not _is_of_machines(argument)]
     problems: list[str] = []
@@ -148,10 +150,7 @@ def read_job(arguments: Sequence[str], base: Path | None = None) -> tuple[Job, R
         _compose_alone(overrides, base, problems)
         raise ConfigError(problems)
     job = Job(overrides, base, machines)
-    config = compose_run(Command(overrides, config=base), job.processes)
-    if problems := validate(config, job.processes):
-        raise ConfigError(problems)
-    return job, config
+    return job, compose_run(Command(overrides, config=base), job.processes)
 
 
 def _compose_alone(overrides: list[str], base: Path | None, problems: list[str]) -> None:

@@ -173,7 +173,8 @@ def _check(module, arguments):
             processes = arguments[arguments.index("--processes") + 1] if "--processes" in arguments else "1"
             assert validate(config, world_size=int(processes)) == []
     elif module == "launch" and arguments[0] == "submit" and overrides and "..." not in arguments:
-        read_job(overrides)
+        job, config = read_job(overrides)
+        assert validate(config, job.processes) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)
     elif module == "model" and arguments[0] == "describe":

@@ -65,8 +65,6 @@ def test_settings_of_machines_are_told_from_those_of_the_run():
             ["processes_per_node=5"],
             "processes_per_node: 5 processes do not find a GPU each on a node of gpus_per_node=4",
         ),
-        (["nodes=3"], "training.global_batch_size: 8 samples do not divide into passes of"),
-        (["parallel.pipeline=3"], "parallel.pipeline: 8 processes do not divide into replicas of 3 stages"),
         (["launch.time=soon"], r"launch.time: no time as Slurm writes it \(soon\)"),
         (["launch.time=00:04:00"], "launch.signal_seconds: 300 s before the end of 00:04:00"),
         (["launch.continuation=pray"], "launch.continuation: no such choice"),
@@ -80,9 +78,22 @@ def test_settings_of_machines_are_told_from_those_of_the_run():
     ],
 )
 def test_what_cannot_work_is_refused(settings, problem):
-    run = [*RUN, "training.global_batch_size=8", "training.micro_batch_size=1"]
     with pytest.raises(ConfigError, match=problem):
-        read_job([*MACHINES, *run, *settings])
+        read_job([*MACHINES, *RUN, *settings])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["nodes=3"], "training.global_batch_size: 8 samples do not divide into passes of 1"),
+        (["parallel.pipeline=3"], "parallel.pipeline: 8 processes do not divide into replicas of 3 stages"),
+        (["corpus.directory=nowhere"], "nowhere"),
+    ],
+)
+def test_a_run_that_does_not_fit_its_machines_is_refused(tiny_run, settings, problem):
+    run = [*tiny_run, "training.total_steps=4", "training.micro_batch_size=1"]
+    with pytest.raises(ConfigError, match=problem):
+        submit(Submission([*MACHINES, *run, *settings], dry_run=True))
 
 
 def test_problems_of_machines_and_of_the_run_are_told_together():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from launch.__main__ import main
 from launch.folder import LaunchFolder
 from launch.slurm import QueuedJob
 from launch.status import find_runs, status_of, table
+from tests.runs import ROOT, environment
 from train.run_directory import RunDirectory
 
 RELEASE = Path(__file__).parents[1] / "fixtures" / "0.2.0" / "runs"
@@ -68,6 +71,23 @@ def test_logs_of_a_rank_are_those_of_the_last_attempt(runs, capsys):
     assert main(["logs", str(folder.run), "--rank", "1"]) == 0 and capsys.readouterr().out == "attempt 10\n"
     assert main(["logs", str(folder.run), "--rank", "1", "--attempt", "2"]) == 0
     assert capsys.readouterr().out == "attempt 2\n"
+
+
+def test_logs_are_followed_into_later_attempts(runs):
+    folder = LaunchFolder(runs / "group" / "waiting")
+    command = [sys.executable, "-m", "launch", "logs", str(folder.run), "--rank", "0", "--follow"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for attempt in (1, 2):
+            folder.logs(attempt).mkdir()
+            with (folder.logs(attempt) / "rank-00000.out").open("w") as file:
+                for line in range(2):
+                    print(f"attempt {attempt}, line {line}", file=file, flush=True)
+                    assert process.stdout.readline() == f"attempt {attempt}, line {line}\n"
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_machine_without_slurm_is_told_what_mends_it(monkeypatch, capsys):

@@ -94,7 +94,8 @@ def test_a_run_survives_time_limit_preemption_a_killed_rank_and_a_lost_node(
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
     attempt = takes_steps()
-    other = cluster.ask("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1").strip()
+    urgent = ["-p", "urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+    other = cluster.ask("sbatch", "--parsable", *urgent).strip()
     wait_for(lambda: cluster.state_of(other) == "COMPLETED", PATIENCE, words)
     ends(attempt)
     assert [event["reason"] for event in marks("stop")] == ["SIGUSR1", "SIGTERM"], words()
@@ -128,5 +129,6 @@ def test_a_run_survives_time_limit_preemption_a_killed_rank_and_a_lost_node(
     assert done.returncode == 0, done.stderr
     assert losses(run_folder) == losses(tmp_path / "uninterrupted" / "run")
     assert list(losses(run_folder)) == list(range(1, last_step(run_folder) + 1))
+    assert "2 processes add up 1 MiB" in (run_folder / "logs" / "attempt-1" / "all-reduce.out").read_text()
     kept = json.loads((run_folder / "code.json").read_text())
     assert kept == json.loads((run_folder / "launch" / "code" / "code.json").read_text()) and kept["revision"]

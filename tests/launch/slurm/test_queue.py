@@ -13,10 +13,16 @@ from tests.runs import run_train
 from train.run_directory import read_events
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-ALONE = ["gpus_per_node=0", "processes_per_node=1", "launch.exclusive=false", "launch.memory=500"]
+ALONE = [
+    "gpus_per_node=0",
+    "processes_per_node=1",
+    "launch.exclusive=false",
+    "launch.memory=500",
+    "launch.time=01:00:00",
+]
 UNCHECKED = ["launch.preflight.seconds=0"]
 SHORT = ["training.total_steps=6", "checkpoint.interval=2"]
-LONG = ["training.total_steps=100000", "checkpoint.interval=1000", "evaluation=none"]
+LONG = ["training.total_steps=100000", "checkpoint.interval=1000"]
 PATIENCE = 180
 
 
@@ -25,7 +31,7 @@ PATIENCE = 180
     [
         (["launch.partition=plane"], "launch.partition: no partition 'plane' (did you mean 'plain'?); choose one of"),
         (["gpus_per_node=3"], "gpus_per_node: 3 are more than the 2 that a node of partition plain has; use at most 2"),
-        (["nodes=3"], "nodes: 3 are more than the 2 of partition plain; use at most 2"),
+        (["nodes=3", "training.global_batch_size=6"], "nodes: 3 are more than the 2 of partition plain; use at most 2"),
         (["launch.account=lab"], "launch.account: this cluster keeps no accounts (lab); set launch.account=null"),
         (
             ["launch.time=2-00:00:00"],
@@ -46,9 +52,11 @@ def test_what_the_cluster_has_no_place_for_is_refused(launch, tiny_run, run_fold
 def test_a_run_from_its_submission_to_its_end(cluster, launch, tiny_run, tmp_path, run_folder):
     tested = launch("submit", "--test-only", *ALONE, *tiny_run, *SHORT)
     assert tested.returncode == 0 and "to start at" in tested.stdout and not run_folder.exists(), tested.stderr
-    submitted = launch("submit", "nodes=2", *ALONE, *UNCHECKED, *tiny_run, *SHORT)
+    # One process for each GPU, which no process looks for here.
+    machines = ["nodes=2", "gpus_per_node=1", *ALONE[2:]]
+    submitted = launch("submit", *machines, *UNCHECKED, *tiny_run, *SHORT)
     assert submitted.returncode == 0, submitted.stderr
-    again = launch("submit", "nodes=2", *ALONE, *UNCHECKED, *tiny_run, *SHORT)
+    again = launch("submit", *machines, *UNCHECKED, *tiny_run, *SHORT)
     assert again.returncode == 2 and "is in the queue already, as job" in again.stderr
     job, words = submitted.stdout.strip(), words_of(run_folder)
     wait_for(lambda: cluster.state_of(job) == "COMPLETED", PATIENCE, words)
@@ -140,3 +148,16 @@ def test_an_unfit_node_is_left_out(cluster, launch, tiny_run, run_folder):
     assert [attempt["nodes"] for attempt in attempts(run_folder)] == [["127.0.0.1"], ["127.0.0.2"]], words()
     unfit = [line["nodes"] for line in LaunchFolder(run_folder).history() if line["event"] == "unfit"]
     assert unfit == [{"127.0.0.1": "it hums"}]
+
+
+def test_a_job_that_somebody_cancels_by_hand_stays_cancelled(cluster, launch, tiny_run, run_folder):
+    submitted = launch("submit", *ALONE, *UNCHECKED, *tiny_run, *LONG)
+    assert submitted.returncode == 0, submitted.stderr
+    job, words = submitted.stdout.strip(), words_of(run_folder)
+    wait_for(lambda: last_step(run_folder) > 3, PATIENCE, words)
+    cluster.ask("scancel", job)
+    # Its processes save all the same; the script has then to see that they were not asked to for the sake of others.
+    wait_for(lambda: "or Slurm has queued it again" in words() or cluster.state_of(job) == "CANCELLED", PATIENCE, words)
+    wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job, "-t", "COMPLETING").strip(), PATIENCE, words)
+    assert cluster.state_of(job) == "CANCELLED", words()
+    assert [event["reason"] for event in read_events(run_folder) if event["event"] == "stop"] == ["SIGTERM"]
