@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
         return exit_code(lambda: run_sweep_command(options), (OSError,), interrupted, (ValueError,))
     if options.command in QUEUE_COMMANDS:
         interrupted = "launch: interrupted; jobs that are in the queue stay there"
-        return exit_code(lambda: run_queue_command(options), (MachineError, OSError), interrupted, (DataError,))
+        return exit_code(
+            lambda: run_queue_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
+        )
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))

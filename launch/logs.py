@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from collections.abc import Callable
@@ -60,10 +61,12 @@ def _absence(folder: LaunchFolder, rank: int | None, attempt: int | None) -> str
 
 def _copy(path: Path, follow: bool, is_over: Callable[[], bool]) -> None:
     """Copy a file, and go on with what is added to it until another is to be shown."""
+    # A character may be half written.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with path.open("rb") as file:
         while True:
             while block := file.read(_BLOCK):
-                sys.stdout.write(block.decode("utf-8", errors="replace"))
+                sys.stdout.write(decoder.decode(block))
             sys.stdout.flush()
             if not follow or is_over():
                 return

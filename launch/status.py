@@ -68,8 +68,12 @@ def status_of(run: Path, queue: Sequence[slurm.QueuedJob] | None) -> dict[str, A
     found: dict[str, Any] = {"name": run.name, "directory": str(run), "state": "not started", "steps": 0, "tokens": 0}
     found |= {"total_steps": None, "loss": None, "tokens_per_second": None, "reason": None}
     if (run / "config.yaml").is_file():
-        summary = summarise(run)
-        found |= {key: summary[key] for key in found if key != "directory"}
+        try:
+            summary = summarise(run)
+            found |= {key: summary[key] for key in found if key != "directory"}
+        except (OSError, ValueError) as error:
+            # Others below the folder are shown all the same.
+            found |= {"state": "unreadable", "reason": str(error)}
     history = folder.since_submission()
     found["attempts"] = sum(line["event"] == "begin" for line in history)
     ended = [line["reason"] for line in history if line["event"] in ("given_up", "done")]
@@ -106,6 +110,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"{run['name']}: {run['verdict']}" for run in runs if run["verdict"] is not None]
+    notes += [f"{run['name']}: {run['reason']}" for run in runs if run["state"] == "unreadable"]
     return "\n".join([*lines, *notes])
 
 

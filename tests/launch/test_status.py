@@ -47,6 +47,13 @@ def test_all_runs_below_a_folder_are_shown(runs, capsys):
     assert found["steps"] > 0 and found["loss"] > 0 and found["attempts"] == 0 and found["queue"] is None
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(runs):
+    (runs / "old" / "config.yaml").write_text("{")
+    found = [status_of(run, None) for run in find_runs(runs)]
+    assert [run["state"] for run in found] == ["not started", "unreadable"]
+    assert "config.yaml: is no YAML" in table(found)
+
+
 def test_what_the_queue_says_of_a_run(runs):
     waiting = runs / "group" / "waiting"
     queue = [QueuedJob("11", "RUNNING", "None", "n1"), QueuedJob("12", "PENDING", "Resources", "")]

@@ -161,3 +161,18 @@ def test_a_job_that_somebody_cancels_by_hand_stays_cancelled(cluster, launch, ti
     wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job, "-t", "COMPLETING").strip(), PATIENCE, words)
     assert cluster.state_of(job) == "CANCELLED", words()
     assert [event["reason"] for event in read_events(run_folder) if event["event"] == "stop"] == ["SIGTERM"]
+
+
+def test_a_run_whose_time_is_over_before_it_was_told_goes_on(cluster, launch, tiny_run, run_folder):
+    """Slurm does not queue such a job again by itself."""
+    # The signal before goes where nobody listens.
+    short = ["launch.time=00:01:00", "launch.signal_seconds=1", "launch.options=['--signal=B:URG@1']"]
+    submitted = launch("submit", *ALONE, *UNCHECKED, *short, *tiny_run, *LONG)
+    assert submitted.returncode == 0, submitted.stderr
+    job, words = submitted.stdout.strip(), words_of(run_folder)
+    wait_for(lambda: len(attempts(run_folder)) == 2, PATIENCE, words)
+    before = last_step(run_folder)
+    wait_for(lambda: last_step(run_folder) > before, PATIENCE, words)
+    assert "DUE TO TIME LIMIT" in (run_folder / "logs" / f"slurm-{job}.out").read_text()
+    assert launch("cancel", str(run_folder), "--now").returncode == 0
+    wait_for(lambda: cluster.state_of(job) == "CANCELLED", PATIENCE, words)
