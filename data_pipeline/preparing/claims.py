@@ -99,7 +99,7 @@ class Claims:
     def _has_ended(self, path: Path) -> bool:
         holder = _read(path)
         if _is_local(holder):
-            return _identity(holder["pid"]) != holder
+            return _identity(holder.get("pid", 0)) != holder
         try:
             touched = path.stat().st_mtime_ns
         except FileNotFoundError:
@@ -131,9 +131,10 @@ def _number(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _machine() -> list[str]:
