@@ -19,7 +19,8 @@ import torch
 from data_pipeline.corpus.files import sync
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
-from model.locate import complete_checkpoints, step_folder, step_of
+from model.locate import complete_checkpoints, step_folder, step_folders, step_of
+from model.marker import is_marked
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
 from train.checkpoints.lanes import FOLDER as CARRIED
@@ -236,9 +237,16 @@ class CheckpointWriter:
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
         complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
+        old = [
+            folder
+            for folder in complete[: -self.keep_last]
+            if self.keep_every is None or step_of(folder) % self.keep_every
+        ]
+        # What is left of one whose deletion failed.
+        old += [path for path in step_folders(self.root) if step_of(path) < step_of(newest) and not is_marked(path)]
         with deciding_what_stays(self.root):
-            for folder in complete[: -self.keep_last]:
-                if not stays(folder) and (self.keep_every is None or step_of(folder) % self.keep_every):
+            for folder in old:
+                if not stays(folder):
                     try:
                         remove(folder)
                     except OSError as error:
