@@ -31,9 +31,11 @@ def summarise(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: is no run's directory, it has no config.yaml"])
     if problems := later_formats(directory):
         raise ConfigError(problems)
-    config = in_current_form(read_configuration(directory.config))
-    if not all(isinstance(config.get(key), kind) for key, kind in (("name", str), ("corpus", dict), ("model", dict))):
+    stored = read_configuration(directory.config)
+    kinds = {"name": str, "corpus": dict, "model": dict}
+    if not all(isinstance(stored.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError([f"{directory.config}: is no configuration of a run, it lacks 'name', 'corpus' or 'model'"])
+    config = in_current_form(stored)
     plan = _read_plan(directory.plan)
     events = read_events(path) if directory.events.is_file() else []
     lines = read_metrics(path) if directory.metrics.is_file() else []

@@ -203,6 +203,8 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
             path = path_in(corpus.folder, entry.file, MANIFEST_FILE, f"{name}.file")
             if not path.is_file() or hashlib.sha256(data := path.read_bytes()).hexdigest() != entry.sha256:
                 raise CorpusError(f"{path}: missing, or altered after it was written; {RESTORE}")
+            if name == "inputs":
+                read_input_lines(path)
             lines += data.decode("utf-8", "surrogateescape").splitlines(keepends=True)
         seen.add(origin)
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -200,7 +200,21 @@ def sign(root: Path, changed: str) -> None:
             document.pop("fingerprint", None)
             name = path.relative_to(folder).as_posix()
             _sign_entry(document, name, path)
+            if name.startswith("shards/"):
+                document["shards"] = _sign_shard(folder, document["shards"], name)
             manifest.write_text(json.dumps({**document, "fingerprint": _fingerprint(fingerprint_of, document)}))
+
+
+def _sign_shard(folder: Path, table: dict, name: str) -> dict:
+    """Write a table of shards that knows the shard `name` as it is now; returns what the manifest says of the table."""
+    from data_pipeline.corpus.files import hash_file
+    from data_pipeline.corpus.shard_table import ShardTable, ShardTableEntry
+
+    found = asdict(hash_file(folder / name))
+    entries = ShardTable.read(folder, ShardTableEntry(**table))
+    changed = ShardTable.from_entries(replace(entry, **found) if entry.file == name else entry for entry in entries)
+    changed.write(folder)
+    return asdict(changed.entry)
 
 
 def _parents(root: Path, path: Path) -> Iterator[Path]:
