@@ -176,8 +176,8 @@ class EventLog:
         self.path = path
         self.is_main = is_main
 
-    def append(self, kind: str, **fields: Any) -> None:
-        """Add one event; `fields` must be JSON values."""
+    def append(self, kind: str, /, **fields: Any) -> None:
+        """Add one event; `fields` must be JSON values, and may have a `kind` of their own."""
         if self.is_main:
             with self._opened() as file:
                 _write_event(file, kind, fields)

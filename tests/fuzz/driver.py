@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.fuzz import subjects
 from tests.fuzz.mutations import choose
@@ -65,6 +66,8 @@ IMPORTED = (
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
+    import torch
+
     import train.run
     from data_pipeline.__main__ import main as data_pipeline
     from data_pipeline.preparing import claims
@@ -73,6 +76,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
     from train.__main__ import main as train_main
     from train.checkpoint import main as checkpoint
     from train.evaluate.__main__ import main as evaluate
+    from train.parallel.engine import make_engine
     from train.report import main as report
 
     for name in IMPORTED:
@@ -80,8 +84,13 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
             importlib.import_module(name)
     # Whose holder a damaged claim does not tell is waited for.
     claims.LEASE_SECONDS = 1.0
-    # DeepSpeed takes a second to begin, and reads no file.
-    train.run.train = functools.partial(train.run.train, factory=PlainEngine)
+
+    def engine(config: Any, plan: Any, mesh: Any) -> Any:
+        # DeepSpeed takes a second to begin, and reads no file.
+        is_plain = config.precision.compute_dtype is torch.float32
+        return (PlainEngine if is_plain else make_engine)(config, plan, mesh)
+
+    train.run.train = functools.partial(train.run.train, factory=engine)
     return {
         "train": train_main,
         "model": model,

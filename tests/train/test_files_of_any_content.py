@@ -11,13 +11,13 @@ import pytest
 from conf import ConfigError, compose
 from data_pipeline.__main__ import main as data_main
 from model.__main__ import main as model_main
-from tests.train.plain_runs import copied_run, run_plainly, saved_run, train_losses
+from tests.train.plain_runs import copied_run, run_plainly, saved_run
 from train.callbacks.metrics_file import read_metrics
 from train.checkpoint import main as checkpoint_main
 from train.config import RunConfig
 from train.report import main as report_main
 from train.requirements import open_requirements
-from train.run_directory import read_lines
+from train.run_directory import read_events, read_lines
 from train.watch.ends import End
 
 
@@ -54,6 +54,16 @@ def test_what_a_run_goes_on_writing_to_is_a_file_of_its_own(name, kind, run, tmp
         open_requirements(compose(RunConfig, "train", [*overrides, "training.total_steps=3"]), 1)
     if kind == "link":
         assert (tmp_path / "outside").read_text() == "of another"
+
+
+def test_a_start_that_cannot_have_the_lock_says_so_and_leaves_an_event(run, capfd):
+    folder, overrides = run
+    (folder / "run.lock").unlink()
+    (folder / "run.lock").symlink_to("run.lock")
+    assert run_plainly([*overrides, "training.total_steps=3"]) == 1
+    assert "Too many levels of symbolic links" in capfd.readouterr().err
+    error = read_events(folder)[-1]
+    assert (error["event"], error["kind"], error["attempt"]) == ("error", "error", "")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "plan.json", "code.json"])
@@ -104,7 +114,7 @@ def test_lines_of_metrics_that_are_no_measurement_are_passed_over(run, capsys):
     assert read_metrics(folder) == measured
     assert report_main([str(folder)]) == 0 and model_main(["describe", str(folder)]) == 0
     assert run_plainly([*overrides, "training.total_steps=3", "logging.csv=true"]) == 0
-    assert train_losses(folder).keys() == {1, 2, 3}
+    assert {line["step"] for line in read_metrics(folder) if line["kind"] == "train"} == {1, 2, 3}
 
 
 def test_statistics_of_odd_names_are_not_drawn(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,14 +11,18 @@ from pathlib import Path
 import pytest
 
 from conf.stored_values import misfits
+from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.corpus.files import hash_file
 from data_pipeline.corpus.inspection import verify_corpus
 from data_pipeline.corpus.manifest import InputsEntry, Manifest, TokenizerEntry, fingerprint_of
 from data_pipeline.corpus.regroup import merge_corpora, split_corpus
+from data_pipeline.corpus.shard_table import ShardTable
 from data_pipeline.errors import CorpusError, PrepareError, TokenizerError
 from data_pipeline.preparing.claims import Claims
 from data_pipeline.preparing.plan import begin_preparation
 from data_pipeline.preparing.units import UnitRecord
 from data_pipeline.preparing.workers import WorkFolder
+from data_pipeline.reading.stream import sequential_batches
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
 from tests.data_pipeline.small_corpora import quietly, slimpajama_config, write_slimpajama
 
@@ -74,6 +79,24 @@ def test_a_manifest_with_what_is_no_number_is_refused(copy):
     (copy / "manifest.json").write_text(text.replace('"block_bytes": 4194304', '"block_bytes": NaN'))
     with pytest.raises(CorpusError, match="manifest.json: altered after it was written"):
         Manifest.read(copy)
+
+
+def test_an_empty_shard_that_the_table_knows_is_refused(copy):
+    manifest = Manifest.read(copy)
+    first, *rest = manifest.shards
+    (copy / first.file).write_bytes(b"")
+    empty = dataclasses.replace(first, **dataclasses.asdict(hash_file(copy / first.file)))
+    dataclasses.replace(manifest, shards=ShardTable.from_entries([empty, *rest])).write(copy)
+    corpus = Corpus.open(copy)
+    with pytest.raises(CorpusError, match="altered: the manifest has 0 checksums for 0 bytes"):
+        list(sequential_batches(corpus, first.split, 64, 16, first.source))
+
+
+def test_a_claim_that_is_a_link_to_itself_is_none_of_this_process(tmp_path):
+    (tmp_path / "unit.0").symlink_to("unit.0")
+    with Claims(tmp_path) as claims, claims.take("unit") as mine:
+        assert not mine
+    assert claims._files("unit") == [tmp_path / "unit.0"]
 
 
 @pytest.mark.parametrize("content", [b"[1]\n", b"{}\n", b'{"file": 3}\n', b"\xff\n", b"[" * 100_000])
