@@ -152,7 +152,7 @@ class Driver:
         with contextlib.suppress(json.JSONDecodeError):
             mutate(path, random, outside)
             if is_signed:
-                with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
+                with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
                     subjects.sign(folder, file)
         before = self._outside()
         code, said, wrote = self.run(command, folder)

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from conf.stored_values import misfits
@@ -90,6 +91,15 @@ def test_an_empty_shard_that_the_table_knows_is_refused(copy):
     corpus = Corpus.open(copy)
     with pytest.raises(CorpusError, match="altered: the manifest has 0 checksums for 0 bytes"):
         list(sequential_batches(corpus, first.split, 64, 16, first.source))
+
+
+def test_a_table_with_numbers_of_labels_that_there_are_not_is_refused(corpus):
+    batch = corpus.manifest.shards._batch
+    labels = pa.DictionaryArray.from_arrays(pa.array([7] * len(batch), pa.int32()), pa.array(["train"]), safe=False)
+    with pytest.raises(pa.ArrowInvalid):
+        ShardTable.from_batch(
+            batch.set_column(batch.schema.get_field_index("split"), batch.schema.field("split"), labels)
+        )
 
 
 def test_a_claim_that_is_a_link_to_itself_is_none_of_this_process(tmp_path):
