@@ -254,6 +254,9 @@ def _weights_files(directory: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        # To open a pipe would wait for ever.
+        raise WeightsError(f"{path} cannot be read: it is no regular file")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,12 @@ def test_a_file_of_weights_without_metadata_or_with_an_odd_offset_is_refused(tmp
         save_file({f"w@{offset}": torch.zeros(4)}, path, metadata={"format_version": "1", "shapes": '{"w": [4]}'})
         with pytest.raises(WeightsError, match="unexpected tensor"):
             WeightsReader(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "weights-0.safetensors")
+    with pytest.raises(WeightsError, match="weights-0.safetensors cannot be read: it is no regular file"):
+        load_weights(tmp_path)
 
 
 @pytest.fixture(scope="module")
