@@ -6,10 +6,12 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.lasting_output import lasting_output
 from conf.problems import ConfigError, at_least
+from conf.stored_values import fits
 from data_pipeline.errors import DataError, MachineError
 from data_pipeline.ordering.config import OrderConfig
 
@@ -201,20 +203,31 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int, int | No
     """The order of a run that has started, its sequence length, seed and global batch size, and the windows of its
     lanes if it has any. Raises ConfigError."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from conf import to_dataclass
 
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError([f"--run: {path}: no such file; give the folder of a run that has started"])
-    run = OmegaConf.load(path)
-    if run.corpus.directory is None:
+    try:
+        run = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"--run: {path}: is no YAML ({' '.join(str(error).split())})"]) from None
+    kinds = {"seed": int, "corpus": dict, "training": dict}
+    if not isinstance(run, dict) or not all(fits(run.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError([f"--run: {path}: is no configuration of a run, it lacks 'seed', 'corpus' or 'training'"])
+    seed, corpus, training = (cast(Any, run[key]) for key in kinds)
+    if corpus.get("directory") is None:
         raise ConfigError([f"--run: {path}: the run tokenizes what it reads (corpus.live) and has no corpus"])
     keys = {field.name for field in fields(OrderConfig)}
-    order = to_dataclass(OrderConfig, {key: value for key, value in run.corpus.items() if key in keys})
-    training = run.training
-    windows = training.carry_windows if training.get("carry_state", False) else None
-    return order, training.sequence_length, run.seed, training.global_batch_size, windows
+    order = to_dataclass(OrderConfig, {key: value for key, value in corpus.items() if key in keys})
+    windows = training.get("carry_windows") if training.get("carry_state", False) else None
+    sequence_length, batch_size = training.get("sequence_length"), training.get("global_batch_size")
+    if not (fits(windows, int | None) and all(fits(size, int) and size > 0 for size in (sequence_length, batch_size))):
+        raise ConfigError([f"--run: {path}: is no configuration of a run, a size in 'training' is no number of tokens"])
+    return order, sequence_length, seed, batch_size, windows
 
 
 def _verify(options: argparse.Namespace) -> int:

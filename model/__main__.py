@@ -204,12 +204,14 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _describe_run(path: Path, options: argparse.Namespace) -> int:
     from conf import to_dataclass
-    from model.config import ModelConfig
+    from model.config import ModelConfig, validate_model
     from model.describe import as_table, describe
     from train.run_summary import as_lines, summarise
 
     summary = summarise(path)
     config = to_dataclass(ModelConfig, summary.pop("model"))
+    if problems := validate_model(config):
+        raise ConfigError([f"{path / 'config.yaml'}: {problem}" for problem in problems])
     description = describe(config, options.sequence_length, options.micro_batch_size, options.ranks, options.device)
     if options.json:
         print(json.dumps({"run": summary, **description}, indent=2))

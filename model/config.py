@@ -13,7 +13,15 @@ from model.layers.attention import AttentionConfig
 from model.layers.mlstm import MLSTMConfig
 from model.layers.preup_mlstm import PreUpMLSTMConfig
 from model.layers.slstm import SLSTMConfig
-from model.problems import Problem, check_choice, check_positive, check_soft_cap
+from model.problems import (
+    LARGEST_WIDTH,
+    MOST_BLOCKS,
+    Problem,
+    check_choice,
+    check_positive,
+    check_size,
+    check_soft_cap,
+)
 from model.settings import build_settings, settings_problems
 
 __all__ = [
@@ -111,8 +119,8 @@ def validate_model(config: ModelConfig, prefix: str = "model") -> list[str]:
         problem("plugins", text)
     check_choice(problem, "family", config.family, FAMILIES)
     _check_kinds(problem, config)
-    for key in ("vocab_size", "d_model", "n_blocks"):
-        check_positive(problem, key, getattr(config, key))
+    for key, limit in (("vocab_size", LARGEST_WIDTH), ("d_model", LARGEST_WIDTH), ("n_blocks", MOST_BLOCKS)):
+        check_size(problem, key, getattr(config, key), limit)
     check_positive(problem, "norm_eps", config.norm_eps)
     check_soft_cap(problem, "logit_soft_cap", config.logit_soft_cap)
     _check_positions(problem, config)
@@ -178,7 +186,7 @@ def _check_ffn_dim(problem: Problem, config: ModelConfig) -> None:
     elif not needed and config.ffn_dim is not None:
         problem("ffn_dim", f"is {config.ffn_dim}, but no block has a feed-forward layer; set it to null")
     elif config.ffn_dim is not None:
-        check_positive(problem, "ffn_dim", config.ffn_dim)
+        check_size(problem, "ffn_dim", config.ffn_dim, LARGEST_WIDTH)
 
 
 def _check_sections(problem: Problem, config: ModelConfig) -> None:

@@ -154,7 +154,8 @@ def _tokenizer(directory: Path) -> Path | None:
 def _sequence_length(run: Path) -> int | None:
     path, configuration = run / "config.yaml", None
     # Nothing else is taken from it: weights are read without.
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         configuration = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     training = configuration.get("training") if isinstance(configuration, dict) else None
-    return training.get("sequence_length") if isinstance(training, dict) else None
+    length = training.get("sequence_length") if isinstance(training, dict) else None
+    return length if isinstance(length, int) else None

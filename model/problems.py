@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable
 
 Problem = Callable[[str, str], None]
+# Of anything that kernels index with 32 bits.
+LARGEST_WIDTH = 2**31 - 1
+# Beyond all that is trained, and few enough to be listed one by one.
+MOST_BLOCKS = 100_000
 
 
 def check_choice(problem: Problem, key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -18,6 +22,21 @@ def check_positive(problem: Problem, key: str, value: float) -> None:
     """`value` must be positive and finite."""
     if not 0 < value < math.inf:
         problem(key, f"is {value}; it must be a positive number")
+
+
+def check_size(problem: Problem, key: str, value: int, limit: int) -> None:
+    """`value`, which counts something that is made, must be positive, and no more than a machine could ever hold."""
+    check_positive(problem, key, value)
+    if limit < value < math.inf:
+        problem(key, f"is {value}; it must be at most {limit}")
+
+
+def check_factor(problem: Problem, key: str, factor: float) -> bool:
+    """`factor`, times a width, must give a number; returns whether it does."""
+    if not -LARGEST_WIDTH < factor < LARGEST_WIDTH:
+        problem(key, f"is {factor}; it must be a number that gives a width of at most {LARGEST_WIDTH}")
+        return False
+    return True
 
 
 def check_soft_cap(problem: Problem, key: str, value: float | None) -> None:

@@ -24,13 +24,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from conf.problems import is_later_format, other_format
-from model.config import ModelConfig
+from conf.stored_values import fits, shortened
+from model.config import ModelConfig, validate_model
 from model.marker import COMPLETE, MarkerError, read_marker
 from model.stored import with_current_keys
 
 FORMAT_VERSION = 1
 MODEL_JSON = "model.json"
 _OPEN_FILES = 64
+# Of the parts of parameters, as safetensors calls them.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class WeightsError(ValueError):
@@ -59,7 +62,9 @@ def read_model_json(directory: str | Path) -> ModelConfig:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON: {error}") from None
     if isinstance(document, dict) and "format_version" in document:
         _check_version(path, document["format_version"])
@@ -67,6 +72,8 @@ def read_model_json(directory: str | Path) -> ModelConfig:
         raise WeightsError(f"{path} has no section 'model': it was not written by xlstm-pretrain")
     _check_version(path, document.get("format_version"))
     config: ModelConfig = _build(ModelConfig, with_current_keys(document["model"]), path, "model")
+    if problems := validate_model(config):
+        raise WeightsError(f"{path} describes a model that does not work: {'; '.join(problems)}")
     return config
 
 
@@ -172,17 +179,23 @@ class WeightsReader:
         with _open(path) as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata.get("format_version"))
-            shapes = json.loads(metadata["shapes"])
+            shapes = _read_shapes(path, metadata.get("shapes"))
             for name, shape in shapes.items():
-                known = self.shapes.setdefault(name, tuple(shape))
-                if known != tuple(shape):
-                    raise WeightsError(f"{path}: {name} has shape {shape}, in another file {list(known)}")
+                known = self.shapes.setdefault(name, shape)
+                if known != shape:
+                    raise WeightsError(f"{path}: {name} has shape {list(shape)}, in another file {list(known)}")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 name, _, offset = key.rpartition("@")
-                if name not in shapes or not offset.isdigit():
+                # Python has no words for longer numbers.
+                if name not in shapes or not (offset.isdecimal() and len(offset) < 20):
                     raise WeightsError(f"{path}: unexpected tensor {key!r}")
-                length = file.get_slice(key).get_shape()[0]
-                self.pieces.setdefault(name, []).append(_Piece(int(offset), length, path, key))
+                part = file.get_slice(key)
+                if part.get_dtype() not in _DTYPES or len(part.get_shape()) != 1:
+                    raise WeightsError(
+                        f"{path}: {key} is of type {part.get_dtype()} and shape {part.get_shape()}, no flat part of a "
+                        "parameter"
+                    )
+                self.pieces.setdefault(name, []).append(_Piece(int(offset), part.get_shape()[0], path, key))
 
     def check_coverage(self) -> None:
         """Raises WeightsError unless the fragments cover every parameter exactly once."""
@@ -241,10 +254,25 @@ def _weights_files(directory: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        # To open a pipe would wait for ever.
+        raise WeightsError(f"{path} cannot be read: it is no regular file")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read (damaged or cut short): {error}") from None
+
+
+def _read_shapes(path: Path, text: str | None) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = json.loads(text or "")
+    except (ValueError, RecursionError):
+        shapes = None
+    if not isinstance(shapes, dict) or not all(fits(shape, list[int]) for shape in shapes.values()):
+        raise WeightsError(f"{path}: its metadata do not give the shape of each parameter")
+    if wrong := sorted(name for name, shape in shapes.items() if not all(0 <= size < 2**63 for size in shape)):
+        raise WeightsError(f"{path}: {wrong[0]} cannot have shape {shapes[wrong[0]]}")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _check_version(path: Path, version: object) -> None:
@@ -260,5 +288,10 @@ def _build(schema: type[Any], values: dict[str, Any], path: Path, prefix: str) -
     arguments = {}
     for key, value in values.items():
         nested: list[Any] = [kind for kind in typing.get_args(hints[key]) if dataclasses.is_dataclass(kind)]
-        arguments[key] = _build(nested[0], value, path, f"{prefix}.{key}") if nested and value is not None else value
+        if nested and isinstance(value, dict):
+            arguments[key] = _build(nested[0], value, path, f"{prefix}.{key}")
+        elif fits(value, hints[key]):
+            arguments[key] = value
+        else:
+            raise WeightsError(f"{path}: {prefix}.{key} cannot be {shortened(value)}")
     return schema(**arguments)

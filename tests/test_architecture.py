@@ -42,7 +42,14 @@ READ_VALUES = {
 }
 # How to speak of values that are wrong, and to whom, and which files may be touched; they import nothing, so that every
 # package may import them.
-SHARED = ("conf.problems", "conf.lasting_output", "conf.named_files", "conf.passwords", "conf.slurm_variables")
+SHARED = (
+    "conf.problems",
+    "conf.lasting_output",
+    "conf.named_files",
+    "conf.stored_values",
+    "conf.passwords",
+    "conf.slurm_variables",
+)
 # The command line of the model turns text into tokens and describes runs; the library does neither.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
 # The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.

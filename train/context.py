@@ -23,6 +23,7 @@ from conf import ConfigError
 from conf.lasting_output import LastingOutput
 from conf.passwords import without_passwords
 from data_pipeline.corpus.corpus import Corpus
+from data_pipeline.errors import TokenizerError
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
@@ -336,8 +337,9 @@ def _prepare_folder(context: RunContext, found: Requirements) -> None:
 def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Leave a copy of `tokenizer` in `folder`, in the place of another that the run had before."""
     # Written last: without it an earlier start was killed while it copied.
-    if (folder / SIDECAR).exists() and Tokenizer.load(folder).fingerprint == tokenizer.fingerprint:
-        return
+    with contextlib.suppress(TokenizerError):
+        if (folder / SIDECAR).is_file() and Tokenizer.load(folder).fingerprint == tokenizer.fingerprint:
+            return
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save_to(folder)
 

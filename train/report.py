@@ -54,6 +54,9 @@ Writes comparison.png in the current folder: the curves of up to 20 runs in one 
 """
 # Losses of so many held-out sets stand in the title; all stand in the legend.
 _TITLE_SETS = 3
+_BASELINES = ("unigram", "bigram")
+# In nats per token, of any baseline that is drawn.
+_LARGEST_LOSS = 1e6
 # Without the palest end, which vanishes on white.
 _DEPTH = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256)))
 
@@ -83,7 +86,7 @@ class Series:
         found = {}
         for name, values in self.values.items():
             parts = name.split(".", 2)
-            if parts[0] == "blocks" and parts[2] == suffix:
+            if len(parts) == 3 and _is_of_block(name) and parts[2] == suffix:
                 found[int(parts[1])] = values
         return found
 
@@ -91,6 +94,11 @@ class Series:
         """`combine` (such as np.nanmin) of the statistic over all blocks that have it; None when no block has."""
         found = self.by_block(suffix)
         return combine(np.stack(list(found.values())), axis=0) if found else None
+
+
+def _is_of_block(statistic: str) -> bool:
+    kind, _, rest = statistic.partition(".")
+    return kind == "blocks" and rest.partition(".")[0].isdecimal()
 
 
 def draw_report(run_directory: Path | str, output: Path | None = None) -> Path:
@@ -144,10 +152,16 @@ def _read_baselines(run_directory: Path) -> dict[str, float]:
     path = run_directory / "baselines.json"
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it, or move it away") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read (it holds no JSON object); restore it, or move it away")
     if is_later_format(version := content.get("format_version"), BASELINES_FORMAT):
         raise ValueError(other_format(path, version, BASELINES_FORMAT))
-    return {name: content[name]["loss"] for name in ("unigram", "bigram") if name in content}
+    losses = {name: content[name].get("loss") for name in _BASELINES if isinstance(content.get(name), dict)}
+    return {name: loss for name, loss in losses.items() if type(loss) in (int, float) and abs(loss) < _LARGEST_LOSS}
 
 
 def _loss_curves(train: list[dict], evaluations: list[dict], baselines: dict[str, float]) -> dict[str, _Curve]:
@@ -211,7 +225,7 @@ def _draw_training(panels: list[Axes], train: list[dict]) -> None:
 
 def _draw_stability(page: Page, axes: list[Axes], statistics: Series) -> None:
     residual, gradient, gates, stabiliser, floor, saturation = axes
-    blocks = [int(name.split(".")[1]) for name in statistics.values if name.startswith("blocks.")]
+    blocks = [int(name.split(".")[1]) for name in statistics.values if _is_of_block(name)]
     depth = ScalarMappable(Normalize(0, max(max(blocks, default=0), 1)), _DEPTH)
 
     _draw_blocks(residual, statistics, "mixer_norm.input_rms", depth)

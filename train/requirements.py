@@ -60,7 +60,7 @@ def open_requirements(
     """
     directory = RunDirectory(Path(config.run_root) / config.name)
     _refuse(later_formats(directory))
-    _refuse(directory.unwritable())
+    _refuse([*directory.unwritable(), *directory.foreign()])
     # As far as its checkpoint turns out to be whole, which the ranks find out together.
     state = newest_state(directory.checkpoints)
     origin, misfits_of_origin = open_origin(config, directory)

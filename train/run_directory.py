@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from conf.named_files import unsafe_file
 from conf.passwords import without_passwords
 from conf.problems import other_format
 from data_pipeline.corpus import files
@@ -31,6 +32,7 @@ from train.errors import RunError
 EVENTS_FORMAT_VERSION = 1
 # In a copy of the source tree: what `code_revision` says of the original.
 COPIED_REVISION = "code.json"
+CHECKPOINTS_LOCK = "checkpoints.lock"
 
 
 class RunDirectory:
@@ -51,6 +53,7 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.lock = path / "run.lock"
+        self.checkpoints_lock = path / CHECKPOINTS_LOCK
         self.baselines = path / "baselines.json"
 
     def log(self, rank: int) -> Path:
@@ -80,6 +83,13 @@ class RunDirectory:
                     why = "its file system is read-only"
                 problems.append(f"run_root: {path} cannot be written to, {why}; change that, or set run_root elsewhere")
         return problems
+
+    def foreign(self) -> list[str]:
+        """Files that a run goes on writing to, and that are no files of its own: one line each."""
+        # All others are written anew and renamed, whatever had their names.
+        files = [self.events, self.lock, self.checkpoints_lock, *sorted(self.logs.glob("rank-*.log"))]
+        found = (unsafe_file(file.parent, "a file", file.name, file.parent) for file in files)
+        return [problem for problem in found if problem]
 
     def keep_configuration(self, text: str) -> str:
         """Make `text` the run's config.yaml, and keep it as that of one more attempt; returns this file's name.
@@ -166,8 +176,8 @@ class EventLog:
         self.path = path
         self.is_main = is_main
 
-    def append(self, kind: str, **fields: Any) -> None:
-        """Add one event; `fields` must be JSON values."""
+    def append(self, kind: str, /, **fields: Any) -> None:
+        """Add one event; `fields` must be JSON values, and may have a `kind` of their own."""
         if self.is_main:
             with self._opened() as file:
                 _write_event(file, kind, fields)
@@ -247,7 +257,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     parsed = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):
             if isinstance(content := json.loads(line), dict):
                 parsed.append(content)
     return parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import shlex
@@ -30,8 +31,12 @@ def summarise(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: is no run's directory, it has no config.yaml"])
     if problems := later_formats(directory):
         raise ConfigError(problems)
-    config = in_current_form(read_configuration(directory.config))
-    plan = json.loads(directory.plan.read_text(encoding="utf-8")) if directory.plan.is_file() else {}
+    stored = read_configuration(directory.config)
+    kinds = {"name": str, "corpus": dict, "model": dict}
+    if not all(isinstance(stored.get(key), kind) for key, kind in kinds.items()):
+        raise ConfigError([f"{directory.config}: is no configuration of a run, it lacks 'name', 'corpus' or 'model'"])
+    config = in_current_form(stored)
+    plan = _read_plan(directory.plan)
     events = read_events(path) if directory.events.is_file() else []
     lines = read_metrics(path) if directory.metrics.is_file() else []
     train = [line for line in lines if line["kind"] == "train"]
@@ -53,9 +58,18 @@ def summarise(path: Path) -> dict[str, Any]:
         },
         "checkpoints": [step_of(folder) for folder in checkpoints],
         "newest_checkpoint": str(checkpoints[-1]) if checkpoints else None,
-        "corpus": config["corpus"]["directory"],
+        "corpus": config["corpus"].get("directory"),
         "model": config["model"],
     }
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """What is in plan.json; nothing where it is not there, or damaged."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+        if isinstance(content, dict) and type(content.get("total_steps")) is int:
+            return content
+    return {}
 
 
 def _state(directory: RunDirectory, events: list[dict[str, Any]]) -> tuple[str, str | None]:
@@ -85,7 +99,7 @@ def as_lines(summary: dict[str, Any]) -> str:
         f"progress    {summary['steps']:,}{total} steps, {summary['tokens']:,} tokens",
     ]
     if summary["loss"] is not None:
-        lines.append(f"loss        {summary['loss']:.4f} at {summary['tokens_per_second']:,.0f} tokens/s")
+        lines.append(f"loss        {summary['loss']:.4f} at {summary['tokens_per_second'] or 0:,.0f} tokens/s")
     for name, held_out in summary["held_out"].items():
         if held_out["loss"] is not None:
             lines.append(f"held out    {name}: {held_out['loss']:.4f} after step {held_out['step']:,}")

@@ -44,7 +44,10 @@ def read_configuration(path: Path) -> dict[str, Any]:
         stored: Any = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    # YAML's own errors, and those of the numbers and dates in it.
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError([f"{path}: is no YAML ({' '.join(str(error).split())})"]) from None
     if not isinstance(stored, dict):
         raise ConfigError([f"{path}: holds no keys and values"])
@@ -77,7 +80,8 @@ def in_current_form(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     Without the passwords of its URLs, which earlier versions kept.
     """
-    stored = {**stored, "model": with_current_keys(stored.get("model") or {})}
+    model = stored.get("model") or {}
+    stored = {**stored, "model": with_current_keys(model) if isinstance(model, Mapping) else model}
     return without_passwords(typing.cast(dict[str, Any], json.loads(json.dumps(_with_defaults(RunConfig, stored)))))
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_pipeline.corpus.corpus import Corpus, check_shard_file
-from data_pipeline.corpus.files import path_in
-from data_pipeline.corpus.input_list import count_files
+from data_pipeline.corpus.files import hash_file, path_in
+from data_pipeline.corpus.input_list import count_files, read_input_lines
 from data_pipeline.corpus.manifest import MANIFEST_FILE, InputsEntry, Manifest, ReportEntry
 from data_pipeline.corpus.shard_table import ShardEntry, shard_path
 from data_pipeline.corpus.token_sequence import open_shard
@@ -102,9 +99,10 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
             problems.append(f"{sidecar}: altered: it names {found}, the manifest {manifest.tokenizer.eod_token}")
     except (CorpusError, TokenizerError) as error:
         problems.append(str(error))
-    lists = {name: _checked_list(directory, name, getattr(manifest, name), problems) for name in ("inputs", "report")}
-    if lists["inputs"] is not None:
-        problems += _account_faults(directory, manifest, lists["inputs"])
+    of_inputs = _list_faults(directory, "inputs", manifest.inputs)
+    problems += of_inputs + _list_faults(directory, "report", manifest.report)
+    if not of_inputs:
+        problems += _account_faults(directory, manifest)
     problems += _shard_list_faults(directory, manifest)
     with ThreadPoolExecutor(threads) as pool:
         for faults in pool.map(lambda entry: _shard_faults(corpus, entry), manifest.shards):
@@ -112,24 +110,23 @@ def verify_corpus(directory: Path, threads: int = 1) -> list[str]:
     return problems
 
 
-def _checked_list(
-    directory: Path, name: str, entry: InputsEntry | ReportEntry, problems: list[str]
-) -> list[dict[str, Any]] | None:
-    """The lines of inputs.jsonl or report.jsonl; None after adding to `problems`."""
+def _list_faults(directory: Path, name: str, entry: InputsEntry | ReportEntry) -> list[str]:
+    """What is wrong with the file of inputs.jsonl or report.jsonl."""
     path = path_in(directory, entry.file, MANIFEST_FILE, f"{name}.file")
     if not path.is_file():
-        problems.append(f"{path}: missing")
-        return None
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        problems.append(f"{path}: altered after it was written (sha256 differs)")
-        return None
-    return [json.loads(line) for line in data.splitlines()]
+        return [f"{path}: missing"]
+    if hash_file(path).sha256 != entry.sha256:
+        return [f"{path}: altered after it was written (sha256 differs)"]
+    return []
 
 
-def _account_faults(directory: Path, manifest: Manifest, files: list[dict[str, Any]]) -> list[str]:
+def _account_faults(directory: Path, manifest: Manifest) -> list[str]:
     """Records that are neither written nor rejected, file by file, unit by unit and in all."""
     path = path_in(directory, manifest.inputs.file, MANIFEST_FILE, "inputs.file")
+    try:
+        files = read_input_lines(path)
+    except CorpusError as error:
+        return [str(error)]
     faults = []
     for entry in files:
         rejected = sum(entry["rejected"].values())

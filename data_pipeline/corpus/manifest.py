@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.problems import is_later_format, other_format
+from conf.stored_values import fits, misfits, shortened
 from data_pipeline.corpus.files import path_in, write_whole
 from data_pipeline.corpus.shard_table import MANIFEST_FILE, ShardTable, ShardTableEntry
 from data_pipeline.errors import CorpusError
@@ -122,7 +123,7 @@ class Manifest:
             raise CorpusError(f"{folder}: no {MANIFEST_FILE}, so not a finished corpus; {_how_to_finish(folder)}")
         try:
             document = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{path}: altered or damaged, not JSON ({error}); {_ADVICE}") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CorpusError(f"{path}: not a corpus manifest (its 'format' is not '{FORMAT}')")
@@ -135,12 +136,18 @@ class Manifest:
                 "in a new folder or use the release that wrote it"
             )
         recorded = document.pop("fingerprint", None)
-        if fingerprint_of(document) != recorded:
-            raise CorpusError(f"{path}: altered after it was written (its fingerprint does not match); {_ADVICE}")
         try:
-            manifest = _from_document(document, folder)
-        except (TypeError, KeyError) as error:
-            raise CorpusError(f"{path}: keys missing or unknown ({error}); {_ADVICE}") from None
+            is_as_written = fingerprint_of(document) == recorded
+        # No JSON has such numbers, and none that we write.
+        except ValueError:
+            is_as_written = False
+        if not is_as_written:
+            raise CorpusError(f"{path}: altered after it was written (its fingerprint does not match); {_ADVICE}")
+        if problems := _misfits(document):
+            raise CorpusError(
+                f"{path}: keys missing or unknown, or values of a wrong type ({'; '.join(problems)}); {_ADVICE}"
+            )
+        manifest = _from_document(document, folder)
         if manifest.token_dtype not in ("uint16", "uint32") or manifest.block_bytes < 1:
             raise CorpusError(
                 f"{path}: token_dtype '{manifest.token_dtype}' or block_bytes {manifest.block_bytes} cannot be; "
@@ -164,10 +171,30 @@ def _how_to_finish(folder: Path) -> str:
     return f"it is empty; prepare a corpus with `python -m data_pipeline prepare ... output={folder}`"
 
 
+_PARTS: dict[str, type] = {
+    "tokenizer": TokenizerEntry,
+    "inputs": InputsEntry,
+    "report": ReportEntry,
+    "shards": ShardTableEntry,
+}
+# Of the document, and of no field.
+_OTHERS = ("format", "format_version", "splits")
+
+
+def _misfits(document: dict[str, Any]) -> list[str]:
+    """What of `document` is not of the type that is wanted, the splits apart: they are compared with the table."""
+    plain = {"settings": dict[str, Any], "token_dtype": str, "block_bytes": int}
+    unknown = [key for key in document if key not in (*_OTHERS, *_PARTS, *plain)]
+    problems = [f"unknown key {key}" for key in unknown]
+    problems += [
+        f"{key} cannot be {shortened(document.get(key))}" for key in plain if not fits(document.get(key), plain[key])
+    ]
+    return problems + [line for key, kind in _PARTS.items() for line in misfits(kind, document.get(key), f"{key}.")]
+
+
 def _from_document(document: dict[str, Any], folder: Path) -> Manifest:
-    fields = {key: value for key, value in document.items() if key not in ("format", "format_version", "splits")}
-    parts = {"tokenizer": TokenizerEntry, "inputs": InputsEntry, "report": ReportEntry, "shards": ShardTableEntry}
-    fields |= {key: kind(**document[key]) for key, kind in parts.items()}
+    fields = {key: value for key, value in document.items() if key not in _OTHERS}
+    fields |= {key: kind(**document[key]) for key, kind in _PARTS.items()}
     for key in ("tokenizer", "inputs", "report"):
         path_in(folder, fields[key].file, MANIFEST_FILE, f"{key}.file")
     fields["shards"] = ShardTable.read(folder, fields["shards"])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.corpus.blocks import RESTORE
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import path_in, write_whole
-from data_pipeline.corpus.input_list import count_files, sum_counts
+from data_pipeline.corpus.input_list import count_files, read_input_lines, sum_counts
 from data_pipeline.corpus.manifest import MANIFEST_FILE, InputsEntry, Manifest, ReportEntry
 from data_pipeline.corpus.shard_table import ShardEntry, ShardTable, shard_path
 from data_pipeline.errors import CorpusError, MachineError
@@ -165,8 +166,8 @@ def _fill(
     hashes = {}
     for name, lines in lists.items():
         path = path_in(partial, getattr(first, name).file, MANIFEST_FILE, f"{name}.file")
-        hashes[name] = write_whole(path, "".join(lines).encode()).sha256
-    files = [json.loads(line) for line in lists["inputs"]]
+        hashes[name] = write_whole(path, "".join(lines).encode("utf-8", "surrogateescape")).sha256
+    files = read_input_lines(path_in(partial, first.inputs.file, MANIFEST_FILE, "inputs.file"))
     manifest = dataclasses.replace(
         first,
         settings=settings,
@@ -192,12 +193,18 @@ def _joined(corpora: list[Corpus], name: str) -> list[str]:
     lines: list[str] = []
     seen: set[str] = set()
     for corpus in corpora:
-        origin, settings = corpus.fingerprint, corpus.manifest.settings
-        while "part_of" in settings:
+        origin: str = corpus.fingerprint
+        settings: Any = corpus.manifest.settings
+        while isinstance(settings, dict) and isinstance(settings.get("part_of"), str):
             # A part may have been taken from a part.
-            origin, settings = settings["part_of"], settings["settings"]
+            origin, settings = settings["part_of"], settings.get("settings")
         if origin not in seen:
-            path = path_in(corpus.folder, getattr(corpus.manifest, name).file, MANIFEST_FILE, f"{name}.file")
-            lines += path.read_text("utf-8").splitlines(keepends=True)
+            entry = getattr(corpus.manifest, name)
+            path = path_in(corpus.folder, entry.file, MANIFEST_FILE, f"{name}.file")
+            if not path.is_file() or hashlib.sha256(data := path.read_bytes()).hexdigest() != entry.sha256:
+                raise CorpusError(f"{path}: missing, or altered after it was written; {RESTORE}")
+            if name == "inputs":
+                read_input_lines(path)
+            lines += data.decode("utf-8", "surrogateescape").splitlines(keepends=True)
         seen.add(origin)
     return lines

@@ -235,4 +235,7 @@ def _only_batch(data: pa.Buffer) -> pa.RecordBatch:
     reader = pa.ipc.open_file(data)
     if reader.num_record_batches != 1 or not reader.schema.equals(SCHEMA):
         raise pa.ArrowInvalid("its columns are not those of a table of shards")
-    return reader.get_batch(0)
+    batch = reader.get_batch(0)
+    # Offsets that lead out of the file, texts that are none, numbers of labels that there are not.
+    batch.validate(full=True)
+    return batch

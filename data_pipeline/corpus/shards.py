@@ -127,6 +127,8 @@ class Shard:
             if reader.num_record_batches != 1:
                 raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of 1")
             batch = reader.get_batch(0)
+            # Buffers that do not reach as far as the batch says.
+            batch.validate()
             self.metadata = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
             _refuse_other_format(path, self.metadata)
             column = self._column = batch.column("tokens")

@@ -225,6 +225,8 @@ class TokenSequence:
             kind = "truncated" if size < entry.bytes else "altered"
             raise CorpusError(f"{path}: {kind}: {size} bytes, the manifest says {entry.bytes}; {RESTORE}")
         last = int(self._block_bounds[number + 1] - self._block_bounds[number]) - 1
+        if size < 1 or last != (size - 1) // self._manifest.block_bytes:
+            raise CorpusError(f"{path}: altered: the manifest has {last + 1} checksums for {size} bytes; {RESTORE}")
         # The footer and the schema, before they are parsed.
         self._check(number, [0, last])
         if self._files.remote is not None:

@@ -68,7 +68,8 @@ class Claims:
 
     def _files(self, name: str) -> list[Path]:
         files: list[Path] = []
-        while (path := self._folder / f"{name}.{len(files)}").exists():
+        # Whatever has the name, a link that leads nowhere too: nobody else can make a claim of it.
+        while os.path.lexists(path := self._folder / f"{name}.{len(files)}"):
             files.append(path)
         return files
 
@@ -99,9 +100,9 @@ class Claims:
     def _has_ended(self, path: Path) -> bool:
         holder = _read(path)
         if _is_local(holder):
-            return _identity(holder["pid"]) != holder
+            return _identity(holder.get("pid", 0)) != holder
         try:
-            touched = path.stat().st_mtime_ns
+            touched = path.lstat().st_mtime_ns
         except FileNotFoundError:
             return False
         last, since, changed = self._seen.setdefault(path, (touched, time.monotonic(), False))
@@ -131,9 +132,10 @@ def _number(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _machine() -> list[str]:

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conf.stored_values import fits
 from data_pipeline.corpus.files import path_in, write_whole
+from data_pipeline.corpus.input_list import read_input_lines
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest, canonical_json
 from data_pipeline.errors import PrepareError
 from data_pipeline.preparing.claims import Claims
@@ -46,8 +48,8 @@ def confirm_finished(config: PrepareConfig, folder: Path, manifest: Manifest) ->
     _refuse_other_settings(folder, manifest.settings, content_settings(config))
     if config.data.kind == "datasets" or config.data.path and not Path(config.data.path).exists():
         return
-    with open(path_in(folder, manifest.inputs.file, MANIFEST_FILE, "inputs.file"), encoding="utf-8") as file:
-        old = {entry["file"]: entry["bytes"] for entry in map(json.loads, file)}
+    lines = read_input_lines(path_in(folder, manifest.inputs.file, MANIFEST_FILE, "inputs.file"))
+    old = {entry["file"]: entry["bytes"] for entry in lines}
     _refuse_other_inputs(folder, old, open_source(config.data).inputs())
 
 
@@ -94,17 +96,37 @@ def begin_preparation(
                 return False
         if not mine:
             time.sleep(0.1)
-    plan = json.loads(work.plan.read_bytes())
+    plan = _read_plan(work.plan)
     _refuse_other_settings(folder, plan["settings"], settings)
     _refuse_other_inputs(folder, dict(plan["inputs"]), inputs)
-    planned = plan.get("parts", [])
+    planned = plan["parts"]
     if parts != planned:
-        name = next(a or b for a, b in itertools.zip_longest(parts, planned) if a != b)[0]
+        name = next(iter(next(a or b for a, b in itertools.zip_longest(parts, planned) if a != b)), "a file")
         raise PrepareError(
             f"{folder}: {name} had other row groups when the preparation was begun; delete the folder and begin "
             "again, or restore the file"
         )
     return True
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        # To open a pipe would wait for ever.
+        plan = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        plan = None
+    if isinstance(plan, dict):
+        # Earlier versions knew no parts.
+        plan = {"parts": [], **plan}
+        kinds = {"settings": dict[str, Any], "inputs": list[list[Any]], "parts": list[list[Any]]}
+        if all(fits(plan.get(key), kind) for key, kind in kinds.items()) and all(
+            len(item) == 2 and isinstance(item[0], str) for item in plan["inputs"]
+        ):
+            return plan
+    raise PrepareError(
+        f"{path}: damaged, so that nobody can tell what was being prepared; delete {path.parent.parent} and begin "
+        "again, or restore the file"
+    )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

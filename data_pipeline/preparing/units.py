@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.named_files import unsafe_file
+from conf.stored_values import fits, misfits
 from data_pipeline.corpus.files import hash_file, write_whole
-from data_pipeline.corpus.input_list import sum_counts
+from data_pipeline.corpus.input_list import is_input_line, sum_counts
 from data_pipeline.corpus.manifest import canonical_json
 from data_pipeline.corpus.shard_table import ShardEntry
 from data_pipeline.corpus.shards import MAX_TOKENS, ShardBuilder
@@ -33,6 +34,7 @@ BATCH_BYTES = 8 << 20
 REPORT_LINES = 1000
 # Of these, documents of which the tokenizer lost something: they must not crowd out the rejected ones.
 LOST_LINES = 100
+_REPORT_KEYS = {"action": str, "file": str, "position": int, "reason": str, "detail": str}
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,23 @@ class UnitRecord:
         """The record in `path`; None when there is none that can be read."""
         try:
             fields = json.loads(path.read_bytes())
-            record = UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
-            # Its unit is then done again.
-            return None if any(unsafe_file(path, "shards.file", shard.file) for shard in record.shards) else record
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, RecursionError):
             return None
+        # Its unit is then done again.
+        if misfits(UnitRecord, fields) or not all(map(is_input_line, fields["inputs"])):
+            return None
+        if not all(fits(line.get(key), kind) for line in fields["report"] for key, kind in _REPORT_KEYS.items()):
+            return None
+        record = UnitRecord(**{**fields, "shards": [ShardEntry(**entry) for entry in fields["shards"]]})
+        is_foreign = any(unsafe_file(path, "shards.file", shard.file) for shard in record.shards)
+        return None if is_foreign or not record.adds_up() else record
+
+    def adds_up(self) -> bool:
+        """Whether every record is accounted for."""
+        documents = sum(entry["documents"] for entry in self.inputs)
+        return documents == sum(shard.documents for shard in self.shards) and all(
+            entry["records"] == entry["documents"] + sum(entry["rejected"].values()) for entry in self.inputs
+        )
 
 
 def cut_units(source: Source, inputs: list[InputFile], unit_bytes: int) -> list[list[InputFile]]:
@@ -253,10 +267,9 @@ class _Unit:
         for key in sorted(self._builders):
             self._write(key)
         self._shards.sort(key=lambda shard: (shard.split, shard.source, shard.file))
-        for counts in self._inputs:
-            assert counts["records"] == counts["documents"] + sum(counts["rejected"].values())
-        assert sum(shard.documents for shard in self._shards) == sum(counts["documents"] for counts in self._inputs)
-        return UnitRecord(self._number, self._encoder.name, self._shards, self._inputs, self._report)
+        record = UnitRecord(self._number, self._encoder.name, self._shards, self._inputs, self._report)
+        assert record.adds_up()
+        return record
 
     def _write(self, key: tuple[str, str]) -> None:
         split, source = key

@@ -81,19 +81,17 @@ class Tokenizer(abc.ABC):
             raise TokenizerError(f"{path}: no such tokenizer file; give a .model or tokenizer.json (tokenizer.path)")
         sidecar = path.parent / SIDECAR
         if eod_token is None and sidecar.is_file():
-            try:
-                document = json.loads(sidecar.read_bytes())
-                problem = other_format(sidecar, document.get("format_version", SIDECAR_FORMAT), SIDECAR_FORMAT)
-                eod_token = None if problem else document["eod_token"]
-            except (ValueError, KeyError, AttributeError):
-                raise TokenizerError(
-                    f"{sidecar}: damaged, names no eod_token; delete it and set tokenizer.eod_token, or restore it"
-                ) from None
-            if problem:
-                raise TokenizerError(problem)
-        if path.suffix == ".json":
-            return HuggingFaceTokenizer(path, eod_token)
-        return SentencePieceTokenizer(path, eod_token)
+            eod_token = _eod_token_of(sidecar)
+        kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        try:
+            tokenizer = kind(path, eod_token)
+            # What a damaged file leaves undone shows at the first text.
+            tokenizer._encode_plainly(PROBE)
+        except (TokenizerError, MemoryError):
+            raise
+        except Exception as error:
+            raise TokenizerError(f"{path}: cannot be used as a tokenizer ({error or type(error).__name__})") from None
+        return tokenizer
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -162,6 +160,22 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.path is None:
         raise TokenizerError("tokenizer.path: kind=file needs a path; set tokenizer.path=FILE")
     return Tokenizer.load(config.path, config.eod_token)
+
+
+def _eod_token_of(sidecar: Path) -> str:
+    try:
+        document = json.loads(sidecar.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        document = None
+    if isinstance(document, dict) and (
+        problem := other_format(sidecar, document.get("format_version", SIDECAR_FORMAT), SIDECAR_FORMAT)
+    ):
+        raise TokenizerError(problem)
+    if not isinstance(document, dict) or not isinstance(document.get("eod_token"), str):
+        raise TokenizerError(
+            f"{sidecar}: damaged, names no eod_token; delete it and set tokenizer.eod_token, or restore it"
+        )
+    return document["eod_token"]
 
 
 def _file_in(folder: Path) -> Path:

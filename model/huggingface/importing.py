@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ class HuggingFaceReader:
         directory = Path(directory)
         source, values = _read_config(directory)
         self._tensors = source.usual_names(_open_tensors(directory))
-        self.config = source.model_config(directory, values, self._tensors)
+        with _values_that_fit(directory / CONFIG):
+            self.config = source.model_config(directory, values, self._tensors)
         problems = validate_model(self.config)
         if problems:
             raise HuggingFaceError(f"{directory} describes a model that does not work", problems)
@@ -80,17 +82,32 @@ def _read_config(directory: Path) -> tuple[Format, dict[str, Any]]:
         raise HuggingFaceError(f"{directory} is no Hugging Face model directory", [f"{path} does not exist"])
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HuggingFaceError(f"{path} cannot be read", [str(error)]) from None
-    known = {source.model_type: source for source in FORMATS}
-    source = known.get(values.get("model_type"))
+    if not isinstance(values, dict):
+        raise HuggingFaceError(f"{path} cannot be read", ["it holds no JSON object"])
+    source = next((known for known in FORMATS if known.model_type == values.get("model_type")), None)
     if source is None:
-        reasons = [f"model_type is {values.get('model_type')!r}, not {' or '.join(sorted(known))}"]
+        known = " or ".join(sorted(one.model_type for one in FORMATS))
+        reasons = [f"model_type is {values.get('model_type')!r}, not {known}"]
     else:
-        reasons = source.unreadable(values)
+        with _values_that_fit(path):
+            reasons = source.unreadable(values)
     if source is None or reasons:
         raise HuggingFaceError(f"{path} describes a model that cannot be imported", reasons)
     return source, values
+
+
+@contextlib.contextmanager
+def _values_that_fit(path: Path) -> Iterator[None]:
+    """What a text, a list or an infinity in the place of a number comes to is told with the file that has it."""
+    try:
+        yield
+    except HuggingFaceError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = f"a value is not of the kind that is wanted ({type(error).__name__}: {error})"
+        raise HuggingFaceError(f"{path} describes a model that cannot be imported", [reason]) from None
 
 
 def _open_tensors(directory: Path) -> Tensors:

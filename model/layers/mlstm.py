@@ -19,7 +19,7 @@ from model.layers import base, mlstm_cell
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm_cell import Cell, CellInputs, CellState
 from model.norms import GatedHeadNorm
-from model.problems import Problem, check_choice, check_heads, check_soft_cap
+from model.problems import Problem, check_choice, check_factor, check_heads, check_soft_cap
 from model.projections import GateLinear, Linear, gate_preactivations
 from model.sequence import LOCAL, SequenceContext
 
@@ -145,9 +145,11 @@ class MLSTMKind(LayerKind):
         mlstm_cell.check_cell(problem, mlstm.backend, mlstm.head_norm_eps, mlstm.cell_eps, mlstm.reference_chunk_size)
         if mlstm.n_heads < 1:
             problem("n_heads", f"is {mlstm.n_heads}; it must be a positive number")
-        widths = {"qk_dim_factor": mlstm.qk_width(config.d_model), "v_dim_factor": mlstm.v_width(config.d_model)}
-        for key, width in widths.items():
+        for key in ("qk_dim_factor", "v_dim_factor"):
             factor = getattr(mlstm, key)
+            if not check_factor(problem, key, factor):
+                continue
+            width = round(config.d_model * factor)
             if not width > 0:
                 problem(key, f"{factor} gives a width of {width}; choose a positive factor")
             elif mlstm.n_heads > 0:

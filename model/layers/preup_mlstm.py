@@ -20,7 +20,7 @@ from model.layers import base, mlstm_cell
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm_cell import Cell, CellInputs
 from model.norms import HeadNorm
-from model.problems import Problem, check_convolution, check_heads
+from model.problems import Problem, check_convolution, check_factor, check_heads
 from model.projections import BlockDiagonalLinear, CausalConv, GateLinear, Linear, gate_preactivations
 from model.sequence import LOCAL, SequenceContext
 from model.state import ConvCellState
@@ -136,6 +136,8 @@ class PreUpMLSTMKind(LayerKind):
         preup: PreUpMLSTMConfig = self.settings(config)
         mlstm_cell.check_cell(problem, preup.backend, preup.head_norm_eps, preup.cell_eps, preup.reference_chunk_size)
         check_convolution(problem, preup.conv_kernel_size)
+        if not check_factor(problem, "projection_factor", preup.projection_factor):
+            return
         width = preup.width(config.d_model)
         if not width > 0:
             factor = preup.projection_factor

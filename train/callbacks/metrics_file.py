@@ -13,7 +13,7 @@ A number that is not finite is written as null: JSON has no other word for it, a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from train.callbacks.base import Callback
 from train.callbacks.step_lines import StepLines
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 FORMAT_VERSION = 1
+# Of any number that a run measures or counts; what draws has no words for larger ones.
+_LARGEST = 1e30
+_TRAIN_FIGURES = (
+    "tokens",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu_exact",
+    "memory_gib",
+    "skipped_steps",
+)
 _HEADER = {"kind": "header", "format_version": FORMAT_VERSION, "step": 0}
 
 
@@ -82,7 +94,30 @@ class MetricsFile(Callback):
 def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
     """Every measurement of a run's metrics.jsonl, in order, without the header. Raises as `read_versioned_lines` does.
 
-    A line without a kind or a step is passed over: another program, or an editor, left it.
+    A line that is no measurement is passed over: another program, or an editor, left it.
     """
     lines = read_versioned_lines(Path(run_directory) / FILE_NAME, FORMAT_VERSION)[1:]
-    return [line for line in lines if isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)]
+    return [line for line in lines if is_measurement(line)]
+
+
+def is_measurement(line: dict[str, Any]) -> bool:
+    """Whether a line has a step, a kind, and what readers take for granted of it."""
+    kind, step = line.get("kind"), line.get("step")
+    if not isinstance(kind, str) or type(step) is not int or not 0 <= step < _LARGEST:
+        return False
+    if kind == "train":
+        return line.get("tokens") is not None and all(_is_figure(line.get(key)) for key in _TRAIN_FIGURES)
+    if kind == "evaluation":
+        return (
+            isinstance(line.get("set"), str)
+            and "loss" in line
+            and all(_is_figure(line.get(key)) for key in ("loss", "perplexity"))
+        )
+    if kind == "statistics":
+        return isinstance(line.get("values"), dict) and all(map(_is_figure, line["values"].values()))
+    return True
+
+
+def _is_figure(value: object) -> bool:
+    """Whether it can be drawn; what is not finite is not drawn, as null."""
+    return value is None or (type(value) in (int, float) and not abs(cast(float, value)) > _LARGEST)

@@ -33,13 +33,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.problems import is_later_format, other_format
+from conf.named_files import unsafe_file
+from conf.problems import ConfigError, is_later_format, other_format
 from data_pipeline.corpus.files import hash_file, sync
 from model.locate import step_folders, step_of
 from model.marker import COMPLETE as MARKER
 from model.marker import FORMAT_VERSION as FORMAT_VERSION
 from model.marker import is_marked
-from train.run_directory import write_atomically
+from train.run_directory import CHECKPOINTS_LOCK, write_atomically
 
 log = logging.getLogger(__name__)
 STATE_JSON = "state.json"
@@ -142,7 +143,8 @@ def put_in_place(staged: Path, folder: Path) -> None:
         elif folder.exists():
             try:
                 if is_kept(folder):
-                    shutil.copyfile(folder / KEPT, staged / KEPT)
+                    # Not what a link of that name leads to.
+                    shutil.copyfile(folder / KEPT, staged / KEPT, follow_symlinks=False)
                 remove(folder)
             except OSError as error:
                 _set_aside(folder)
@@ -153,8 +155,11 @@ def put_in_place(staged: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def deciding_what_stays(root: Path) -> Iterator[None]:
-    """While a checkpoint under `root` is deleted or kept: no other process does either."""
-    with (root.parent / "checkpoints.lock").open("a") as file:
+    """While a checkpoint under `root` is deleted or kept: no other process does either. Raises ConfigError where the
+    lock's file is no file of the run's."""
+    if problem := unsafe_file(root.parent, "a file", CHECKPOINTS_LOCK, root.parent):
+        raise ConfigError([problem])
+    with (root.parent / CHECKPOINTS_LOCK).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -182,7 +187,7 @@ def is_kept(folder: Path) -> bool:
 def keep(folder: Path) -> None:
     """Let nothing delete the checkpoint. Call it while `deciding_what_stays`."""
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    (folder / KEPT).write_text(json.dumps({"format_version": FORMAT_VERSION, "since": since}) + "\n", encoding="utf-8")
+    write_atomically(folder / KEPT, json.dumps({"format_version": FORMAT_VERSION, "since": since}) + "\n")
 
 
 def release(folder: Path) -> None:

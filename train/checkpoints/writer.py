@@ -19,7 +19,8 @@ import torch
 from data_pipeline.corpus.files import sync
 from model.accounting import parameter_shapes
 from model.config import ModelConfig
-from model.locate import complete_checkpoints, step_folder, step_of
+from model.locate import complete_checkpoints, step_folder, step_folders, step_of
+from model.marker import is_marked
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
 from train.checkpoints.lanes import FOLDER as CARRIED
@@ -244,9 +245,13 @@ class CheckpointWriter:
         kept = [folder for folder in complete if last is not None and step_of(folder) <= last][-1:]
         if self.keep_every is not None:
             kept += [folder for folder in complete if step_of(folder) % self.keep_every == 0]
+        kept += [folder for folder in complete if step_of(folder) in self.staying]
+        old = [folder for folder in complete[: -self.keep_last] if folder not in kept]
+        # What is left of one whose deletion failed.
+        old += [path for path in step_folders(self.root) if step_of(path) < step_of(newest) and not is_marked(path)]
         with deciding_what_stays(self.root):
-            for folder in complete[: -self.keep_last]:
-                if folder not in kept and not stays(folder) and step_of(folder) not in self.staying:
+            for folder in old:
+                if not stays(folder):
                     try:
                         remove(folder)
                     except OSError as error:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from conf.passwords import without_passwords
+from conf.stored_values import misfits
 from train.run_directory import RunDirectory, read_lines, write_atomically
 
 FORMAT_VERSION = 1
@@ -60,7 +61,7 @@ class End:
     def from_json(cls, content: dict[str, object]) -> End | None:
         """None for what another version, or another program, wrote."""
         fields = {name: value for name, value in content.items() if name != "format_version"}
-        if content.get("format_version") != FORMAT_VERSION or fields.keys() != cls.__dataclass_fields__.keys():
+        if content.get("format_version") != FORMAT_VERSION or misfits(cls, fields):
             return None
         return cls(**fields)  # type: ignore[arg-type]
 

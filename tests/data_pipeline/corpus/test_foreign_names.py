@@ -158,8 +158,10 @@ def test_a_packing_plan_names_its_own_files(copy, name):
 
 def test_a_record_of_a_preparation_that_names_a_foreign_shard_is_none(corpus, tmp_path):
     entry = corpus.manifest.shards[0]
+    line = {"file": "a.txt", "bytes": 1, "unit": 0, "rejected": {}, "repaired": {}}
+    line |= {"records": entry.documents, "documents": entry.documents}
     for name, is_sound in ((entry.file, True), ("../x.arrow", False)):
-        UnitRecord(0, "reference", [replace(entry, file=name)], [], []).write(tmp_path / "000000.json")
+        UnitRecord(0, "reference", [replace(entry, file=name)], [line], []).write(tmp_path / "000000.json")
         assert (UnitRecord.read(tmp_path / "000000.json") is not None) is is_sound
 
 
