@@ -35,6 +35,7 @@ def record(step: int, loss: float = 2.0) -> dict:
     return {
         "kind": "train",
         "step": step,
+        "tokens": 256 * step,
         "loss": loss,
         "tokens_per_second": 12345.6,
         "step_seconds": 0.5,

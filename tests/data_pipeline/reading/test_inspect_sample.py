@@ -115,6 +115,6 @@ def test_several_samples_are_shown_one_after_the_other(corpus, capsys):
 def test_options_that_do_not_go_together_are_refused(corpus, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "live").mkdir()
-    (tmp_path / "live" / "config.yaml").write_text("corpus: {directory: null}\n")
+    (tmp_path / "live" / "config.yaml").write_text("seed: 0\ncorpus: {directory: null}\ntraining: {}\n")
     assert main(["inspect", str(corpus.directory), *options]) == 2
     assert message in capsys.readouterr().err
