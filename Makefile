@@ -11,15 +11,15 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 # A test process a core; more of them than four would mostly make the same corpora again. PROCESSES=0: in one process.
 PROCESSES ?= logical
 PYTEST := $(VENV)/python -m pytest -n $(PROCESSES) --maxprocesses 4 --dist worksteal
-test test-slurm test-layouts test-fuzz test-fast test-random: export OMP_NUM_THREADS ?= 1
+test test-slurm test-layouts test-fuzz test-long test-fast test-random: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm test-layouts test-fuzz test-fast test-random test-gpu check docs clean
+.PHONY: demo test test-slurm test-layouts test-fuzz test-long test-fast test-random test-gpu check docs clean
 
 demo: .venv/installed
 	$(VENV)/python -m launch demo
 
 test: .venv/installed
-	$(PYTEST) -m "not gpu and not layouts and not slurm and not fuzz" $(ARGS)
+	$(PYTEST) -m "not gpu and not layouts and not slurm and not fuzz and not long" $(ARGS)
 
 # The combinations of layouts that `make test` leaves out.
 test-layouts: .venv/installed
@@ -33,13 +33,17 @@ test-slurm: .venv/installed
 test-fuzz: .venv/installed
 	$(PYTEST) -m fuzz $(ARGS)
 
+# What takes long, and seldom fails where nothing of `make test` does.
+test-long: .venv/installed
+	$(PYTEST) -m long $(ARGS)
+
 # What one runs while working: below two minutes, every package, no training run.
 test-fast: .venv/installed
-	$(PYTEST) -m "not gpu and not slow and not layouts and not slurm and not fuzz" $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not layouts and not slurm and not fuzz and not long" $(ARGS)
 
 # In random order, its seed in the first lines; ARGS=--randomly-seed=N repeats one.
 test-random: .venv/installed
-	$(PYTEST) -m "not gpu and not layouts and not slurm and not fuzz" -p randomly --randomly-dont-reset-seed $(ARGS)
+	$(PYTEST) -m "not gpu and not layouts and not slurm and not fuzz and not long" -p randomly --randomly-dont-reset-seed $(ARGS)
 
 test-gpu: .venv/installed
 	$(VENV)/python -m pytest -m gpu

@@ -23,6 +23,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_writes_a_table_and_says_why_a_peer_is_missing(tmp_path):
     cases = ["--cases", "tiny_mlstm,tiny_slstm", "--peers", "xl_chunk,lstm", "--backend", "reference"]
     done = run(*cases, "--output", str(tmp_path))

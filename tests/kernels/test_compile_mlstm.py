@@ -39,6 +39,7 @@ def launch_both_passes(key_dim, value_dim, device=None, few_sequences=False, sta
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kernels_are_lean():
     calls = [
         (launch_both_passes, {"key_dim": 256, "value_dim": 512, "device": "NVIDIA H200", "starts": True}),

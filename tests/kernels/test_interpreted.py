@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [LONGEST, "others", pytest.param("more", marks=pytest.mark.long)])
 def test_interpreted(group):
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "run tests/kernels/interpreted itself under the interpreter"
     files = [str(FOLDER / name) for name in GROUPS[group]]

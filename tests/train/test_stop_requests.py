@@ -12,7 +12,7 @@ import pytest
 
 from launch.processes import TrainingProcesses, _answers
 from tests.runs import PATIENCE, ROOT, environment
-from train.stop_requests import OutsideTraining, SignalListener
+from train.stop_requests import SIGNALS, OutsideTraining, SignalListener
 
 
 def _signal_soon(number, seconds=0.1):
@@ -105,7 +105,11 @@ def test_launched_processes_that_cannot_answer_yet_are_ended(capfd):
 
 
 def test_launched_processes_get_the_signal_once_they_can_answer():
-    code = "import signal, sys, time\nfor n in (15, 2, 10): signal.signal(n, lambda n, f: sys.exit(n))\ntime.sleep(100)"
+    code = (
+        "import signal, sys, time\n"
+        f"for n in {[int(number) for number in SIGNALS]}: signal.signal(n, lambda n, f: sys.exit(n))\n"
+        "time.sleep(100)"
+    )
     processes = TrainingProcesses(1)
 
     def send():

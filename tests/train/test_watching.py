@@ -123,7 +123,7 @@ def test_a_table_takes_up_figures_that_an_earlier_version_did_not_write(watched,
     class Run:
         is_main, run_directory = True, tmp_path
 
-    lines = [{"kind": "header", "format_version": 1, "step": 0}, {"kind": "train", "step": 1, "loss": 2.0}]
+    lines = [{"kind": "header", "format_version": 1, "step": 0}, {"kind": "train", "step": 1, "tokens": 8, "loss": 2.0}]
     tables = CsvTables()
 
     def write():
@@ -131,12 +131,12 @@ def test_a_table_takes_up_figures_that_an_earlier_version_did_not_write(watched,
 
     write()
     tables.on_run_start(Run)
-    lines.append({"kind": "train", "step": 2, "loss": float("inf"), "new": "a, b"})
+    lines.append({"kind": "train", "step": 2, "tokens": 16, "loss": float("inf"), "new": "a, b"})
     lines[-1]["loss"] = None
     write()
-    tables.on_metrics(Run, {"step": 2, "loss": float("inf"), "new": "a, b"})
-    tables.on_metrics(Run, {"step": 3, "loss": float("nan"), "new": 4})
-    assert (tmp_path / "csv" / "train.csv").read_text() == 'step,loss,new\n1,2.0,\n2,,"a, b"\n3,,4\n'
+    tables.on_metrics(Run, {"step": 2, "tokens": 16, "loss": float("inf"), "new": "a, b"})
+    tables.on_metrics(Run, {"step": 3, "tokens": 24, "loss": float("nan"), "new": 4})
+    assert (tmp_path / "csv" / "train.csv").read_text() == 'step,tokens,loss,new\n1,8,2.0,\n2,16,,"a, b"\n3,24,,4\n'
 
 
 def test_tensorboard_shows_one_curve_and_the_samples(watched):

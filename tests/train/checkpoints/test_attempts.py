@@ -64,8 +64,15 @@ def overrides(tiny_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["before", "behind"])
-@pytest.mark.parametrize("meanwhile", ["stopped", "running"])
+@pytest.mark.parametrize(
+    ("place", "meanwhile"),
+    [
+        ("before", "running"),
+        ("behind", "stopped"),
+        pytest.param("behind", "running", marks=pytest.mark.long),
+        pytest.param("before", "stopped", marks=pytest.mark.long),
+    ],
+)
 def test_a_rank_that_outlives_its_job_reaches_no_checkpoint_of_the_next_start(place, meanwhile, overrides, tmp_path):
     script, go_on = tmp_path / "delayed.py", tmp_path / "go on"
     script.write_text(DELAYED)

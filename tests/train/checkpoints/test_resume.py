@@ -68,7 +68,13 @@ def start_and_kill_at(overrides, run_directory, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "compiles"), [(1, "null"), (2, "null"), (3, "null"), pytest.param(1, "true", marks=pytest.mark.layouts)]
+    ("stage", "compiles"),
+    [
+        (1, "null"),
+        pytest.param(2, "null", marks=pytest.mark.long),
+        (3, "null"),
+        pytest.param(1, "true", marks=pytest.mark.layouts),
+    ],
 )
 def test_sigkill_at_a_random_step_leaves_no_trace(stage, compiles, tiny_run, tmp_path):
     overrides = [

@@ -22,6 +22,7 @@ def check(tmp_path, cases, *overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_have_the_gradients_of_blocks_as_written(tmp_path):
     check(tmp_path, [(1, "fp32")])
 

@@ -193,6 +193,7 @@ def test_documents_cross_the_borders_of_slices_and_targets_are_masked(corpus, pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sequence_ranks_with_zero_3_and_stages_have_every_gradient_norm(runs):
     layouts = {name: LAYOUTS[2][name] for name in ("sequence 2 x ZeRO-3", "pipeline 2", "pipeline 2 x chunks")}
     check_in_fp32(runs, 2, layouts, "hybrid", "corpus.packing=best_fit")
