@@ -4,6 +4,7 @@ import json
 import threading
 import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from conf import compose
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.alert_rules import AlertRule, Watched, rules_about
-from train.callbacks.alerts import WEBHOOK_VARIABLE
+from train.callbacks.alerts import WEBHOOK_VARIABLE, Alerts
 from train.callbacks.base import Callback
 from train.config import RunConfig
 from train.run_directory import read_events
@@ -51,6 +52,16 @@ def test_a_figure_goes_on_where_it_was_saved():
     again = Watched.under(rule)
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert again.problem(5) == first.problem(5) != ""
+
+
+def test_what_is_known_of_a_figure_outlives_starts_in_which_it_does_not_come():
+    config = SimpleNamespace(rules={"rises": AlertRule("loss", above_lowest=1, window=1)}, pause_steps=0)
+    trainer = SimpleNamespace(config=SimpleNamespace(alerts=config), step=1)
+    first, second, third = Alerts(), Alerts(), Alerts()
+    first.on_metrics(trainer, {"loss": 2.0})
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert third._watch(trainer, "rises", "loss").problem(3.5) == "3.5 is more than 1 above its lowest, 2"
 
 
 def test_names_of_figures():

@@ -108,10 +108,10 @@ class Alerts(Callback):
             self._webhook.send({"text": text, "run": name, "step": alert.step, "rule": alert.rule})
 
     def state_dict(self) -> dict[str, Any]:
-        watched = {
-            name: {figure: one.state_dict() for figure, one in figures.items()}
-            for name, figures in self._watched.items()
-        }
+        # A figure that has not come since the start is still what it was: held-out losses are rare.
+        watched = {name: dict(figures) for name, figures in self._state.items()}
+        for name, figures in self._watched.items():
+            watched.setdefault(name, {}).update({figure: one.state_dict() for figure, one in figures.items()})
         return {"watched": watched, "told": self._told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
