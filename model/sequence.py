@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 State = TypeVar("State")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -124,6 +125,10 @@ class SequenceContext(Protocol):
         """
         ...
 
+    def apart(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What `function` gives for `arguments`, where it waits for other ranks: compiled blocks do not contain it."""
+        ...
+
     def outgoing(self, state: State) -> State:
         """The state behind the whole sequence (that of the last rank), from the one behind this rank's slice.
 
@@ -189,6 +194,9 @@ class LocalSequence:
 
     def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
         return Arrived(before)
+
+    def apart(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return function(*arguments)
 
     def outgoing(self, state: State) -> State:
         return state

@@ -43,7 +43,7 @@ class TrainingConfig:
     # Consecutive windows of sequence_length tokens that a row reads before it goes on elsewhere, when state is carried.
     carry_windows: int = 32
     # Train through blocks that torch.compile has made: faster, the same to rounding, minutes at the first start on a
-    # machine. null: on GPUs, except with parallel.sequence above 1, which it does not go with.
+    # machine. null: on GPUs.
     compile: bool | None = None
     # Also record the launches of compiled blocks as CUDA graphs and play them, for models so small that the GPU would
     # wait for the host. null: below 1e9 parameters where it can be, with ZeRO-1 in bf16 and nothing recomputed.
@@ -316,7 +316,7 @@ class RunConfig:
         """How blocks run in passes that train on such devices, of model.compilation."""
         compiles = self.training.compile
         if compiles is None:
-            compiles = device_type == "cuda" and self.parallel.sequence == 1
+            compiles = device_type == "cuda"
         if not compiles:
             return WRITTEN
         captures = self.training.cuda_graphs
@@ -336,7 +336,7 @@ class RunConfig:
                 ("training.time_chunk", training.time_chunk, in_use, training.time_chunk is not None),
                 ("training.carry_state", "true", in_use, training.carry_state),
                 ("parallel.pipeline", parallel.pipeline, in_use, parallel.pipeline > 1),
-                ("parallel.sequence", parallel.sequence, "compiles no blocks", parallel.sequence > 1),
+                ("parallel.sequence", parallel.sequence, "exchanges in the middle of blocks", parallel.sequence > 1),
                 ("parallel.zero_stage", parallel.zero_stage, "reads gradients late", parallel.zero_stage != 1),
                 ("precision.compute", self.precision.compute, "reads gradients late", not self.precision.is_bf16),
                 (

@@ -116,7 +116,7 @@ class MLSTM(nn.Module):
         entering = mlstm_cell.entering_state(self.cell, inputs, state, sequence)
         # Computed while the state is on its way.
         output_gate = self.output_gate(x)
-        h, new_state = mlstm_cell.run_cell(self.cell, inputs, entering, state, return_state)
+        h, new_state = mlstm_cell.run_cell(self.cell, inputs, entering, state, return_state, sequence)
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate, inputs.igate_preact, cap)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate, inputs.fgate_preact, cap)

@@ -100,24 +100,37 @@ def entering_state(
     return sequence.incoming(lambda: summarise(cell, inputs), before)
 
 
+def _run_slice(
+    cell: Cell, inputs: CellInputs, entering: Entering[CellState], before: CellState | None
+) -> tuple[Tensor, CellState]:
+    """The cell over this rank's slice, whose gradients cross its borders."""
+    state = entering.state()
+    q, k, v, igate_preact, fgate_preact = inputs.tensors
+    return mlstm_slice(
+        q,
+        cell_inputs(k, v, igate_preact, fgate_preact, inputs.document_start, _undecoded(state)),
+        CellSettings(cell.gate, cell.normaliser, cell.eps),
+        # What crosses borders is never packed for decoding.
+        border=cast("Border", entering.border),
+        before=None if before is None else _undecoded(before),
+        reference_chunk_size=cell.reference_chunk,
+        backend=cell.backend,
+    )
+
+
 def run_cell(
-    cell: Cell, inputs: CellInputs, entering: Entering[CellState], before: CellState | None, return_state: bool
+    cell: Cell,
+    inputs: CellInputs,
+    entering: Entering[CellState],
+    before: CellState | None,
+    return_state: bool,
+    sequence: SequenceContext,
 ) -> tuple[Tensor, CellState | None]:
     """h [B, S, NH, DV] and the state behind it: the cell over a sequence or this rank's slice of it, or its step where
     one token continues a state that it may overwrite. `entering`: what `entering_state` gave for the state `before`."""
-    state = entering.state()
     if entering.border is not None:
-        q, k, v, igate_preact, fgate_preact = inputs.tensors
-        return mlstm_slice(
-            q,
-            cell_inputs(k, v, igate_preact, fgate_preact, inputs.document_start, _undecoded(state)),
-            CellSettings(cell.gate, cell.normaliser, cell.eps),
-            # What crosses borders is never packed for decoding.
-            border=cast("Border", entering.border),
-            before=None if before is None else _undecoded(before),
-            reference_chunk_size=cell.reference_chunk,
-            backend=cell.backend,
-        )
+        return sequence.apart(_run_slice, cell, inputs, entering, before)
+    state = entering.state()
     if isinstance(state, DecodingState):
         if inputs.q.shape[1] == 1 and inputs.document_start is None and not torch.is_grad_enabled():
             q, k, v, igate_preact, fgate_preact = (x.squeeze(1) for x in inputs.tensors)

@@ -114,7 +114,7 @@ class PreUpMLSTM(nn.Module):
         inputs = CellInputs(q, k, v, igate_preact, fgate_preact, document_start)
         before = None if state is None else state.cell
         entering = mlstm_cell.entering_state(self.cell, inputs, before, sequence)
-        h, new_cell = mlstm_cell.run_cell(self.cell, inputs, entering, before, return_state)
+        h, new_cell = mlstm_cell.run_cell(self.cell, inputs, entering, before, return_state, sequence)
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate_preact, igate_preact, None)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate_preact, fgate_preact, None)

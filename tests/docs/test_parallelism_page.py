@@ -54,7 +54,6 @@ def test_the_largest_model_does_not_fit_one_gpu_of_80_gb():
 @pytest.mark.parametrize(
     ("overrides", "processes"),
     [
-        (["training.compile=true", "parallel.sequence=2"], 2),
         (["training.cuda_graphs=true", "parallel.sequence=2"], 2),
         (["training.cuda_graphs=true", "parallel.pipeline=2"], 2),
         (["training.cuda_graphs=true", "training.time_chunk=8192"], 1),

@@ -32,14 +32,18 @@ Tree = TypeVar("Tree")
 
 logger = logging.getLogger(__name__)
 
+# Collectives and Python objects that live on until the backward pass: no graph of torch.compile can hold them.
+_BETWEEN_GRAPHS = ("incoming", "apart", "outgoing", "halo", "whole_time", "time_to_heads", "heads_to_time")
+
 
 class DistributedSequence:
     """This rank among the `sequence` ranks of a mesh. All of its methods are called by all of them, in one order.
 
-    `exchange`: one of train.parallel.state_exchange.EXCHANGES, or "auto".
+    `exchange`: one of train.parallel.state_exchange.EXCHANGES, or "auto". `compiles`: whether blocks are compiled; what
+    exchanges is then called between the graphs of a block.
     """
 
-    def __init__(self, mesh: Mesh, exchange: str = AUTO):
+    def __init__(self, mesh: Mesh, exchange: str = AUTO, compiles: bool = False):
         self.mesh = mesh
         self.rank = mesh.place_in("sequence")
         self.size = mesh.size_of("sequence")
@@ -52,6 +56,9 @@ class DistributedSequence:
         # run what is left to give again.
         self._kept: list[Any] | None = None
         self._given_again: list[Any] | None = None
+        if compiles:
+            for name in _BETWEEN_GRAPHS:
+                setattr(self, name, torch.compiler.disable(getattr(self, name), recursive=True))
 
     def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
         """See SequenceContext. The exchange is under way when this returns."""
@@ -62,6 +69,10 @@ class DistributedSequence:
         if self._kept is not None:
             self._kept.append(passage)
         return passage
+
+    def apart(self, function: Callable[..., Tree], *arguments: Any) -> Tree:
+        """See SequenceContext."""
+        return function(*arguments)
 
     def outgoing(self, state: State) -> State:
         """See SequenceContext."""

@@ -23,7 +23,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from data_pipeline.reading.batch import Batch
 from model.blocks import Block
-from model.compilation import CAPTURED
+from model.compilation import CAPTURED, WRITTEN
 from model.language_model import LanguageModel
 from model.stages import Stage
 from model.state import ModelState
@@ -103,7 +103,8 @@ class ZeroEngine:
         self.model.activation_checkpointing = config.parallel.activation_checkpointing
         self.model.execution = config.execution(mesh.device.type)
         if mesh.shape.sequence > 1:
-            self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange)
+            compiles = self.model.execution != WRITTEN
+            self.model.sequence = DistributedSequence(mesh, config.parallel.sequence_exchange, compiles)
         with _prints_logged():
             module = self._make_module(config)
             if self._zero_stage == 3:

@@ -167,7 +167,7 @@ def run_cell_case(mesh: Mesh, exchange: str, regime: str, gate: str, documents: 
     entering = entering_state(cell, inputs, before, sequence)
     entering.state()
     received_forward = mesh.received_bytes["sequence"] - received
-    h, state = run_cell(cell, inputs, entering, before, True)
+    h, state = run_cell(cell, inputs, entering, before, True, sequence)
     state = sequence.outgoing(state)
     # Every rank has the same state at the end, and a share of its part of the loss.
     weights = whole.weights

@@ -14,6 +14,8 @@ MODEL = [
     "+model.attention.n_heads=4",
     "+model.attention.n_kv_heads=2",
 ]
+# One replica, so that a step has two micro-batches.
+SEQUENCE = ["parallel.sequence=2", "training.global_batch_size=4"]
 WAYS = [["training.compile=false"], ["training.compile=true"]]
 
 
@@ -33,3 +35,17 @@ def test_two_ranks_have_the_gradients_of_blocks_as_written(tmp_path):
 def test_every_stage_precision_and_recomputation(tmp_path, mode):
     cases = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
     check(tmp_path, cases, f"parallel.activation_checkpointing={mode}")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_sequence_ranks_exchange_between_the_graphs_of_a_block(tmp_path):
+    check(tmp_path, [(1, "fp32")], *SEQUENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.layouts
+@pytest.mark.parametrize("mode", ["none", "unit", "block"])
+def test_sequence_ranks_under_every_stage_precision_and_recomputation(tmp_path, mode):
+    cases = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+    check(tmp_path, cases, *SEQUENCE, f"parallel.activation_checkpointing={mode}")
