@@ -6,9 +6,9 @@ CORPUS is a prepared corpus; its text does not matter, only that there is enough
 layout, with equally many tokens a rank and pass:
 
     sequence   replicas that read a sample each, and sequence ranks (`parallel.sequence`) that share longer ones
-    context    sequence ranks on longer and longer samples, up to 16 times as many tokens a rank, recomputed where kept
+    context    sequence ranks on longer and longer samples, up to 8 times as many tokens a rank, recomputed where kept
                activations would not fit
-    zero       replicas and sequence ranks under ZeRO 1, 2 and 3
+    zero       replicas and sequence ranks under ZeRO 2 and 3
     pipeline   replicas, and as many stages with 8 micro-batches, whole and in time chunks, whose bubble is known
 
 Layouts are started in turn, --rounds times; a run is ended as soon as it has its steps, so that no checkpoint is
@@ -110,15 +110,14 @@ def compare_context(processes: int, tokens: int) -> list[Layout]:
         sequence(0.25, against=kept),
         sequence(2.0, against=kept),
         again,
-        sequence(4.0, unit, against=again),
         sequence(8.0, unit, against=again),
     ]
 
 
 def compare_zero(processes: int, tokens: int) -> list[Layout]:
-    """Replicas, and sequence ranks on one sample, under three stages of ZeRO."""
+    """Replicas, and sequence ranks on one sample, under the stages of ZeRO that cut gradients and weights."""
     found = []
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         zero = f"parallel.zero_stage={stage}"
         replicas = Layout(f"ZeRO-{stage}, replicas", laid_out(1, tokens, 1, processes, zero))
         settings = laid_out(processes, tokens * processes, 1, processes, zero)
