@@ -9,7 +9,7 @@ layout, with equally many tokens a rank and pass:
     context    sequence ranks on longer and longer samples, up to 8 times as many tokens a rank, recomputed where kept
                activations would not fit
     zero       replicas and sequence ranks under ZeRO 2 and 3
-    pipeline   replicas, and as many stages with 8 micro-batches, whole and in time chunks, whose bubble is known
+    pipeline   replicas and stages, with many micro-batches and with few long ones, whole and in time chunks
 
 Layouts are started in turn, --rounds times; a run is ended as soon as it has its steps, so that no checkpoint is
 written. The first third of them does not count.
@@ -126,19 +126,26 @@ def compare_zero(processes: int, tokens: int) -> list[Layout]:
 
 
 def compare_pipeline(processes: int, tokens: int) -> list[Layout]:
-    """Stages with 8 micro-batches a step, whole and in chunks, against replicas that add up as many."""
-    micro_batches, chunks, length = 8, 4, tokens // 2
-    step = [f"training.sequence_length={length}", "training.micro_batch_size=1"]
-    step.append(f"training.global_batch_size={micro_batches}")
-    replicas = Layout(f"replicas, {micro_batches // processes} micro-batches of {length:,} tokens", tuple(step))
-    found = [replicas]
-    for k in (1, chunks):
-        units = micro_batches * k
-        settings = [*step, f"parallel.pipeline={processes}"]
-        settings += [f"training.time_chunk={length // k}"] if k > 1 else []
-        name = f"{processes} stages, {micro_batches} micro-batches" + (f" of {k} time chunks" if k > 1 else "")
-        found.append(Layout(name, tuple(settings), replicas, units / (units + processes - 1)))
-    return found
+    """Stages with 8 micro-batches a step, and with 2 long ones, whole and in chunks; replicas that add up as many."""
+
+    def layout(micro_batches: int, length: int, stages: int, chunks: int, against: Layout | None) -> Layout:
+        settings = [f"training.sequence_length={length}", "training.micro_batch_size=1"]
+        settings += [f"training.global_batch_size={micro_batches}", f"parallel.pipeline={stages}"]
+        name = f"{micro_batches} x {length:,} tokens a step, " + (f"{stages} stages" if stages > 1 else "replicas")
+        if chunks > 1:
+            settings.append(f"training.time_chunk={length // chunks}")
+            name += f", {chunks} time chunks"
+        units = micro_batches * chunks
+        share = units / (units + stages - 1)
+        return Layout(name, tuple(settings), against, share, steps=tokens * processes / (micro_batches * length))
+
+    short, long = layout(8, tokens // 2, 1, 1, None), layout(2, 2 * tokens, 1, 1, None)
+    return [
+        short,
+        layout(8, tokens // 2, processes, 1, short),
+        long,
+        *(layout(2, 2 * tokens, processes, chunks, long) for chunks in (1, 2, 4)),
+    ]
 
 
 COMPARISONS = {

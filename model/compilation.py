@@ -28,24 +28,29 @@ _VARIANTS = 64
 
 def begin_pass(execution: str) -> None:
     """Before the first block of a pass: what the last one left may be overwritten."""
-    if execution == CAPTURED and _is_for_this_pass():
+    if execution == CAPTURED and is_for_this_pass():
         torch.compiler.cudagraph_mark_step_begin()
 
 
 def runnable(function: Callable[..., Any], execution: str) -> Callable[..., Any]:
     """What to call in place of a block's `function` in the pass that runs now."""
-    if execution == WRITTEN or not _is_for_this_pass():
+    if execution == WRITTEN or not is_for_this_pass():
         return function
-    return _compiled(function, execution)
+    return compiled(function, execution)
 
 
-def _is_for_this_pass() -> bool:
+def is_for_this_pass() -> bool:
+    """Whether compiled blocks run compiled in the pass that runs now: it trains, and records nothing."""
     return torch.is_grad_enabled() and not statistics.is_recording()
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], execution: str) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], execution: str) -> Callable[..., Any]:
+    """`function` as torch.compile makes it, in every pass."""
     import torch._dynamo
 
+    if hasattr(torch._dynamo.config, "nested_graph_breaks"):
+        # What is called between the graphs of a block cuts it there, not each function around it as well.
+        torch._dynamo.config.nested_graph_breaks = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     return torch.compile(function, dynamic=False, mode="reduce-overhead" if execution == CAPTURED else None)

@@ -30,7 +30,7 @@ def graphs():
     """How many graphs were compiled so far, in this test."""
     torch.compiler.reset()
     counters.clear()
-    compilation._compiled.cache_clear()
+    compilation.compiled.cache_clear()
     return lambda: counters["stats"]["unique_graphs"]
 
 

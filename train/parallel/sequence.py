@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.sequence import Border, Entering, ScaledSums, SliceSummary, last_inputs
+from model.compilation import COMPILED, compiled, is_for_this_pass
+from model.sequence import Border, Entering, ScaledSums, SliceSummary, StateForm, last_inputs
 from model.state import map_tensors
 from train.parallel.mesh import Mesh, Wait
 from train.parallel.state_exchange import AUTO, Choice, Line, Links, Scan, choose, merge, message_of, parts_of
@@ -56,16 +57,18 @@ class DistributedSequence:
         # run what is left to give again.
         self._kept: list[Any] | None = None
         self._given_again: list[Any] | None = None
+        self._compiles = compiles
         if compiles:
             for name in _BETWEEN_GRAPHS:
-                setattr(self, name, torch.compiler.disable(getattr(self, name), recursive=True))
+                setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def incoming(self, summarise: Callable[[], SliceSummary[State]], before: State | None) -> Entering[State]:
         """See SequenceContext. The exchange is under way when this returns."""
         if self._given_again is not None:
             return _EnteredBefore(self._next_given())
+        computed = _compiled if self._compiles and is_for_this_pass() else _as_written
         with torch.no_grad():
-            passage = _Passage(self, summarise(), before)
+            passage = _Passage(self, computed, summarise, before)
         if self._kept is not None:
             self._kept.append(passage)
         return passage
@@ -180,10 +183,16 @@ def _cut(tensor: Tensor) -> Tensor:
 
 
 class _RunningScan:
-    """A scan under way: on a GPU all of it in a stream of its own, on a CPU up to the first wait."""
+    """A scan under way: on a GPU all of it in a stream of its own, on a CPU up to the first wait.
+
+    Memory goes from stream to stream without `record_stream`, for which the GPU is asked at every allocation. The
+    message lives until the stream that it was made in has waited for the scan. A result may be freed at any time: what
+    takes its place is made in a later scan, whose stream first waits for all that was asked for before it.
+    """
 
     def __init__(self, scan: Scan, message: Tensor, stream: torch.cuda.Stream | None):
         self._scan = scan
+        self._message: Tensor | None = message
         self._stream = stream
         self._result: Tensor | None = None
         self._wait: Wait | None = None
@@ -191,7 +200,6 @@ class _RunningScan:
             self._advance()
             return
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        message.record_stream(stream)
         with torch.cuda.stream(stream):
             self._advance()
             self._finish()
@@ -216,8 +224,7 @@ class _RunningScan:
         else:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_event(self._done)
-            if self._result is not None:
-                self._result.record_stream(current)
+        self._message = None
         return self._result
 
 
@@ -233,14 +240,17 @@ class _Passage(Generic[State]):
     stored divided by e^m, the gradient of what is stored is X e^m: the scale of the gradients as sums is -m.
     """
 
-    def __init__(self, sequence: DistributedSequence, summary: SliceSummary[State], before: State | None):
-        self._sequence, self._form = sequence, summary.form
-        added, self._log_kept = summary.added, summary.log_kept.flatten()
-        empty = ScaledSums(torch.zeros_like(added.values), torch.zeros_like(added.log_scale))
-        sums = empty if before is None else summary.form.sums_of(before)
-        self._shape = added.log_scale.shape
-        self._before: Tensor | None = self._message(sums)
-        self._scan: _RunningScan | None = sequence.start_scan(self._message(added))
+    def __init__(
+        self,
+        sequence: DistributedSequence,
+        computed: Callable[[Callable[..., Any]], Callable[..., Any]],
+        summarise: Callable[[], SliceSummary[State]],
+        before: State | None,
+    ):
+        self._sequence, self._computed = sequence, computed
+        self._form, self._before, added, self._log_kept = computed(_messages)(summarise, before)
+        self._shape = self._log_kept.shape
+        self._scan: _RunningScan | None = sequence.start_scan(added)
         self._entered: State | None = None
 
     @property
@@ -257,28 +267,54 @@ class _Passage(Generic[State]):
         if self._entered is None:
             assert self._scan is not None and self._before is not None
             earlier = self._scan.result()
-            self._entered = self._state_in(self._before if earlier is None else merge(self._before, earlier))
+            self._entered = self._computed(_entered)(self._form, self._shape, self._before, earlier)
             self._scan = self._before = None
         return self._entered
 
     def start_back(self, gradient: State) -> None:
         """See Border."""
-        self._scan = self._sequence.start_scan(self._message(self._form.sums_of(gradient)), backwards=True)
+        message = self._computed(_message)(self._form, gradient, self._log_kept)
+        self._scan = self._sequence.start_scan(message, backwards=True)
 
     def leaving_gradient(self) -> State | None:
         """See Border."""
         assert self._scan is not None
         later = self._scan.result()
         self._scan = None
-        return None if later is None else self._state_in(later)
+        return None if later is None else self._computed(_state_in)(self._form, self._shape, later)
 
-    def _message(self, sums: ScaledSums) -> Tensor:
-        return message_of(sums.values.flatten(0, 1), sums.log_scale.flatten(), self._log_kept)
 
-    def _state_in(self, message: Tensor) -> State:
-        values, log_scale, _ = parts_of(message)
-        sums = ScaledSums(values.unflatten(0, self._shape), log_scale.view(self._shape))
-        return self._form.state_of(sums)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled(function, COMPILED)
+
+
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _messages(
+    summarise: Callable[[], SliceSummary[State]], before: State | None
+) -> tuple[StateForm[State], Tensor, Tensor, Tensor]:
+    """The form of the states; the messages of what is before the sequence and of this slice; the slice's log_kept."""
+    summary = summarise()
+    added = summary.added
+    own = message_of(added.values.flatten(0, 1), added.log_scale.flatten(), summary.log_kept.flatten())
+    of_before = torch.zeros_like(own) if before is None else _message(summary.form, before, summary.log_kept)
+    return summary.form, of_before, own, summary.log_kept
+
+
+def _message(form: StateForm[State], state: State, log_kept: Tensor) -> Tensor:
+    sums = form.sums_of(state)
+    return message_of(sums.values.flatten(0, 1), sums.log_scale.flatten(), log_kept.flatten())
+
+
+def _state_in(form: StateForm[State], shape: torch.Size, message: Tensor) -> State:
+    values, log_scale, _ = parts_of(message)
+    return form.state_of(ScaledSums(values.unflatten(0, shape), log_scale.reshape(shape)))
+
+
+def _entered(form: StateForm[State], shape: torch.Size, before: Tensor, earlier: Tensor | None) -> State:
+    return _state_in(form, shape, before if earlier is None else merge(before, earlier))
 
 
 class _EnteredBefore(Generic[State]):
