@@ -181,8 +181,9 @@ def measure(layout: Layout, options: argparse.Namespace, folder: Path) -> list[d
                 time.sleep(0.5)
         finally:
             # Asked to stop, it would write a checkpoint. The workers of torchrun have sessions of their own.
-            for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-                process.kill()
+            if run.poll() is None:
+                for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
+                    process.kill()
             run.wait()
 
 

@@ -5,12 +5,15 @@ Axes: B batch, S sequence, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from model import compilation, statistics
+from model.compilation import COMPILED
 from model.config import ModelConfig
 from model.layers import layer_kind
 from model.layers.feed_forward import GatedGELU, SwiGLU, feed_forward
@@ -18,6 +21,9 @@ from model.norms import norm_class
 from model.recomputation import recomputed
 from model.sequence import LOCAL, SequenceContext
 from model.state import BlockState
+
+if TYPE_CHECKING:
+    from model.layers.base import SlicedMixer
 
 
 class Block(nn.Module):
@@ -60,6 +66,9 @@ class Block(nn.Module):
             compilation.runnable(function, execution)
             for function in (Block._both_branches, Block._mixer_branch, Block._ffn_branch)
         )
+        if sequence.size > 1 and both is not Block._both_branches and hasattr(self.mixer, "closed"):
+            both = functools.partial(Block._in_pieces, behind=Block._behind_both)
+            mixer = functools.partial(Block._in_pieces, behind=Block._behind_mixer)
         if activation_checkpointing == "block" and torch.is_grad_enabled():
             x, new_state = recomputed(sequence, both, self, x, document_start, state, return_state, sequence)
         elif activation_checkpointing == "unit" and torch.is_grad_enabled():
@@ -93,6 +102,34 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockState | None]:
         y, new_state = self.mixer(self.mixer_norm(x), document_start, state, return_state, sequence)
         return x + y, new_state
+
+    def _in_pieces(
+        self,
+        x: Tensor,
+        document_start: Tensor | None,
+        state: BlockState | None,
+        return_state: bool,
+        sequence: SequenceContext,
+        behind: Callable[..., Tensor],
+    ) -> tuple[Tensor, BlockState | None]:
+        """A branch whose ranks exchange in its middle: compiled before that and `behind` it."""
+        mixer = cast("SlicedMixer", self.mixer)
+        normed, opened = compilation.compiled(Block._before_exchange, COMPILED)(self, x, document_start)
+        entering = mixer.entering(opened, state, sequence)
+        beside = mixer.beside(normed)
+        inside, new_state = mixer.inside(opened, entering, state, return_state, sequence)
+        return compilation.compiled(behind, COMPILED)(self, x, inside, beside), new_state
+
+    def _before_exchange(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Any]:
+        normed = self.mixer_norm(x)
+        return normed, cast("SlicedMixer", self.mixer).opened(normed, document_start)
+
+    def _behind_mixer(self, x: Tensor, inside: Tensor, beside: Tensor) -> Tensor:
+        return x + cast("SlicedMixer", self.mixer).closed(inside, beside)
+
+    def _behind_both(self, x: Tensor, inside: Tensor, beside: Tensor) -> Tensor:
+        x = self._behind_mixer(x, inside, beside)
+        return x if self.ffn is None else self._ffn_branch(x)
 
     def _ffn_branch(self, x: Tensor) -> Tensor:
         assert self.ffn is not None

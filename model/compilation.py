@@ -5,6 +5,10 @@ of this project are operators, which torch.compile takes as they are. Passes tha
 gradients, whose shapes vary, run as they are written, and so do passes that record statistics, for which intermediate
 results would have to be kept; rounding differs between the two, no more than between two orders of the same sum.
 
+Blocks of ranks that share a sequence exchange in their middle, where no graph can go on. Of the mLSTM block of the 7B
+family the pieces before and behind the exchange are compiled (Block._in_pieces); the others are cut by torch.compile at
+each call that exchanges.
+
 A GPU that is done with each kernel before the host has launched the next one gains by captured blocks: their launches
 are recorded once, as a CUDA graph, and played. Results then lie where they lay in the pass before, so that between two
 passes no activation and no gradient may be in use.
@@ -49,8 +53,5 @@ def compiled(function: Callable[..., Any], execution: str) -> Callable[..., Any]
     """`function` as torch.compile makes it, in every pass."""
     import torch._dynamo
 
-    if hasattr(torch._dynamo.config, "nested_graph_breaks"):
-        # What is called between the graphs of a block cuts it there, not each function around it as well.
-        torch._dynamo.config.nested_graph_breaks = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     return torch.compile(function, dynamic=False, mode="reduce-overhead" if execution == CAPTURED else None)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from model.hardware import Hardware
 from model.initial_values import InitialValue, Shape
 from model.problems import Problem
+from model.sequence import Entering, SequenceContext
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,32 @@ class KernelUse:
     dtype: torch.dtype
     weight_dtype: torch.dtype
     batches: dict[int, bool]
+
+
+class SlicedMixer(Protocol):
+    """A layer whose ranks exchange once: in parts, of which those around the exchange can be compiled."""
+
+    def opened(self, x: Tensor, document_start: Tensor | None) -> Any:
+        """Of x [B, S, D]: what the rest computes with."""
+        ...
+
+    def entering(self, opened: Any, state: Any, sequence: SequenceContext) -> Entering[Any]:
+        """Begin to exchange."""
+        ...
+
+    def beside(self, x: Tensor) -> Tensor:
+        """What is computed while the exchange is under way, of x as `opened` got it."""
+        ...
+
+    def inside(
+        self, opened: Any, entering: Entering[Any], state: Any, return_state: bool, sequence: SequenceContext
+    ) -> tuple[Tensor, Any]:
+        """What waits for the exchange, and the state behind the sequence, if asked for."""
+        ...
+
+    def closed(self, inside: Tensor, beside: Tensor) -> Tensor:
+        """y [B, S, D]."""
+        ...
 
 
 class LayerKind(ABC):

@@ -6,7 +6,7 @@ Axes: B batch, S sequence, D model width, NH heads, DK query/key and DV value di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from model.layers.mlstm_cell import Cell, CellInputs, CellState
 from model.norms import GatedHeadNorm
 from model.problems import Problem, check_choice, check_factor, check_heads, check_soft_cap
 from model.projections import GateLinear, Linear, gate_preactivations
-from model.sequence import LOCAL, SequenceContext
+from model.sequence import LOCAL, Entering, SequenceContext
 
 if TYPE_CHECKING:
     from kernels.preflight import Case
@@ -81,6 +81,14 @@ class MLSTMConfig:
         )
 
 
+class Opened(NamedTuple):
+    """What enters the cell, and the gates [B, S, NH] before their soft cap."""
+
+    inputs: CellInputs
+    igate: Tensor
+    fgate: Tensor
+
+
 class MLSTM(nn.Module):
     """The mLSTM layer of xLSTM-7B (arXiv 2503.13427 §3.1): out(sigmoid(W_o x) * head_norm(cell(q, k, v, i, f)))."""
 
@@ -108,22 +116,54 @@ class MLSTM(nn.Module):
         sequence: SequenceContext = LOCAL,
     ) -> tuple[Tensor, CellState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for."""
+        opened = self.opened(x, document_start)
+        entering = self.entering(opened, state, sequence)
+        beside = self.beside(x)
+        h, new_state = self.inside(opened, entering, state, return_state, sequence)
+        if statistics.is_recording():
+            self._record(opened, sequence)
+        return self.closed(h, beside), new_state
+
+    def opened(self, x: Tensor, document_start: Tensor | None) -> Opened:
+        """See SlicedMixer."""
         cap = self.settings.gate_soft_cap
         by_head = (self.cell.heads, -1)
         q, k, v = (project(x).unflatten(-1, by_head) for project in (self.q_proj, self.k_proj, self.v_proj))
         igate, fgate = gate_preactivations(x, self.igate, self.fgate)
-        inputs = CellInputs(q, k, v, soft_cap(igate, cap), soft_cap(fgate, cap), document_start)
-        entering = mlstm_cell.entering_state(self.cell, inputs, state, sequence)
-        # Computed while the state is on its way.
-        output_gate = self.output_gate(x)
-        h, new_state = mlstm_cell.run_cell(self.cell, inputs, entering, state, return_state, sequence)
-        if statistics.is_recording():
-            statistics.record_gate(f"{self.statistics_name}.igate", igate, inputs.igate_preact, cap)
-            statistics.record_gate(f"{self.statistics_name}.fgate", fgate, inputs.fgate_preact, cap)
-            if self.settings.normaliser:
-                mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
-        y = self.out_proj(self.head_norm(h, output_gate))
-        return y, sequence.outgoing(new_state) if return_state else None
+        return Opened(CellInputs(q, k, v, soft_cap(igate, cap), soft_cap(fgate, cap), document_start), igate, fgate)
+
+    def entering(self, opened: Opened, state: CellState | None, sequence: SequenceContext) -> Entering[CellState]:
+        """See SlicedMixer."""
+        return mlstm_cell.entering_state(self.cell, opened.inputs, state, sequence)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """The output gate's pre-activations [B, S, NH DV]."""
+        gate: Tensor = self.output_gate(x)
+        return gate
+
+    def inside(
+        self,
+        opened: Opened,
+        entering: Entering[CellState],
+        state: CellState | None,
+        return_state: bool,
+        sequence: SequenceContext,
+    ) -> tuple[Tensor, CellState | None]:
+        """h [B, S, NH, DV]; see SlicedMixer."""
+        h, new_state = mlstm_cell.run_cell(self.cell, opened.inputs, entering, state, return_state, sequence)
+        return h, sequence.outgoing(new_state) if return_state else None
+
+    def closed(self, inside: Tensor, beside: Tensor) -> Tensor:
+        """See SlicedMixer."""
+        y: Tensor = self.out_proj(self.head_norm(inside, beside))
+        return y
+
+    def _record(self, opened: Opened, sequence: SequenceContext) -> None:
+        cap, inputs = self.settings.gate_soft_cap, opened.inputs
+        statistics.record_gate(f"{self.statistics_name}.igate", opened.igate, inputs.igate_preact, cap)
+        statistics.record_gate(f"{self.statistics_name}.fgate", opened.fgate, inputs.fgate_preact, cap)
+        if self.settings.normaliser:
+            mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
 
 
 class MLSTMKind(LayerKind):
