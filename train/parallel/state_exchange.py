@@ -72,12 +72,8 @@ def merge(first: Tensor, second: Tensor) -> Tensor:
     first_values, first_scale, first_kept = parts_of(first)
     second_values, second_scale, second_kept = parts_of(second)
     log_scale, kept, added = merge_weights(first_scale, second_kept, second_scale)
-    merged = torch.empty_like(second)
-    torch.mul(second_values, added[:, None], out=merged[:, :-2])
-    merged[:, :-2].addcmul_(first_values, kept[:, None])
-    merged[:, -2] = log_scale
-    merged[:, -1] = first_kept + second_kept
-    return merged
+    values = (second_values * added[:, None]).addcmul(first_values, kept[:, None])
+    return message_of(values, log_scale, first_kept + second_kept)
 
 
 class StateExchange(Protocol):
