@@ -363,11 +363,11 @@ def _import(options: argparse.Namespace) -> int:
     settings = _settings(ImportSettings, options.settings)
 
     from model.huggingface import import_huggingface
-    from model.weights import refuse_taken, save_state_dict
+    from model.weights import save_state_dict
+    from model.whole_tensors import refuse_taken
 
     _refuse_url(settings.output)
-    output = Path(settings.output)
-    refuse_taken(output)
+    refuse_taken(output := Path(settings.output))
     config, state_dict = import_huggingface(settings.source)
     save_state_dict(state_dict, config, output)
     tokenizer_json = Path(settings.source) / "tokenizer.json"

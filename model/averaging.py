@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from model.loading import StoredModel
 from model.stored import differences
-from model.weights import refuse_taken, save_fragments, write_model_json
+from model.weights import save_fragments, write_model_json
+from model.whole_tensors import SHARD_BYTES, into_shards, new_directory
 
-SHARD_BYTES = 4 * 2**30
 AVERAGE_JSON = "average.json"
 
 
@@ -60,14 +59,10 @@ def average(sources: Sequence[StoredModel], output: str | Path, shares: Sequence
     if problems := share_problems(shares, len(sources)):
         raise ValueError(*problems)
     assert not misfits(sources)
-    output = Path(output)
-    refuse_taken(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        shapes = sources[0].shapes
-        for number, names in enumerate(_shards(sources[0])):
+    shapes = sources[0].shapes
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    with new_directory(Path(output)) as partial:
+        for number, names in enumerate(into_shards(sizes, SHARD_BYTES)):
             fragments = ((name, 0, _averaged(sources, name, shares)) for name in names)
             save_fragments(partial / f"weights-{number:05d}.safetensors", fragments, shapes)
         write_model_json(partial, sources[0].config)
@@ -77,25 +72,6 @@ def average(sources: Sequence[StoredModel], output: str | Path, shares: Sequence
         ]
         document = {"format_version": 1, "sources": parts}
         (partial / AVERAGE_JSON).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _shards(model: StoredModel) -> Iterator[list[str]]:
-    """The parameters of each file of at most SHARD_BYTES in float32, where one parameter is not larger."""
-    names: list[str] = []
-    size = 0
-    for name, shape in model.shapes.items():
-        added = 4 * math.prod(shape)
-        if names and size + added > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += added
-    yield names
 
 
 def _averaged(sources: Sequence[StoredModel], name: str, shares: Sequence[float]) -> torch.Tensor:

@@ -32,6 +32,8 @@ class Marker:
 
     # Path in the checkpoint's folder -> {"bytes": size, "xxh3_128": checksum, hex}.
     files: dict[str, dict[str, int | str]]
+    # The start of the run that wrote it; None where the marker does not say, as of version 0.2.0.
+    attempt: str | None = None
 
     def files_in(self, part: str) -> list[str]:
         """Paths of the files in the folder `part` of the checkpoint, sorted."""
@@ -78,7 +80,8 @@ def read_marker(folder: Path) -> Marker:
     for name in files:
         if problem := unsafe_file(path, "a key of files", name, folder):
             raise MarkerError(problem)
-    return Marker(files)
+    attempt = document.get("attempt")
+    return Marker(files, attempt if isinstance(attempt, str) else None)
 
 
 def _is_description(found: object) -> bool:

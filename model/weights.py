@@ -5,6 +5,9 @@ gathered: the key `<parameter name>@<offset>` is a 1-D tensor that covers elemen
 the flattened parameter. A whole parameter is one fragment at offset 0. Each file's metadata holds `format_version` and
 `shapes`, a JSON object from parameter name to shape that names every parameter of the model, also those of which the
 file holds nothing: a file that is lost is then noticed by what it leaves uncovered.
+
+A directory of whole weights (`save_whole`) has `model.safetensors`, or several files and their index, in the place of
+these: each parameter under its own name and in its own shape, as other programs want it, with the same metadata.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import stat
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from conf.stored_values import fits, shortened
 from model.config import ModelConfig, validate_model
 from model.marker import COMPLETE, MarkerError, read_marker
 from model.stored import with_current_keys
+from model.whole_tensors import SHARD_BYTES, write_whole_tensors
 
 FORMAT_VERSION = 1
 MODEL_JSON = "model.json"
@@ -96,11 +101,14 @@ def save_fragments(
         assert tensor.dim() == 1, f"{name}: a fragment is flat, not {tuple(tensor.shape)}"
         if tensor.numel():
             tensors[f"{name}@{offset}"] = tensor.detach().cpu().contiguous()
-    metadata = {
+    save_tensors(path, tensors, _metadata(shapes))
+
+
+def _metadata(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    return {
         "format_version": str(FORMAT_VERSION),
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
     }
-    save_tensors(path, tensors, metadata)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -131,10 +139,20 @@ def save_state_dict(state_dict: Mapping[str, torch.Tensor], config: ModelConfig,
     write_model_json(directory, config)
 
 
-def refuse_taken(output: Path) -> None:
-    """Raises ValueError unless `output` does not exist or is an empty directory."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty; choose another output directory")
+def save_whole(
+    directory: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    max_bytes: int | None = SHARD_BYTES,
+) -> list[Path]:
+    """Write whole parameters with their model.json, one in memory at a time; returns the files that hold them.
+
+    Arguments as in `write_whole_tensors`.
+    """
+    write_model_json(directory, config)
+    return write_whole_tensors(directory, shapes, read, dtype, {"format": "pt", **_metadata(shapes)}, max_bytes)
 
 
 def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,10 +169,13 @@ def load_weights(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
+    """Elements offset ... offset + length - 1 of a flattened parameter: a tensor of `shape` under `key` in a file."""
+
     offset: int
     length: int
     path: Path
     key: str
+    shape: tuple[int, ...]
 
 
 class WeightsReader:
@@ -168,6 +189,8 @@ class WeightsReader:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.pieces: dict[str, list[_Piece]] = {}
+        # Of what is stored, as safetensors calls them.
+        self.dtypes: set[str] = set()
         self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
         paths = _weights_files(directory)
         if not paths:
@@ -185,17 +208,20 @@ class WeightsReader:
                 if known != shape:
                     raise WeightsError(f"{path}: {name} has shape {list(shape)}, in another file {list(known)}")
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                name, _, offset = key.rpartition("@")
+                part = file.get_slice(key)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                # A whole parameter, or a flat part of one.
+                name, _, offset = (key, "", "0") if key in shapes else key.rpartition("@")
                 # Python has no words for longer numbers.
                 if name not in shapes or not (offset.isdecimal() and len(offset) < 20):
                     raise WeightsError(f"{path}: unexpected tensor {key!r}")
-                part = file.get_slice(key)
-                if part.get_dtype() not in _DTYPES or len(part.get_shape()) != 1:
-                    raise WeightsError(
-                        f"{path}: {key} is of type {part.get_dtype()} and shape {part.get_shape()}, no flat part of a "
-                        "parameter"
-                    )
-                self.pieces.setdefault(name, []).append(_Piece(int(offset), part.get_shape()[0], path, key))
+                fits_parameter = shape == shapes[name] if name == key else len(shape) == 1
+                if dtype not in _DTYPES or not fits_parameter:
+                    wanted = f"parameter of shape {list(shapes[name])}" if name == key else "flat part of a parameter"
+                    raise WeightsError(f"{path}: {key} is of type {dtype} and shape {list(shape)}, no {wanted}")
+                self.dtypes.add(dtype)
+                piece = _Piece(int(offset), math.prod(shape), path, key, shape)
+                self.pieces.setdefault(name, []).append(piece)
 
     def check_coverage(self) -> None:
         """Raises WeightsError unless the fragments cover every parameter exactly once."""
@@ -228,15 +254,28 @@ class WeightsReader:
         for piece in sorted(self.pieces.get(name, []), key=lambda piece: piece.offset):
             start, end = max(offset - piece.offset, 0), min(offset + numel - piece.offset, piece.length)
             if start < end:
-                parts.append(self._opened(piece.path).get_slice(piece.key)[start:end])
+                parts.append(self._read_piece(piece, start, end))
         if len({part.dtype for part in parts}) > 1:
             raise WeightsError(f"{self.directory}: the fragments of {name} have different dtypes")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _read_piece(self, piece: _Piece, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of the flattened tensor; no more is read than the rows that they are in."""
+        file = self._opened(piece.path)
+        if not piece.shape:
+            # A single number has no rows.
+            number: torch.Tensor = file.get_tensor(piece.key)
+            return number.reshape(-1)
+        stored = file.get_slice(piece.key)
+        elements = math.prod(piece.shape[1:])
+        first = start // elements
+        rows: torch.Tensor = stored[first : -(-end // elements)]
+        return rows.reshape(-1)[start - first * elements : end - first * elements]
+
     def _missing(self, name: str, start: int, end: int) -> str:
         return (
-            f"{self.directory}: {name} elements {start} to {end - 1} are missing: a weights-*.safetensors file was "
-            "lost or never written"
+            f"{self.directory}: {name} elements {start} to {end - 1} are missing: a *.safetensors file was lost or "
+            "never written"
         )
 
 
@@ -250,7 +289,7 @@ def _weights_files(directory: Path) -> list[Path]:
             raise WeightsError(str(error)) from None
         if listed:
             return [path for name in listed if (path := directory / Path(name).name).match("weights-*.safetensors")]
-    return sorted(directory.glob("weights-*.safetensors"))
+    return sorted(directory.glob("weights-*.safetensors")) or sorted(directory.glob("model*.safetensors"))
 
 
 def _open(path: Path) -> Any:

@@ -16,8 +16,6 @@ import torch
 from model.config import ModelConfig
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.huggingface.base import CONFIG, HEAD, INDEX, WEIGHTS, Format, HuggingFaceError, OtherLogitsError
+from model.huggingface.base import CONFIG, HEAD, Format, HuggingFaceError, OtherLogitsError
 from model.huggingface.formats import format_for
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
 from model.parameters import parameter_shapes
-from model.weights import WeightsReader, read_model_json, refuse_taken, save_tensors
+from model.weights import WeightsReader, read_model_json
+from model.whole_tensors import SHARD_BYTES, new_directory, write_whole_tensors
 
 TOLERANCE = 1e-4
-SHARD_BYTES = 4 * 2**30
 # Of a comparison, where no chunk of the mLSTM says how many tokens are enough.
 _FEW_TOKENS = 64
 
@@ -71,12 +70,7 @@ def export_huggingface(
     if config.tie_embeddings and not target.ties_head:
         shapes, read = _untied(shapes, read)
     transformers = _import_transformers() if verify else None
-    output = Path(output_directory)
-    refuse_taken(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(Path(output_directory)) as partial:
         _write_weights(partial, target, shapes, read, dtype)
         _write_json(partial / CONFIG, huggingface_config(config, dtype, tokenizer, sequence_length))
         ids = _special_ids(tokenizer)
@@ -84,11 +78,6 @@ def export_huggingface(
         notes = export_tokenizer(tokenizer, partial) if tokenizer is not None else []
         if verify:
             _verify(transformers, partial, config, read, dtype)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if config.tie_embeddings and not target.ties_head:
         notes.append("the head is tied to the embedding; the directory holds two copies, which are no longer tied")
     return notes
@@ -141,23 +130,9 @@ def _write_weights(
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
 ) -> None:
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WEIGHTS
-        layout = target.tensor_layout(names, {})
-        # Copies, since a file must not hold one storage twice (the head may be tied to the embedding).
-        tensors = {theirs: read(name).to(dtype, copy=True).contiguous() for theirs, [name] in layout.items()}
-        save_tensors(directory / file, tensors, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(directory / INDEX, index)
+    ours = {theirs: name for theirs, [name] in target.tensor_layout(shapes, {}).items()}
+    theirs = {name: shapes[ours[name]] for name in ours}
+    write_whole_tensors(directory, theirs, lambda name: read(ours[name]), dtype, {"format": "pt"}, SHARD_BYTES)
 
 
 def _verify(

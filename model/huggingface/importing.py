@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from conf.named_files import unsafe_file
 from model.config import ModelConfig, validate_model
-from model.huggingface.base import CONFIG, INDEX, WEIGHTS, Format, HuggingFaceError, StoredTensor, Tensors
+from model.huggingface.base import CONFIG, Format, HuggingFaceError, StoredTensor, Tensors
 from model.huggingface.formats import FORMATS
 from model.parameters import parameter_shapes
+from model.whole_tensors import INDEX, WEIGHTS
 
 
 class HuggingFaceReader:

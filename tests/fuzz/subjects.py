@@ -84,6 +84,7 @@ MAKE: list[Command] = [
     ["train", *RUN, "training.total_steps=2"],
     ["model", "export", "checkpoint=runs/run", "output=exported", "verify=false"],
     ["model", "import", "source=exported", "output=weights"],
+    ["checkpoint", "consolidate", "runs/run", "--output", "whole"],
     ["train", *SETTINGS, *LLAMA, "training.total_steps=1"],
     ["model", "export", "checkpoint=runs/llama", "output=exported_llama", "verify=false"],
 ]
@@ -111,6 +112,10 @@ _OF_RUN: list[Command] = [
     ["train", *LONGER, "name=new", "resume_from=runs/run@2"],
     ["model", "export", "checkpoint=runs/run@2", "output=again"],
     ["checkpoint", "list", "runs/run"],
+    ["checkpoint", "verify", "runs/run", "--all"],
+    ["checkpoint", "describe", "runs/run@2"],
+    ["checkpoint", "consolidate", "runs/run", "--output", "again"],
+    ["checkpoint", "prune", "runs/run", "--keep-last", "1"],
     ["checkpoint", "keep", "runs/run@1"],
     ["checkpoint", "release", "runs/run"],
     ["report", "runs/run"],
@@ -167,6 +172,7 @@ GROUPS = (
     Group("unfinished", _OF_UNFINISHED),
     Group("exported", [*_of_model("exported", *_EVALUATION), ["model", "import", "source=exported", "output=again"]]),
     Group("exported_llama", _OF_LLAMA),
+    Group("whole", _of_model("whole", *_EVALUATION)),
     Group("weights", [*_of_model("weights", *_EVALUATION), ["model", "export", "checkpoint=weights", "output=again"]]),
 )
 

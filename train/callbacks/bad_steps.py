@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +129,9 @@ class BadSteps(Callback):
             "optimizer.learning_rate, leave samples out by training.skip_samples=[[FIRST, COUNT]], or raise "
             "numbers.max_rollbacks, and start the same command again"
         )
+
+
+def goes_back_to(callbacks: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """The step that a run may go back to, or before, by the states of a checkpoint's callbacks; None: it may not."""
+    bad = callbacks.get(BadSteps.__name__, {}).get("bad_steps", [])
+    return int(bad[0]["index"]) if bad else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
@@ -50,8 +51,7 @@ class Checkpointing(Callback):
     def _save(self, trainer: Trainer) -> None:
         if self._scored is not None and self._scored[0] == trainer.step:
             self._best = self._scored if self._best is None else min(self._best, self._scored, key=lambda one: one[1])
-        best = [] if self._best is None else [self._best[0]]
-        trainer.save_checkpoint(frozenset([*self._before_decay, *best]))
+        trainer.save_checkpoint(_staying(self.state_dict()))
 
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """Try again, after twice as many steps each time. Raises RunError when that was often enough."""
@@ -102,3 +102,13 @@ class Checkpointing(Callback):
         self._best = None if best is None else (best[0], best[1])
         self._before_decay = list(state.get("before_decay", []))
         self._scored = None
+
+
+def steps_that_stay(callbacks: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+    """The steps whose checkpoints are not deleted to make room, by the states of a checkpoint's callbacks."""
+    return _staying(callbacks.get(Checkpointing.__name__, {}))
+
+
+def _staying(state: Mapping[str, Any]) -> frozenset[int]:
+    best = state.get("best")
+    return frozenset([*state.get("before_decay", []), *([] if best is None else best[:1])])

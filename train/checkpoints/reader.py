@@ -48,7 +48,7 @@ def newest_usable(
     rejected = []
     for name in mesh.broadcast_object([str(path) for path in reversed(candidates)], group="world"):
         folder = Path(name)
-        of_ranks = mesh.gather_objects(_faults(folder, mesh), group="world")
+        of_ranks = mesh.gather_objects(faults(folder, mesh.rank, mesh.size), group="world")
         found = [fault.problem for of_rank in of_ranks for fault in of_rank]
         if not found:
             return folder
@@ -70,25 +70,28 @@ def newest_usable(
 
 
 @dataclass(frozen=True)
-class _Fault:
+class Fault:
+    """What keeps a checkpoint from being used."""
+
     problem: str
     # The file is none of this version's, and whole for all that is known.
     is_later: bool = False
 
 
-def _faults(folder: Path, mesh: Mesh) -> list[_Fault]:
-    """What this rank finds wrong with its share of a checkpoint."""
+def faults(folder: Path, share: int = 0, shares: int = 1) -> list[Fault]:
+    """What is wrong with every `shares`-th file of a checkpoint, beginning with number `share`; of share 0 also whether
+    all that `load` reads can be opened as what it should be."""
     try:
         read_marker(folder)
-        if problems := check(folder, mesh.rank, mesh.size):
-            return [_Fault(problem) for problem in problems]
-        if mesh.is_main:
+        if problems := check(folder, share, shares):
+            return [Fault(problem) for problem in problems]
+        if share == 0:
             _open_everything(folder)
     except (LaterMarkerError, LaterWeightsError, LaterCheckpointError) as error:
-        return [_Fault(str(error), is_later=True)]
+        return [Fault(str(error), is_later=True)]
     except Exception as error:  # noqa: BLE001 - files of any content fail in more ways than can be listed
         known = isinstance(error, CheckpointError | WeightsError | MarkerError)
-        return [_Fault(str(error) if known else f"{folder} cannot be read ({type(error).__name__}: {error})")]
+        return [Fault(str(error) if known else f"{folder} cannot be read ({type(error).__name__}: {error})")]
     return []
 
 

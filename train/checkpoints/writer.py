@@ -38,6 +38,7 @@ from train.checkpoints.layout import (
     staging_folder,
     stays,
 )
+from train.checkpoints.retention import Retention
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
 from train.errors import RunError
@@ -238,17 +239,21 @@ class CheckpointWriter:
         self.attempt.check()
         put_in_place(staged, folder)
 
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are not deleted to make room."""
+        return Retention(self.keep_last, self.keep_every, self.staying, self.kept_for_going_back)
+
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
-        complete = [folder for folder in complete_checkpoints(self.root) if step_of(folder) <= step_of(newest)]
-        last = self.kept_for_going_back
-        kept = [folder for folder in complete if last is not None and step_of(folder) <= last][-1:]
-        if self.keep_every is not None:
-            kept += [folder for folder in complete if step_of(folder) % self.keep_every == 0]
-        kept += [folder for folder in complete if step_of(folder) in self.staying]
-        old = [folder for folder in complete[: -self.keep_last] if folder not in kept]
-        # What is left of one whose deletion failed.
-        old += [path for path in step_folders(self.root) if step_of(path) < step_of(newest) and not is_marked(path)]
+        steps = [step_of(path) for path in complete_checkpoints(self.root) if step_of(path) <= step_of(newest)]
+        surplus = self.retention.surplus(steps)
+        # What is left of one whose deletion failed goes too.
+        old = [
+            path
+            for path in step_folders(self.root)
+            if step_of(path) < step_of(newest) and (not is_marked(path) or step_of(path) in surplus)
+        ]
         with deciding_what_stays(self.root):
             for folder in old:
                 if not stays(folder):
