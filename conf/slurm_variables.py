@@ -107,6 +107,15 @@ def job_identity(variables: Mapping[str, str] = os.environ) -> str | None:
     return variables.get("SLURM_JOB_ID")
 
 
+def job_end(variables: Mapping[str, str] = os.environ) -> float | None:
+    """When the time of this job is over, in seconds since 1970; None outside of jobs, and where that is not said.
+
+    Slurm sets the variable from 23.02 on, and the batch script of `launch submit` everywhere.
+    """
+    text = variables.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None
+
+
 def hosts(text: str) -> list[str]:
     """The hosts of a list as Slurm writes it: `n[01-03,7],login` are n01, n02, n03, n7 and login."""
     found = []

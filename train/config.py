@@ -273,6 +273,16 @@ class NumbersConfig:
 
 
 @dataclass(frozen=True)
+class PreemptionConfig:
+    """What a run does that is asked to stop."""
+
+    # Seconds from the request (a signal) to the moment at which the process is killed, such as the grace time of a
+    # scheduler. A checkpoint that would not be written by then is left out. null: not known; a Slurm job goes by the
+    # end of its time.
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
 class WatchdogConfig:
     """When a run ends because one of its processes does not go on."""
 
@@ -310,6 +320,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     numbers: NumbersConfig = field(default_factory=NumbersConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
     def execution(self, device_type: str) -> str:

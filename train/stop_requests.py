@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
@@ -96,6 +97,8 @@ class OutsideTraining:
         self._phase = "before the first step"
         self._others_wait = False
         self._kept: list[str] = []
+        # When the first of these came, by the monotonic clock.
+        self._kept_since = 0.0
         self._exit_code = 0
         # Told why the process ends, before it does.
         self.on_end: Callable[[str], None] | None = None
@@ -105,6 +108,7 @@ class OutsideTraining:
         if is_lost_terminal(number):
             output.lose_terminal(number.name)
         elif self._others_wait and not self._kept:
+            self._kept_since = time.monotonic()
             self._kept.append(number.name)
             tell(
                 f"{number.name}: the run's processes are starting together; the run ends after its first step, with a "
@@ -123,6 +127,11 @@ class OutsideTraining:
     def processes_met(self, count: int) -> None:
         """From now on `count` processes depend on each other."""
         self._others_wait = count > 1
+
+    @property
+    def seconds_since_kept(self) -> float:
+        """Since the first request came that is kept."""
+        return time.monotonic() - self._kept_since
 
     def begin_training(self) -> list[str]:
         """The requests that were kept."""

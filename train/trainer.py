@@ -19,6 +19,7 @@ from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import StepLoader
 from train.checkpoints.writer import CheckpointWriter
 from train.context import RunContext
+from train.deadline import Deadline
 from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
 from train.errors import RunError
 from train.length import last_step, learning_rate_of_next_step, steps_left
@@ -67,6 +68,8 @@ class Trainer:
         # What this rank wishes for and all ranks have not agreed on yet.
         self._wishes: list[Decision] = []
         self._stop_reason: str | None = None
+        # Of this rank.
+        self.deadline = Deadline(self.config.preemption.seconds_left)
         self._writer = CheckpointWriter(
             context.directory.checkpoints,
             self.mesh,
@@ -404,9 +407,9 @@ class Trainer:
         self._writer.kept_for_going_back = step
 
     @property
-    def failed_saves(self) -> int:
-        """Checkpoints in a row that could not be written."""
-        return self._writer.failed_saves
+    def saves(self) -> CheckpointWriter:
+        """What writes checkpoints: how it fares."""
+        return self._writer
 
     def settle_save(self) -> dict[int, str]:
         """Wait for the checkpoint under way; rank -> why it failed there, which callbacks are told. Collective."""

@@ -269,6 +269,7 @@ def _validate_intervals(config: RunConfig) -> list[str]:
         *at_least("logging.interval", config.logging.interval, 1),
         *at_least("logging.monitor_interval", config.logging.monitor_interval, 0),
         *at_least("watchdog.seconds", config.watchdog.seconds, 1),
+        *at_least("preemption.seconds_left", config.preemption.seconds_left, 0),
     ]
     if not config.logging.spike_factor > 1:
         problems.append(f"logging.spike_factor: must be above 1 ({config.logging.spike_factor})")

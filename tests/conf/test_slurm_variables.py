@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from conf.slurm_variables import StepTask, become_rank, hosts, job_identity, job_nodes, step_task
+from conf.slurm_variables import StepTask, become_rank, hosts, job_end, job_identity, job_nodes, step_task
 
 # As Slurm 22.05 sets them in the fourth task of `srun -N2 --ntasks-per-node=2`.
 STEP = {
@@ -71,6 +71,11 @@ def test_a_task_of_an_array_is_named_by_its_number():
     array = BATCH | {"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "14", "SLURM_ARRAY_TASK_ID": "3"}
     assert (job_identity({}), job_identity(BATCH), job_identity(array)) == (None, "11", "14_3")
     assert job_nodes(BATCH) == ["127.0.0.1", "127.0.0.2"] and job_nodes({}) == []
+
+
+def test_the_end_of_the_time_is_known_where_slurm_says_it():
+    assert job_end({"SLURM_JOB_END_TIME": "1796300000"}) == 1796300000.0
+    assert [job_end({}), job_end(BATCH), job_end({"SLURM_JOB_END_TIME": "Unknown"})] == [None] * 3
 
 
 def test_slurms_variables_are_read_in_one_place():

@@ -42,7 +42,7 @@ def test_commands_on_damaged_files_end_with_a_message_or_do_without(tmp_path):
     check(outcomes)
     assert len(outcomes) == FIXED
     # Of every kind: what is damaged, how, and what is run; some is refused and some is not.
-    assert len({found["file"].split("/")[0] for found in outcomes}) == 6
+    assert len({found["file"].split("/")[0] for found in outcomes}) == 7
     assert len({found["mutation"].partition(",")[0] for found in outcomes}) > 12
     assert len({found["command"][0] for found in outcomes}) == 6
     assert {found["code"] for found in outcomes} == {0, 1, 2}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from model.locate import complete_checkpoints
 from train.callbacks.base import Callback
 from train.checkpoints.layout import CheckpointError
+from train.checkpoints.writer import REMEMBERED_SAVES
 from train.decisions import CONTINUE, Decision, Rollback
 from train.errors import RunError
 from train.length import last_phase_begins_now
@@ -31,6 +34,9 @@ class Checkpointing(Callback):
         self._best: tuple[int, float] | None = None
         # Steps of checkpoints before the last phase of the schedule: of several, where the run was made longer.
         self._before_decay: list[int] = []
+        # Seconds that the latest saves of earlier starts took, and with those of this start.
+        self._seconds_before: list[float] = []
+        self._seconds: list[float] = []
 
     def on_step_end(self, trainer: Trainer) -> Decision:
         interval = trainer.config.checkpoint.interval
@@ -51,11 +57,14 @@ class Checkpointing(Callback):
     def _save(self, trainer: Trainer) -> None:
         if self._scored is not None and self._scored[0] == trainer.step:
             self._best = self._scored if self._best is None else min(self._best, self._scored, key=lambda one: one[1])
+        # How long the one before took is known then.
+        trainer.settle_save()
+        self._seconds = [*self._seconds_before, *trainer.saves.seconds][-REMEMBERED_SAVES:]
         trainer.save_checkpoint(_staying(self.state_dict()))
 
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """Try again, after twice as many steps each time. Raises RunError when that was often enough."""
-        failures, limit = trainer.failed_saves, trainer.config.checkpoint.max_failed_saves
+        failures, limit = trainer.saves.failed_saves, trainer.config.checkpoint.max_failed_saves
         self._due = trainer.step + 2 ** (failures - 1)
         for rank, problem in problems.items():
             trainer.events.append("save_failed", step=trainer.step, rank=rank, failures=failures, problem=problem)
@@ -74,6 +83,9 @@ class Checkpointing(Callback):
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome != "failed":
+            if outcome == "stopped" and (missing := self._missing_time(trainer)) is not None:
+                self._leave_out(trainer, missing)
+                return
             self._save(trainer)
             if trainer.settle_save():
                 self._save(trainer)
@@ -89,19 +101,60 @@ class Checkpointing(Callback):
             trainer.await_own_save()
         except (CheckpointError, RunError) as error:
             # Raised, it would stand in the place of what the run failed of.
-            failures = trainer.failed_saves + 1
+            failures = trainer.saves.failed_saves + 1
             trainer.events.append(
                 "save_failed", step=trainer.step, rank=trainer.mesh.rank, failures=failures, problem=str(error)
             )
 
+    def _missing_time(self, trainer: Trainer) -> _MissingTime | None:
+        """Why the last checkpoint would not be written before the process is killed; None where it would, for all that
+        is known. Equal on all ranks."""
+        of_ranks = trainer.mesh.gather_objects(trainer.deadline.left(), group="world")
+        left = min((seconds for seconds in of_ranks if seconds is not None), default=None)
+        if left is None:
+            return None
+        saves = trainer.saves
+        each = max([*self._seconds_before, *saves.seconds], default=0.0)
+        since = saves.seconds_under_way
+        under_way = 0.0 if since is None else max(0.0, each - since)
+        # Of rank 0, which writes until all is whole.
+        each, under_way = trainer.mesh.broadcast_object((each, under_way), group="world")
+        needed = under_way + (0.0 if saves.last_step == trainer.step else each)
+        return None if needed <= left else _MissingTime(left, needed, under_way)
+
+    def _leave_out(self, trainer: Trainer, missing: _MissingTime) -> None:
+        """End without the last checkpoint. One that is under way is waited for where its end is near enough."""
+        if missing.under_way <= missing.left:
+            trainer.settle_save()
+        else:
+            trainer.saves.abandon()
+        left, needed = round(missing.left, 1), round(missing.needed, 1)
+        trainer.events.append("save_skipped", step=trainer.step, seconds_left=left, seconds_needed=needed)
+        complete = complete_checkpoints(trainer.context.directory.checkpoints)
+        goes_on = f"from {complete[-1].name}" if complete else "from its beginning"
+        trainer.context.warn(
+            f"step {trainer.step} is not saved: {max(0.0, left):g} s are left (preemption.seconds_left, or the time of "
+            f"the job), and to save took up to {needed:g} s. The run goes on {goes_on}"
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "before_decay": self._before_decay}
+        return {"best": self._best, "before_decay": self._before_decay, "seconds": self._seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         best = state.get("best")
         self._best = None if best is None else (best[0], best[1])
         self._before_decay = list(state.get("before_decay", []))
+        self._seconds_before = list(state.get("seconds", []))
         self._scored = None
+
+
+@dataclass(frozen=True)
+class _MissingTime:
+    """Seconds until the process is killed; that saving takes until all is on disk; that the save under way takes."""
+
+    left: float
+    needed: float
+    under_way: float
 
 
 def steps_that_stay(callbacks: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:

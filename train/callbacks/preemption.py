@@ -41,7 +41,9 @@ class Preemption(Callback):
 
         self._listener = SignalListener(answered_signals(), lambda number: self._answer(trainer, number), note)
         self._listener.__enter__()
+        since = OUTSIDE_TRAINING.seconds_since_kept
         for name in OUTSIDE_TRAINING.begin_training():
+            trainer.deadline.request(since)
             trainer.wish(Stop(name))
 
     def on_step_end(self, trainer: Trainer) -> Decision:
@@ -58,9 +60,11 @@ class Preemption(Callback):
         self._answers += 1
         self._last_answer = time.monotonic()
         if self._answers == 1:
+            left = trainer.deadline.left()
+            limit = "" if left is None else f", if that can be done in the {max(0.0, left):.0f} s that are left,"
             tell(
                 f"{number.name}: the run finishes the step under way (step {trainer.step + 1} of "
-                f"{trainer.total_steps:,}), saves a checkpoint and ends. Asking again changes nothing."
+                f"{trainer.total_steps:,}), saves a checkpoint{limit} and ends. Asking again changes nothing."
             )
             trainer.events.append("stop_request", step=trainer.step, reason=number.name)
         else:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ from train.parallel.mesh import Mesh
 from train.run_directory import Attempt
 
 _COMMIT_TIMEOUT_SECONDS = 3600.0
+# By which it is judged how long the next one takes.
+REMEMBERED_SAVES = 8
 # Between looks at whether all ranks are done.
 _POLL_SECONDS = 0.02
 log = logging.getLogger(__name__)
@@ -89,6 +92,20 @@ class CheckpointWriter:
         self.kept_for_going_back: int | None = None
         # Saves in a row that have failed on some rank; equal on all ranks.
         self.failed_saves = 0
+        # On rank 0, seconds that the latest saves of this start took in all.
+        self.seconds = deque[float](maxlen=REMEMBERED_SAVES)
+        self._began = 0.0
+
+    @property
+    def last_step(self) -> int | None:
+        """The step whose checkpoint is on disk already, or on its way."""
+        return self._last_step
+
+    @property
+    def seconds_under_way(self) -> float | None:
+        """Since the save under way began; None where this rank is writing nothing. Rank 0 writes until all is whole."""
+        is_under_way = self._thread is not None and self._thread.is_alive()
+        return time.monotonic() - self._began if is_under_way else None
 
     @property
     def has_failed(self) -> bool:
@@ -107,6 +124,7 @@ class CheckpointWriter:
         if state.step == self._last_step:
             return folder
         self._last_step = state.step
+        self._began = time.monotonic()
         snapshot = _Snapshot.take(engine, state, self.model)
         self._staged, self._bytes = staging_folder(folder, self.attempt.identity), snapshot.nbytes
         self.attempt.check()
@@ -170,6 +188,11 @@ class CheckpointWriter:
             shutil.rmtree(self._staged, ignore_errors=True)
         self._error = self._staged = self._last_step = None
 
+    def abandon(self) -> None:
+        """The process ends before the save under way does: nobody waits for it, and where it is not whole by itself
+        it never counts."""
+        self._is_given_up.set()
+
     def wait(self) -> None:
         """Until this rank's part of the save under way has ended (on rank 0, all of it). Raises CheckpointError if it
         failed, RunError as `save` does."""
@@ -209,6 +232,7 @@ class CheckpointWriter:
             written.rename(written.with_suffix(""))
             if self.rank == 0:
                 self._commit(staged, folder)
+                self.seconds.append(time.monotonic() - self._began)
                 on_complete(folder, time.monotonic() - started)
                 self._prune(folder)
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
