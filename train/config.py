@@ -167,6 +167,14 @@ class CheckpointConfig:
     # A damaged or unreadable checkpoint is passed over, named in the log and the events, and the one before is taken
     # (skip), or it ends the run (fail). One of a later version is refused in either case.
     on_corrupt: str = "skip"
+    # A second place for checkpoints, a path or a URL of any file system that fsspec knows: each is copied there in the
+    # background, to <mirror>/<name>/checkpoints, and a start takes one from there that is newer than the run's own.
+    # null: none.
+    mirror: str | None = None
+    # How many of the newest are kept there; others stay by the same rules as in the run's folder. null: keep_last.
+    mirror_keep_last: int | None = None
+    # Seconds that the end of a run waits for the last copy.
+    mirror_seconds: float = 600.0
 
 
 @dataclass(frozen=True)

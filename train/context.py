@@ -27,11 +27,13 @@ from data_pipeline.errors import TokenizerError
 from data_pipeline.reading.live import LiveStream
 from data_pipeline.reading.stream import SampleStream
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
-from model.locate import complete_checkpoints
+from model.locate import complete_checkpoints, step_folder, step_of
 from train.callbacks.base import Callback
 from train.changes import changes_of_run, refused_changes_of_data
-from train.checkpoints.layout import remove_torn
+from train.checkpoints.layout import CheckpointError, LaterCheckpointError, remove_torn
+from train.checkpoints.mirror_store import MirrorStore
 from train.checkpoints.reader import newest_usable
+from train.checkpoints.restoring import Restorer, refuse_unknown
 from train.checkpoints.state import TrainState, read_state
 from train.config import RunConfig
 from train.data import changes_of_data, data_identity, describe_data
@@ -82,6 +84,8 @@ class RunContext:
     attempt: Attempt = field(init=False)
     # Of this start; none before its attempt is known.
     watchdog: Watchdog | None = None
+    # Where its checkpoints are copied to; None: nowhere.
+    mirror_store: MirrorStore | None = None
     # The newest usable checkpoint, and the state in it; None when the run begins.
     checkpoint: Path | None = None
     saved: TrainState | None = None
@@ -104,6 +108,23 @@ class RunContext:
         """Tell of a checkpoint that is passed over, and make an event of it."""
         self.events.append("reject", checkpoint=folder.name, problem=problem)
         self.warn(f"{folder.name} is passed over: {problem}")
+
+    def report_rejected_at_mirror(self, step: int, problem: str) -> None:
+        """The same of one at the mirror; with checkpoint.on_corrupt=fail it ends the run."""
+        name = step_folder(Path(), step).name
+        where = "" if self.mirror_store is None else f" at {self.mirror_store.url}"
+        if self.config.checkpoint.on_corrupt == "fail":
+            raise CheckpointError(
+                f"{name}{where}: {problem}. Restore it or delete it there, or set checkpoint.on_corrupt=skip to go on "
+                "from the one before (fail)"
+            )
+        self.events.append("reject", checkpoint=name, problem=f"{problem} ({where.strip()})")
+        self.warn(f"{name}{where} is passed over: {problem}")
+
+    def report_mirror_failed(self, step: int | None, problem: str) -> None:
+        """Tell of a mirror that cannot be reached or written to, and make an event of it."""
+        self.events.append("mirror_failed", step=step, problem=problem)
+        self.warn(f"{problem}. The run goes on; its own checkpoints are untouched")
 
     def report_damaged_configuration(self, problem: str) -> None:
         """Tell of a file of an earlier start's configuration that is done without, and make an event of it."""
@@ -192,6 +213,7 @@ def open_run(config: RunConfig, callbacks: Sequence[Callback] = (), output: Last
         data_identity=data_identity(found.stream),
         callbacks=callbacks,
         origin=found.origin,
+        mirror_store=found.mirror_store,
         output=output or LastingOutput(),
     )
     context.closing.callback(mesh.close)
@@ -232,7 +254,7 @@ def _enter(context: RunContext, found: Requirements) -> None:
         torch.set_num_threads(config.training.cpu_threads)
     for problem in damaged:
         context.report_damaged_configuration(problem)
-    context.checkpoint = context.newest_usable()
+    context.checkpoint = _newest_checkpoint(context)
     if context.checkpoint is None and context.origin is not None:
         _begin_from(context, context.origin)
     if context.checkpoint is not None:
@@ -242,6 +264,44 @@ def _enter(context: RunContext, found: Requirements) -> None:
     mesh.barrier(group="world")
     assert context.watchdog is not None
     context.watchdog.meet()
+
+
+def _newest_checkpoint(context: RunContext) -> Path | None:
+    """What the run goes on from: its newest usable checkpoint, or a newer one at the mirror. Collective."""
+    store = context.mirror_store
+    if store is None:
+        return context.newest_usable()
+    own, damage = None, None
+    try:
+        own = context.newest_usable()
+    except LaterCheckpointError:
+        raise
+    except CheckpointError as error:
+        if context.config.checkpoint.on_corrupt == "fail":
+            raise
+        damage = error
+    restorer = Restorer(store, context.directory, context.attempt, context.mesh)
+    steps, problem = restorer.newer_steps(None if own is None else step_of(own))
+    if problem and own is None:
+        raise damage or refuse_unknown(store, problem)
+    if problem:
+        context.report_mirror_failed(None if own is None else step_of(own), f"{store.url}: {problem}")
+    restored = restorer.restore(steps, context.report_rejected_at_mirror)
+    if restored is None:
+        if steps and own is None:
+            raise damage or CheckpointError(
+                f"no checkpoint at {store.url} can be restored (see the lines before), and there is none in "
+                f"{context.directory.checkpoints}. Restore one of them, or set checkpoint.mirror=null to begin without"
+            )
+        if damage is not None:
+            raise damage
+        return own
+    seconds = round(restored.seconds, 3)
+    context.events.append(
+        "restore", step=restored.step, checkpoint=restored.folder.name, mirror=store.url, seconds=seconds
+    )
+    context.say(f"Restored {restored.folder.name} from the mirror {store.url} in {seconds:g} s.")
+    return context.newest_usable()
 
 
 def _tell_of_start_before(context: RunContext, attempt: str) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from conf import ConfigError
+from conf.passwords import has_hidden_password, without_passwords
+from data_pipeline.corpus import file_systems
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError, ReadingError
 from data_pipeline.reading.live import LiveCorpus, LiveStream
@@ -23,6 +25,7 @@ from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
 from train.callbacks.tensorboard_logger import missing_tensorboard
 from train.changes import changes_of_order, changes_of_run, refused_changes_of_data
+from train.checkpoints.mirror_store import MirrorStore
 from train.checkpoints.reader import newest_state
 from train.config import RunConfig
 from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
@@ -47,6 +50,8 @@ class Requirements:
     stream: SampleStream | LiveStream
     # What the run begins with; None: its seed, or it has begun.
     origin: Origin | None
+    # Where its checkpoints are copied to; None: nowhere.
+    mirror_store: MirrorStore | None
 
 
 def open_requirements(
@@ -73,6 +78,7 @@ def open_requirements(
             *(missing_tensorboard() if config.logging.tensorboard else []),
         ]
     )
+    mirror_store, misfits_of_mirror = open_mirror(config, directory)
     plan = make_plan(config, world_size, state=state)
     with data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
@@ -81,6 +87,7 @@ def open_requirements(
         [
             *([*_misfits_of_backends(config), *_misfits_of_cuda_graphs(config)] if computes_here else []),
             *changes_of_run(config, directory),
+            *misfits_of_mirror,
             *misfits_of_origin,
             *misfits_of_position(origin, config),
             *misfits_of_tokenizer(origin, corpus),
@@ -93,7 +100,7 @@ def open_requirements(
         stream = open_stream(config, corpus, pin=torch.cuda.is_available())
     changed = [] if state is None else refused_changes_of_data(config, state, data_identity(stream))
     _refuse(changed or too_little_data(config, plan, stream))
-    return Requirements(plan, directory, corpus, evaluation_corpora, stream, origin)
+    return Requirements(plan, directory, corpus, evaluation_corpora, stream, origin, mirror_store)
 
 
 @contextlib.contextmanager
@@ -128,6 +135,23 @@ def _misfits_of_cuda_graphs(config: RunConfig) -> list[str]:
     if not config.training.cuda_graphs or torch.cuda.is_available():
         return []
     return ["training.cuda_graphs: true needs a CUDA device, and this machine has none; set training.cuda_graphs=null"]
+
+
+def open_mirror(config: RunConfig, directory: RunDirectory) -> tuple[MirrorStore | None, list[str]]:
+    """Where the run's checkpoints are copied to, and why they cannot be. Nothing is read or written there."""
+    place, key = config.checkpoint.mirror, "checkpoint.mirror"
+    if place is None:
+        return None, []
+    shown = without_passwords(place)
+    if has_hidden_password(place):
+        return None, [f"{key}: {place}: its password was not kept; name the mirror with it"]
+    try:
+        store = MirrorStore(place, config.name)
+    except (ImportError, ValueError) as error:
+        return None, [f"{key}: {shown} cannot be opened ({file_systems.shown(error, place)}); name another place"]
+    if store.local_root == os.path.realpath(directory.checkpoints):
+        return None, [f"{key}: {shown} is run_root, where the run's checkpoints are themselves; name another place"]
+    return store, []
 
 
 def _refuse(problems: list[str]) -> None:

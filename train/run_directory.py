@@ -54,6 +54,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.lock = path / "run.lock"
         self.checkpoints_lock = path / CHECKPOINTS_LOCK
+        self.mirror_void = path / "mirror_void.json"
         self.baselines = path / "baselines.json"
 
     def log(self, rank: int) -> Path:
@@ -111,7 +112,8 @@ class RunDirectory:
     def remove_partials(self) -> None:
         """Delete what kills left of files under work. Rank 0 only, under the run's lock."""
         # Not of baselines.json, which another command writes without the lock.
-        files = (self.config, self.plan, self.engine_settings, self.code, self.environment, self.metrics, self.samples)
+        files = [self.config, self.plan, self.engine_settings, self.code, self.environment, self.metrics, self.samples]
+        files.append(self.mirror_void)
         remove_partials(self.path, [file.name for file in files])
         remove_partials(self.configurations, [f"{number:04d}.yaml" for number in range(10_000)])
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from data_pipeline.ordering.left_out import begin_of_step
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import StepLoader
+from model.locate import step_folder
+from train.checkpoints.mirror import Mirror, VoidNote
 from train.checkpoints.writer import CheckpointWriter
 from train.context import RunContext
 from train.deadline import Deadline
@@ -30,7 +32,7 @@ from train.watch.whereabouts import BETWEEN_STEPS, END, FORWARD, REDUCE, SAVE, S
 @dataclass(frozen=True)
 class _Agreement:
     """Sums over ranks of one step; whether any rank wishes to decide something, met a damaged shard, or failed to write
-    its part of a checkpoint."""
+    its part of a checkpoint or to copy one to the mirror."""
 
     loss: float
     gradient_norm: float
@@ -38,6 +40,7 @@ class _Agreement:
     wishes: bool
     damage: bool
     save_has_failed: bool
+    mirror_has_failed: bool
 
 
 class Trainer:
@@ -77,6 +80,7 @@ class Trainer:
             self.config.checkpoint,
             self.step or None,
             context.attempt,
+            self._open_mirror(),
         )
         self._restore_callbacks()
         self.restart_clock()
@@ -144,6 +148,19 @@ class Trainer:
                     ending.callback(callback.on_run_end, self, outcome)
         return outcome
 
+    def _open_mirror(self) -> Mirror | None:
+        store, directory = self.context.mirror_store, self.context.directory
+        if store is None or not self.is_main:
+            return None
+
+        def on_copied(step: int, seconds: float) -> None:
+            name = step_folder(directory.checkpoints, step).name
+            self.events.append("mirror", step=step, checkpoint=name, seconds=round(seconds, 3))
+
+        note = VoidNote(directory.mirror_void)
+        keep_last = self.config.checkpoint.mirror_keep_last
+        return Mirror(store, directory.checkpoints, note, self.context.attempt, keep_last, on_copied)
+
     def _run_segment(self) -> Decision:
         """Take steps up to the end of the run, or to a decision that ends the segment; returns the decision."""
         shape = self.mesh.shape
@@ -209,6 +226,8 @@ class Trainer:
         self._check_skipped_steps()
         if agreement.save_has_failed:
             self.settle_save()
+        if agreement.mirror_has_failed:
+            self.settle_mirror(None)
         if self.step % self.config.logging.interval == 0 or self.step == self.total_steps:
             self._log()
         self.dispatch("on_step_end")
@@ -243,13 +262,17 @@ class Trainer:
 
     def _agree(self, loss: Tensor, gradient_norm: Tensor, valid_tokens: Tensor) -> _Agreement:
         """What all ranks know of the step: its one device wait."""
-        flags = [bool(self._wishes), bool(self.stream.damage.unreported()), self._writer.has_failed]
+        mirror = self._writer.mirror
+        flags = [
+            bool(self._wishes),
+            bool(self.stream.damage.unreported()),
+            self._writer.has_failed,
+            mirror is not None and mirror.has_problem,
+        ]
         combined = torch.cat([loss.view(1), torch.tensor(flags, dtype=loss.dtype, device=self.device)])
         self.mesh.sum(combined, group="world")
-        total_loss, wishes, damage, failed_saves, norm, valid = torch.cat(
-            [combined, gradient_norm.view(1), valid_tokens.view(1)]
-        ).tolist()
-        return _Agreement(total_loss, norm, valid, wishes > 0, damage > 0, failed_saves > 0)
+        total_loss, *found, norm, valid = torch.cat([combined, gradient_norm.view(1), valid_tokens.view(1)]).tolist()
+        return _Agreement(total_loss, norm, valid, *(count > 0 for count in found))
 
     def _decide(self) -> Decision:
         """What follows from the wishes of all ranks. Collective, on steps where some rank has any."""
@@ -419,6 +442,16 @@ class Trainer:
         if problems:
             self.dispatch("on_save_failed", problems)
         return problems
+
+    def settle_mirror(self, seconds: float | None) -> None:
+        """Wait so long until the mirror has what was saved, None: not at all, and tell callbacks of what failed there.
+        Collective."""
+        problem, mirror = None, self._writer.mirror
+        if mirror is not None:
+            problem = mirror.take_problem() if seconds is None else mirror.settle(seconds)
+        problem = self.mesh.broadcast_object(problem, group="world")
+        if problem is not None:
+            self.dispatch("on_mirror_failed", problem)
 
     def await_own_save(self) -> None:
         """Wait until this rank's part of the checkpoint under way is on disk (on rank 0, until all of it is). Raises

@@ -257,12 +257,28 @@ def _validate_keep_best(config: RunConfig) -> list[str]:
     return [f"checkpoint.keep_best: no such held-out set ({name}); {known}"]
 
 
+def _validate_mirror(config: RunConfig) -> list[str]:
+    place, seconds = config.checkpoint.mirror, config.checkpoint.mirror_seconds
+    problems = at_least("checkpoint.mirror_seconds", seconds, 0)
+    timeout = config.parallel.collective_timeout_seconds
+    if seconds >= timeout:
+        problems.append(
+            f"checkpoint.mirror_seconds: must be below parallel.collective_timeout_seconds={timeout}, for which the "
+            f"other processes wait ({seconds:g})"
+        )
+    if place is not None and not place.strip():
+        problems.append("checkpoint.mirror: empty; name a folder or a URL, or set it to null")
+    return problems
+
+
 def _validate_intervals(config: RunConfig) -> list[str]:
     problems = [
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
         *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         *at_least("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 0),
         *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
+        *at_least("checkpoint.mirror_keep_last", config.checkpoint.mirror_keep_last, 1),
+        *_validate_mirror(config),
         *choice("checkpoint.on_corrupt", config.checkpoint.on_corrupt, ON_CORRUPT),
         *_validate_keep_best(config),
         *validate_evaluation(config),

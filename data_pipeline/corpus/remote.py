@@ -15,29 +15,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import fsspec
 import xxhash
 
 from conf.named_files import unsafe_file
-from conf.passwords import HIDDEN, has_hidden_password, password_of, without_passwords
+from conf.passwords import has_hidden_password, without_passwords
 from data_pipeline.corpus.blocks import RESTORE, altered_block
+from data_pipeline.corpus.file_systems import ATTEMPTS, Result, open_folder, persistently, shown, wait
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.shard_table import SHARD_TABLE_FILE
 from data_pipeline.errors import CorpusError, ReadingError
 
-ATTEMPTS = 4
-FIRST_WAIT_SECONDS = 0.5
 # How many files of a cache a process keeps open: what it has open it may keep on the disk.
 OPEN_CACHED_FILES = 256
 # The cache is measured when so much of its limit was fetched, and emptied to seven eighths of it.
@@ -46,7 +42,6 @@ _HEX = "[0-9a-f]"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Lock files in the cache; a fetch holds that of its block, which few others share.
 _LOCKS = 256
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,9 +67,9 @@ class RemoteCorpus:
         if has_hidden_password(url):
             raise CorpusError(f"{url}: its password was not kept; name the corpus with it (corpus.directory)")
         self.url = without_passwords(url.rstrip("/"))
-        self._password = password_of(url)
+        self._shown = functools.partial(shown, url=url)
         try:
-            self._system, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+            self._system, self._root = open_folder(url)
         except (ImportError, ValueError) as error:
             raise CorpusError(f"{self.url}: cannot be opened ({self._shown(error)})") from None
         self._cache = cache.directory
@@ -84,11 +79,6 @@ class RemoteCorpus:
         self._since_measured = self._limit
         # Set by `use`.
         self._manifest: Manifest
-
-    def _shown(self, error: Exception) -> str:
-        """What a file system says, which may name the password in its own way."""
-        text = without_passwords(str(error))
-        return text.replace(self._password, HIDDEN) if self._password else text
 
     def copy_description(self) -> None:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
@@ -176,7 +166,7 @@ class RemoteCorpus:
                 self._evict(0, descriptor)
                 let_go()
                 if attempt:
-                    _wait(attempt - 1)
+                    wait(attempt - 1)
 
     def _lock_of(self, file: str, block: int) -> Path:
         # Not a lock on bytes of the cached file: those belong to a process, do not keep out its own threads, and are
@@ -214,27 +204,14 @@ class RemoteCorpus:
                     total -= size
 
     def _retry(self, name: str, action: Callable[[], Result]) -> Result:
-        for attempt in range(ATTEMPTS):
-            try:
-                return action()
-            except FileNotFoundError:
-                raise CorpusError(
-                    f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere"
-                ) from None
-            except Exception as error:
-                # Each file system has its own errors for a network that fails for a moment.
-                if attempt == ATTEMPTS - 1:
-                    why = f"{type(error).__name__}: {self._shown(error)}"
-                    # Not from the error: its own words would stand in a traceback.
-                    raise ReadingError(
-                        f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts ({why})"
-                    ) from None
-                _wait(attempt)
-        raise AssertionError("unreachable")
-
-
-def _wait(attempt: int) -> None:
-    time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+        try:
+            return persistently(action)
+        except FileNotFoundError:
+            raise CorpusError(f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere") from None
+        except Exception as error:
+            why = f"{type(error).__name__}: {self._shown(error)}"
+            # Not from the error: its own words would stand in a traceback.
+            raise ReadingError(f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts ({why})") from None
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

@@ -13,6 +13,7 @@ from tests.runs import ROOT
 # The log tells of files as they were.
 PRESENT = [page for page in PAGES if page.name != "log.md"]
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs", "corpora"}
+FILES = (".json", ".jsonl", ".model", ".md", ".py", ".safetensors")
 SECTIONS = {key.split(".")[0] for key in all_keys() if "." in key}
 
 
@@ -93,9 +94,7 @@ def test_configuration_keys_that_a_page_names_exist(page):
         word = words.split("=")[0].lstrip("+")
         if not re.fullmatch(r"\w+(\.[\w*]+)+", word) or word.split(".")[0] not in SECTIONS:
             continue
-        if word.endswith((".json", ".jsonl", ".model", ".md", ".py", ".safetensors")) or word.startswith(
-            "launch.scaling."
-        ):
+        if word.endswith(FILES) or word.startswith("launch.scaling."):
             continue
         wanted = re.sub(r"evaluation\.sets\.\w+", "evaluation.sets.NAME", word).removesuffix(".*")
         assert any(key == wanted or key.startswith(f"{wanted}.") for key in keys), f"no such key: {word}"

@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from conf import ConfigError
-from data_pipeline.corpus import remote
+from data_pipeline.corpus import file_systems
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.remote import CacheSettings
 from data_pipeline.errors import CorpusError
@@ -95,7 +95,7 @@ def test_a_configuration_of_an_earlier_version_that_kept_it_is_the_same_and_show
 
 
 def test_no_error_of_a_corpus_shows_the_password(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0)
+    monkeypatch.setattr(file_systems, "FIRST_WAIT_SECONDS", 0)
     fsspec.register_implementation("refusing", Refusing, clobber=True)
     cache = CacheSettings(tmp_path / "cache", 64 * 2**20)
     for url, given in (

@@ -27,7 +27,7 @@ _LISTED = 3
 class Alert:
     """Something that a person should look at."""
 
-    # A name of alerts.rules, `save_failed` or `run_failed`.
+    # A name of alerts.rules, `save_failed`, `mirror_failed` or `run_failed`.
     rule: str
     step: int
     words: str
@@ -63,6 +63,9 @@ class Alerts(Callback):
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         told = "; ".join(f"rank {rank}: {problem}" for rank, problem in problems.items())
         self._tell(trainer, Alert("save_failed", trainer.step, f"a checkpoint could not be written ({told})"))
+
+    def on_mirror_failed(self, trainer: Trainer, problem: str) -> None:
+        self._tell(trainer, Alert("mirror_failed", trainer.step, problem))
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome == "failed":

@@ -60,6 +60,9 @@ class Callback:
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """The checkpoint that was being written is given up: rank -> what failed there, equal on all ranks."""
 
+    def on_mirror_failed(self, trainer: Trainer, problem: str) -> None:
+        """A checkpoint could not be copied to checkpoint.mirror; equal on all ranks."""
+
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         """The run went back: `trainer.step` counts as completed what is so again, `left` steps were before.
 

@@ -38,6 +38,10 @@ class Checkpointing(Callback):
         self._seconds_before: list[float] = []
         self._seconds: list[float] = []
 
+    def on_run_start(self, trainer: Trainer) -> None:
+        trainer.saves.staying = _staying(self.state_dict())
+        trainer.saves.mirror_again()
+
     def on_step_end(self, trainer: Trainer) -> Decision:
         interval = trainer.config.checkpoint.interval
         if trainer.config.checkpoint.keep_before_decay and last_phase_begins_now(trainer.config, trainer.state):
@@ -77,13 +81,18 @@ class Checkpointing(Callback):
                 "again: it resumes from the last checkpoint that is whole"
             )
 
+    def on_mirror_failed(self, trainer: Trainer, problem: str) -> None:
+        trainer.context.report_mirror_failed(trainer.step, problem)
+
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
         # The checkpoint that the run went back to knows nothing of the samples that are left out now.
         self._due = trainer.step + 1
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome != "failed":
-            if outcome == "stopped" and (missing := self._missing_time(trainer)) is not None:
+            left = _seconds_left(trainer)
+            missing = None if left is None or outcome == "complete" else self._missing_time(trainer, left)
+            if missing is not None:
                 self._leave_out(trainer, missing)
                 return
             self._save(trainer)
@@ -95,6 +104,7 @@ class Checkpointing(Callback):
                         f"{'; '.join(problems.values())}. Make room under {trainer.run_directory} or repair its disk, "
                         "and start the same command again"
                     )
+            self._settle_mirror(trainer)
             return
         try:
             # What is being written holds an earlier step and needs no other rank's training thread.
@@ -106,13 +116,15 @@ class Checkpointing(Callback):
                 "save_failed", step=trainer.step, rank=trainer.mesh.rank, failures=failures, problem=str(error)
             )
 
-    def _missing_time(self, trainer: Trainer) -> _MissingTime | None:
-        """Why the last checkpoint would not be written before the process is killed; None where it would, for all that
-        is known. Equal on all ranks."""
-        of_ranks = trainer.mesh.gather_objects(trainer.deadline.left(), group="world")
-        left = min((seconds for seconds in of_ranks if seconds is not None), default=None)
-        if left is None:
-            return None
+    def _settle_mirror(self, trainer: Trainer) -> None:
+        """Wait for the last copy, as long as there is time."""
+        if trainer.context.mirror_store is not None:
+            left, seconds = _seconds_left(trainer), trainer.config.checkpoint.mirror_seconds
+            trainer.settle_mirror(seconds if left is None else min(seconds, left))
+
+    def _missing_time(self, trainer: Trainer, left: float) -> _MissingTime | None:
+        """Why the last checkpoint would not be written in the seconds that are `left`; None where it would, for all
+        that is known. Equal on all ranks."""
         saves = trainer.saves
         each = max([*self._seconds_before, *saves.seconds], default=0.0)
         since = saves.seconds_under_way
@@ -126,6 +138,7 @@ class Checkpointing(Callback):
         """End without the last checkpoint. One that is under way is waited for where its end is near enough."""
         if missing.under_way <= missing.left:
             trainer.settle_save()
+            self._settle_mirror(trainer)
         else:
             trainer.saves.abandon()
         left, needed = round(missing.left, 1), round(missing.needed, 1)
@@ -146,6 +159,12 @@ class Checkpointing(Callback):
         self._before_decay = list(state.get("before_decay", []))
         self._seconds_before = list(state.get("seconds", []))
         self._scored = None
+
+
+def _seconds_left(trainer: Trainer) -> float | None:
+    """Until the first process of the run is killed; None: not known. Collective, equal on all ranks."""
+    of_ranks = trainer.mesh.gather_objects(trainer.deadline.left(), group="world")
+    return min((seconds for seconds in of_ranks if seconds is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from train.checkpoints.layout import (
     staging_folder,
     stays,
 )
+from train.checkpoints.mirror import Mirror
 from train.checkpoints.retention import Retention
 from train.checkpoints.state import TrainState, write_state
 from train.config import CheckpointConfig
@@ -67,9 +68,12 @@ class CheckpointWriter:
         config: CheckpointConfig,
         resumed_step: int | None,
         attempt: Attempt,
+        mirror: Mirror | None = None,
     ):
         """`resumed_step`: the step whose checkpoint the run goes on from; None when it starts. `attempt`: the start of
-        the run that this rank belongs to; once there is another, nothing is written any more."""
+        the run that this rank belongs to; once there is another, nothing is written any more. `mirror`: gets a copy of
+        every checkpoint, on rank 0."""
+        self.mirror = mirror
         self.attempt = attempt
         self.root = root
         self.mesh = mesh
@@ -213,8 +217,15 @@ class CheckpointWriter:
         start takes up what was given up. Collective; the previous save has been settled."""
         self.mesh.barrier(group="world")
         if self.rank == 0:
+            if self.mirror is not None:
+                self.mirror.rewind(step)
             remove_after(self.root, step)
         self._last_step = step or None
+
+    def mirror_again(self) -> None:
+        """Let the mirror have the checkpoint that the run goes on from: an earlier start may have ended before."""
+        if self.mirror is not None and self._last_step is not None:
+            self.mirror.request(self._last_step, self.retention)
 
     def _write(self, folder: Path, snapshot: _Snapshot, on_complete: Callable[[Path, float], None]) -> None:
         started = time.monotonic()
@@ -234,6 +245,8 @@ class CheckpointWriter:
                 self._commit(staged, folder)
                 self.seconds.append(time.monotonic() - self._began)
                 on_complete(folder, time.monotonic() - started)
+                if self.mirror is not None:
+                    self.mirror.request(step_of(folder), self.retention)
                 self._prune(folder)
         except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
             self._error = error
@@ -271,7 +284,8 @@ class CheckpointWriter:
     def _prune(self, newest: Path) -> None:
         # A later one was damaged and passed over by the resume: it takes no place among those that are kept.
         steps = [step_of(path) for path in complete_checkpoints(self.root) if step_of(path) <= step_of(newest)]
-        surplus = self.retention.surplus(steps)
+        in_use = frozenset[int]() if self.mirror is None else self.mirror.steps_in_use
+        surplus = set(self.retention.surplus(steps)) - in_use
         # What is left of one whose deletion failed goes too.
         old = [
             path

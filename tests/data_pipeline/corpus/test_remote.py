@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.corpus import remote
+from data_pipeline.corpus import file_systems, remote
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import hash_file
 from data_pipeline.corpus.remote import CacheSettings, is_remote
@@ -178,7 +178,7 @@ class Flaky:
 
 
 def test_a_network_that_fails_for_a_moment_is_tried_again_and_then_named(corpus, url, cache, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(file_systems, "FIRST_WAIT_SECONDS", 0.001)
     opened = Corpus.open(url, cache=cache)
     opened._files.remote._system = Flaky(opened._files.remote._system, 3)
     sequence = opened.sequence("train", "RedPajamaC4")
@@ -201,7 +201,7 @@ def test_a_full_disk_first_empties_the_cache_and_then_is_named(corpus, url, cach
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(remote.os, "pwrite", full)
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(file_systems, "FIRST_WAIT_SECONDS", 0.001)
     sequence.shard(1)
     assert len(cached_files(cache)) == 1
     # The space of what was dropped is free only once nothing has it open.

@@ -91,7 +91,7 @@ def test_a_cancelled_run_saves_and_goes_on_when_it_is_submitted_again(cluster, l
     wait_for(lambda: cluster.state_of(job) == "COMPLETED", PATIENCE, words)
     # The run knows the end of its time, also from a Slurm that does not say it.
     told = "".join(path.read_text() for path in (run_folder / "logs").rglob("*") if path.is_file())
-    assert re.search(r"SIGTERM: .* in the \d{3,} s that are left, and ends", told), told
+    assert re.search(r"SIGUSR1: .* in the \d{3,} s that are left, and ends", told), told
     (stop,) = [event["step"] for event in read_events(run_folder) if event["event"] == "stop"]
     end = f"training.total_steps={stop + 2}"
     again = launch("submit", *ALONE, *UNCHECKED, *tiny_run, *LONG, end)

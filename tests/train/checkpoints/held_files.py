@@ -1,0 +1,45 @@
+"""A file system of this machine, `held:///path`, whose reader or writer can be made to wait or to fail."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class HeldFileSystem(LocalFileSystem):
+    """Opening a file whose path holds `HeldFileSystem.word` to write to it waits for `go_on`, or fails."""
+
+    protocol = "held"
+    word = "\0"
+    error: Exception | None = None
+    waits = threading.Event()
+    go_on = threading.Event()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(path.removeprefix("held://"))
+
+    @classmethod
+    def hold(cls, word: str, error: Exception | None = None) -> None:
+        cls.word, cls.error = word, error
+        cls.waits.clear()
+        cls.go_on.clear()
+
+    @classmethod
+    def release(cls) -> None:
+        cls.word, cls.error = "\0", None
+        cls.go_on.set()
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if self.word in path and "w" in mode:
+            if self.error is not None:
+                raise self.error
+            self.waits.set()
+            self.go_on.wait()
+        return super()._open(path, mode, **options)
+
+
+fsspec.register_implementation("held", HeldFileSystem, clobber=True)
