@@ -152,9 +152,9 @@ def test_every_key_of_events(runs):
     # These runs have no GPU and so no kernels to check; rollbacks are in test_rollback.py, W&B's server is in
     # test_wandb_settings.py, what a run begins with in test_origin.py, lost outputs are in test_terminal.py, failed
     # saves in test_failing_disk.py, skipped ones in test_deadline.py, flipped bits in test_troubled_numbers.py, samples
-    # left out in test_left_out.py.
+    # left out in test_left_out.py, mirrors in test_mirror.py.
     elsewhere = {"kernel_preflight", "rollback", "wandb_offline", "initialise", "branch", "output_lost", "unreadable"}
-    elsewhere |= {"save_failed", "save_skipped", "deviation", "left_out"}
+    elsewhere |= {"save_failed", "save_skipped", "deviation", "left_out", "mirror", "mirror_failed", "restore"}
     assert seen == documented.keys() - elsewhere
 
 

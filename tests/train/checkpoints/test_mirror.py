@@ -9,9 +9,11 @@ import pytest
 
 from data_pipeline.corpus import file_systems
 from model.locate import step_folder
+from tests.documented import keys_and_types, quoted, table
 from tests.runs import PATIENCE, TINY_RUN, run_script, run_train
 from tests.train.checkpoints.held_files import HeldFileSystem
 from tests.train.plain_runs import run_plainly, train_losses
+from tests.train.test_documented_files import check_keys
 from train.callbacks.base import Callback
 from train.checkpoint import main
 from train.checkpoints.layout import MARKER
@@ -42,6 +44,8 @@ class Place:
         self.mirror = folder / "mirror"
         self.overrides = [f"run_root={self.run.parent}", f"corpus.directory={corpus}", *TINY_RUN, "name=run"]
         self.overrides += ["parallel=zero0", "schedule=constant", "checkpoint.interval=1"]
+        # Steps that cost little: checkpoints are what is looked at.
+        self.overrides += ["training.sequence_length=8", "training.global_batch_size=2", "training.micro_batch_size=1"]
         self.overrides += [f"checkpoint.mirror={self.mirror}", *more]
 
     def start(self, steps, *more, callback=None):
@@ -56,7 +60,12 @@ class Place:
         return step_folder((self.mirror / "run" if at_mirror else self.run) / "checkpoints", step)
 
     def events(self, kind):
-        return [event for event in read_events(self.run) if event["event"] == kind]
+        """As docs/training.md has them."""
+        rows = [row for row in table("training.md", "event") if quoted(row[0]) == [kind]]
+        found = [event for event in read_events(self.run) if event["event"] == kind]
+        for event in found:
+            check_keys(event, keys_and_types(rows), {"time", "event"})
+        return found
 
 
 @pytest.fixture
