@@ -29,6 +29,7 @@ from train.context import RunContext, open_run
 from train.errors import RunError, last_words
 from train.evaluate import open_sets
 from train.kernel_check import check_kernels
+from train.mirroring import bring_last_to_mirror
 from train.next_commands import next_commands
 from train.out_of_memory import explained
 from train.parallel.engine import EngineFactory, make_engine
@@ -74,6 +75,7 @@ def _train(context: RunContext, factory: EngineFactory) -> int:
             f"{context.directory.path}. To go on, make it longer, such as by {_twice_as_long(config, plan)}."
         )
         context.say(next_commands(config, context.directory, is_complete=True))
+        bring_last_to_mirror(context)
         return 0
     check_kernels(config, context.mesh, events)
     with explained(config, context.plan):

@@ -17,14 +17,13 @@ from torch import Tensor
 from data_pipeline.ordering.left_out import begin_of_step
 from data_pipeline.reading.batch import Batch
 from data_pipeline.reading.loader import StepLoader
-from model.locate import step_folder
-from train.checkpoints.mirror import Mirror, VoidNote
 from train.checkpoints.writer import CheckpointWriter
 from train.context import RunContext
 from train.deadline import Deadline
 from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
 from train.errors import RunError
 from train.length import last_step, learning_rate_of_next_step, steps_left
+from train.mirroring import make_mirror
 from train.restore import RunState, go_back
 from train.watch.whereabouts import BETWEEN_STEPS, END, FORWARD, REDUCE, SAVE, STEP
 
@@ -80,7 +79,7 @@ class Trainer:
             self.config.checkpoint,
             self.step or None,
             context.attempt,
-            self._open_mirror(),
+            make_mirror(context),
         )
         self._restore_callbacks()
         self.restart_clock()
@@ -147,19 +146,6 @@ class Trainer:
                 for callback in self.callbacks:
                     ending.callback(callback.on_run_end, self, outcome)
         return outcome
-
-    def _open_mirror(self) -> Mirror | None:
-        store, directory = self.context.mirror_store, self.context.directory
-        if store is None or not self.is_main:
-            return None
-
-        def on_copied(step: int, seconds: float) -> None:
-            name = step_folder(directory.checkpoints, step).name
-            self.events.append("mirror", step=step, checkpoint=name, seconds=round(seconds, 3))
-
-        note = VoidNote(directory.mirror_void)
-        keep_last = self.config.checkpoint.mirror_keep_last
-        return Mirror(store, directory.checkpoints, note, self.context.attempt, keep_last, on_copied)
 
     def _run_segment(self) -> Decision:
         """Take steps up to the end of the run, or to a decision that ends the segment; returns the decision."""

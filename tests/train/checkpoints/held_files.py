@@ -1,4 +1,4 @@
-"""A file system of this machine, `held:///path`, whose reader or writer can be made to wait or to fail."""
+"""A file system of this machine, `held:///path`, whose reader or writer can be made to wait."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class HeldFileSystem(LocalFileSystem):
-    """Opening a file whose path holds `HeldFileSystem.word` to write to it waits for `go_on`, or fails."""
+    """Opening a file whose path holds `HeldFileSystem.word`, to write to it or to read it, waits for `go_on`."""
 
     protocol = "held"
-    word = "\0"
-    error: Exception | None = None
+    word, mode = "\0", "wb"
     waits = threading.Event()
     go_on = threading.Event()
 
@@ -23,20 +22,18 @@ class HeldFileSystem(LocalFileSystem):
         return super()._strip_protocol(path.removeprefix("held://"))
 
     @classmethod
-    def hold(cls, word: str, error: Exception | None = None) -> None:
-        cls.word, cls.error = word, error
+    def hold(cls, word: str, mode: str = "wb") -> None:
+        cls.word, cls.mode = word, mode
         cls.waits.clear()
         cls.go_on.clear()
 
     @classmethod
     def release(cls) -> None:
-        cls.word, cls.error = "\0", None
+        cls.word = "\0"
         cls.go_on.set()
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        if self.word in path and "w" in mode:
-            if self.error is not None:
-                raise self.error
+        if self.word in path and mode == self.mode:
             self.waits.set()
             self.go_on.wait()
         return super()._open(path, mode, **options)

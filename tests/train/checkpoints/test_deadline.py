@@ -39,7 +39,7 @@ def check_skipped(said, event, checkpoint, left):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("processes", "rank"), [pytest.param(1, 0, marks=pytest.mark.long), (2, 1)])
 def test_a_save_that_does_not_fit_is_left_out_and_the_next_start_goes_on(processes, rank, stop, tmp_path):
     where = {"processes": processes, "rank": rank}
     said, names, (event,) = stop(f"preemption.seconds_left={LONG / 2}", **where)
@@ -69,6 +69,7 @@ def test_a_save_that_fits_is_made(stop):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_save_under_way_is_waited_for_where_that_is_enough(stop):
     # That of step 5 would come behind it.
     said, names, (event,) = stop(f"preemption.seconds_left={1.5 * LONG}", save="near")

@@ -46,6 +46,7 @@ class Place:
         self.overrides += ["parallel=zero0", "schedule=constant", "checkpoint.interval=1"]
         # Steps that cost little: checkpoints are what is looked at.
         self.overrides += ["training.sequence_length=8", "training.global_batch_size=2", "training.micro_batch_size=1"]
+        self.overrides += ["evaluation.sets.validation.max_tokens=8"]
         self.overrides += [f"checkpoint.mirror={self.mirror}", *more]
 
     def start(self, steps, *more, callback=None):
@@ -187,6 +188,7 @@ def test_a_mirror_that_fails_is_told_of_and_tried_again_at_the_next_save(place, 
     assert place.steps() == [2, 4, 5]
 
 
+@pytest.mark.long
 def test_a_mirror_that_is_away_when_a_run_starts_keeps_it_from_nothing(place, capsys):
     assert place.start(2) == 0
     shutil.rmtree(place.mirror)
@@ -246,11 +248,15 @@ def test_the_end_of_a_run_waits_for_the_last_copy_but_not_for_ever(place, tmp_pa
         "does not have the last checkpoint yet, after 0.5 s; the next start goes on with the copy"
         in (failed["problem"])
     )
-    # What is being copied is not deleted meanwhile.
     assert not (place.folder(2) / MARKER).exists()
     HeldFileSystem.release()
+    # The run is complete, and its next start copies what the mirror still lacks.
+    assert place.start(4) == 0
+    assert [event["step"] for event in place.events("mirror")][-1] == 4
+    assert content(place.folder(4)) == content(place.folder(4, at_mirror=False))
 
 
+@pytest.mark.long
 def test_checkpoints_wait_for_their_copy_before_they_are_deleted(place):
     HeldFileSystem.hold("step-00000001/exp_avg_sq")
 
@@ -310,6 +316,7 @@ def test_what_cannot_be_a_mirror_is_refused(settings, problem, place):
     assert problem in str(error.value)
 
 
+@pytest.mark.long
 def test_a_branch_begins_from_a_mirror_that_is_a_path(place, whole):
     assert place.start(3) == 0
     shutil.rmtree(place.run)
@@ -319,7 +326,7 @@ def test_a_branch_begins_from_a_mirror_that_is_a_path(place, whole):
     assert found == {4: whole[4], 5: whole[5]}
 
 
-# `python -m train` that is killed while it copies its second checkpoint, with the first one there.
+# `python -m train` that is killed while it copies a file of a checkpoint to or from the mirror.
 KILLED = """
 import os, sys, threading
 from tests.train.checkpoints.held_files import HeldFileSystem
@@ -329,9 +336,10 @@ def kill():
     HeldFileSystem.waits.wait()
     os.kill(os.getpid(), 9)
 
-HeldFileSystem.hold("step-00000004/exp_avg_sq")
+word, mode, *overrides = sys.argv[1:]
+HeldFileSystem.hold(word, mode)
 threading.Thread(target=kill, daemon=True).start()
-end_process(main(sys.argv[1:]))
+end_process(main(overrides))
 """
 
 
@@ -342,12 +350,17 @@ def test_a_copy_that_is_killed_counts_for_nothing_and_two_ranks_restore_the_one_
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     long = [*run, "name=run", "training.total_steps=400", f"checkpoint.mirror=held://{mirror}"]
-    killed = run_script(script, long, processes=2)
+    killed = run_script(script, ["step-00000004/exp_avg_sq", "wb", *long], processes=2)
     assert killed.returncode != 0
     root = mirror / "run" / "checkpoints"
     assert (root / "step-00000002" / MARKER).exists() and not (root / "step-00000004" / MARKER).exists()
     assert (root / "step-00000004" / "exp_avg").is_dir()
     shutil.rmtree(tmp_path / "run")
+    # Killed once more, while it is brought back.
+    killed = run_script(script, ["step-00000002/weights/weights-00001", "rb", *long], processes=2)
+    assert killed.returncode != 0
+    (staged,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert staged.suffix == ".partial" and (staged / MARKER).exists()
     settings = [*run, "name=run", "training.total_steps=6", f"checkpoint.mirror={mirror}"]
     done = run_train(settings, processes=2)
     assert done.returncode == 0, done.stderr
