@@ -110,7 +110,7 @@ def job_identity(variables: Mapping[str, str] = os.environ) -> str | None:
 def job_end(variables: Mapping[str, str] = os.environ) -> float | None:
     """When the time of this job is over, in seconds since 1970; None outside of jobs, and where that is not said.
 
-    Slurm sets the variable from 23.02 on, and the batch script of `launch submit` everywhere.
+    Slurm 22.05 does not set the variable, later ones do; the batch script of `launch submit` does where it is missing.
     """
     text = variables.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() else None

@@ -111,20 +111,20 @@ class RunContext:
 
     def report_rejected_at_mirror(self, step: int, problem: str) -> None:
         """The same of one at the mirror; with checkpoint.on_corrupt=fail it ends the run."""
-        name = step_folder(Path(), step).name
-        where = "" if self.mirror_store is None else f" at {self.mirror_store.url}"
+        assert self.mirror_store is not None
+        name, where = step_folder(Path(), step).name, self.mirror_store.url
         if self.config.checkpoint.on_corrupt == "fail":
             raise CheckpointError(
-                f"{name}{where}: {problem}. Restore it or delete it there, or set checkpoint.on_corrupt=skip to go on "
-                "from the one before (fail)"
+                f"{name} at {where}: {problem}. Restore it or delete it there, or set checkpoint.on_corrupt=skip to go "
+                "on from the one before (fail)"
             )
-        self.events.append("reject", checkpoint=name, problem=f"{problem} ({where.strip()})")
-        self.warn(f"{name}{where} is passed over: {problem}")
+        self.events.append("reject", checkpoint=name, problem=f"{problem} (at {where})")
+        self.warn(f"{name} at {where} is passed over: {problem}")
 
     def report_mirror_failed(self, step: int | None, problem: str) -> None:
         """Tell of a mirror that cannot be reached or written to, and make an event of it."""
         self.events.append("mirror_failed", step=step, problem=problem)
-        self.warn(f"{problem}. The run goes on; its own checkpoints are untouched")
+        self.warn(f"the mirror fails ({problem}). The run's own checkpoints are untouched")
 
     def report_damaged_configuration(self, problem: str) -> None:
         """Tell of a file of an earlier start's configuration that is done without, and make an event of it."""
@@ -411,6 +411,8 @@ def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
     to_come = 1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval)
     decays = last_phase_begins(config.schedule, plan.total_steps) is not None
     beyond = int(config.checkpoint.keep_best is not None) + int(config.checkpoint.keep_before_decay and decays)
+    # One stays until it is copied.
+    beyond += int(config.checkpoint.mirror is not None)
     missing = max(1, min(to_come, config.checkpoint.keep_last + beyond + 1 - there))
     if free < missing * plan.checkpoint_bytes:
         raise RunError(

@@ -20,7 +20,10 @@ def make_mirror(context: RunContext) -> Mirror | None:
         context.events.append("mirror", step=step, checkpoint=name, seconds=round(seconds, 3))
 
     keep_last = context.config.checkpoint.mirror_keep_last
-    return Mirror(store, directory.checkpoints, VoidNote(directory.mirror_void), context.attempt, keep_last, on_copied)
+    note = VoidNote(directory.mirror_void)
+    mirror = Mirror(store, directory.checkpoints, note, context.attempt, keep_last, on_copied)
+    context.closing.callback(mirror.close)
+    return mirror
 
 
 def bring_last_to_mirror(context: RunContext) -> None:

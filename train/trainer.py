@@ -434,7 +434,7 @@ class Trainer:
         Collective."""
         problem, mirror = None, self._writer.mirror
         if mirror is not None:
-            problem = mirror.take_problem() if seconds is None else mirror.settle(seconds)
+            problem = mirror.take_problem() if seconds is None else self._writer.settle_mirror(seconds)
         problem = self.mesh.broadcast_object(problem, group="world")
         if problem is not None:
             self.dispatch("on_mirror_failed", problem)

@@ -41,7 +41,11 @@ LEFT = {
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
     "docs/model.md": ["weights/first/model.json"],
     "docs/scaling_laws.md": ["scaling/runs.csv", "scaling/fit/scaling.html", "scaling/fit/fit.json"],
-    "docs/guides/weights.md": ["runs/tuned/checkpoints/step-00000002", "averaged/average.json"],
+    "docs/guides/weights.md": [
+        "runs/tuned/checkpoints/step-00000002",
+        "averaged/average.json",
+        "whole/model.safetensors",
+    ],
     "docs/guides/resume.md": ["runs/first/checkpoints/step-00000008", "runs/annealed/checkpoints/step-00000010"],
 }
 

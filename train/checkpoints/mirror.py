@@ -147,6 +147,12 @@ class Mirror:
             if self._copying is not None and self._copying > step:
                 self._is_void = True
 
+    def close(self) -> None:
+        """Copy nothing any more; what is under way ends before its next piece, and counts for nothing."""
+        with self._changed:
+            self._has_ended = self._is_void = True
+            self._changed.notify_all()
+
     def take_problem(self) -> str | None:
         """What failed since this was last asked."""
         with self._changed:
@@ -172,8 +178,10 @@ class Mirror:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
-                while self._wish is None:
+                while self._wish is None and not self._has_ended:
                     self._changed.wait()
+                if self._has_ended or self._wish is None:
+                    return
                 wish, self._wish = self._wish, None
                 self._is_busy, self._copying, self._is_void = True, wish.step, False
             try:

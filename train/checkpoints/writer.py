@@ -222,6 +222,16 @@ class CheckpointWriter:
             remove_after(self.root, step)
         self._last_step = step or None
 
+    def settle_mirror(self, seconds: float) -> str | None:
+        """Wait so long until the mirror has what was saved; returns what went wrong there. What stayed on the disk only
+        to be copied goes. On rank 0, while no save is under way."""
+        if self.mirror is None:
+            return None
+        problem = self.mirror.settle(seconds)
+        if self._last_step is not None:
+            self._prune(step_folder(self.root, self._last_step))
+        return problem
+
     def mirror_again(self) -> None:
         """Let the mirror have the checkpoint that the run goes on from: an earlier start may have ended before."""
         if self.mirror is not None and self._last_step is not None:

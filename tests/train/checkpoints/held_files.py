@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -10,10 +11,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class HeldFileSystem(LocalFileSystem):
-    """Opening a file whose path holds `HeldFileSystem.word`, to write to it or to read it, waits for `go_on`."""
+    """Opening a file whose path matches `HeldFileSystem.pattern`, to write to it or to read it, waits for `go_on`."""
 
     protocol = "held"
-    word, mode = "\0", "wb"
+    pattern, mode = "\0", "wb"
     waits = threading.Event()
     go_on = threading.Event()
 
@@ -22,18 +23,18 @@ class HeldFileSystem(LocalFileSystem):
         return super()._strip_protocol(path.removeprefix("held://"))
 
     @classmethod
-    def hold(cls, word: str, mode: str = "wb") -> None:
-        cls.word, cls.mode = word, mode
+    def hold(cls, pattern: str, mode: str = "wb") -> None:
+        cls.pattern, cls.mode = pattern, mode
         cls.waits.clear()
         cls.go_on.clear()
 
     @classmethod
     def release(cls) -> None:
-        cls.word = "\0"
+        cls.pattern = "\0"
         cls.go_on.set()
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        if self.word in path and mode == self.mode:
+        if re.search(self.pattern, path) and mode == self.mode:
             self.waits.set()
             self.go_on.wait()
         return super()._open(path, mode, **options)
