@@ -91,7 +91,7 @@ def as_lines(description: dict[str, Any]) -> str:
         "progress": f"{description['step']:,} steps ({description['skipped_steps']:,} skipped), "
         f"{description['tokens']:,} tokens",
         "parameters": f"{description['parameters']:,} in {description['dtype']}",
-        "written by": f"{layout['world_size']} processes: ZeRO stage {layout['zero_stage']}, pipeline "
+        "written by": f"{layout['world_size']} process{'es' * (layout['world_size'] != 1)}: ZeRO stage {layout['zero_stage']}, pipeline "
         f"{known(layout['pipeline'])}, sequence {known(layout['sequence'])}, data {known(layout['data'])}",
         "data": f"next sample {data['next_sample']:,}{f' ({identity})' if identity else ''}",
         "size": f"{mib('total')} in {len(description['files'])} files: weights {mib('weights')}, optimizer "
