@@ -84,6 +84,7 @@ def as_lines(description: dict[str, Any]) -> str:
 
     identity = ", ".join(f"{key} {data[key]}" for key in ("split", "sequence_length", "seed") if key in data)
     kept = ", kept for good" if description["kept"] else ""
+    processes = f"{layout['world_size']} process{'es' * (layout['world_size'] != 1)}"
     lines = {
         "checkpoint": description["checkpoint"],
         "saved": f"{description['saved']}, by attempt {known(description['attempt'])}{kept}",
@@ -91,7 +92,7 @@ def as_lines(description: dict[str, Any]) -> str:
         "progress": f"{description['step']:,} steps ({description['skipped_steps']:,} skipped), "
         f"{description['tokens']:,} tokens",
         "parameters": f"{description['parameters']:,} in {description['dtype']}",
-        "written by": f"{layout['world_size']} process{'es' * (layout['world_size'] != 1)}: ZeRO stage {layout['zero_stage']}, pipeline "
+        "written by": f"{processes}: ZeRO stage {layout['zero_stage']}, pipeline "
         f"{known(layout['pipeline'])}, sequence {known(layout['sequence'])}, data {known(layout['data'])}",
         "data": f"next sample {data['next_sample']:,}{f' ({identity})' if identity else ''}",
         "size": f"{mib('total')} in {len(description['files'])} files: weights {mib('weights')}, optimizer "
