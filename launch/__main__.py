@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(parser, arguments)
     if options.command == "sweep":
         interrupted = "launch: interrupted; the same command begins again"
-        return exit_code(lambda: run_sweep_command(options), (OSError,), interrupted, (ValueError,))
+        return exit_code(
+            lambda: run_sweep_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
+        )
     if options.command in QUEUE_COMMANDS:
         interrupted = "launch: interrupted; jobs that are in the queue stay there"
         return exit_code(

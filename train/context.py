@@ -349,8 +349,10 @@ def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
     free, there = shutil.disk_usage(directory.path).free, len(complete_checkpoints(directory.checkpoints))
     interval = config.checkpoint.interval
     to_come = 1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval)
+    to_come += len(config.checkpoint.keep_at)
     decays = last_phase_begins(config.schedule, plan.total_steps) is not None
     beyond = int(config.checkpoint.keep_best is not None) + int(config.checkpoint.keep_before_decay and decays)
+    beyond += len(config.checkpoint.keep_at)
     missing = max(1, min(to_come, config.checkpoint.keep_last + beyond + 1 - there))
     if free < missing * plan.checkpoint_bytes:
         raise RunError(

@@ -1,4 +1,4 @@
-"""`python -m launch sweep collect|fit|predict`: what they take, and what they print."""
+"""`python -m launch sweep`: its commands; of collect, fit and predict what they take, and what they print."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from conf.problems import local_folder, undecodable
+from launch.sweep.command import RUN_COMMANDS, add_run_commands, run_run_command
 
 # Each command imports what it needs: the help does without torch, scipy and matplotlib.
 
@@ -15,8 +16,9 @@ _COLUMNS = "docs/scaling_laws.md has the columns of a table."
 
 def add_sweep_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `sweep` and its commands to those of `python -m launch`."""
-    sweep = commands.add_parser("sweep", help="scaling laws: gather the losses of runs, fit them, predict")
+    sweep = commands.add_parser("sweep", help="many runs, and scaling laws of them: plan, submit, collect, fit, predict")
     parts = sweep.add_subparsers(dest="sweep", required=True)
+    add_run_commands(parts)
 
     collect = parts.add_parser("collect", help="gather the losses of runs in one table", epilog=_COLUMNS)
     collect.add_argument("paths", nargs="+", metavar="PATH", help="folders of runs, and tables to add to them")
@@ -45,7 +47,7 @@ def add_sweep_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def run_sweep_command(options: argparse.Namespace) -> int:
-    """Run what `options` ask for; returns 0.
+    """Run what `options` ask for; returns the exit code.
 
     Raises ValueError for what the user must change, OSError where the machine fails.
     """
@@ -53,6 +55,8 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
     if problems := undecodable(text for text in texts if isinstance(text, str)):
         raise ValueError("\n".join(problems))
+    if options.sweep in RUN_COMMANDS:
+        return run_run_command(options)
     if options.sweep != "predict":
         _check_output(options.output, is_folder=options.sweep == "fit")
     if options.sweep == "collect":

@@ -1,0 +1,172 @@
+"""`python -m launch sweep submit --local`: the runs of a sweep on this machine, one after another."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from conf import ConfigError
+from conf.lasting_output import lasting_output
+from launch.attempts import DONE as RUN_DONE
+from launch.attempts import GIVEN_UP, GO_ON, Answer, close_attempt, open_attempt
+from launch.folder import LaunchFolder
+from launch.job import LaunchConfig
+from launch.sweep.manifest import Manifest, Row, SweepFolder, by_text
+from launch.sweep.progress import DONE, Progress, progress, progress_of, queue_of, reasons, summary
+from launch.sweep.rows import config_of, prepare, problems_on
+from train.command import Command
+from train.config import RunConfig
+from train.stop_requests import SignalListener, answered_signals, is_lost_terminal
+
+# What the processes of an attempt print goes to this file of the attempt's folder.
+LOG = "local.out"
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How runs are started here."""
+
+    # Of each run.
+    processes: int
+    # After so many the run under way saves and ends, and no further one begins; None: no limit.
+    minutes: float | None = None
+
+
+def run_locally(folder: SweepFolder, manifest: Manifest, launch: LaunchConfig, options: LocalOptions) -> int:
+    """Start every run that is neither complete nor under way; returns 0 when all of the sweep are complete, else 1.
+
+    A run that fails is named, and the next one begins. Raises ConfigError where runs do not work as they were planned.
+    """
+    configs = _configs(folder, manifest, options.processes)
+    queue = queue_of(folder, manifest)
+    with holding(folder), lasting_output() as output, _Interrupts(options.minutes, output.lose_terminal) as interrupts:
+        for number, row in enumerate(manifest.rows, 1):
+            if not progress_of(folder, row, queue).is_hole:
+                continue
+            if row.parent is not None and progress_of(folder, manifest.row(row.parent)).state != DONE:
+                _say(f"[{number}/{len(manifest.rows)}] {row.name}: waits for its trunk {row.parent}")
+                continue
+            if interrupts.is_late:
+                break
+            _say(f"[{number}/{len(manifest.rows)}] {row.name}: {row.steps:,} steps")
+            if not _run(folder, row, configs[row.name], launch, options.processes):
+                _say("interrupted; the same command goes on")
+                break
+        found = progress(folder, manifest, queue)
+    _say("\n".join([summary(found), *reasons(found)]))
+    return 0 if all(one.state == DONE for one in found) else 1
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def _configs(folder: SweepFolder, manifest: Manifest, processes: int) -> dict[str, RunConfig]:
+    """Row -> its run. Raises ConfigError with all problems of all rows."""
+    configs, problems = {}, []
+    for one in progress(folder, manifest):
+        if one.state == DONE:
+            continue
+        try:
+            configs[one.row.name] = config_of(folder, one.row)
+            problems += [(one.row.name, problem) for problem in problems_on(configs[one.row.name], processes)]
+        except ConfigError as error:
+            problems += [(one.row.name, problem) for problem in error.problems]
+    if problems:
+        raise ConfigError(by_text(problems, len(manifest.rows)))
+    return configs
+
+
+def _run(folder: SweepFolder, row: Row, config: RunConfig, launch: LaunchConfig, processes: int) -> bool:
+    """Train a row to its end, in several attempts where it fails; False where it was asked to stop."""
+    # Importing it takes seconds, and every file of the package is imported by the command line.
+    from launch.local import train_locally
+
+    run, began = prepare(folder, row, config, launch, processes), time.monotonic()
+    while True:
+        answer = open_attempt(run)
+        if answer.code == GO_ON:
+            log = run.logs(int(answer.text)) / LOG
+            try:
+                code = train_locally(Command([f"name={row.name}"], config=run.config), processes, log)
+            except ConfigError as error:
+                log.write_text(f"{error}\n", encoding="utf-8")
+                answer = _refused(run, error)
+            else:
+                answer = close_attempt(run, code)
+                if answer.code == GO_ON and code == 0:
+                    return False
+        if answer.code != GO_ON:
+            word = "" if answer.code == RUN_DONE else f"FAILED: {answer.text}; "
+            _say(f"{row.name}: {word}{_told(progress_of(folder, row))}, {time.monotonic() - began:.0f} s")
+            return True
+
+
+def _refused(run: LaunchFolder, error: ConfigError) -> Answer:
+    reason = f"the run refuses its configuration or its data: {'; '.join(error.problems)}"
+    run.note("given_up", reason=reason)
+    return Answer(GIVEN_UP, reason)
+
+
+def _told(one: Progress) -> str:
+    held_out = ", ".join(f"{name} {scored['loss']:.4f}" for name, scored in one.found["held_out"].items() if scored["loss"])
+    return f"{one.found['steps']:,} steps" + (f", {held_out}" if held_out else "")
+
+
+@contextmanager
+def holding(folder: SweepFolder) -> Iterator[None]:
+    """Of two commands that would start the same runs, the second is refused. Raises ConfigError."""
+    with folder.lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                [f"{folder.path}: is being started by {file.read().strip() or 'another process'}; wait for it, or end it"]
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+class _Interrupts:
+    """What asks the sweep to stop: signals between two runs, and its own clock. During a run signals go to that."""
+
+    def __init__(self, minutes: float | None, lose_terminal: object):
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._lose_terminal = lose_terminal
+        self._timer: threading.Timer | None = None
+
+    @property
+    def is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def __enter__(self) -> _Interrupts:
+        self._listener = SignalListener(answered_signals(), self._answer)
+        self._listener.__enter__()
+        if self._deadline is not None:
+            self._timer = threading.Timer(self._deadline - time.monotonic(), os.kill, (os.getpid(), signal.SIGUSR1))
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._listener.__exit__(None, None, None)
+
+    def _answer(self, number: signal.Signals) -> None:
+        if is_lost_terminal(number):
+            self._lose_terminal(number.name)  # type: ignore[operator]
+            return
+        # Nothing is under way that has something to save.
+        _say(f"stopped by {number.name} between two runs; the same command goes on")
+        os._exit(1)
