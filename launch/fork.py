@@ -34,7 +34,9 @@ def fork(given: Fork) -> int:
     arguments = branch_settings(given)
     on_cluster = any(is_of_machines(argument) for argument in arguments) or given.dry_run or given.test_only
     if on_cluster and (given.plan or given.processes):
-        raise ConfigError(["--plan, --processes: are for this machine, and nodes, gpus_per_node, launch.* for a cluster"])
+        raise ConfigError(
+            ["--plan, --processes: are for this machine, and nodes, gpus_per_node, launch.* for a cluster"]
+        )
     if on_cluster:
         return submit(Submission(arguments, given.run, given.dry_run, given.test_only))
     # Importing it takes seconds, as all that trains here.

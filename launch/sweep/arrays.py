@@ -71,7 +71,8 @@ def submit_arrays(folder: SweepFolder, manifest: Manifest, machines: SubmitConfi
         problems = list(dict.fromkeys(problem for array in arrays for problem in slurm.misfits(array.job)))
         if arrays and (largest := max(task for array in arrays for task in array.tasks)) > (limit := _largest_task()):
             problems.append(
-                f"sweep: row {largest} is beyond the {limit + 1} tasks of an array here (MaxArraySize); cut the sweep in two"
+                f"sweep: row {largest} is beyond the {limit + 1} tasks that an array may have here "
+                "(MaxArraySize); cut the sweep in two"
             )
         if problems:
             raise ConfigError(problems)

@@ -23,7 +23,9 @@ def add_run_commands(parts: Any) -> None:
     plan.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
     text = "take the place of a manifest that differs; rows that have begun must stay as they are"
     plan.add_argument("--replace", action="store_true", help=text)
-    text = "sweep=NAME (conf/sweep/NAME.yaml), sweep.KEY=VALUE, nodes, gpus_per_node, launch.*, and settings of all runs"
+    text = (
+        "sweep=NAME (conf/sweep/NAME.yaml), sweep.KEY=VALUE, nodes, gpus_per_node, launch.*, and settings of all runs"
+    )
     plan.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help=text)
 
     submit = parts.add_parser("submit", help="start the runs that are neither complete nor under way")
@@ -82,7 +84,9 @@ def _submit(options: argparse.Namespace) -> int:
         )
     machines = machines_of(manifest)
     if not options.local:
-        return submit_arrays(folder, manifest, machines, ArrayOptions(options.at_once, options.dry_run, options.test_only))
+        return submit_arrays(
+            folder, manifest, machines, ArrayOptions(options.at_once, options.dry_run, options.test_only)
+        )
     from launch.local import default_processes
 
     processes = options.processes or default_processes()

@@ -188,7 +188,9 @@ def validate_sweep(config: SweepPlanConfig) -> list[str]:
         problems += [problem for value in getattr(sweep, key) for problem in positive(f"sweep.{key}", value)]
     for key in ("budgets", "tokens_per_parameter", "contexts", "seeds"):
         values = getattr(sweep, key)
-        problems += [f"sweep.{key}: {value:g} is there twice" for value in dict.fromkeys(values) if values.count(value) > 1]
+        problems += [
+            f"sweep.{key}: {value:g} is there twice" for value in dict.fromkeys(values) if values.count(value) > 1
+        ]
     problems += [problem for context in sweep.contexts for problem in at_least("sweep.contexts", context, 1)]
     if not 0 <= sweep.longest_warmup <= 1:
         problems.append(f"sweep.longest_warmup: must be a share, 0 to 1 ({sweep.longest_warmup})")
@@ -270,4 +272,6 @@ def _of_rules(sweep: SweepConfig) -> Iterator[str]:
         if not 0 < getattr(reuse, name) < 1:
             yield f"sweep.reuse.{name}: must be a share between 0 and 1 ({getattr(reuse, name)})"
     of_schedule = [setting for setting in sweep.base if setting.lstrip("+~").startswith("schedule")]
-    yield from (f"sweep.base: {setting} does not go with sweep.reuse, which sets the schedule" for setting in of_schedule)
+    yield from (
+        f"sweep.base: {setting} does not go with sweep.reuse, which sets the schedule" for setting in of_schedule
+    )

@@ -111,7 +111,9 @@ def _models(config: SweepPlanConfig, further: Sequence[str], grid: Grid) -> Iter
 def _composed(family: str, chosen: Sequence[str], grid: Grid) -> RunConfig | None:
     """The run that a family's settings give, of no length yet; None after adding to the problems."""
     try:
-        return compose(RunConfig, "train", [*chosen, "name=NAME", "training.total_steps=1", "training.total_tokens=null"])
+        return compose(
+            RunConfig, "train", [*chosen, "name=NAME", "training.total_steps=1", "training.total_tokens=null"]
+        )
     except ConfigError as error:
         grid.problems += [(family, problem) for problem in error.problems]
         return None
@@ -136,7 +138,9 @@ def _model(config: SweepPlanConfig, family: str, run: RunConfig, overrides: list
 def _lengths(sweep: SweepConfig, model: _Model, grid: Grid) -> Iterator[_Length]:
     """The runs of a model, shortest first. Those of budgets that the sweep's limits leave out are noted."""
     parameters, found = model.measures.parameters, list[_Length]()
-    wanted = [(_label(budget), budget, budget / model.token_flops) for budget in sweep.budgets]
+    wanted: list[tuple[str, float | None, float]] = [
+        (_label(budget), budget, budget / model.token_flops) for budget in sweep.budgets
+    ]
     wanted += [(f"{ratio:g}tpp", None, ratio * parameters) for ratio in sweep.tokens_per_parameter]
     least, most = sweep.least_tokens_per_parameter, sweep.most_tokens_per_parameter
     for label, budget, tokens in wanted:
@@ -208,9 +212,7 @@ def _add_branches(sweep: SweepConfig, model: _Model, lengths: Sequence[_Length],
     assert sweep.reuse is not None
     warmup = max(1, round(sweep.reuse.warmup * lengths[0].steps))
     schedules = [_decaying(sweep, length.steps, warmup) for length in lengths]
-    leaves = [
-        length.steps - schedule["schedule.decay"] for length, schedule in zip(lengths, schedules, strict=True)
-    ]
+    leaves = [length.steps - schedule["schedule.decay"] for length, schedule in zip(lengths, schedules, strict=True)]
     constant = {"kind": "constant", "warmup": warmup, "decay": None, "decay_shape": None, "final_factor": None}
     settings = {f"schedule.{key}": value for key, value in {**constant, "cooldown": None}.items()}
     settings |= lengths[0].settings | {"checkpoint.keep_at": sorted(set(leaves))}
@@ -267,8 +269,8 @@ def check_warmups(grid: Grid, longest: float) -> list[tuple[str, str]]:
             problems.append(
                 (
                     row.name,
-                    f"schedule.warmup: {warmup:,} of {row.steps:,} steps are more than sweep.longest_warmup={longest:g} "
-                    "of the run; set schedule.warmup to a share of the run, such as 0.02",
+                    f"schedule.warmup: {warmup:,} of {row.steps:,} steps are a greater share than "
+                    f"sweep.longest_warmup={longest:g}; set schedule.warmup to a share of the run, such as 0.02",
                 )
             )
     return problems

@@ -116,8 +116,8 @@ def _refused(run: LaunchFolder, error: ConfigError) -> Answer:
 
 
 def _told(one: Progress) -> str:
-    held_out = ", ".join(f"{name} {scored['loss']:.4f}" for name, scored in one.found["held_out"].items() if scored["loss"])
-    return f"{one.found['steps']:,} steps" + (f", {held_out}" if held_out else "")
+    scored = [(name, last["loss"]) for name, last in one.found["held_out"].items() if last["loss"] is not None]
+    return ", ".join([f"{one.found['steps']:,} steps", *(f"{name} {loss:.4f}" for name, loss in scored)])
 
 
 @contextmanager
@@ -129,7 +129,10 @@ def holding(folder: SweepFolder) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                [f"{folder.path}: is being started by {file.read().strip() or 'another process'}; wait for it, or end it"]
+                [
+                    f"{folder.path}: is being started by {file.read().strip() or 'another process'}; wait for it, or "
+                    "end it"
+                ]
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

@@ -132,7 +132,9 @@ def read_manifest(folder: SweepFolder) -> Manifest:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError([f"{folder.path}: is no folder of a sweep, it has no {FILE}; make one with `sweep plan`"]) from None
+        raise ConfigError(
+            [f"{folder.path}: is no folder of a sweep, it has no {FILE}; make one with `sweep plan`"]
+        ) from None
     except NotADirectoryError:
         raise ConfigError([f"{folder.path}: is a file; name the folder of a sweep"]) from None
     except (ValueError, RecursionError) as error:
@@ -178,7 +180,10 @@ def compare(before: Manifest, now: Manifest) -> list[str]:
         for key, (old, new) in differences(before.configuration, _as_stored(now.configuration)).items()
     ]
     old_rows, new_rows = ({row.name: row for row in manifest.rows} for manifest in (before, now))
-    gone, added = [name for name in old_rows if name not in new_rows], [name for name in new_rows if name not in old_rows]
+    gone, added = (
+        [name for name in old_rows if name not in new_rows],
+        [name for name in new_rows if name not in old_rows],
+    )
     changed = [name for name in old_rows if name in new_rows and not is_same_run(old_rows[name], new_rows[name])]
     for what, names in (("gone", gone), ("new", added), ("with other settings", changed)):
         if names:

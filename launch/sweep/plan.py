@@ -165,8 +165,8 @@ def _compare_with_planned(manifest: Manifest, folder: SweepFolder, replace: bool
     if lost:
         raise ConfigError(
             [
-                f"{folder.manifest}: rows that have begun would be lost or be other runs: {named(lost)}; give this sweep "
-                "another sweep.name=..., or move the folders of these runs away",
+                f"{folder.manifest}: rows that have begun would be lost or be other runs: {named(lost)}; give this "
+                "sweep another sweep.name=..., or move the folders of these runs away",
                 *changes,
             ]
         )

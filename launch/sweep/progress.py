@@ -35,9 +35,7 @@ class Progress:
         return self.state in (FAILED, WAITING)
 
 
-def progress(
-    folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob] | None = None
-) -> list[Progress]:
+def progress(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob] | None = None) -> list[Progress]:
     """How far all rows are, in their order. `queue`: None where it is not known."""
     found = [progress_of(folder, row, queue) for row in manifest.rows]
     failed = {one.row.name for one in found if one.state == FAILED}

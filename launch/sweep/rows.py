@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from conf.passwords import without_passwords
@@ -27,7 +26,9 @@ def problems_on(config: RunConfig, processes: int) -> list[str]:
     return validate(config, processes)
 
 
-def prepare(folder: SweepFolder, row: Row, config: RunConfig, launch: LaunchConfig, processes_per_node: int) -> LaunchFolder:
+def prepare(
+    folder: SweepFolder, row: Row, config: RunConfig, launch: LaunchConfig, processes_per_node: int
+) -> LaunchFolder:
     """Write what the attempts of a row need, and begin to count them anew."""
     run = LaunchFolder(folder.run(row))
     RunDirectory(run.run).create()

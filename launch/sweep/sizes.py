@@ -90,7 +90,7 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def scaled(model: ModelConfig, d_model: int, n_blocks: int, shape: ShapeConfig) -> dict[str, Any]:
-    """The settings that make `model` so wide and deep: heads of the same width, the same share of each kind of block."""
+    """The settings that make `model` so wide and deep, with heads of the same width and as many blocks of each kind."""
     settings: dict[str, Any] = {"d_model": d_model, "n_blocks": n_blocks}
     if model.ffn_dim is not None:
         ratio = shape.feed_forward or model.ffn_dim / model.d_model

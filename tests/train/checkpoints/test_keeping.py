@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conf import ConfigError
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.callbacks.base import Callback
