@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,10 @@ def submit_arrays(folder: SweepFolder, manifest: Manifest, machines: SubmitConfi
             raise ConfigError(problems)
         if options.test_only:
             for array in arrays:
-                print(slurm.test(render(array.job, manifest.name, _place(folder, 0))))
+                print(slurm.test(render(array.job, manifest.name, _place(folder))))
             return 0
         for array in arrays:
-            slurm.test(render(array.job, manifest.name, _place(folder, 0)))
+            slurm.test(render(array.job, manifest.name, _place(folder)))
         for array in arrays:
             print(_queue(folder, manifest, array, configs, options.at_once))
     count = sum(len(array.tasks) for array in arrays)
@@ -130,26 +131,24 @@ def _configs(folder: SweepFolder, manifest: Manifest, tasks: Sequence[int]) -> d
 
 
 def _print_scripts(folder: SweepFolder, arrays: Sequence[Array], manifest: Manifest) -> None:
-    for number, array in enumerate(arrays, _next_number(folder)):
-        print(render(array.job, manifest.name, _place(folder, number)), end="")
+    for array in arrays:
+        print(render(array.job, manifest.name, _place(folder)), end="")
         after = f" after {array.trunk.name}" if array.trunk is not None else ""
         _say(f"--array={ranges(array.tasks)}: {len(array.tasks)} runs{after}; nothing was written or submitted")
 
 
-def _place(folder: SweepFolder, number: int) -> ArrayPlace:
+def _place(folder: SweepFolder) -> ArrayPlace:
+    """Of the next array. Its folder, after which the array is named, has a name that no other sweep has."""
     root = folder.path.resolve()
-    return ArrayPlace(root, root / folder.submissions.name / f"{number:04d}", Path.cwd())
-
-
-def _next_number(folder: SweepFolder) -> int:
-    return 1 + max((int(path.name) for path in folder.submissions.glob("[0-9]*")), default=0)
+    number = 1 + max((int(path.name.partition("-")[0]) for path in folder.submissions.glob("[0-9]*-*")), default=0)
+    return ArrayPlace(root, root / folder.submissions.name / f"{number:04d}-{uuid.uuid4().hex[:6]}", Path.cwd())
 
 
 def _queue(
     folder: SweepFolder, manifest: Manifest, array: Array, configs: dict[int, RunConfig], at_once: int | None
 ) -> str:
     """Write what an array needs, and queue it; returns Slurm's number of it."""
-    place, launch = _place(folder, _next_number(folder)), array.machines.launch
+    place, launch = _place(folder), array.machines.launch
     place.folder.mkdir(parents=True)
     copy_code(place.code)
     shutil.copy(TEMPLATES / "preflight.sh", place.preflight)
@@ -194,7 +193,7 @@ def _note_job(folder: SweepFolder, manifest: Manifest, submission: Path, number:
 
 def adopt(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob]) -> None:
     """Find the arrays whose number was not written down: the command was killed behind sbatch."""
-    for submission in sorted(folder.submissions.glob("[0-9]*")):
+    for submission in sorted(folder.submissions.glob("[0-9]*-*")):
         if (submission / _JOB).is_file() or not (submission / _TASKS).is_file():
             continue
         name = name_of(manifest, submission)

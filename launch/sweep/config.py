@@ -213,11 +213,11 @@ def _of_families(sweep: SweepConfig) -> Iterator[str]:
         if not family.sizes and not sweep.sizes:
             yield f"{key}.sizes: none, and no sweep.sizes either; give one of them sizes"
         yield from _of_sizes(f"{key}.sizes", family.sizes)
-        yield from owned_settings(f"{key}.overrides", family.overrides)
+        yield from owned_settings(f"{key}.overrides", family.overrides, sweep)
         if family.shape is not None:
             yield from _of_shape(f"{key}.shape", family.shape)
     yield from _of_sizes("sweep.sizes", sweep.sizes)
-    yield from owned_settings("sweep.base", sweep.base)
+    yield from owned_settings("sweep.base", sweep.base, sweep)
     yield from _of_shape("sweep.shape", sweep.shape)
 
 
@@ -240,12 +240,20 @@ def _of_shape(key: str, shape: ShapeConfig) -> Iterator[str]:
         yield from positive(f"{key}.feed_forward", shape.feed_forward)
 
 
-def owned_settings(key: str, settings: list[str]) -> Iterator[str]:
-    """Those of `settings` that a sweep makes itself, one line each."""
+def owned_settings(key: str, settings: list[str], sweep: SweepConfig) -> Iterator[str]:
+    """Those of `settings` that the sweep makes itself, one line each."""
     for setting in settings:
         name = setting.lstrip("+~").partition("=")[0]
         if name in OWN_SETTINGS:
             yield f"{key}: {setting} is made by the sweep; change {OWN_SETTINGS[name]}"
+        elif sweep.reuse is not None and name.partition(".")[0] == "schedule":
+            yield f"{key}: {setting} does not go with sweep.reuse, which makes the schedule"
+        elif sweep.learning_rate is not None and name == "optimizer.learning_rate":
+            yield f"{key}: {setting} does not go with sweep.learning_rate; change that, or set it to null"
+        elif sweep.batch_tokens is not None and name == "training.global_batch_size":
+            yield f"{key}: {setting} does not go with sweep.batch_tokens; change that, or set it to null"
+        elif sweep.micro_batch_tokens is not None and name == "training.micro_batch_size":
+            yield f"{key}: {setting} does not go with sweep.micro_batch_tokens; change that, or set it to null"
 
 
 def _of_rules(sweep: SweepConfig) -> Iterator[str]:
@@ -271,7 +279,3 @@ def _of_rules(sweep: SweepConfig) -> Iterator[str]:
     for name in ("decay", "warmup"):
         if not 0 < getattr(reuse, name) < 1:
             yield f"sweep.reuse.{name}: must be a share between 0 and 1 ({getattr(reuse, name)})"
-    of_schedule = [setting for setting in sweep.base if setting.lstrip("+~").startswith("schedule")]
-    yield from (
-        f"sweep.base: {setting} does not go with sweep.reuse, which sets the schedule" for setting in of_schedule
-    )

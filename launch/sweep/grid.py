@@ -169,7 +169,8 @@ def _lengths(sweep: SweepConfig, model: _Model, grid: Grid) -> Iterator[_Length]
 
 
 def _label(budget: float) -> str:
-    return f"{budget:.3g}".replace("e+", "e")
+    mantissa, _, exponent = f"{float(f'{budget:.3g}'):e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _batch_and_rate(sweep: SweepConfig, model: _Model, tokens: float) -> dict[str, Any]:

@@ -8,23 +8,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from conf import ConfigError
 from conf.lasting_output import lasting_output
+from launch import slurm
 from launch.attempts import DONE as RUN_DONE
 from launch.attempts import GIVEN_UP, GO_ON, Answer, close_attempt, open_attempt
 from launch.folder import LaunchFolder
 from launch.job import LaunchConfig
-from launch.sweep.manifest import Manifest, Row, SweepFolder, by_text
-from launch.sweep.progress import DONE, Progress, progress, progress_of, queue_of, reasons, summary
+from launch.sweep.manifest import Manifest, Row, SweepFolder, by_text, named
+from launch.sweep.progress import (
+    DONE,
+    FAILED,
+    RUNNING,
+    WAITING,
+    Progress,
+    progress,
+    progress_of,
+    queue_of,
+    reasons,
+    summary,
+)
 from launch.sweep.rows import config_of, prepare, problems_on
 from train.command import Command
 from train.config import RunConfig
 from train.stop_requests import SignalListener, answered_signals, is_lost_terminal
 
+# Seconds that a run which is under way when it is to be started may take to end.
+PATIENCE = 60.0
 # What the processes of an attempt print goes to this file of the attempt's folder.
 LOG = "local.out"
 
@@ -47,21 +61,43 @@ def run_locally(folder: SweepFolder, manifest: Manifest, launch: LaunchConfig, o
     configs = _configs(folder, manifest, options.processes)
     queue = queue_of(folder, manifest)
     with holding(folder), lasting_output() as output, _Interrupts(options.minutes, output.lose_terminal) as interrupts:
-        for number, row in enumerate(manifest.rows, 1):
-            if not progress_of(folder, row, queue).is_hole:
-                continue
-            if row.parent is not None and progress_of(folder, manifest.row(row.parent)).state != DONE:
-                _say(f"[{number}/{len(manifest.rows)}] {row.name}: waits for its trunk {row.parent}")
-                continue
+        for row in _in_turn(folder, manifest, queue):
             if interrupts.is_late:
                 break
-            _say(f"[{number}/{len(manifest.rows)}] {row.name}: {row.steps:,} steps")
+            _say(f"[{manifest.rows.index(row) + 1}/{len(manifest.rows)}] {row.name}: {row.steps:,} steps")
             if not _run(folder, row, configs[row.name], launch, options.processes):
                 _say("interrupted; the same command goes on")
                 break
         found = progress(folder, manifest, queue)
     _say("\n".join([summary(found), *reasons(found)]))
     return 0 if all(one.state == DONE for one in found) else 1
+
+
+def _in_turn(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob] | None) -> Iterator[Row]:
+    """The holes, each when its turn comes: trunks before branches, and last what is still under way at first.
+
+    A run whose launcher was killed saves and ends by itself, within seconds.
+    """
+    ahead, deadline = list(manifest.rows), time.monotonic() + PATIENCE
+    while ahead:
+        later = []
+        for row in ahead:
+            states = [progress_of(folder, one, queue).state for one in _with_trunk(manifest, row)]
+            if RUNNING in states:
+                later.append(row)
+            elif states[0] in (FAILED, WAITING) and set(states[1:]) <= {DONE}:
+                yield row
+                deadline = time.monotonic() + PATIENCE
+        if later == ahead:
+            if time.monotonic() > deadline:
+                _say(f"{named([row.name for row in later])}: under way elsewhere, or behind a run that is")
+                return
+            time.sleep(1.0)
+        ahead = later
+
+
+def _with_trunk(manifest: Manifest, row: Row) -> list[Row]:
+    return [row] if row.parent is None else [row, manifest.row(row.parent)]
 
 
 def _say(text: str) -> None:

@@ -158,15 +158,21 @@ def _damaged(file: Path, problem: str) -> str:
 
 
 def _misfits(content: dict[str, Any]) -> list[str]:
-    if problems := misfits(Manifest, content):
+    # Row by row first: of a row that does not fit the whole would say no more than that.
+    rows = content.get("rows")
+    problems = [
+        problem
+        for number, row in enumerate(rows if isinstance(rows, list) else [])
+        for problem in misfits(Row, row, f"rows[{number}].")
+    ]
+    if problems := problems or misfits(Manifest, content):
         return problems
-    problems = []
-    for number, row in enumerate(content["rows"]):
-        problems += misfits(Row, row, f"rows[{number}].")
-        if row.get("role") not in ROLES:
-            problems.append(f"rows[{number}].role is none of {', '.join(ROLES)}")
-    names = [row.get("name") for row in content["rows"]]
-    return problems + [f"two rows are named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+    names = [row["name"] for row in content["rows"]]
+    return [
+        f"rows[{number}].role is none of {', '.join(ROLES)} ({row['role']})"
+        for number, row in enumerate(content["rows"])
+        if row["role"] not in ROLES
+    ] + [f"two rows are named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -178,6 +184,8 @@ def compare(before: Manifest, now: Manifest) -> list[str]:
     lines = [
         f"{key}: {written(old)} -> {written(new)}"
         for key, (old, new) in differences(before.configuration, _as_stored(now.configuration)).items()
+        # A sweep's folder may be moved as a whole.
+        if key != "sweep.root"
     ]
     old_rows, new_rows = ({row.name: row for row in manifest.rows} for manifest in (before, now))
     gone, added = (

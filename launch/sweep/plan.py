@@ -40,14 +40,14 @@ def read_sweep(arguments: Sequence[str]) -> tuple[SweepPlanConfig, list[str]]:
     """
     of_sweep = [argument for argument in arguments if _is_of_sweep(argument)]
     further = [argument for argument in arguments if not _is_of_sweep(argument)]
-    owned = list(owned_settings("the command", further))
-    try:
-        config = compose(SweepPlanConfig, "sweep", of_sweep, validate_sweep)
-    except ConfigError as error:
-        raise ConfigError([*error.problems, *owned]) from None
-    if problems := [*validate_sweep(config), *owned]:
+    config = compose(SweepPlanConfig, "sweep", of_sweep, lambda rest: [*validate_sweep(rest), *_owned(further, rest)])
+    if problems := [*validate_sweep(config), *_owned(further, config)]:
         raise ConfigError(problems)
     return config, further
+
+
+def _owned(further: list[str], config: SweepPlanConfig) -> list[str]:
+    return list(owned_settings("the command", further, config.sweep))
 
 
 def _is_of_sweep(argument: str) -> bool:
@@ -183,7 +183,6 @@ def changes_since(folder: SweepFolder, manifest: Manifest) -> list[str]:
     Raises ConfigError where it would plan nothing any more.
     """
     config, further = read_sweep(manifest.arguments)
-    # Machines and paths are compared as they stand in the files; a folder may have been moved as a whole.
     grid = expand(config, further)
     if grid.problems:
         raise ConfigError(by_text(grid.problems, len(grid.rows)))

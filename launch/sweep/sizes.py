@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from launch.sweep.config import RuleConfig, ShapeConfig, SizeConfig
 from launch.sweep.settings import replaced
@@ -56,37 +58,40 @@ def settings_of_size(model: ModelConfig, size: SizeConfig, shape: ShapeConfig) -
         return scaled(model, size.d_model, size.n_blocks, shape)
     assert size.parameters is not None
     wanted = size.parameters
-    found = [(_distance(candidate, wanted, shape), candidate) for candidate in _candidates(model, wanted, shape)]
-    if not found:
-        raise ValueError(f"no model of {wanted:,.0f} parameters: the smallest of this shape is larger")
-    _, best = min(found, key=lambda one: one[0])
-    if not 1 / _TOLERANCE < (ratio := _parameters(best) / wanted) < _TOLERANCE:
+    found = sorted(_candidates(model, wanted, shape), key=lambda one: one.distance)
+    best = next((one for one in found if not validate_model(one.model)), None)
+    if best is None:
+        raise ValueError(f"no model of about {wanted:,.0f} parameters is possible; change sweep.shape")
+    if not 1 / _TOLERANCE < (ratio := best.parameters / wanted) < _TOLERANCE:
         raise ValueError(
-            f"the model nearest to {wanted:,.0f} parameters has {_parameters(best):,}, a factor of {ratio:.2f}; choose "
+            f"the model nearest to {wanted:,.0f} parameters has {best.parameters:,}, a factor of {ratio:.2f}; choose "
             "another size, or change sweep.shape"
         )
-    return scaled(model, best.d_model, best.n_blocks, shape)
+    return scaled(model, best.model.d_model, best.model.n_blocks, shape)
 
 
-def _candidates(model: ModelConfig, wanted: float, shape: ShapeConfig) -> Iterator[ModelConfig]:
-    """Valid models around the aspect ratio, up to the first width that is too large at the least depth."""
-    width = shape.multiple_of
-    while True:
+class _Candidate(NamedTuple):
+    model: ModelConfig
+    parameters: int
+    # From what is wanted.
+    distance: float
+
+
+def _candidates(model: ModelConfig, wanted: float, shape: ShapeConfig) -> Iterator[_Candidate]:
+    """Models around the aspect ratio, up to the first width that is too large at the least depth."""
+    width, is_larger = shape.multiple_of, False
+    while not is_larger:
+        # From half to twice the aspect ratio.
         depths = sorted({max(1, math.floor(width / shape.aspect * factor)) for factor in (0.5, 0.7, 1.0, 1.4, 2.0)})
-        made = [replaced(model, scaled(model, width, depth, shape)) for depth in depths]
-        yield from (one for one in made if not validate_model(one))
-        if _parameters(made[0]) > wanted * _TOLERANCE:
-            return
+        for depth in depths:
+            made = replaced(model, scaled(model, width, depth, shape))
+            parameters = count_parameters(made).total
+            aspect = abs(math.log(width / depth / shape.aspect))
+            yield _Candidate(made, parameters, abs(math.log(parameters / wanted)) + _WEIGHT_OF_ASPECT * aspect)
+            if parameters > wanted * _TOLERANCE:
+                is_larger = depth == depths[0]
+                break
         width += shape.multiple_of
-
-
-def _distance(model: ModelConfig, wanted: float, shape: ShapeConfig) -> float:
-    aspect = model.d_model / model.n_blocks / shape.aspect
-    return abs(math.log(_parameters(model) / wanted)) + _WEIGHT_OF_ASPECT * abs(math.log(aspect))
-
-
-def _parameters(model: ModelConfig) -> int:
-    return count_parameters(model).total
 
 
 def scaled(model: ModelConfig, d_model: int, n_blocks: int, shape: ShapeConfig) -> dict[str, Any]:
@@ -118,16 +123,11 @@ def _heads(d_model: int, width: float) -> int:
 def scaled_positions(positions: Sequence[int], blocks: int, wanted: int) -> list[int]:
     """Positions among `blocks` blocks as they are among `wanted`: as large a share, at least one, and spread alike."""
     count = max(1, round(len(positions) * wanted / blocks))
-    places = [(position + 0.5) / blocks for position in sorted(positions)]
-    found = []
-    for number in range(count):
-        # Between the centres of the old ones, the place of the same rank.
-        rank = (number + 0.5) * len(places) / count - 0.5
-        low = min(max(math.floor(rank), 0), len(places) - 1)
-        high = min(low + 1, len(places) - 1)
-        share = min(max(rank - low, 0.0), 1.0)
-        found.append(math.floor((places[low] * (1 - share) + places[high] * share) * wanted))
-    return sorted(set(found))
+    # Place by rank: 0 at the first block's edge, the centres of the old ones, 1 at the last block's.
+    ranks = [-0.5, *range(len(positions)), len(positions) - 0.5]
+    places = [0.0, *((position + 0.5) / blocks for position in sorted(positions)), 1.0]
+    new_ranks = [(number + 0.5) * len(positions) / count - 0.5 for number in range(count)]
+    return sorted({math.floor(wanted * float(place)) for place in np.interp(new_ranks, ranks, places)})
 
 
 def short(number: float) -> str:
