@@ -218,9 +218,9 @@ def _unless_stuck(
     return (GO_ON, reason) if problem is None else (GIVEN_UP, problem)
 
 
-def _end(folder: LaunchFolder, attempt: dict[str, Any], code: int, reason: str, **fields: Any) -> Answer:
+def _end(folder: LaunchFolder, attempt: dict[str, Any], answer: int, reason: str, **fields: Any) -> Answer:
     folder.note("end", attempt=attempt["attempt"], reason=reason, **fields)
-    return Answer(code, reason) if code == GO_ON else _note(folder, code, reason)
+    return Answer(answer, reason) if answer == GO_ON else _note(folder, answer, reason)
 
 
 def _failing_nodes(folder: LaunchFolder) -> list[str]:

@@ -147,9 +147,7 @@ def _lengths(sweep: SweepConfig, model: _Model, grid: Grid) -> Iterator[_Length]
         ratio, name = tokens / parameters, f"{model.name}-{label}"
         if budget is not None and not (least or 0.0) <= ratio <= (most or math.inf):
             key = "least" if ratio < (least or 0.0) else "most"
-            limit = getattr(sweep, f"{key}_tokens_per_parameter")
-            reason = f"{ratio:.3g} tokens for each parameter; sweep.{key}_tokens_per_parameter is {limit:g}"
-            grid.left_out.append(LeftOut(name, reason))
+            grid.left_out.append(LeftOut(name, f"{key}_tokens_per_parameter", ratio))
             continue
         settings = _batch_and_rate(sweep, model, tokens)
         run = replaced(model.config, settings)

@@ -70,7 +70,9 @@ class LeftOut:
     """A run that the sweep's own limits left out."""
 
     name: str
-    reason: str
+    # The key of the sweep by which it did.
+    key: str
+    tokens_per_parameter: float
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,8 @@ def plan_sweep(
     manifest = manifest_of(config, arguments, grid, predict)
     is_planned = _compare_with_planned(manifest, folder, replace)
     print(table(manifest.rows, grid))
-    for one in manifest.left_out:
-        print(f"left out: {one.name}: {one.reason}")
+    for key, names in _left_out(manifest).items():
+        print(f"left out by sweep.{key}: {named(names)}")
     if is_dry:
         _say(f"{folder.path}: nothing was written")
     elif is_planned:
@@ -112,6 +112,14 @@ def manifest_of(
     if values != dataclasses.asdict(config) or without_passwords(list(arguments)) != list(arguments):
         raise ConfigError(["sweep: its settings hold a password, and a manifest is a file; name the place without it"])
     return Manifest(config.sweep.name, list(arguments), values, rows, grid.left_out)
+
+
+def _left_out(manifest: Manifest) -> dict[str, list[str]]:
+    """Key of the sweep -> the runs that it leaves out."""
+    found: dict[str, list[str]] = {}
+    for one in manifest.left_out:
+        found.setdefault(one.key, []).append(one.name)
+    return found
 
 
 def _problems_of_files(grid: Grid, folder: SweepFolder) -> list[tuple[str, str]]:

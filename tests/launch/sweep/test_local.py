@@ -173,7 +173,7 @@ def test_what_a_fork_changes_is_told_before_it_starts(small_corpus, tmp_path, ca
     assert main(["fork", run, *changed, "gpus_per_node=0", "processes_per_node=1", "--dry-run"]) == 0
     assert "#SBATCH --job-name=decayed" in capsys.readouterr().out
     for arguments, problem in (
-        (["step=3", "name=x"], "has no checkpoint of 3 steps"),
+        (["step=3", "name=x"], "step-00000003 does not exist; the complete ones there are of the steps 2, 4"),
         (["step=two", "name=x"], "step: one whole number of completed steps is wanted (two)"),
         (["step=2"], "name: a branch is a run of its own; give name=NAME (its parent is run)"),
         (["step=2", "name=run"], "name: run is its parent; give the branch another name"),
