@@ -46,6 +46,7 @@ READ_VALUES = {
     "launch/sweep/local.py",
     "launch/sweep/manifest.py",
     "launch/sweep/plan.py",
+    "launch/sweep/rows.py",
 }
 # How to speak of values that are wrong, and to whom, and which files may be touched; they import nothing, so that every
 # package may import them.

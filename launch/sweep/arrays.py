@@ -18,9 +18,9 @@ from launch.job import Job, LaunchConfig, SubmitConfig
 from launch.script import TEMPLATES, ArrayPlace, render
 from launch.submit import copy_code
 from launch.sweep.local import holding
-from launch.sweep.manifest import Manifest, Row, SweepFolder, by_text
+from launch.sweep.manifest import Manifest, Row, SweepFolder
 from launch.sweep.progress import DONE, Progress, progress
-from launch.sweep.rows import config_of, prepare, problems_on
+from launch.sweep.rows import configs_of, prepare
 from train.config import RunConfig
 from train.interpreter import python_name
 from train.run_directory import write_atomically
@@ -68,7 +68,7 @@ def submit_arrays(folder: SweepFolder, manifest: Manifest, machines: SubmitConfi
         adopt(folder, manifest, queue)
         found = progress(folder, manifest, queue)
         arrays = _arrays(manifest, found, machines)
-        configs = _configs(folder, manifest, [task for array in arrays for task in array.tasks])
+        configs = configs_of(folder, [one.row for one in found if one.is_hole])
         problems = list(dict.fromkeys(problem for array in arrays for problem in slurm.misfits(array.job)))
         if arrays and (largest := max(task for array in arrays for task in array.tasks)) > (limit := _largest_task()):
             problems.append(
@@ -115,21 +115,6 @@ def _arrays(manifest: Manifest, found: Sequence[Progress], machines: SubmitConfi
     return sorted(arrays.values(), key=lambda array: array.trunk is not None)
 
 
-def _configs(folder: SweepFolder, manifest: Manifest, tasks: Sequence[int]) -> dict[int, RunConfig]:
-    """Row -> its run. Raises ConfigError with all problems of all rows."""
-    configs, problems = {}, []
-    for task in tasks:
-        row = manifest.rows[task]
-        try:
-            configs[task] = config_of(folder, row)
-            problems += [(row.name, problem) for problem in problems_on(configs[task], row.processes)]
-        except ConfigError as error:
-            problems += [(row.name, problem) for problem in error.problems]
-    if problems:
-        raise ConfigError(by_text(problems, len(manifest.rows)))
-    return configs
-
-
 def _print_scripts(folder: SweepFolder, arrays: Sequence[Array], manifest: Manifest) -> None:
     for array in arrays:
         print(render(array.job, manifest.name, _place(folder)), end="")
@@ -145,7 +130,7 @@ def _place(folder: SweepFolder) -> ArrayPlace:
 
 
 def _queue(
-    folder: SweepFolder, manifest: Manifest, array: Array, configs: dict[int, RunConfig], at_once: int | None
+    folder: SweepFolder, manifest: Manifest, array: Array, configs: dict[str, RunConfig], at_once: int | None
 ) -> str:
     """Write what an array needs, and queue it; returns Slurm's number of it."""
     place, launch = _place(folder), array.machines.launch
@@ -158,7 +143,8 @@ def _queue(
     # Before sbatch: whoever is interrupted behind it finds the array by its name.
     write_atomically(place.folder / _TASKS, json.dumps(array.tasks))
     for task in array.tasks:
-        prepare(folder, manifest.rows[task], configs[task], launch, array.job.processes_per_node)
+        row = manifest.rows[task]
+        prepare(folder, row, configs[row.name], launch, array.job.processes_per_node)
     throttle = "" if at_once is None else f"%{at_once}"
     options = [f"--array={ranges(array.tasks)}{throttle}", *_dependency(folder, array.trunk, launch)]
     number = slurm.submit(str(place.script), *options)

@@ -31,7 +31,7 @@ def add_run_commands(parts: Any) -> None:
     submit = parts.add_parser("submit", help="start the runs that are neither complete nor under way")
     submit.add_argument("sweep_folder", metavar="DIR", help="that `sweep plan` wrote its manifest to")
     submit.add_argument("--local", action="store_true", help="on this machine, one after another")
-    text = "with --local: of each run (default: one for each GPU, two without a GPU)"
+    text = "with --local: of each run (default: as many as it was planned for)"
     submit.add_argument("--processes", type=_whole, metavar="N", help=text)
     text = "with --local: save and end after so long; the same command goes on"
     submit.add_argument("--minutes", type=_minutes, metavar="N", help=text)
@@ -87,10 +87,7 @@ def _submit(options: argparse.Namespace) -> int:
         return submit_arrays(
             folder, manifest, machines, ArrayOptions(options.at_once, options.dry_run, options.test_only)
         )
-    from launch.local import default_processes
-
-    processes = options.processes or default_processes()
-    return run_locally(folder, manifest, machines.launch, LocalOptions(processes, options.minutes))
+    return run_locally(folder, manifest, machines.launch, LocalOptions(options.processes, options.minutes))
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -12,14 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from conf import ConfigError
 from conf.lasting_output import lasting_output
+from conf.passwords import without_passwords
+from data_pipeline.errors import DataError
 from launch import slurm
 from launch.attempts import DONE as RUN_DONE
 from launch.attempts import GIVEN_UP, GO_ON, Answer, close_attempt, open_attempt
 from launch.folder import LaunchFolder
 from launch.job import LaunchConfig
-from launch.sweep.manifest import Manifest, Row, SweepFolder, by_text, named
+from launch.sweep.manifest import Manifest, Row, SweepFolder, named
 from launch.sweep.progress import (
     DONE,
     FAILED,
@@ -32,7 +36,9 @@ from launch.sweep.progress import (
     reasons,
     summary,
 )
-from launch.sweep.rows import config_of, prepare, problems_on
+from launch.sweep.rows import configs_of, prepare
+from model.weights import WeightsError
+from train.checkpoints.layout import CheckpointError
 from train.command import Command
 from train.config import RunConfig
 from train.stop_requests import SignalListener, answered_signals, is_lost_terminal
@@ -47,8 +53,8 @@ LOG = "local.out"
 class LocalOptions:
     """How runs are started here."""
 
-    # Of each run.
-    processes: int
+    # Of each run; None: as planned.
+    processes: int | None = None
     # After so many the run under way saves and ends, and no further one begins; None: no limit.
     minutes: float | None = None
 
@@ -58,19 +64,32 @@ def run_locally(folder: SweepFolder, manifest: Manifest, launch: LaunchConfig, o
 
     A run that fails is named, and the next one begins. Raises ConfigError where runs do not work as they were planned.
     """
-    configs = _configs(folder, manifest, options.processes)
+    _refuse_too_few_gpus(manifest, options.processes)
     queue = queue_of(folder, manifest)
+    ahead = [one.row for one in progress(folder, manifest, queue) if one.state != DONE]
+    configs = configs_of(folder, ahead, options.processes)
     with holding(folder), lasting_output() as output, _Interrupts(options.minutes, output.lose_terminal) as interrupts:
         for row in _in_turn(folder, manifest, queue):
             if interrupts.is_late:
                 break
             _say(f"[{manifest.rows.index(row) + 1}/{len(manifest.rows)}] {row.name}: {row.steps:,} steps")
-            if not _run(folder, row, configs[row.name], launch, options.processes):
+            if not _run(folder, row, configs[row.name], launch, options.processes or row.processes):
                 _say("interrupted; the same command goes on")
                 break
         found = progress(folder, manifest, queue)
     _say("\n".join([summary(found), *reasons(found)]))
     return 0 if all(one.state == DONE for one in found) else 1
+
+
+def _refuse_too_few_gpus(manifest: Manifest, processes: int | None) -> None:
+    gpus, wanted = torch.cuda.device_count(), processes or max((row.processes for row in manifest.rows), default=0)
+    if 0 < gpus < wanted:
+        raise ConfigError(
+            [
+                f"--processes: {wanted} processes do not find a GPU each among the {gpus} of this machine; give "
+                f"--processes {gpus}, or plan the sweep with gpus_per_node={gpus}"
+            ]
+        )
 
 
 def _in_turn(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob] | None) -> Iterator[Row]:
@@ -104,51 +123,45 @@ def _say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
-def _configs(folder: SweepFolder, manifest: Manifest, processes: int) -> dict[str, RunConfig]:
-    """Row -> its run. Raises ConfigError with all problems of all rows."""
-    configs, problems = {}, []
-    for one in progress(folder, manifest):
-        if one.state == DONE:
-            continue
-        try:
-            configs[one.row.name] = config_of(folder, one.row)
-            problems += [(one.row.name, problem) for problem in problems_on(configs[one.row.name], processes)]
-        except ConfigError as error:
-            problems += [(one.row.name, problem) for problem in error.problems]
-    if problems:
-        raise ConfigError(by_text(problems, len(manifest.rows)))
-    return configs
-
-
 def _run(folder: SweepFolder, row: Row, config: RunConfig, launch: LaunchConfig, processes: int) -> bool:
     """Train a row to its end, in several attempts where it fails; False where it was asked to stop."""
-    # Importing it takes seconds, and every file of the package is imported by the command line.
-    from launch.local import train_locally
-
-    run, began = prepare(folder, row, config, launch, processes), time.monotonic()
+    began = time.monotonic()
+    try:
+        run = prepare(folder, row, config, launch, processes)
+    except OSError as error:
+        # The next one may have more luck: of a file in the way of its folder it has none.
+        _say(f"{row.name}: FAILED: {error}")
+        return True
     while True:
-        answer = open_attempt(run)
-        if answer.code == GO_ON:
-            log = run.logs(int(answer.text)) / LOG
-            try:
-                code = train_locally(Command([f"name={row.name}"], config=run.config), processes, log)
-            except ConfigError as error:
-                log.write_text(f"{error}\n", encoding="utf-8")
-                answer = _refused(run, error)
-            else:
-                answer = close_attempt(run, code)
-                if answer.code == GO_ON and code == 0:
-                    return False
+        answer = _attempt(run, row, processes)
+        if answer is None:
+            return False
         if answer.code != GO_ON:
             word = "" if answer.code == RUN_DONE else f"FAILED: {answer.text}; "
             _say(f"{row.name}: {word}{_told(progress_of(folder, row))}, {time.monotonic() - began:.0f} s")
             return True
 
 
-def _refused(run: LaunchFolder, error: ConfigError) -> Answer:
-    reason = f"the run refuses its configuration or its data: {'; '.join(error.problems)}"
-    run.note("given_up", reason=reason)
-    return Answer(GIVEN_UP, reason)
+def _attempt(run: LaunchFolder, row: Row, processes: int) -> Answer | None:
+    """Train until the run is complete, fails, or is asked to stop; returns what follows, None in the last case."""
+    # Importing it takes seconds, and every file of the package is imported by the command line.
+    from launch.local import train_locally
+
+    answer = open_attempt(run)
+    if answer.code != GO_ON:
+        return answer
+    log = run.logs(int(answer.text)) / LOG
+    try:
+        code = train_locally(Command([f"name={row.name}"], config=run.config), processes, log)
+    except (DataError, CheckpointError, WeightsError, OSError, ValueError) as error:
+        # Before any process of the run has begun.
+        log.write_text(f"{error}\n", encoding="utf-8")
+        why = "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        reason = f"the run cannot start: {without_passwords(why)}"
+        run.note("given_up", reason=reason)
+        return Answer(GIVEN_UP, reason)
+    answer = close_attempt(run, code)
+    return None if answer.code == GO_ON and code == 0 else answer
 
 
 def _told(one: Progress) -> str:

@@ -107,12 +107,14 @@ class SweepFolder:
         """The folder of a row's run."""
         return self.runs / (row if isinstance(row, str) else row.name)
 
-    def origin(self, row: Row) -> list[str]:
+    def origin(self, row: Row) -> str | None:
+        """Where a branch begins, as `resume_from` has it; None for other rows."""
+        return None if row.parent is None else f"{self.run(row.parent)}@{row.parent_step}"
+
+    def settings(self, row: Row) -> list[str]:
         """The settings that name a row's run, its place and where it begins."""
-        settings = [f"name={row.name}", f'run_root="{self.runs}"']
-        if row.parent is not None:
-            settings.append(f'resume_from="{self.run(row.parent)}@{row.parent_step}"')
-        return settings
+        begins = [] if (origin := self.origin(row)) is None else [f'resume_from="{origin}"']
+        return [f"name={row.name}", f'run_root="{self.runs}"', *begins]
 
 
 def is_sweep(path: Path) -> bool:

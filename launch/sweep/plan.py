@@ -126,10 +126,10 @@ def _problems_of_files(grid: Grid, folder: SweepFolder) -> list[tuple[str, str]]
     """What `python -m train` would refuse for the sake of files: corpora, held-out sets, folders of other runs."""
     problems = []
     for row in grid.rows:
-        # Where a branch begins is not there yet; else it is like any other run.
         config = dataclasses.replace(grid.configs[row.name], run_root=str(folder.runs))
-        if _has_begun(folder, row):
-            continue
+        if row.parent is not None and _has_begun(folder, row):
+            # Before, where it begins is not there; else a branch is like any other run.
+            config = dataclasses.replace(config, resume_from=folder.origin(row))
         try:
             open_requirements(config, row.processes, computes_here=False)
         except ConfigError as error:

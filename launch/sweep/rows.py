@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
+from conf import ConfigError
 from conf.passwords import without_passwords
 from launch.folder import LaunchFolder
 from launch.job import LaunchConfig
 from launch.submit import FORMAT_VERSION
-from launch.sweep.manifest import Row, SweepFolder
+from launch.sweep.manifest import Row, SweepFolder, by_text
+from train.changes import changes_of_run
 from train.command import Command, compose_run
 from train.config import RunConfig
 from train.run_directory import RunDirectory, write_atomically
@@ -16,14 +19,27 @@ from train.stored_configuration import as_yaml
 from train.validate import validate
 
 
-def config_of(folder: SweepFolder, row: Row) -> RunConfig:
-    """The configuration of a row's run. Raises ConfigError where it does not work any more."""
-    return compose_run(Command([*row.overrides, *folder.origin(row)]), row.processes)
+def configs_of(folder: SweepFolder, rows: Sequence[Row], processes: int | None = None) -> dict[str, RunConfig]:
+    """Row -> its run, checked against its folder.
 
-
-def problems_on(config: RunConfig, processes: int) -> list[str]:
-    """Why the run does not go on so many processes, one line each. Pure."""
-    return validate(config, processes)
+    `processes`: of each run; None: as it was planned.
+    Raises ConfigError with all problems of all rows: settings that do not work any more, or not on so many processes,
+    and folders that belong to another run.
+    """
+    configs, problems = {}, list[tuple[str, str]]()
+    for row in rows:
+        count = processes or row.processes
+        try:
+            config = compose_run(Command([*row.overrides, *folder.settings(row)]), count)
+        except ConfigError as error:
+            problems += [(row.name, problem) for problem in error.problems]
+            continue
+        found = validate(config, count) or changes_of_run(config, RunDirectory(folder.run(row)))
+        problems += [(row.name, problem) for problem in found]
+        configs[row.name] = config
+    if problems:
+        raise ConfigError(by_text(problems, len(rows)))
+    return configs
 
 
 def prepare(

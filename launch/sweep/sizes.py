@@ -79,17 +79,16 @@ class _Candidate(NamedTuple):
 
 def _candidates(model: ModelConfig, wanted: float, shape: ShapeConfig) -> Iterator[_Candidate]:
     """Models around the aspect ratio, up to the first width that is too large at the least depth."""
-    width, is_larger = shape.multiple_of, False
-    while not is_larger:
-        # From half to twice the aspect ratio.
-        depths = sorted({max(1, math.floor(width / shape.aspect * factor)) for factor in (0.5, 0.7, 1.0, 1.4, 2.0)})
-        for depth in depths:
+    width, smallest = shape.multiple_of, 0
+    while smallest < wanted * _TOLERANCE:
+        # From half to twice the aspect ratio, the deepest first: where that is too small, the others are.
+        for factor in (2.0, 1.4, 1.0, 0.7, 0.5):
+            depth = max(1, math.floor(width / shape.aspect * factor))
             made = replaced(model, scaled(model, width, depth, shape))
-            parameters = count_parameters(made).total
+            smallest = count_parameters(made).total
             aspect = abs(math.log(width / depth / shape.aspect))
-            yield _Candidate(made, parameters, abs(math.log(parameters / wanted)) + _WEIGHT_OF_ASPECT * aspect)
-            if parameters > wanted * _TOLERANCE:
-                is_larger = depth == depths[0]
+            yield _Candidate(made, smallest, abs(math.log(smallest / wanted)) + _WEIGHT_OF_ASPECT * aspect)
+            if smallest * _TOLERANCE < wanted:
                 break
         width += shape.multiple_of
 

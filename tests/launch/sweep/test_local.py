@@ -70,20 +70,35 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(small_corpus, tmp_path, capsys):
-    folder = planned(tmp_path, small_corpus, "~sweep.families.llama")
+    diverges = ["sweep.families.xlstm.learning_rate={value: 1.0e+30}", "training.max_skipped_steps=1"]
+    once = ["launch.attempts_without_progress=1", "sweep.budgets=[1.0e9]", "numbers.bad_steps=null"]
+    folder = planned(tmp_path, small_corpus, *diverges, *once)
     first, second = read_manifest(folder).rows
-    # Where the first should lie is a run of another seed.
-    reference = ["name=other", f"run_root={folder.runs}", f"corpus.directory={small_corpus}", *TINY_RUN]
-    assert run_train([*reference, "seed=5", "training.total_steps=1", "schedule.warmup=0"]).returncode == 0
-    (folder.runs / "other").rename(folder.run(first))
     done = submit(folder)
     assert done.returncode == 1
-    assert f"{first.name}: FAILED: the run refuses its configuration or its data: " in done.stderr
-    assert "seed" in done.stderr and "holds the run 'other'" in done.stderr
+    assert (
+        f"{first.name}: FAILED: given up after 1 attempts without a new checkpoint since its beginning" in done.stderr
+    )
     assert states(folder) == ["failed", "done"] and f"{second.name}: {second.steps} steps, validation" in done.stderr
     assert main(["sweep", "status", str(folder.path)]) == 0
     printed = capsys.readouterr().out
-    assert "2 runs: 1 done, 1 failed" in printed and f"{first.name}: the run refuses" in printed
+    assert "2 runs: 1 done, 1 failed" in printed and f"{first.name}: given up after 1 attempts" in printed
+    assert main(["sweep", "collect", str(folder.path)]) == 0
+    table = read_runs([folder.path / "runs.csv"])
+    assert [run.run for run in table.used] == [second.name] and table.excluded[0].excluded.startswith("failed (")
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_starts(small_corpus, tmp_path, capsys):
+    folder = planned(tmp_path, small_corpus)
+    first = read_manifest(folder).rows[0]
+    folder.run(first).mkdir(parents=True)
+    for name in ("config.yaml", "plan.json", "metrics.jsonl", "events.jsonl"):
+        (folder.run(first) / name).write_bytes((ROOT / "tests/fixtures/0.2.0/runs/tied" / name).read_bytes())
+    assert main(["sweep", "submit", str(folder.path), "--local"]) == 2
+    error = capsys.readouterr().err
+    assert f"{first.name}: name: {folder.run(first)} holds the run 'tied', copied or renamed" in error
+    assert f"{first.name}: model.vocab_size: {folder.run(first)} was started with another value" in error
+    assert not folder.run(read_manifest(folder).rows[1]).exists()
     # A table would tell of another run in its name.
     assert main(["sweep", "collect", str(folder.path)]) == 2
     assert "is another run than the manifest's row" in capsys.readouterr().err
