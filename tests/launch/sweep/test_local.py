@@ -38,8 +38,6 @@ def command(folder: SweepFolder, *options: str) -> list[str]:
         "submit",
         str(folder.path),
         "--local",
-        "--processes",
-        "1",
         *options,
     ]
 

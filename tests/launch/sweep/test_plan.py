@@ -15,8 +15,10 @@ from launch.scaling.flops import run_flops
 from launch.sweep.grid import check_warmups, expand
 from launch.sweep.manifest import Manifest, SweepFolder, read_manifest, write_manifest
 from launch.sweep.plan import manifest_of, plan_sweep, read_sweep
+from launch.sweep.rows import configs_of
 from tests.launch.sweep.sweeps import sweep_of
 from train.config import RunConfig
+from train.stored_configuration import as_yaml
 
 TWO_SIZES = "sweep.sizes=[{d_model: 32, n_blocks: 1}, {d_model: 48, n_blocks: 2}]"
 REUSE = "sweep.reuse={decay: 0.2, warmup: 0.1}"
@@ -213,7 +215,8 @@ def test_a_manifest_is_written_once_and_not_changed_by_accident(planned, small_c
     # A row that has begun must stay.
     begun = planned.run("xlstm-38.1k-2e9")
     begun.mkdir(parents=True)
-    (begun / "config.yaml").write_text("name: xlstm-38.1k-2e9\nmodel: {}\n")
+    row = read_manifest(planned).row(begun.name)
+    (begun / "config.yaml").write_text(as_yaml(configs_of(planned, [row])[row.name]))
     assert main([*other, "--replace"]) == 2
     assert "rows that have begun would be lost or be other runs: xlstm-38.1k-2e9" in capsys.readouterr().err
     more = [*arguments, "sweep.budgets=[1.0e9, 2.0e9, 4.0e9]"]
