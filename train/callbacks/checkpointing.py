@@ -32,11 +32,11 @@ class Checkpointing(Callback):
         self._before_decay: list[int] = []
 
     def on_step_end(self, trainer: Trainer) -> Decision:
-        interval, keep_at = trainer.config.checkpoint.interval, trainer.config.checkpoint.keep_at
+        interval = trainer.config.checkpoint.interval
         if trainer.config.checkpoint.keep_before_decay and last_phase_begins_now(trainer.config, trainer.state):
             self._before_decay.append(trainer.step)
             self._due = trainer.step
-        if trainer.step in keep_at:
+        if trainer.step in trainer.config.checkpoint.keep_at:
             self._due = trainer.step
         if (self._due is not None and trainer.step >= self._due) or (interval and trainer.step % interval == 0):
             self._due = None
@@ -53,7 +53,7 @@ class Checkpointing(Callback):
         if self._scored is not None and self._scored[0] == trainer.step:
             self._best = self._scored if self._best is None else min(self._best, self._scored, key=lambda one: one[1])
         best = [] if self._best is None else [self._best[0]]
-        trainer.save_checkpoint(frozenset([*self._before_decay, *trainer.config.checkpoint.keep_at, *best]))
+        trainer.save_checkpoint(frozenset([*self._before_decay, *best]))
 
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """Try again, after twice as many steps each time. Raises RunError when that was often enough."""
