@@ -73,7 +73,6 @@ class CheckpointWriter:
         self.rank = mesh.rank
         self.keep_last = config.keep_last
         self.keep_every = config.keep_every
-        self.keep_at = config.keep_at
         # Steps whose checkpoints are kept beyond that.
         self.staying: frozenset[int] = frozenset()
         # The step whose checkpoint is on disk already, or on its way.
@@ -246,7 +245,7 @@ class CheckpointWriter:
         kept = [folder for folder in complete if last is not None and step_of(folder) <= last][-1:]
         if self.keep_every is not None:
             kept += [folder for folder in complete if step_of(folder) % self.keep_every == 0]
-        kept += [folder for folder in complete if step_of(folder) in (*self.keep_at, *self.staying)]
+        kept += [folder for folder in complete if step_of(folder) in self.staying]
         old = [folder for folder in complete[: -self.keep_last] if folder not in kept]
         # What is left of one whose deletion failed.
         old += [path for path in step_folders(self.root) if step_of(path) < step_of(newest) and not is_marked(path)]
