@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import positive
+
 QUEUE_COMMANDS = ("submit", "fork", "status", "logs", "cancel", "doctor")
 
 
@@ -21,7 +23,7 @@ def add_queue_commands(commands: Any) -> None:
     text = "a new run that goes on from a step of another: RUN step=N name=NAME key=value ..."
     fork = commands.add_parser("fork", help=text)
     fork.add_argument("run", metavar="RUN", help="the folder of the run to leave")
-    fork.add_argument("--processes", type=int, default=None, help="number of processes on this machine")
+    fork.add_argument("--processes", type=positive, default=None, help="number of processes on this machine")
     fork.add_argument("--plan", action="store_true", help="check and plan the branch, print it, and start nothing")
     fork.add_argument("--dry-run", action="store_true", help="check, print the batch script and write nothing")
     fork.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start the job")

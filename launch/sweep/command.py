@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import positive
+
 # Each command imports what it needs: torch takes seconds.
 
 RUN_COMMANDS = ("plan", "submit", "status")
@@ -32,10 +34,10 @@ def add_run_commands(parts: Any) -> None:
     submit.add_argument("sweep_folder", metavar="DIR", help="that `sweep plan` wrote its manifest to")
     submit.add_argument("--local", action="store_true", help="on this machine, one after another")
     text = "with --local: of each run (default: as many as it was planned for)"
-    submit.add_argument("--processes", type=_whole, metavar="N", help=text)
+    submit.add_argument("--processes", type=positive, metavar="N", help=text)
     text = "with --local: save and end after so long; the same command goes on"
     submit.add_argument("--minutes", type=_minutes, metavar="N", help=text)
-    submit.add_argument("--at-once", type=_whole, metavar="N", help="on a cluster: runs of an array at the same time")
+    submit.add_argument("--at-once", type=positive, metavar="N", help="on a cluster: runs of an array at the same time")
     submit.add_argument("--dry-run", action="store_true", help="print the batch scripts and write nothing")
     submit.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start the jobs")
     text = "go on with the manifest though its configuration files have changed since"
@@ -108,12 +110,6 @@ def _status(options: argparse.Namespace) -> int:
         if not options.watch:
             return 0
         time.sleep(_WATCH_SECONDS)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
-    return int(text)
 
 
 def _minutes(text: str) -> float:

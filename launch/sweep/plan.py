@@ -28,8 +28,8 @@ from launch.sweep.manifest import (
 from train.config import RunConfig
 from train.requirements import open_requirements
 
-# Hours that a run takes on so many processes; None: not known.
-Predict = Callable[[RunConfig, int], float | None]
+# Hours that a run takes from its first step on with the nodes and processes of its row; None: not known.
+Predict = Callable[[RunConfig, Row], float | None]
 _HEADS = ("run", "parameters", "tokens", "FLOPs", "steps", "batch", "rate", "processes", "hours")
 
 
@@ -107,7 +107,7 @@ def manifest_of(
     """The manifest of a grid without problems."""
     rows = grid.rows
     if predict is not None:
-        rows = [dataclasses.replace(row, hours=predict(grid.configs[row.name], row.processes)) for row in rows]
+        rows = [dataclasses.replace(row, hours=_own_hours(row, predict(grid.configs[row.name], row))) for row in rows]
     values = without_passwords(dataclasses.asdict(config))
     if values != dataclasses.asdict(config) or without_passwords(list(arguments)) != list(arguments):
         raise ConfigError(["sweep: its settings hold a password, and a manifest is a file; name the place without it"])
@@ -120,6 +120,11 @@ def _left_out(manifest: Manifest) -> dict[str, list[str]]:
     for one in manifest.left_out:
         found.setdefault(one.key, []).append(one.name)
     return found
+
+
+def _own_hours(row: Row, hours: float | None) -> float | None:
+    """Of a branch those of its own steps."""
+    return None if hours is None else hours * row.own_flops / row.flops
 
 
 def _problems_of_files(grid: Grid, folder: SweepFolder) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from conf import CONF_DIR, ConfigError, compose
 from launch.__main__ import main
 from launch.scaling.flops import run_flops
 from launch.sweep.grid import check_warmups, expand
-from launch.sweep.manifest import Manifest, SweepFolder, read_manifest, write_manifest
+from launch.sweep.manifest import SweepFolder, read_manifest, write_manifest
 from launch.sweep.plan import manifest_of, plan_sweep, read_sweep
 from launch.sweep.rows import configs_of
 from tests.launch.sweep.sweeps import sweep_of
@@ -290,12 +290,14 @@ def test_scripts_of_arrays_are_shown_without_slurm(planned, monkeypatch, capsys)
 
 
 def test_predictions_stand_in_the_manifest_where_something_predicts(tmp_path):
-    config, grid = grid_of(tmp_path, "x", "processes_per_node=2")
+    config, grid = grid_of(tmp_path, "x", "processes_per_node=2", REUSE)
     arguments = sweep_of(tmp_path, "x")
-    manifest: Manifest = manifest_of(config, arguments, grid, lambda run, processes: run.total_steps / processes)
-    row = manifest.rows[0]
-    assert (row.hours, row.gpu_hours) == (row.steps / 2, row.steps)
-    assert manifest_of(config, arguments, grid).rows[0].hours is None
+    assert {row.hours for row in manifest_of(config, arguments, grid).rows} == {None}
+    manifest = manifest_of(config, arguments, grid, lambda run, row: run.total_steps / row.processes)
+    trunk, branch, _ = manifest.rows[:3]
+    assert (trunk.hours, trunk.gpu_hours) == (trunk.steps / 2, trunk.steps)
+    # Of a branch its own steps.
+    assert branch.hours == pytest.approx((branch.steps - branch.parent_step) / 2)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "sweep").glob("*.yaml")))
