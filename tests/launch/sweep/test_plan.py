@@ -13,9 +13,10 @@ from conf import CONF_DIR, ConfigError, compose
 from launch.__main__ import main
 from launch.scaling.flops import run_flops
 from launch.sweep.grid import check_warmups, expand
-from launch.sweep.manifest import SweepFolder, read_manifest, write_manifest
+from launch.sweep.manifest import Row, SweepFolder, read_manifest, write_manifest
 from launch.sweep.plan import manifest_of, plan_sweep, read_sweep
 from launch.sweep.rows import configs_of
+from tests.documented import quoted, table
 from tests.launch.sweep.sweeps import sweep_of
 from train.config import RunConfig
 from train.stored_configuration import as_yaml
@@ -298,6 +299,11 @@ def test_predictions_stand_in_the_manifest_where_something_predicts(tmp_path):
     assert (trunk.hours, trunk.gpu_hours) == (trunk.steps / 2, trunk.steps)
     # Of a branch its own steps.
     assert branch.hours == pytest.approx((branch.steps - branch.parent_step) / 2)
+
+
+def test_every_key_of_a_row_is_documented():
+    documented = [key for row in table("scaling_laws.md", "key") for key in quoted(row[0])]
+    assert documented == [field.name for field in dataclasses.fields(Row)]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "sweep").glob("*.yaml")))
