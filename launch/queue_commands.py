@@ -39,7 +39,7 @@ def add_queue_commands(commands: Any) -> None:
     logs.add_argument("--attempt", type=int, help="of this attempt; without it, of the last one")
     logs.add_argument("--follow", action="store_true", help="go on as more is printed, in later attempts too")
     cancel = commands.add_parser("cancel", help="let a run save and end, and take its jobs out of the queue")
-    cancel.add_argument("run", help="the run's folder")
+    cancel.add_argument("run", help="the folder of a run, or of a sweep")
     cancel.add_argument("--now", action="store_true", help="at once: what was not saved is lost")
     commands.add_parser("doctor", help="what this machine lacks, and the commands that mend it")
 

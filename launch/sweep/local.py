@@ -74,7 +74,7 @@ def run_locally(folder: SweepFolder, manifest: Manifest, launch: LaunchConfig, o
                 break
             _say(f"[{manifest.rows.index(row) + 1}/{len(manifest.rows)}] {row.name}: {row.steps:,} steps")
             if not _run(folder, row, configs[row.name], launch, options.processes or row.processes):
-                _say("interrupted; the same command goes on")
+                _say(f"{'the time is over' if interrupts.is_late else 'interrupted'}; the same command goes on")
                 break
         found = progress(folder, manifest, queue)
     _say("\n".join([summary(found), *reasons(found)]))

@@ -135,7 +135,9 @@ def test_a_submission_that_was_killed_behind_sbatch_is_not_made_twice(cluster, l
     run = folder.run(read_manifest(folder).rows[0])
     assert launch("cancel", str(run)).returncode == 0
     assert states(launch, folder.path) == ["waiting", *["queued"] * 3]
-    cluster.ask("scancel", array)
+    assert launch("cancel", str(folder.path)).stderr.count("is cancelled") == 3
+    assert states(launch, folder.path) == ["waiting"] * 4
+    assert "no job of it waits or runs" in launch("cancel", str(folder.path)).stderr
 
 
 @pytest.mark.parametrize(
