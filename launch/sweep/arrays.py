@@ -148,7 +148,7 @@ def _queue(
     throttle = "" if at_once is None else f"%{at_once}"
     options = [f"--array={ranges(array.tasks)}{throttle}", *_dependency(folder, array.trunk, launch)]
     number = slurm.submit(str(place.script), *options)
-    _note_job(folder, manifest, place.folder, number)
+    _note_job(folder, place, number)
     return number
 
 
@@ -170,11 +170,12 @@ def _dependency(folder: SweepFolder, trunk: Row | None, launch: LaunchConfig) ->
     return [f"--dependency={','.join([*also, f'afterok:{jobs[-1]}'])}", "--kill-on-invalid-dep=yes"]
 
 
-def _note_job(folder: SweepFolder, manifest: Manifest, submission: Path, number: str) -> None:
-    """Tell each run its job."""
-    for task in json.loads((submission / _TASKS).read_text(encoding="utf-8")):
-        write_atomically(LaunchFolder(folder.run(manifest.rows[task])).jobs, f"{number}_{task}\n")
-    write_atomically(submission / _JOB, number)
+def _note_job(folder: SweepFolder, place: ArrayPlace, number: str) -> None:
+    """Tell each run its job. By the array's own list of rows: the manifest may have got others since."""
+    runs = place.rows.read_text(encoding="utf-8").splitlines()
+    for task in json.loads((place.folder / _TASKS).read_text(encoding="utf-8")):
+        write_atomically(LaunchFolder(folder.run(Path(runs[task]).name)).jobs, f"{number}_{task}\n")
+    write_atomically(place.folder / _JOB, number)
 
 
 def adopt(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJob]) -> None:
@@ -185,7 +186,7 @@ def adopt(folder: SweepFolder, manifest: Manifest, queue: Sequence[slurm.QueuedJ
         name = name_of(manifest, submission)
         numbers = {job.number.partition("_")[0] for job in queue if job.name == name}
         for number in sorted(numbers)[:1]:
-            _note_job(folder, manifest, submission, number)
+            _note_job(folder, ArrayPlace(folder.path, submission, Path.cwd()), number)
             _say(f"array {number} was queued by a command that was interrupted; its runs are not queued again")
 
 

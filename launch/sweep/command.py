@@ -7,9 +7,12 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.arguments import positive
+
+if TYPE_CHECKING:
+    from launch.sweep.manifest import Manifest
 
 # Each command imports what it needs: torch takes seconds.
 
@@ -63,7 +66,7 @@ def _submit(options: argparse.Namespace) -> int:
     from launch.sweep.arrays import ArrayOptions, submit_arrays
     from launch.sweep.local import LocalOptions, run_locally
     from launch.sweep.manifest import SweepFolder, read_manifest
-    from launch.sweep.plan import changes_since, machines_of
+    from launch.sweep.plan import machines_of
 
     on_cluster = {"--at-once": options.at_once, "--dry-run": options.dry_run, "--test-only": options.test_only}
     here = {"--processes": options.processes, "--minutes": options.minutes}
@@ -76,7 +79,7 @@ def _submit(options: argparse.Namespace) -> int:
         raise ConfigError(problems)
     folder = SweepFolder(Path(options.sweep_folder))
     manifest = read_manifest(folder)
-    if not options.as_planned and (changes := changes_since(folder, manifest)):
+    if not options.as_planned and (changes := _changes(manifest)):
         raise ConfigError(
             [
                 f"{folder.manifest}: its configuration has changed since it was planned; plan it again with --replace, "
@@ -90,6 +93,17 @@ def _submit(options: argparse.Namespace) -> int:
             folder, manifest, machines, ArrayOptions(options.at_once, options.dry_run, options.test_only)
         )
     return run_locally(folder, manifest, machines.launch, LocalOptions(options.processes, options.minutes))
+
+
+def _changes(manifest: Manifest) -> list[str]:
+    """How a sweep would be planned otherwise today, or why it would not be planned at all."""
+    from conf import ConfigError
+    from launch.sweep.plan import changes_since
+
+    try:
+        return changes_since(manifest)
+    except ConfigError as error:
+        return error.problems
 
 
 def _status(options: argparse.Namespace) -> int:

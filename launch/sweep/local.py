@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -192,7 +192,7 @@ def holding(folder: SweepFolder) -> Iterator[None]:
 class _Interrupts:
     """What asks the sweep to stop: signals between two runs, and its own clock. During a run signals go to that."""
 
-    def __init__(self, minutes: float | None, lose_terminal: object):
+    def __init__(self, minutes: float | None, lose_terminal: Callable[[str], object]):
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._lose_terminal = lose_terminal
         self._timer: threading.Timer | None = None
@@ -217,7 +217,7 @@ class _Interrupts:
 
     def _answer(self, number: signal.Signals) -> None:
         if is_lost_terminal(number):
-            self._lose_terminal(number.name)  # type: ignore[operator]
+            self._lose_terminal(number.name)
             return
         # Nothing is under way that has something to save.
         _say(f"stopped by {number.name} between two runs; the same command goes on")

@@ -163,7 +163,8 @@ def _compare_with_planned(manifest: Manifest, folder: SweepFolder, replace: bool
         return False
     changes = compare(before, manifest)
     if not changes:
-        return True
+        # But for predictions, which may have come since.
+        return [row.hours for row in before.rows] == [row.hours for row in manifest.rows]
     now = {row.name: row for row in manifest.rows}
     begun = [row for row in before.rows if _has_begun(folder, row)]
     lost = [row.name for row in begun if row.name not in now or not is_same_run(row, now[row.name])]
@@ -190,7 +191,7 @@ def _names(manifest: Manifest) -> set[str]:
     return {row.name for row in manifest.rows}
 
 
-def changes_since(folder: SweepFolder, manifest: Manifest) -> list[str]:
+def changes_since(manifest: Manifest) -> list[str]:
     """What the command that planned a sweep would plan otherwise today, one line each: its files may have changed.
 
     Raises ConfigError where it would plan nothing any more.

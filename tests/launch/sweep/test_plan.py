@@ -265,6 +265,10 @@ def test_a_sweep_whose_files_have_changed_since_is_refused_with_what_differs(pla
         assert "sweep.learning_rate.value: 0.5 -> 0.01" in error
         assert "rows with other settings: xlstm-38.1k-1e9, xlstm-38.1k-2e9, llama-38k-1e9 and 1 more" in error
     assert not planned.runs.exists()
+    # As if the file was not there any more.
+    write_manifest(dataclasses.replace(manifest, arguments=["sweep=gone", *manifest.arguments[1:]]), planned)
+    assert main(["sweep", "submit", str(planned.path), "--local"]) == 2
+    assert "sweep=gone: conf/sweep/ has no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
