@@ -259,11 +259,11 @@ def _validate_keep_best(config: RunConfig) -> list[str]:
 
 def _validate_intervals(config: RunConfig) -> list[str]:
     problems = [
+        *(problem for step in config.checkpoint.keep_at for problem in at_least("checkpoint.keep_at", step, 1)),
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
         *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         *at_least("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 0),
         *at_least("checkpoint.keep_every", config.checkpoint.keep_every, 1),
-        *(problem for step in config.checkpoint.keep_at for problem in at_least("checkpoint.keep_at", step, 1)),
         *choice("checkpoint.on_corrupt", config.checkpoint.on_corrupt, ON_CORRUPT),
         *_validate_keep_best(config),
         *validate_evaluation(config),
