@@ -21,6 +21,7 @@ from typing import Any
 from conf import CONF_DIR, compose
 from data_pipeline.preparing.config import PrepareConfig, validate_prepare
 from launch.job import SubmitConfig, validate_machines
+from launch.sweep.config import SweepPlanConfig, validate_sweep
 from train.config import RunConfig
 from train.validate import validate
 
@@ -63,13 +64,16 @@ def page() -> str:
     run = compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
     preparation = compose(PrepareConfig, "prepare", ["output=DIR"])
     submission = compose(SubmitConfig, "submit")
+    sweep = compose(SweepPlanConfig, "sweep")
     required = {"name", "corpus.directory", "output"}
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
     of_preparation = {section.schema for section in sections(preparation)} - {PrepareConfig}
     missing = [
         problem
-        for schema in {section.schema: None for tree in (run, preparation, submission) for section in sections(tree)}
+        for schema in {
+            section.schema: None for tree in (run, preparation, submission, sweep) for section in sections(tree)
+        }
         for problem in undocumented(schema)
     ]
     if missing:
@@ -88,6 +92,11 @@ def page() -> str:
     lines.append("## A submission: `python -m launch submit`\n")
     for section in sections(submission):
         lines += _render(section, required, lambda key: _choices(submission, key, validate_machines))
+    lines.append("## A sweep: `python -m launch sweep plan`\n")
+    for section in sections(sweep):
+        # The machines of its runs are those of a submission.
+        if section.path.startswith("sweep."):
+            lines += _render(section, required, lambda key: _choices(sweep, key, validate_sweep))
     return "\n".join(lines)
 
 

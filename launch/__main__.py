@@ -12,6 +12,7 @@ from conf.command_line import exit_code, parse_arguments
 from conf.lasting_output import lasting_output
 from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, MachineError
+from launch.arguments import positive
 from launch.queue_commands import QUEUE_COMMANDS, add_queue_commands, run_queue_command
 from launch.scaling.command import add_sweep_commands, run_sweep_command
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch", description=purpose)
     commands = parser.add_subparsers(dest="command", required=True)
     local = commands.add_parser("local", help="train on this machine, one process for each GPU (two without a GPU)")
-    local.add_argument("--processes", type=_positive, default=None, help="number of processes")
+    local.add_argument("--processes", type=positive, default=None, help="number of processes")
     local.add_argument("--plan", action="store_true", help="check and plan the run, print it, and start nothing")
     local.add_argument("--config", metavar="FILE", help="a run's config.yaml: its values, with overrides on top")
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
@@ -33,7 +34,9 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(parser, arguments)
     if options.command == "sweep":
         interrupted = "launch: interrupted; the same command begins again"
-        return exit_code(lambda: run_sweep_command(options), (OSError,), interrupted, (ValueError,))
+        return exit_code(
+            lambda: run_sweep_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
+        )
     if options.command in QUEUE_COMMANDS:
         interrupted = "launch: interrupted; jobs that are in the queue stay there"
         return exit_code(
@@ -74,12 +77,6 @@ def _exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("launch: interrupted; the same command goes on", file=sys.stderr)
         return 1
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

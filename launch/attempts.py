@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.slurm_variables import job_identity, job_nodes
 from launch.folder import LaunchFolder
@@ -30,6 +30,13 @@ UNFIT = 1
 # What srun says of the first task that it lost.
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<what>.+)")
 _MOST = 400
+
+
+class Answer(NamedTuple):
+    """What follows: GO_ON, DONE or GIVEN_UP. `text`: why; of an attempt that begins, its number."""
+
+    code: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -57,21 +64,30 @@ def is_complete(run: RunDirectory, since: str = "") -> bool:
 
 
 def begin(folder: LaunchFolder) -> int:
-    """Note one more attempt and print its number, unless there is nothing to do."""
+    """`open_attempt` for a batch script: prints the attempt's number, or why there is none."""
+    answer = open_attempt(folder)
+    if answer.code == GO_ON:
+        print(answer.text)
+    else:
+        print(f"launch: {answer.text}", file=sys.stderr)
+    return answer.code
+
+
+def open_attempt(folder: LaunchFolder) -> Answer:
+    """Note one more attempt, unless there is nothing to do."""
     run = RunDirectory(folder.run)
     if folder.cancelled.exists():
-        return _tell(folder, DONE, "the run was cancelled; submit it again to go on")
+        return _note(folder, DONE, "the run was cancelled; submit it again to go on")
     history = folder.since_submission()
     started = [line for line in history if line["event"] == "begin"]
     if started and is_complete(run, started[0]["time"]):
-        return _tell(folder, DONE, "the run is complete")
+        return _note(folder, DONE, "the run is complete")
     if (problem := _stuck(folder, history, run)) is not None:
-        return _tell(folder, GIVEN_UP, problem)
+        return _note(folder, GIVEN_UP, problem)
     attempt = sum(line["event"] == "begin" for line in folder.history()) + 1
     folder.note("begin", attempt=attempt, job=job_identity(), nodes=job_nodes(), checkpoint=newest_step(run))
     folder.logs(attempt).mkdir(parents=True, exist_ok=True)
-    print(attempt)
-    return GO_ON
+    return Answer(GO_ON, str(attempt))
 
 
 def _stuck(folder: LaunchFolder, history: Sequence[dict[str, Any]], run: RunDirectory) -> str | None:
@@ -166,7 +182,19 @@ def _report(path: Path) -> list[str]:
 
 
 def settle(folder: LaunchFolder, code: int) -> int:
-    """Say what follows the attempt that has ended with `code`, and print the nodes to leave out of the next."""
+    """`close_attempt` for a batch script: says what follows, and prints the nodes to leave out of the next attempt."""
+    answer = close_attempt(folder, code)
+    if answer.code != GO_ON:
+        print(f"launch: {answer.text}", file=sys.stderr)
+        return answer.code
+    attempt = [line for line in folder.since_submission() if line["event"] == "begin"][-1]
+    print(f"launch: attempt {attempt['attempt']}: {answer.text}; the run goes on in another", file=sys.stderr)
+    print(",".join(_failing_nodes(folder)))
+    return answer.code
+
+
+def close_attempt(folder: LaunchFolder, code: int) -> Answer:
+    """Note how the attempt that has ended with `code` ended, and what follows."""
     run, history = RunDirectory(folder.run), folder.since_submission()
     attempt = [line for line in history if line["event"] == "begin"][-1]
     if is_complete(run, "" if code == 0 else attempt["time"]):
@@ -190,13 +218,9 @@ def _unless_stuck(
     return (GO_ON, reason) if problem is None else (GIVEN_UP, problem)
 
 
-def _end(folder: LaunchFolder, attempt: dict[str, Any], answer: int, reason: str, **fields: Any) -> int:
+def _end(folder: LaunchFolder, attempt: dict[str, Any], answer: int, reason: str, **fields: Any) -> Answer:
     folder.note("end", attempt=attempt["attempt"], reason=reason, **fields)
-    if answer != GO_ON:
-        return _tell(folder, answer, reason)
-    print(f"launch: attempt {attempt['attempt']}: {reason}; the run goes on in another", file=sys.stderr)
-    print(",".join(_failing_nodes(folder)))
-    return answer
+    return Answer(answer, reason) if answer == GO_ON else _note(folder, answer, reason)
 
 
 def _failing_nodes(folder: LaunchFolder) -> list[str]:
@@ -207,10 +231,9 @@ def _failing_nodes(folder: LaunchFolder) -> list[str]:
     return sorted(unfit | {node for node, times in failed.items() if limit and times >= limit})
 
 
-def _tell(folder: LaunchFolder, answer: int, reason: str) -> int:
-    folder.note("given_up" if answer == GIVEN_UP else "done", reason=reason)
-    print(f"launch: {reason}", file=sys.stderr)
-    return answer
+def _note(folder: LaunchFolder, code: int, reason: str) -> Answer:
+    folder.note("given_up" if code == GIVEN_UP else "done", reason=reason)
+    return Answer(code, reason)
 
 
 def main(arguments: list[str]) -> int:

@@ -137,8 +137,8 @@ def read_job(arguments: Sequence[str], base: Path | None = None) -> tuple[Job, R
 
     Raises ConfigError with all problems, but what `open_requirements` finds of a run whose values can be read.
     """
-    of_machines = [argument for argument in arguments if _is_of_machines(argument)]
-    overrides = [argument for argument in arguments if not _is_of_machines(argument)]
+    of_machines = [argument for argument in arguments if is_of_machines(argument)]
+    overrides = [argument for argument in arguments if not is_of_machines(argument)]
     problems: list[str] = []
     try:
         machines = compose(SubmitConfig, "submit", of_machines, validate_machines)
@@ -160,7 +160,8 @@ def _compose_alone(overrides: list[str], base: Path | None, problems: list[str])
         problems += error.problems
 
 
-def _is_of_machines(argument: str) -> bool:
+def is_of_machines(argument: str) -> bool:
+    """Whether a setting is of the machines of a job, not of its run."""
     key = argument.lstrip("+~").partition("=")[0].replace("-", "_")
     return key in ("nodes", "gpus_per_node", "processes_per_node", "launch") or key.startswith("launch.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,8 +20,10 @@ def default_processes() -> int:
     return torch.cuda.device_count() or CPU_PROCESSES
 
 
-def train_locally(given: Command, processes: int) -> int:
+def train_locally(given: Command, processes: int, log: Path | None = None) -> int:
     """Run `python -m train` as `given` in `processes` processes; returns the exit code.
+
+    `log`: the file that gets what they print; None: they print where this process does.
 
     Raises ConfigError for a configuration that cannot work, a missing or incomplete corpus included, before any process
     starts: torchrun's own exit code is 1 whatever the processes say.
@@ -35,7 +38,7 @@ def train_locally(given: Command, processes: int) -> int:
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, "-m", *launcher, "-m", "train", *given.arguments]
-    return TrainingProcesses(processes).run(command, _environment(processes))
+    return TrainingProcesses(processes).run(command, _environment(processes), log)
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -33,8 +33,11 @@ class TrainingProcesses:
         self._is_started = threading.Event()
         self._ended_early = False
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Run `command` to its end and return its exit code; 0 where it was stopped before it could train."""
+    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> int:
+        """Run `command` to its end and return its exit code; 0 where it was stopped before it could train.
+
+        `log`: the file that gets what it prints, in the place of this process's output.
+        """
         with (
             lasting_output() as output,
             SignalListener(
@@ -42,7 +45,10 @@ class TrainingProcesses:
                 lambda number: output.lose_terminal(number.name) if is_lost_terminal(number) else self.pass_on(number),
             ),
         ):
-            self._started = subprocess.Popen(command, env=environment, process_group=0)
+            with contextlib.nullcontext() if log is None else log.open("ab") as printed:
+                self._started = subprocess.Popen(
+                    command, env=environment, process_group=0, stdout=printed, stderr=printed
+                )
             self._is_started.set()
             code = self._started.wait()
         return 0 if self._ended_early else code

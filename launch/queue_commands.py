@@ -1,12 +1,15 @@
-"""The commands of `python -m launch` that have to do with a cluster: submit, status, logs, cancel, doctor."""
+"""The commands of `python -m launch` that have to do with a cluster: submit, fork, status, logs, cancel, doctor."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-QUEUE_COMMANDS = ("submit", "status", "logs", "cancel", "doctor")
+from launch.arguments import positive
+
+QUEUE_COMMANDS = ("submit", "fork", "status", "logs", "cancel", "doctor")
 
 
 # Of what `add_subparsers` returns, argparse has no public type.
@@ -17,6 +20,15 @@ def add_queue_commands(commands: Any) -> None:
     submit.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start the job")
     submit.add_argument("--config", metavar="FILE", help="a run's config.yaml: its values, with overrides on top")
     submit.add_argument("overrides", nargs="*", help="what `python -m train` takes, and nodes, gpus_per_node, launch.*")
+    text = "a new run that goes on from a step of another: RUN step=N name=NAME key=value ..."
+    fork = commands.add_parser("fork", help=text)
+    fork.add_argument("run", metavar="RUN", help="the folder of the run to leave")
+    fork.add_argument("--processes", type=positive, default=None, help="number of processes on this machine")
+    fork.add_argument("--plan", action="store_true", help="check and plan the branch, print it, and start nothing")
+    fork.add_argument("--dry-run", action="store_true", help="check, print the batch script and write nothing")
+    fork.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start the job")
+    text = "step=N (without it: the newest checkpoint), name=NAME, and what `launch submit` takes"
+    fork.add_argument("overrides", nargs="*", help=text)
     status = commands.add_parser("status", help="how far runs are, and what the queue says of them")
     status.add_argument("folder", nargs="?", default="runs", help="a run, or a folder with runs somewhere below (runs)")
     status.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
@@ -27,7 +39,7 @@ def add_queue_commands(commands: Any) -> None:
     logs.add_argument("--attempt", type=int, help="of this attempt; without it, of the last one")
     logs.add_argument("--follow", action="store_true", help="go on as more is printed, in later attempts too")
     cancel = commands.add_parser("cancel", help="let a run save and end, and take its jobs out of the queue")
-    cancel.add_argument("run", help="the run's folder")
+    cancel.add_argument("run", help="the folder of a run, or of a sweep")
     cancel.add_argument("--now", action="store_true", help="at once: what was not saved is lost")
     commands.add_parser("doctor", help="what this machine lacks, and the commands that mend it")
 
@@ -40,6 +52,11 @@ def run_queue_command(options: argparse.Namespace) -> int:
 
         base = None if options.config is None else Path(options.config)
         return submit(Submission(options.overrides, base, options.dry_run, options.test_only))
+    if options.command == "fork":
+        from launch.fork import Fork, fork
+
+        given = Fork(Path(options.run), options.overrides, options.processes, options.plan)
+        return fork(dataclasses.replace(given, dry_run=options.dry_run, test_only=options.test_only))
     if options.command == "status":
         from launch.status import show_status
 

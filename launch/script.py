@@ -1,4 +1,4 @@
-"""The batch script of a run, from the templates in slurm/."""
+"""The batch script of a run, or of an array of runs, from the templates in slurm/."""
 
 from __future__ import annotations
 
@@ -22,9 +22,71 @@ class Place:
 
     folder: LaunchFolder
     work: Path
+    template = "train.sbatch.j2"
+    command = "submit"
+
+    @property
+    def root(self) -> Path:
+        """The folder that the job reads and writes."""
+        return self.folder.run
+
+    @property
+    def code(self) -> Path:
+        return self.folder.code
+
+    @property
+    def preflight(self) -> Path:
+        return self.folder.preflight
+
+    @property
+    def output(self) -> Path:
+        """Of the batch script."""
+        return self.folder.run / "logs" / "slurm-%j.out"
+
+    def variables(self, name: str) -> dict[str, str]:
+        """What only its template has."""
+        return {"run": str(self.folder.run), "name": name}
 
 
-def sbatch_options(job: Job, name: str, place: Place) -> list[str]:
+@dataclass(frozen=True)
+class ArrayPlace:
+    """The same of an array, whose tasks are runs below `root`. Absolute paths."""
+
+    root: Path
+    # Of this array.
+    folder: Path
+    work: Path
+    template = "array.sbatch.j2"
+    command = "sweep submit"
+
+    @property
+    def code(self) -> Path:
+        return self.folder / "code"
+
+    @property
+    def preflight(self) -> Path:
+        return self.folder / "preflight.sh"
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "array.sbatch"
+
+    @property
+    def rows(self) -> Path:
+        """A line for each row of the sweep, with the folder of its run: task N is the line N + 1."""
+        return self.folder / "rows"
+
+    @property
+    def output(self) -> Path:
+        """Of the batch script, until it knows its run."""
+        return self.folder / "slurm-%A_%a.out"
+
+    def variables(self, name: str) -> dict[str, str]:
+        """What only its template has."""
+        return {"rows": str(self.rows)}
+
+
+def sbatch_options(job: Job, name: str, place: Place | ArrayPlace) -> list[str]:
     """The options of the script's head."""
     machines, launch = job.machines, job.machines.launch
     memory = launch.memory or ("0" if launch.exclusive else None)
@@ -45,7 +107,7 @@ def sbatch_options(job: Job, name: str, place: Place) -> list[str]:
         "dependency": launch.dependency,
         "mail-user": launch.mail,
         "mail-type": ",".join(launch.mail_events) if launch.mail and launch.mail_events else None,
-        "output": place.folder.run / "logs" / "slurm-%j.out",
+        "output": place.output,
         "open-mode": "append",
         "wait-all-nodes": 1,
     }
@@ -61,8 +123,8 @@ def _in_head(value: object) -> str:
     return f'"{text}"' if " " in text else text
 
 
-def render(job: Job, name: str, place: Place) -> str:
-    """The batch script of the run `name`."""
+def render(job: Job, name: str, place: Place | ArrayPlace) -> str:
+    """The batch script of the run, or of the array, `name`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -73,11 +135,12 @@ def render(job: Job, name: str, place: Place) -> str:
     alone = [*inside]
     if launch.container.kind == "pyxis":
         alone = ["srun", "--nodes=1", "--ntasks=1", "--overlap", *in_step]
-    return environment.get_template("train.sbatch.j2").render(
+    return environment.get_template(place.template).render(
         options=sbatch_options(job, name, place),
-        run=str(place.folder.run),
+        command=place.command,
         work=str(place.work),
-        code=str(place.folder.code),
+        code=str(place.code),
+        preflight_script=str(place.preflight),
         setup=launch.setup,
         environment=launch.environment.items(),
         python=[sys.executable if launch.container.kind is None else launch.container.python],
@@ -91,7 +154,7 @@ def render(job: Job, name: str, place: Place) -> str:
         cpus="" if launch.cpus_per_task is None else f" --cpus-per-task={launch.cpus_per_task}",
         in_step="".join(f" {_quoted(word)}" for word in in_step),
         inside="".join(f"{_quoted(word)} " for word in inside),
-        name=f"name={name}",
+        **place.variables(name),
     )
 
 
@@ -103,12 +166,12 @@ def _quoted_words(words: Iterable[str]) -> str:
     return shlex.join(words)
 
 
-def _container(container: ContainerConfig, place: Place) -> tuple[list[str], list[str]]:
+def _container(container: ContainerConfig, place: Place | ArrayPlace) -> tuple[list[str], list[str]]:
     """(options of srun, words before a command) by which a process is in the container."""
     if container.kind is None:
         return [], []
     # The code is in the run's folder.
-    mounts = [f"{path}:{path}" for path in dict.fromkeys((place.work, place.folder.run))] + container.mounts
+    mounts = [f"{path}:{path}" for path in dict.fromkeys((place.work, place.root))] + container.mounts
     if container.kind == "pyxis":
         image = [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
         return [*image, f"--container-workdir={place.work}", "--no-container-mount-home"], []

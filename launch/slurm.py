@@ -13,6 +13,8 @@ from launch.job import Job, seconds_of
 
 # Seconds that a controller may take to answer.
 PATIENCE = 60
+# States of a job that waits or runs, or may do so again.
+LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED")
 
 
 class SlurmError(OSError):
@@ -35,19 +37,25 @@ class Partition:
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that Slurm remembers."""
+    """A job that Slurm remembers, or a task of an array."""
 
+    # Of a task that of the array and its own: 12_3.
     number: str
     # As Slurm calls it: PENDING, RUNNING, COMPLETED, ...
     state: str
     # Why it waits or has ended; "None" while it runs.
     reason: str
     nodes: str
+    name: str = ""
 
     @property
     def is_live(self) -> bool:
         """Whether it waits or runs, or may do so again."""
-        return self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED")
+        return self.state in LIVE
+
+    def is_of(self, numbers: Sequence[str]) -> bool:
+        """Whether it is one of these jobs, or a task of one of these arrays."""
+        return self.number in numbers or self.number.partition("_")[0] in numbers
 
 
 def ask(*command: str, text: str | None = None) -> str:
@@ -157,15 +165,16 @@ def submit(script: str, *options: str) -> str:
 
 def queue() -> list[QueuedJob]:
     """This user's jobs that Slurm remembers, those that have ended a while ago included."""
-    lines = ask("squeue", "--me", "-h", "-t", "all", "-o", "%i|%T|%r|%N").splitlines()
-    return [QueuedJob(*line.split("|")) for line in lines if line.count("|") == 3]
+    # A line for each task of an array; what a name may be comes last.
+    lines = ask("squeue", "--me", "-r", "-h", "-t", "all", "-o", "%i|%T|%r|%N|%j").splitlines()
+    return [QueuedJob(*line.split("|", 4)) for line in lines if line.count("|") >= 4]
 
 
 def live(numbers: Sequence[str]) -> list[QueuedJob]:
     """Those of the jobs with these numbers that wait or run."""
     if not numbers:
         return []
-    return [job for job in queue() if job.number.partition("_")[0] in numbers and job.is_live]
+    return [job for job in queue() if job.is_of(numbers) and job.is_live]
 
 
 def signal_steps(number: str, signal: str) -> None:

@@ -25,7 +25,7 @@ _COLUMNS = ("run", "queue", "state", "step", "tokens", "loss", "tokens/s", "atte
 def show_status(path: Path, watch: bool, as_json: bool) -> int:
     """Print a table of all runs at or below `path`. Raises ConfigError where there is none."""
     while True:
-        runs = [status_of(run, jobs) for jobs in [_queue()] for run in find_runs(path)]
+        runs = [status_of(run, jobs) for jobs in [known_queue()] for run in find_runs(path)]
         if not runs:
             raise ConfigError([f"{path}: no run lies there; name a run's folder, or one that has runs below"])
         if as_json:
@@ -50,7 +50,7 @@ def find_runs(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def _queue() -> list[slurm.QueuedJob] | None:
+def known_queue() -> list[slurm.QueuedJob] | None:
     """None where this machine has no Slurm, or it does not answer: what folders say is shown all the same."""
     try:
         return slurm.queue()
@@ -66,7 +66,7 @@ def status_of(run: Path, queue: Sequence[slurm.QueuedJob] | None) -> dict[str, A
     """What is known of one run, as JSON values."""
     folder = LaunchFolder(run)
     found: dict[str, Any] = {"name": run.name, "directory": str(run), "state": "not started", "steps": 0, "tokens": 0}
-    found |= {"total_steps": None, "loss": None, "tokens_per_second": None, "reason": None}
+    found |= {"total_steps": None, "loss": None, "held_out": {}, "tokens_per_second": None, "reason": None}
     if (run / "config.yaml").is_file():
         try:
             summary = summarise(run)
@@ -79,7 +79,7 @@ def status_of(run: Path, queue: Sequence[slurm.QueuedJob] | None) -> dict[str, A
     ended = [line["reason"] for line in history if line["event"] in ("given_up", "done")]
     found["verdict"] = ended[-1] if ended else None
     numbers = folder.job_numbers()
-    jobs = [job for job in queue or () if job.number.partition("_")[0] in numbers]
+    jobs = [job for job in queue or () if job.is_of(numbers)]
     live = [job for job in jobs if job.is_live]
     found["jobs"] = [
         {"number": job.number, "state": job.state, "reason": job.reason, "nodes": job.nodes} for job in jobs

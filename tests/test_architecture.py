@@ -33,12 +33,20 @@ READ_VALUES = {
     "launch/__main__.py",
     "launch/cancel.py",
     "launch/demo.py",
+    "launch/fork.py",
     "launch/job.py",
     "launch/logs.py",
     "launch/scaling/collect.py",
     "launch/slurm.py",
     "launch/status.py",
     "launch/submit.py",
+    "launch/sweep/arrays.py",
+    "launch/sweep/command.py",
+    "launch/sweep/grid.py",
+    "launch/sweep/local.py",
+    "launch/sweep/manifest.py",
+    "launch/sweep/plan.py",
+    "launch/sweep/rows.py",
 }
 # How to speak of values that are wrong, and to whom, and which files may be touched; they import nothing, so that every
 # package may import them.

@@ -158,6 +158,9 @@ class CheckpointConfig:
     max_failed_saves: int = 8
     # Checkpoints at multiples of this step are kept for good; null: none.
     keep_every: int | None = None
+    # Steps after each of which one is written, whatever the interval says, and kept for good, such as those from which
+    # branches are to begin.
+    keep_at: list[int] = field(default_factory=list)
     # A held-out set (<set> or <set>/<source>): of the checkpoints at whose step it was scored, the one with the lowest
     # loss is kept until a better one is; null: none.
     keep_best: str | None = None

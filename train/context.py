@@ -407,13 +407,14 @@ def _keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
     """Of the checkpoints that are kept and the one that is written before the oldest goes, some may be there."""
     free, there = shutil.disk_usage(directory.path).free, len(complete_checkpoints(directory.checkpoints))
-    interval = config.checkpoint.interval
-    to_come = 1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval)
+    interval, named = config.checkpoint.interval, len(config.checkpoint.keep_at)
+    to_come = named + (1 if not interval else -(-(plan.total_steps - plan.completed_steps) // interval))
     decays = last_phase_begins(config.schedule, plan.total_steps) is not None
     beyond = int(config.checkpoint.keep_best is not None) + int(config.checkpoint.keep_before_decay and decays)
     # One stays until it is copied.
     beyond += int(config.checkpoint.mirror is not None)
     missing = max(1, min(to_come, config.checkpoint.keep_last + beyond + 1 - there))
+    missing = max(1, min(to_come, config.checkpoint.keep_last + named + beyond + 1 - there))
     if free < missing * plan.checkpoint_bytes:
         raise RunError(
             f"{directory.path} has {gib(free)} free, and {missing} more checkpoints of {gib(plan.checkpoint_bytes)} "

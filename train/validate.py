@@ -273,6 +273,7 @@ def _validate_mirror(config: RunConfig) -> list[str]:
 
 def _validate_intervals(config: RunConfig) -> list[str]:
     problems = [
+        *(problem for step in config.checkpoint.keep_at for problem in at_least("checkpoint.keep_at", step, 1)),
         *at_least("checkpoint.interval", config.checkpoint.interval, 0),
         *at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         *at_least("checkpoint.max_failed_saves", config.checkpoint.max_failed_saves, 0),

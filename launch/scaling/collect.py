@@ -1,16 +1,18 @@
-"""The table of runs from folders of runs: sizes and FLOPs counted from the configuration, the last held-out loss."""
+"""The table of runs from folders of runs and sweeps: sizes and FLOPs counted, the last held-out loss."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conf import ConfigError, to_dataclass
 from launch.scaling.flops import run_flops
 from launch.scaling.runs import RunTable, ScalingRun, mark_repeated, read_runs
+from launch.sweep.manifest import TRUNK, Row, SweepFolder, is_sweep, read_manifest
 from model.accounting import count_parameters
 from model.config import ModelConfig
 from train.run_directory import RunDirectory
@@ -19,16 +21,18 @@ from train.stored_configuration import in_current_form, read_configuration
 
 
 def collect(paths: Sequence[Path], held_out: str | None = None) -> RunTable:
-    """One row for each run's folder, and the rows of CSV files, in the order in which they are named.
+    """One row for each run's folder, each row of a sweep's manifest and each row of CSV files, in the order in which
+    they are named.
 
     A run that has not ended, or has no usable loss, is in the table too, with the reason in `excluded`. The family is
-    the kinds of a model's blocks, the most frequent first, such as "mlstm" or "mlstm+slstm".
+    the kinds of a model's blocks, the most frequent first, such as "mlstm" or "mlstm+slstm"; that of a run of a sweep
+    is what the manifest says, as is its budget.
 
     Args:
         held_out: which held-out set the loss is of; None: the one that a run scores, where it scores one.
 
-    Raises ConfigError where a path is neither a run's folder nor a file, or a run scores several sets and `held_out` is
-    None; ValueError as `read_runs` does.
+    Raises ConfigError where a path is neither a run's folder, a sweep's nor a file, a run is not what the manifest
+    says, or scores several sets and `held_out` is None; ValueError as `read_runs` does.
     """
     runs: list[ScalingRun] = []
     notes: list[str] = []
@@ -40,12 +44,43 @@ def collect(paths: Sequence[Path], held_out: str | None = None) -> RunTable:
             notes += table.notes
             continue
         try:
-            runs.append(_row(path, held_out))
+            runs += _rows_of_sweep(SweepFolder(path), held_out) if is_sweep(path) else [_row(path, held_out)]
         except ConfigError as error:
             problems += [line if str(path) in line else f"{path}: {line}" for line in error.problems]
     if problems:
         raise ConfigError(problems)
     return RunTable(mark_repeated(runs), notes)
+
+
+def _rows_of_sweep(folder: SweepFolder, held_out: str | None) -> list[ScalingRun]:
+    rows, problems = [], []
+    for row in read_manifest(folder).rows:
+        try:
+            rows.append(_row_of_sweep(folder.run(row), row, held_out))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return rows
+
+
+def _row_of_sweep(path: Path, row: Row, held_out: str | None) -> ScalingRun:
+    if not (path / "config.yaml").is_file():
+        planned = (float(row.parameters), float(row.tokens), row.flops, row.context, math.nan)
+        return ScalingRun(row.name, row.family, *planned, budget=row.budget, excluded="has not begun")
+    run = replace(_row(path, held_out), family=row.family, budget=row.budget)
+    if (run.parameters, run.context) != (row.parameters, row.context):
+        raise ConfigError(
+            [
+                f"{path}: is another run than the manifest's row {row.name}: {run.parameters:,.0f} parameters and "
+                f"{run.context:,} tokens of context, not {row.parameters:,} and {row.context:,}; move it away"
+            ]
+        )
+    if row.role == TRUNK:
+        return replace(run, excluded="is the trunk of its branches: its rate has not fallen")
+    if not run.excluded and run.tokens != row.tokens:
+        return replace(run, excluded=f"ended after {run.tokens:,.0f} of {row.tokens:,} tokens")
+    return run
 
 
 def _row(path: Path, held_out: str | None) -> ScalingRun:

@@ -1,4 +1,4 @@
-"""`python -m launch sweep collect|fit|predict`: what they take, and what they print."""
+"""`python -m launch sweep`: its commands; of collect, fit and predict what they take, and what they print."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from conf.problems import local_folder, undecodable
+from launch.sweep.command import RUN_COMMANDS, add_run_commands, run_run_command
 
 # Each command imports what it needs: the help does without torch, scipy and matplotlib.
 
@@ -15,12 +16,17 @@ _COLUMNS = "docs/scaling_laws.md has the columns of a table."
 
 def add_sweep_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `sweep` and its commands to those of `python -m launch`."""
-    sweep = commands.add_parser("sweep", help="scaling laws: gather the losses of runs, fit them, predict")
+    sweep = commands.add_parser(
+        "sweep", help="many runs, and scaling laws of them: plan, submit, collect, fit, predict"
+    )
     parts = sweep.add_subparsers(dest="sweep", required=True)
+    add_run_commands(parts)
 
     collect = parts.add_parser("collect", help="gather the losses of runs in one table", epilog=_COLUMNS)
-    collect.add_argument("paths", nargs="+", metavar="PATH", help="folders of runs, and tables to add to them")
-    collect.add_argument("--output", required=True, metavar="FILE", help="the table, a CSV file")
+    text = "folders of sweeps and of runs, and tables to add to them"
+    collect.add_argument("paths", nargs="+", metavar="PATH", help=text)
+    text = "the table, a CSV file; of one sweep alone runs.csv in its folder where nothing is said"
+    collect.add_argument("--output", metavar="FILE", help=text)
     text = "the held-out set whose last loss counts; needed where runs score several"
     collect.add_argument("--set", dest="held_out", metavar="NAME", help=text)
 
@@ -45,7 +51,7 @@ def add_sweep_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def run_sweep_command(options: argparse.Namespace) -> int:
-    """Run what `options` ask for; returns 0.
+    """Run what `options` ask for; returns the exit code.
 
     Raises ValueError for what the user must change, OSError where the machine fails.
     """
@@ -53,6 +59,10 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
     if problems := undecodable(text for text in texts if isinstance(text, str)):
         raise ValueError("\n".join(problems))
+    if options.sweep in RUN_COMMANDS:
+        return run_run_command(options)
+    if options.sweep == "collect" and options.output is None:
+        options.output = _output_of(options.paths)
     if options.sweep != "predict":
         _check_output(options.output, is_folder=options.sweep == "fit")
     if options.sweep == "collect":
@@ -62,6 +72,14 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     else:
         _predict(options)
     return 0
+
+
+def _output_of(paths: list[str]) -> str:
+    from launch.sweep.manifest import is_sweep
+
+    if len(paths) > 1 or not is_sweep(Path(paths[0])):
+        raise ValueError("--output: name the CSV file to write; only the table of one sweep has a place of its own")
+    return str(Path(paths[0]) / "runs.csv")
 
 
 def _collect(options: argparse.Namespace) -> None:

@@ -118,8 +118,8 @@ def test_every_experiment_composes_validates_and_plans_on_two_processes(experime
 def test_every_yaml_file_belongs_to_a_tested_group():
     tested = {*GROUPS, "experiment"}
     others = {path.parent.name for path in CONF_DIR.rglob("*.yaml")} - tested - {"conf"}
-    # A recipe is composed with its model; the groups of `prepare` in tests/data_pipeline, that of `launch submit` in
+    # A recipe is composed with its model; the groups of `prepare` in tests/data_pipeline, those of `launch` in
     # tests/launch.
-    assert others == {"recipe", "data", "tokenizer", "launch"}
+    assert others == {"recipe", "data", "tokenizer", "launch", "sweep"}
     for path in CONF_DIR.rglob("*.yaml"):
         OmegaConf.load(path)

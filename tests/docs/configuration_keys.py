@@ -10,6 +10,7 @@ from types import ModuleType
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
 from launch.job import SubmitConfig
+from launch.sweep.config import SweepPlanConfig
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -38,9 +39,8 @@ def run_keys() -> tuple[str, ...]:
 
 @functools.cache
 def all_keys() -> tuple[str, ...]:
-    return (
-        run_keys() + _keys(compose(PrepareConfig, "prepare", ["output=DIR"])) + _keys(compose(SubmitConfig, "submit"))
-    )
+    others = {PrepareConfig: ("prepare", ["output=DIR"]), SubmitConfig: ("submit", []), SweepPlanConfig: ("sweep", [])}
+    return run_keys() + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
 
 
 def _keys(tree: object) -> tuple[str, ...]:

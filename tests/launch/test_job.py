@@ -12,7 +12,7 @@ from conf import ConfigError
 from launch import slurm
 from launch.folder import LaunchFolder
 from launch.job import read_job, seconds_of
-from launch.script import Place, render
+from launch.script import ArrayPlace, Place, render
 from launch.submit import Submission, submit
 
 RUN = ["name=big", "model=tiny", "corpus.directory=corpora/x", "training.total_steps=1000", "schedule=cosine"]
@@ -46,6 +46,11 @@ VARIANTS = {
 def script_of(tmp_path: Path, *settings: str) -> str:
     job, config = read_job([*MACHINES, *RUN, *settings])
     return render(job, config.name, Place(LaunchFolder(tmp_path / "my runs" / "big"), tmp_path))
+
+
+def array_script_of(tmp_path: Path, *settings: str) -> str:
+    job, _ = read_job([*MACHINES, *RUN, *settings])
+    return render(job, "many", ArrayPlace(tmp_path / "my sweeps", tmp_path / "my sweeps" / "launch" / "0001", tmp_path))
 
 
 def test_settings_of_machines_are_told_from_those_of_the_run():
@@ -102,8 +107,9 @@ def test_problems_of_machines_and_of_the_run_are_told_together():
     assert len(told.value.problems) == 3 and "did you mean 'training.total_steps'" in str(told.value)
 
 
+@pytest.mark.parametrize("script_of", [script_of, array_script_of])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_scripts_are_sound(tmp_path, settings):
+def test_scripts_are_sound(tmp_path, settings, script_of):
     script = tmp_path / "script"
     script.write_text(script_of(tmp_path, *settings))
     subprocess.run(["bash", "-n", script], check=True)
@@ -118,6 +124,15 @@ def test_the_check_of_nodes_is_sound():
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", preflight], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_each_task_of_an_array_is_a_run_of_its_own(tmp_path):
+    script = array_script_of(tmp_path, "launch.container.kind=apptainer", "launch.container.image=x.sif")
+    assert f'#SBATCH --output="{tmp_path}/my sweeps/launch/0001/slurm-%A_%a.out"' in script
+    # What a task asks of Slurm, or has queued again, is itself and not the array.
+    assert "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" in script and "$SLURM_JOB_ID" not in script
+    assert 'scontrol requeue "$job"' in script and 'scontrol show job "$job"' in script
+    assert f"--bind '{tmp_path}/my sweeps:{tmp_path}/my sweeps'" in script
 
 
 def test_what_a_script_asks_for(tmp_path):

@@ -32,7 +32,8 @@ class Checkpointing(Callback):
         # Of the set that checkpoint.keep_best names, (step, loss): scored last, and the best that has a checkpoint.
         self._scored: tuple[int, float] | None = None
         self._best: tuple[int, float] | None = None
-        # Steps of checkpoints before the last phase of the schedule: of several, where the run was made longer.
+        # Steps of checkpoints before the last phase of the schedule (of several, where the run was made longer), and of
+        # those that checkpoint.keep_at names.
         self._before_decay: list[int] = []
         # Seconds that the latest saves of earlier starts took, and with those of this start.
         self._seconds_before: list[float] = []
@@ -45,6 +46,9 @@ class Checkpointing(Callback):
     def on_step_end(self, trainer: Trainer) -> Decision:
         interval = trainer.config.checkpoint.interval
         if trainer.config.checkpoint.keep_before_decay and last_phase_begins_now(trainer.config, trainer.state):
+            self._before_decay.append(trainer.step)
+            self._due = trainer.step
+        if trainer.step in trainer.config.checkpoint.keep_at:
             self._before_decay.append(trainer.step)
             self._due = trainer.step
         if (self._due is not None and trainer.step >= self._due) or (interval and trainer.step % interval == 0):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conf import ConfigError
 from tests.runs import TINY_RUN
 from tests.train.plain_runs import run_plainly
 from train.callbacks.base import Callback
@@ -94,6 +95,15 @@ def test_the_last_phase_of_a_schedule_begins_with_a_checkpoint_that_stays(small_
     without = [*overrides, "name=without", "training.total_steps=12", "checkpoint.keep_before_decay=false"]
     assert run_plainly(without) == 0
     assert steps(tmp_path / "without" / "checkpoints") == [12]
+
+
+def test_checkpoints_of_named_steps_are_written_and_stay(small_corpus, tmp_path):
+    overrides = [f"run_root={tmp_path}", f"corpus.directory={small_corpus}", *TINY_RUN, "name=run", "schedule=constant"]
+    overrides += ["checkpoint.interval=3", "checkpoint.keep_last=1", "parallel=zero0", "training.total_steps=9"]
+    assert run_plainly([*overrides, "checkpoint.keep_at=[2,5]"]) == 0
+    assert steps(tmp_path / "run" / "checkpoints") == [2, 5, 9]
+    with pytest.raises(ConfigError, match=r"checkpoint.keep_at: must be at least 1 \(0\)"):
+        run_plainly([*overrides, "name=other", "checkpoint.keep_at=[0]"])
 
 
 @pytest.mark.parametrize(
