@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
+    calibrate = commands.add_parser("calibrate", help="measure this machine's GPU, for the plans of runs on its kind")
+    calibrate.add_argument("overrides", nargs="*", help="output=FILE seconds=N (conf/calibrate.yaml)")
     add_queue_commands(commands)
     add_sweep_commands(commands)
     options = parse_arguments(parser, arguments)
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> int:
         return exit_code(
             lambda: run_queue_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
         )
+    if options.command == "calibrate":
+        interrupted = "launch: interrupted; nothing was written"
+        return exit_code(lambda: _calibrate(options.overrides), (OSError, RuntimeError, ArithmeticError), interrupted)
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))
@@ -60,6 +65,12 @@ def _demo(overrides: list[str]) -> int:
     from launch.demo import run_demo
 
     return run_demo(overrides)
+
+
+def _calibrate(overrides: list[str]) -> int:
+    from launch.calibrate import calibrate
+
+    return calibrate(overrides)
 
 
 def _exit_code(command: Callable[[], int]) -> int:

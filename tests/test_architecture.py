@@ -31,6 +31,7 @@ READ_VALUES = {
     "train/context.py",
     "train/run.py",
     "launch/__main__.py",
+    "launch/calibrate.py",
     "launch/cancel.py",
     "launch/demo.py",
     "launch/job.py",
