@@ -159,7 +159,7 @@ def activations(
     length = min(sequence_length, in_work.time_chunk or sequence_length)
     tokens = micro_batch_size * length // in_work.sequence_ranks
     kinds = layer_kinds(config)
-    of_kind = {kind.name: _halves(config, kind, sequence_length, hardware) for kind in kinds}
+    of_kind = {kind.name: _halves(config, kind, sequence_length, hardware) for kind in dict.fromkeys(kinds)}
     units = [half for index in part.blocks for half in of_kind[kinds[index].name]]
     if activation_checkpointing == "block":
         units = [_Kept.sum_of(of_kind[kinds[index].name]) for index in part.blocks]

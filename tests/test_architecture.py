@@ -36,6 +36,8 @@ READ_VALUES = {
     "launch/demo.py",
     "launch/job.py",
     "launch/logs.py",
+    "launch/planner/command.py",
+    "launch/planner/errors.py",
     "launch/scaling/collect.py",
     "launch/slurm.py",
     "launch/status.py",

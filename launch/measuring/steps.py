@@ -16,11 +16,12 @@ from torch import Tensor
 
 from data_pipeline.reading.batch import Batch
 from model.accounting import parameter_shapes
+from model.compilation import CAPTURED, WRITTEN
 from model.config import ModelConfig
 from model.initialisation import initialise_parameter
 from model.presets import preset
 from model.stages import Stage
-from train.config import ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
+from train.config import LoggingConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
 from train.estimate.calibration import StepPoint
 from train.parallel.engine import Engine, make_engine
 from train.parallel.fragments import ReadRange
@@ -70,7 +71,7 @@ class Effort:
 
 def measure_steps(steps: Steps, mesh: Mesh, effort: Effort) -> Iterator[StepPoint]:
     """Times of the model's steps in each shape."""
-    config = _run_config(steps.config, steps.shapes[0])
+    config = run_config(steps.config, steps.shapes[0])
     engine = make_engine(config, make_plan(config, 1), mesh)
     try:
         engine.fill(_weights(steps.config), 0)
@@ -82,7 +83,8 @@ def measure_steps(steps: Steps, mesh: Mesh, effort: Effort) -> Iterator[StepPoin
         _let_go(mesh.device)
 
 
-def _run_config(model: ModelConfig, shape: Shape) -> RunConfig:
+def run_config(model: ModelConfig, shape: Shape) -> RunConfig:
+    """A run whose steps are those that are measured, without what is around them."""
     return RunConfig(
         name="calibration",
         model=model,
@@ -91,9 +93,12 @@ def _run_config(model: ModelConfig, shape: Shape) -> RunConfig:
             global_batch_size=MICRO_BATCHES * shape.micro_batch_size,
             micro_batch_size=shape.micro_batch_size,
             total_steps=1_000_000,
+            compile=shape.execution != WRITTEN,
+            cuda_graphs=shape.execution == CAPTURED,
         ),
-        parallel=ParallelConfig(zero_stage=1),
+        parallel=ParallelConfig(zero_stage=1, activation_checkpointing=shape.activation_checkpointing),
         precision=PrecisionConfig("bf16"),
+        logging=LoggingConfig(monitor_interval=0),
     )
 
 

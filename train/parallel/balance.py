@@ -17,14 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.accounting import count_parameters, forward_flops
-from model.hardware import Hardware
-from model.memory import InWork, activation_bytes, training_state_bytes
+from model.compilation import CAPTURED
+from model.hardware import CPU, Hardware
+from model.memory import Activations, InWork, activations, training_state_bytes
 from model.parts import Part, split
 from train.config import RunConfig
 from train.parallel.mesh import MeshShape
 from train.parallel.time_chunks import TimeChunks
 
 TOLERANCE = 0.02
+# DeepSpeed's defaults, which runs have: elements of a bucket of gradients, and of the weights that ZeRO-3 keeps whole.
+_BUCKET_ELEMENTS = 500_000_000
+_LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class StageCost:
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
+    # Of these, the memory that enters each chunk of the recurrences, and the chunk of logits in work.
+    chunk_state_bytes: float
+    logit_bytes: float
+    # What DeepSpeed collects gradients in before it reduces them, and weights that ZeRO-3 has gathered.
+    communication_bytes: float
 
     @property
     def state_bytes(self) -> float:
@@ -48,7 +57,7 @@ class StageCost:
 
     @property
     def bytes(self) -> float:
-        return self.state_bytes + self.activation_bytes
+        return self.state_bytes + self.activation_bytes + self.communication_bytes
 
 
 def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
@@ -110,15 +119,36 @@ class Accounts:
         counted = count_parameters(model, part).total
         copied = model.vocab_size * model.d_model if model.tie_embeddings and part.head and not part.embedding else 0
         optimizer = 8.0 * counted if zero_stage == 0 else memory.optimizer
+        kept = self.activations(part, self.in_flight(stage))
+        cast = float(precision.compute_dtype.itemsize * counted) if precision.uses_autocast(zero_stage) else 0.0
         return StageCost(
             first_block=part.blocks.start,
             blocks=len(part.blocks),
             flops=self._flops(part),
             weight_bytes=memory.weights,
-            gradient_bytes=memory.gradients,
+            gradient_bytes=memory.gradients + self._recorded_gradient_bytes(counted),
             optimizer_bytes=optimizer * (1 - copied / counted) if counted else 0.0,
-            activation_bytes=self.activation_bytes(part, self.in_flight(stage)) + self._passed_bytes(part, stage),
+            activation_bytes=kept.total + self._passed_bytes(part, stage) + cast,
+            chunk_state_bytes=kept.chunk_states,
+            logit_bytes=kept.logits,
+            communication_bytes=self._communication_bytes(counted),
         )
+
+    def _recorded_gradient_bytes(self, parameters: int) -> float:
+        """CUDA graphs write the gradients of a micro-batch into memory of their own, beside the sum of all."""
+        if self.hardware.device_name == CPU or self.config.execution("cuda") != CAPTURED:
+            return 0.0
+        return float(self.hardware.compute_bytes * parameters)
+
+    def _communication_bytes(self, parameters: int) -> float:
+        """DeepSpeed 0.19.8: one bucket of gradients with ZeRO-2 and 3, and with ZeRO-1 in fp32; ZeRO-3 keeps gathered
+        weights that are used again soon. Its optimizer for ZeRO-1 in bf16 reduces in place, and so does ZeRO-0."""
+        stage, width = self.config.parallel.zero_stage, self.hardware.compute_bytes
+        # On a CPU, memory that nothing is written to is not taken.
+        if stage == 0 or (stage == 1 and self.config.precision.is_bf16) or self.hardware.device_name == CPU:
+            return 0.0
+        gathered = width * min(parameters, _LIVE_PARAMETERS) if stage == 3 else 0
+        return float(width * _BUCKET_ELEMENTS + gathered)
 
     def _flops(self, part: Part) -> float:
         length = self.config.training.sequence_length
@@ -128,10 +158,10 @@ class Accounts:
             again = sum(forward_flops(self.config.model, length, self.hardware, Part(part.blocks)).values())
         return (3.0 * forward + again) / length
 
-    def activation_bytes(self, part: Part, in_flight: int) -> float:
+    def activations(self, part: Part, in_flight: int) -> Activations:
         """What its layers keep of so many time chunks of micro-batches, with what the one in work takes."""
         training = self.config.training
-        return activation_bytes(
+        return activations(
             self.config.model,
             training.micro_batch_size,
             training.sequence_length,
@@ -173,8 +203,8 @@ def _balanced_parts(accounts: Accounts) -> list[Part]:
         return flops[end] - flops[first] + ends[stage].flops
 
     limit = (1 + TOLERANCE) * _least_maximum(model.n_blocks, stages, time)[0]
-    once = {kind: accounts.activation_bytes(part, 1) for kind, part in blocks.items()}
-    kept = {kind: accounts.activation_bytes(part, 2) - once[kind] for kind, part in blocks.items()}
+    once = {kind: accounts.activations(part, 1).total for kind, part in blocks.items()}
+    kept = {kind: accounts.activations(part, 2).total - once[kind] for kind, part in blocks.items()}
     kept_until = _running_sums([kept[kind] for kind in kinds])
     number_until = {kind: _running_sums([float(other == kind) for other in kinds]) for kind in blocks}
 

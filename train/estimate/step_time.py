@@ -1,0 +1,155 @@
+"""How long a step takes, from what a calibration says of single operations: a sum that a reader can follow.
+
+    step = (micro-batches x chunks + stages - 1) x unit + communication + update + what the trainer does between steps
+    unit = the longer of what the GPU and what its host takes for a pass of the slowest stage over one time chunk
+
+The unit's GPU time is that of products, cells and moved bytes (train/estimate/coefficients.py); what activation
+checkpointing computes again adds a forward pass of the blocks, and so do time chunks without stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.accounting import count_parameters
+from model.hardware import Hardware
+from model.layers import layer_kinds
+from model.parts import Part
+from train.config import RunConfig
+from train.estimate.blocks import GRADIENT_BYTES, block_works, head_products, logits_moved
+from train.estimate.machine import Machine
+from train.parallel.mesh import MeshShape
+from train.parallel.time_chunks import TimeChunks
+
+# Of a pass that computes blocks again, the host launches a third more.
+_HOST_AGAIN = 4 / 3
+# Seconds of a step that the engine does not see: the next samples, what ranks agree on, figures.
+_BETWEEN_STEPS = 3e-3
+# What each block of each pass waits for other sequence ranks, and how much of its cell it computes beside: of 24 blocks
+# on two H200, 34 ms and 10 of 27 (benchmarks/results/2026-11-28-sequence-parallel.md).
+_SEQUENCE_WAIT = 34e-3 / 24
+_SEQUENCE_CELL = 10 / 27
+# Of what ZeRO-3 gathers and scatters, the share that nothing is computed beside.
+_ZERO3_EXPOSED = 0.5
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of a step, by what takes them; they add up to `total`."""
+
+    # Forward and backward of all micro-batches, once.
+    passes: float
+    # What is computed a second time.
+    recomputation: float
+    # The GPU waits for its host.
+    host: float
+    # Stages wait for the first and the last micro-batches, and for the slowest stage.
+    pipeline: float
+    communication: float
+    # Gradient norm, clipping, optimizer, and what is between steps.
+    update: float
+
+    @property
+    def total(self) -> float:
+        return sum((self.passes, self.recomputation, self.host, self.pipeline, self.communication, self.update))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Seconds of one pass of a stage."""
+
+    once: float
+    again: float
+    host: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        return max(self.once + self.again, self.host) + self.exchange
+
+
+def step_seconds(config: RunConfig, shape: MeshShape, machine: Machine, parts: list[Part]) -> StepSeconds:
+    """Of a step of a valid `config`, whose stages hold `parts`."""
+    return _Step(config, shape, machine).seconds(parts)
+
+
+class _Step:
+    def __init__(self, config: RunConfig, shape: MeshShape, machine: Machine):
+        self._config, self._shape, self._machine = config, shape, machine
+        training = config.training
+        self._hardware = Hardware(machine.device, config.precision.compute_dtype.itemsize)
+        self._execution = config.execution("cuda")
+        self._chunks = TimeChunks(training.time_chunk).count(training.sequence_length)
+        self._length = min(training.sequence_length, training.time_chunk or training.sequence_length)
+        self._micro_batches = training.global_batch_size // (training.micro_batch_size * shape.data)
+        works = (config.model, training.micro_batch_size, self._length, self._hardware, machine.rates, shape.sequence)
+        self._works = block_works(*works)
+        self._kinds = [kind.name for kind in layer_kinds(config.model)]
+
+    def seconds(self, parts: list[Part]) -> StepSeconds:
+        units = [self._unit(part) for part in parts]
+        slowest = max(units, key=lambda unit: unit.total)
+        count = self._micro_batches * self._chunks
+        mean = sum(unit.total for unit in units) / len(units)
+        waited = (count + len(parts) - 1) * slowest.total - count * mean
+        computed = sum(unit.once for unit in units) / len(units)
+        again = sum(unit.again for unit in units) / len(units)
+        exchange = sum(unit.exchange for unit in units) / len(units)
+        largest = max(count_parameters(self._config.model, part).total for part in parts)
+        return StepSeconds(
+            passes=count * computed,
+            recomputation=count * again,
+            host=count * (mean - computed - again - exchange),
+            pipeline=waited,
+            communication=count * exchange + self._communication(largest, count * (computed + again)),
+            update=self._update(largest),
+        )
+
+    def _unit(self, part: Part) -> _Unit:
+        machine, config, shape = self._machine, self._config, self._shape
+        fitted, rates, training = machine.coefficients, machine.rates, config.training
+        tokens = training.micro_batch_size * self._length // shape.sequence
+        forward = once = waits = 0.0
+        for index in part.blocks:
+            kind = self._kinds[index]
+            work = self._works[kind]
+            elementwise = fitted.elementwise_of(self._execution, kind) * work.moved
+            forward += work.products + work.cell_forward + fitted.forward_share * elementwise
+            once += work.counted + elementwise
+            if shape.sequence > 1:
+                once += _SEQUENCE_CELL * work.cell_both
+                waits += _SEQUENCE_WAIT
+        if part.head:
+            once += head_products(config.model, tokens, rates)
+            once += fitted.logits * logits_moved(config.model, tokens, rates)
+        once += rates.moving(GRADIENT_BYTES * count_parameters(config.model, part).total)
+        recomputes = config.parallel.activation_checkpointing != "none"
+        # All chunks but the last run without gradients first; stages keep what they computed.
+        twice = (self._chunks - 1) / self._chunks if shape.pipeline == 1 else 0.0
+        launched = fitted.host[self._execution]
+        host = len(part.blocks) * launched.block * (_HOST_AGAIN if recomputes else 1.0) + launched.rest
+        if shape.pipeline > 1:
+            passed = tokens * config.model.d_model * self._hardware.compute_bytes
+            waits += 2 * machine.links.send(passed, shape.data * shape.sequence)
+        return _Unit(once, forward * (recomputes + twice), host * (1 + twice / 3), waits)
+
+    def _communication(self, parameters: int, computed: float) -> float:
+        """Of one step, whose passes compute so long."""
+        ranks, links = self._shape.data * self._shape.sequence, self._machine.links
+        stage, count = self._config.parallel.zero_stage, self._micro_batches * self._chunks
+        width = self._config.precision.weight_dtype(stage).itemsize
+        if stage == 0:
+            return links.reduce(4.0 * parameters, ranks)
+        if stage == 1:
+            return links.reduce(4.0 * parameters, ranks) + links.gather(width * parameters, ranks)
+        scattered = links.gather(width * parameters, ranks)
+        if stage == 2:
+            return (count + 1) * scattered
+        # Weights are gathered forward and backward.
+        moved = count * 3 * scattered
+        return max(_ZERO3_EXPOSED * moved, moved - computed)
+
+    def _update(self, parameters: int) -> float:
+        fitted, parallel = self._machine.coefficients, self._config.parallel
+        held = parameters / (self._shape.data * self._shape.sequence if parallel.zero_stage else 1)
+        return fitted.update_seconds + self._machine.rates.moving(fitted.update_bytes * held) + _BETWEEN_STEPS
