@@ -154,7 +154,8 @@ class _Fit:
             if step.activation_checkpointing == "none":
                 continue
             for other in self._points:
-                if other.step.activation_checkpointing == "none" and _is_alike(other.step, step):
+                keeps_all = other.step.activation_checkpointing == "none" and other.step.execution == step.execution
+                if keeps_all and _is_alike(other.step, step):
                     work = self._work(point)
                     whole = max(other.block - self._counted(work), 1e-9)
                     shares.append((point.block - other.block - work.products - work.cell_forward) / whole)
