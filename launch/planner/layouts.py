@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from train.validate import validate
 _TAKEN_BYTES = 1.5 * 2**30
 # Tokens of a pass of one rank beyond which a larger one gains nothing.
 _MOST_TOKENS = 131_072
+_AS_LONG = math.log(1.005)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -94,12 +96,16 @@ def all_layouts(config: RunConfig, machine: Machine) -> list[Layout]:
     """Those with the batch, the precision and everything else of `config`, fastest first, those that fit before others.
 
     Not among them is what another one is better than in everything that counts: larger micro-batches where smaller ones
-    do not fit, and more recomputation where less of it fits. Of layouts that take as long, the one that needs less
-    memory comes first.
+    do not fit, and more recomputation where less of it fits. Of layouts that take as long, to half a percent, the one
+    with the lower ZeRO stage comes first, then the one that needs less memory.
     """
     found = [layout for divided in _divided(config, machine) for layout in _of_sizes(divided, machine)]
-    order = ("yes", "tight", "no")
-    return sorted(found, key=lambda layout: (order.index(layout.fits), round(layout.seconds, 4), layout.needed_bytes))
+    return sorted(found, key=_place)
+
+
+def _place(layout: Layout) -> tuple[float, ...]:
+    as_long = round(math.log(layout.seconds) / _AS_LONG)
+    return (("yes", "tight", "no").index(layout.fits), as_long, layout.zero_stage, layout.needed_bytes)
 
 
 def _divided(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:

@@ -53,7 +53,7 @@ def _memory(config: RunConfig, machine: Machine, chosen: Layout) -> Iterator[str
     if plan.graph_bytes:
         yield f"  {'and held by CUDA graphs meanwhile':44s}{plan.graph_bytes / 2**30:9.2f}"
     verdict = {"yes": "it fits", "tight": "it may not fit", "no": "it does not fit"}[chosen.fits]
-    saving = f"while it is saved no more on the GPU, and {gib(plan.save_bytes)} in the memory of its host"
+    saving = f"a save takes no more on the GPU, and {gib(plan.save_bytes)} in the memory of its host"
     yield f"  {verdict}; {saving}"
 
 
@@ -92,7 +92,7 @@ def _run(plan: Plan) -> Iterator[str]:
         f"the run    {plan.tokens_left:,} tokens in {plan.steps_left:,} steps: {hours:,.1f} h ({hours / 24:.1f} days), "
         f"{hours * plan.world_size:,.0f} GPU-hours"
     )
-    yield f"{'':{_WIDTH}}{gib(plan.checkpoint_bytes)} a checkpoint, {gib(plan.save_bytes)} of it from the largest rank"
+    yield f"{'':{_WIDTH}}{gib(plan.checkpoint_bytes)} a checkpoint"
 
 
 def _provenance(machine: Machine, errors: Errors) -> Iterator[str]:

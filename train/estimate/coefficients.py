@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
@@ -221,7 +222,12 @@ def _is_alike(one: StepPoint, other: StepPoint) -> bool:
 
 
 def _model(step: StepPoint) -> ModelConfig:
-    return preset(step.model, n_blocks=step.n_blocks)
+    return _preset(step.model, step.n_blocks)
+
+
+@lru_cache
+def _preset(name: str, n_blocks: int) -> ModelConfig:
+    return preset(name, n_blocks=n_blocks)
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
