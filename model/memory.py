@@ -6,14 +6,17 @@ each half of a block, with D model width, F feed-forward width, K convolution ke
 total query and value widths, DK and DV those of a head, E the inner width of the NeurIPS mLSTM:
 
     mLSTM (7B)      c (2D + 3V) + u D + cell(QK, V)       u = 4 for bf16 on a CPU, else 0: fp32 gate inputs
-    mLSTM (NeurIPS) c (2D + 7E) + (4K + g) E + cell(E, E)             g = 3c on a GPU, else 12: gate inputs
+    mLSTM (NeurIPS) c (2D + 7E) + (4K + g) E + cell(E, E)             g = 3c on a GPU, else 12: gate inputs;
+                    compiled c (2D + 4E) + 4K E + cell(E, E)
     cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L + NH DK (c DV + 4) / L;
                     reference: 24 QK + 16 V + 8 NH + 12 NH L + 8 NH DK (DV + 1) / L
     sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;
                     u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop: (4 c + 4K + 48) D
     attention       c (4D + 2 KV) + 8 D / NH + c S        KV: total width of the keys; the last term: the document mask
     SwiGLU          c (2D + 4F), compiled c (2D + 3F);    gated GELU: the same
-    head            2 c D, and once (8 + c) V for each of at most 2048 tokens of the chunk of logits in work
+    head            kernels: 3 c D, and once the larger of c V for each of at most 4096 tokens + 4 V D, the chunk of
+                    logits in work and the gradient of the weight, and (8 + c) V D, that gradient as it is scaled;
+                    reference: 2 c D, and once (8 + c) V for each of at most 2048 tokens of the chunk
 
 Temporaries of a single operation, gradients of activations and the allocator's fragmentation are not in it.
 """
@@ -25,13 +28,15 @@ from dataclasses import dataclass
 
 from model.accounting import REFERENCE, count_parameters, state_elements
 from model.config import ModelConfig
-from model.hardware import Hardware
+from model.hardware import CPU, Hardware
 from model.layers import feed_forward, layer_kinds
 from model.layers.base import LayerKind, StateElements
 from model.parts import Part
 from model.recomputation import ACTIVATION_CHECKPOINTING, unknown_mode
 
-LOSS_CHUNK_TOKENS = 2048
+# Tokens whose logits the kernels, and the reference, have in work at once.
+LOSS_CHUNK_TOKENS = 4096
+REFERENCE_LOSS_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Activations:
     passed_states: float = 0.0
     # The head's inputs.
     head: float = 0.0
-    # The chunk of logits in work.
+    # The chunk of logits in work, and what is made of it before blocks go backward.
     logits: float = 0.0
 
     @property
@@ -169,8 +174,7 @@ def activations(
         largest = max(units, key=lambda unit: unit.others + unit.chunk_states, default=_Kept())
     in_head = logits = 0.0
     if part.head:
-        in_head = 2.0 * hardware.compute_bytes * config.d_model * tokens * in_work.micro_batches
-        logits = float((8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS))
+        in_head, logits = _head(config, tokens, hardware, in_work)
     return Activations(
         blocks=(kept.others * in_work.micro_batches + largest.others) * tokens,
         chunk_states=(kept.chunk_states * in_work.micro_batches + largest.chunk_states) * tokens,
@@ -207,6 +211,16 @@ def _halves(config: ModelConfig, kind: LayerKind, sequence_length: int, hardware
     if kind.has_feed_forward:
         halves.append(_Kept(feed_forward.activation_bytes(config, hardware)))
     return halves
+
+
+def _head(config: ModelConfig, tokens: int, hardware: Hardware, in_work: InWork) -> tuple[float, float]:
+    """What it keeps of its inputs, and at most has in work."""
+    c, vocabulary, width = hardware.compute_bytes, config.vocab_size, config.d_model
+    inputs = 2.0 * c * width * tokens * in_work.micro_batches
+    if hardware.device_name == CPU:
+        return inputs, float((8 + c) * vocabulary * min(tokens, REFERENCE_LOSS_CHUNK_TOKENS))
+    in_chunks = c * vocabulary * min(tokens, LOSS_CHUNK_TOKENS) + 4 * vocabulary * width
+    return inputs + c * width * tokens, float(max(in_chunks, (8 + c) * vocabulary * width))
 
 
 def _passed_states(

@@ -95,6 +95,8 @@ class Plan:
     logit_bytes: float
     # Of DeepSpeed's buckets of gradients, and of weights that ZeRO-3 has gathered.
     communication_bytes: float
+    # Gradients and their copies at the end of a step, when activations are gone.
+    update_bytes: float
     # Memory of recorded passes (CUDA graphs), which others cannot use: beside the sum of these, where a pass with
     # statistics takes its own.
     graph_bytes: float
@@ -131,9 +133,10 @@ class Plan:
 
     @property
     def rank_bytes(self) -> float:
-        """What one rank keeps in the memory that it computes in, at the peak of a step."""
-        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.carried_bytes
-        return lasting + self.activation_bytes + self.communication_bytes
+        """What one rank keeps in the memory that it computes in, at the peak of a step: in a pass, or at its end."""
+        in_passes = self.gradient_bytes + self.activation_bytes + self.communication_bytes
+        lasting = self.weight_bytes + self.optimizer_bytes + self.carried_bytes
+        return lasting + max(in_passes, self.update_bytes)
 
     @property
     def tokens_per_second_per_device(self) -> float | None:
@@ -315,6 +318,7 @@ def make_plan(
         chunk_state_bytes=largest.chunk_state_bytes,
         logit_bytes=largest.logit_bytes,
         communication_bytes=largest.communication_bytes,
+        update_bytes=largest.update_bytes,
         graph_bytes=_graph_bytes(config, shape, hardware, left),
         time_chunk=training.time_chunk,
         host_state_bytes=on_host,

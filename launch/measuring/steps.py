@@ -22,13 +22,12 @@ from model.initialisation import initialise_parameter
 from model.presets import preset
 from model.stages import Stage
 from train.config import LoggingConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
-from train.estimate.calibration import StepPoint
+from train.estimate.calibration import CALIBRATION_MICRO_BATCHES, StepPoint
 from train.parallel.engine import Engine, make_engine
 from train.parallel.fragments import ReadRange
 from train.parallel.mesh import Mesh
 from train.plan import make_plan
 
-MICRO_BATCHES = 2
 _DOCUMENT_TOKENS = 1000
 _WARM_UP = 3
 # Of values that are drawn; weights repeat them.
@@ -72,11 +71,13 @@ class Effort:
 def measure_steps(steps: Steps, mesh: Mesh, effort: Effort) -> Iterator[StepPoint]:
     """Times of the model's steps in each shape."""
     config = run_config(steps.config, steps.shapes[0])
+    # CUDA graphs of engines before this one may still hold some.
+    before = torch.cuda.memory_allocated(mesh.device) if mesh.device.type == "cuda" else 0
     engine = make_engine(config, make_plan(config, 1), mesh)
     try:
         engine.fill(_weights(steps.config), 0)
         for shape in steps.shapes:
-            yield _measure(steps, shape, engine, effort)
+            yield _less(before, _measure(steps, shape, engine, effort))
     finally:
         engine.close()
         del engine
@@ -90,7 +91,7 @@ def run_config(model: ModelConfig, shape: Shape) -> RunConfig:
         model=model,
         training=TrainingConfig(
             sequence_length=shape.sequence_length,
-            global_batch_size=MICRO_BATCHES * shape.micro_batch_size,
+            global_batch_size=CALIBRATION_MICRO_BATCHES * shape.micro_batch_size,
             micro_batch_size=shape.micro_batch_size,
             total_steps=1_000_000,
             compile=shape.execution != WRITTEN,
@@ -102,11 +103,19 @@ def run_config(model: ModelConfig, shape: Shape) -> RunConfig:
     )
 
 
+def _less(before: int, step: StepPoint) -> StepPoint:
+    """Without what was allocated before. The allocator does not see what passes played from CUDA graphs take."""
+    if step.peak_bytes is None or step.lasting_bytes is None:
+        return step
+    peak = None if step.execution == CAPTURED else step.peak_bytes - before
+    return dataclasses.replace(step, peak_bytes=peak, lasting_bytes=step.lasting_bytes - before)
+
+
 def _measure(steps: Steps, shape: Shape, engine: Engine, effort: Effort) -> StepPoint:
     stage, device = engine.model, engine.mesh.device
     assert isinstance(stage, Stage)
     stage.execution, stage.activation_checkpointing = shape.execution, shape.activation_checkpointing
-    batches = [_batch(shape, steps.config.vocab_size) for _ in range(MICRO_BATCHES)]
+    batches = [_batch(shape, steps.config.vocab_size) for _ in range(CALIBRATION_MICRO_BATCHES)]
     valid = torch.tensor(float(sum(batch.scored_targets() for batch in batches)), device=device)
     # A CPU has nothing to compile or to record.
     for _ in range(_WARM_UP if device.type == "cuda" else 1):
@@ -116,7 +125,7 @@ def _measure(steps: Steps, shape: Shape, engine: Engine, effort: Effort) -> Step
     began, passes, updates = time.perf_counter(), list[float](), list[float]()
     while len(passes) < effort.at_least or time.perf_counter() - began < effort.for_seconds:
         of_passes, of_update = _step(engine, batches, valid)
-        passes.append(of_passes / MICRO_BATCHES)
+        passes.append(of_passes / CALIBRATION_MICRO_BATCHES)
         updates.append(of_update)
     on_gpu = device.type == "cuda"
     return StepPoint(

@@ -12,8 +12,10 @@ from model.memory import LOSS_CHUNK_TOKENS
 from model.parameters import block_parameters
 from train.estimate.rates import Rates
 
-# Read and written of each weight's gradient where a micro-batch's, in bf16, is added to the sum in fp32.
-GRADIENT_BYTES = 12.0
+# Read and written of each weight's gradient where a micro-batch's, in bf16, is added to the sum: it is copied to fp32.
+GRADIENT_BYTES = 18.0
+# The same once a step with ZeRO-1 in bf16, which copies gradients into a row, that to bf16, and both back.
+REDUCED_BYTES = 28.0
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,13 @@ class BlockWork:
     moved: float
     parameters: int
 
-    @property
-    def counted(self) -> float:
-        """Seconds of forward and backward, as far as they are products, the cell and sums of gradients."""
-        return 3 * self.products + self.cell_both
-
 
 def block_works(
     config: ModelConfig, batch: int, length: int, hardware: Hardware, rates: Rates, slices: int = 1
 ) -> dict[str, BlockWork]:
     """The work of each kind of block, by the kind's name, where `slices` ranks share sequences of `length` tokens.
 
-    What a compiled block keeps is counted as the written one's: it moves the same between its products.
+    What a compiled block keeps is counted as the written one's; that it moves less shows in its coefficient.
     """
     tokens = batch * length // slices
     found: dict[str, BlockWork] = {}
@@ -90,8 +87,13 @@ def _product(tokens: int, shape: tuple[int, ...], rates: Rates) -> float:
     return rates.moving(2.0 * tokens * blocks * (inputs + outputs))
 
 
+def has_aligned_head(config: ModelConfig) -> bool:
+    """Whether rows of logits begin where tensor cores read them at once."""
+    return config.vocab_size % 8 == 0
+
+
 def head_products(config: ModelConfig, tokens: int, rates: Rates) -> float:
-    """Seconds of the head's three products, which are computed over a chunk of tokens after another."""
+    """Seconds of the head's three products, over a chunk of tokens after another, of an aligned vocabulary."""
     chunk = min(tokens, LOSS_CHUNK_TOKENS)
     return 3 * rates.products(chunk, config.d_model, config.vocab_size) * tokens / chunk
 

@@ -16,6 +16,8 @@ from conf.problems import ConfigError, other_format
 from train.run_directory import write_atomically
 
 FORMAT_VERSION = 1
+# Of each step that a calibration measures.
+CALIBRATION_MICRO_BATCHES = 2
 # Files of the GPUs that were measured for everyone; a file's name is what `gpu` calls it.
 SHIPPED = Path(__file__).parent / "calibrations"
 

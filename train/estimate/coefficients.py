@@ -1,19 +1,26 @@
-"""The few numbers that a calibration's steps say and its single operations do not: a least-squares fit to each.
+"""The few numbers that a calibration's steps say and its single operations do not: least-squares fits.
 
 A pass over n blocks takes n b + a, where b is a block's time and a the rest's. Two depths give both:
 
-    b   products + cell + what the sums of gradients move + elementwise x (bytes that the block keeps / copy rate)
-    a   the head's products + logits x (bytes of the logits / copy rate)
-    forward pass of a block: its products and cell, and `forward_share` of what is elementwise
+    b   products + cell + elementwise x (bytes that the block keeps / copy rate) + what the sums of gradients move
+    a   the head's products + logits x (bytes of the logits / copy rate) + what the sums of gradients move
 
-Where a GPU would wait for its host, steps of few tokens show the host's time of a block and of the rest of a pass.
+So `elementwise` holds whatever else a block does, products that are slower among others than alone among it. A forward
+pass of a block has a third of its products, its cell's forward part, and `forward_share` of what is elementwise. Products
+of a head whose vocabulary is no multiple of 8 take `unaligned_head` times as long.
+
+Where a GPU would wait for its host, steps of few tokens show the host's time of a block and of the rest of a pass. An
+update takes a time of its own, one for each tensor, and one for each byte that it moves.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+import numpy as np
 
 from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
@@ -22,8 +29,16 @@ from model.hardware import Hardware
 from model.layers import layer_kinds
 from model.memory import LOSS_CHUNK_TOKENS
 from model.presets import preset
-from train.estimate.blocks import GRADIENT_BYTES, BlockWork, block_works, head_products, logits_moved
-from train.estimate.calibration import Calibration, StepPoint
+from train.estimate.blocks import (
+    GRADIENT_BYTES,
+    REDUCED_BYTES,
+    BlockWork,
+    block_works,
+    has_aligned_head,
+    head_products,
+    logits_moved,
+)
+from train.estimate.calibration import CALIBRATION_MICRO_BATCHES, Calibration, StepPoint
 from train.estimate.rates import Rates
 
 # Steps of so few tokens show the host's time.
@@ -39,6 +54,16 @@ class HostSeconds:
 
 
 @dataclass(frozen=True)
+class UpdateSeconds:
+    """What a gradient norm, clipping and an optimizer step take: once, for each tensor, and the bytes they move for
+    each parameter that a rank holds the optimizer of."""
+
+    once: float
+    tensor: float
+    bytes: float
+
+
+@dataclass(frozen=True)
 class Coefficients:
     """See the module's docstring."""
 
@@ -46,35 +71,33 @@ class Coefficients:
     elementwise: dict[str, dict[str, float]]
     forward_share: float
     logits: float
-    # Bytes that an update moves for each parameter that a rank holds the optimizer of, and what it takes besides.
-    update_bytes: float
-    update_seconds: float
+    unaligned_head: float
+    update: UpdateSeconds
     # By the way that blocks run.
     host: dict[str, HostSeconds]
     # What was not measured, and taken as below.
     assumed: list[str] = field(default_factory=list)
 
     def elementwise_of(self, execution: str, kind: str) -> float:
-        """Of blocks of a kind that run so; a kind that was not measured has the mean of the others."""
-        of_kinds = self.elementwise.get(execution) or self.elementwise[COMPILED]
-        return of_kinds.get(kind, of_kinds[""])
+        """Of blocks of a kind that run so. One that was not measured has the mean of the others, or what it has
+        compiled, and so much more as others have."""
+        of_kinds, compiled = self.elementwise[execution], self.elementwise[COMPILED]
+        if kind in of_kinds:
+            return of_kinds[kind]
+        return compiled.get(kind, compiled[""]) * of_kinds[""] / compiled[""]
 
 
 # As an H200 has them, with torch 2.11 and Triton 3.6: of a calibration without steps of an engine.
 TYPICAL = Coefficients(
-    elementwise={
-        WRITTEN: {"": 4.6},
-        COMPILED: {"": 3.0},
-        CAPTURED: {"": 3.0},
-    },
+    elementwise={WRITTEN: {"": 6.8}, COMPILED: {"": 5.2}, CAPTURED: {"": 5.3}},
     forward_share=0.4,
-    logits=3.0,
-    update_bytes=60.0,
-    update_seconds=0.004,
+    logits=5.4,
+    unaligned_head=5.3,
+    update=UpdateSeconds(2e-4, 5e-5, 70.0),
     host={
-        WRITTEN: HostSeconds(6.1e-3, 5e-3),
-        COMPILED: HostSeconds(4.3e-3, 5e-3),
-        CAPTURED: HostSeconds(1.5e-3, 5e-3),
+        WRITTEN: HostSeconds(6.6e-3, 5e-4),
+        COMPILED: HostSeconds(5.4e-3, 5e-4),
+        CAPTURED: HostSeconds(1.4e-3, 3.3e-3),
     },
 )
 
@@ -113,14 +136,20 @@ class _Fit:
 
     def coefficients(self) -> Coefficients:
         host = {execution: self._host(execution) for execution in TYPICAL.host}
-        elementwise = {execution: self._elementwise(execution, host) for execution in TYPICAL.elementwise}
-        update_bytes, update_seconds = self._update()
+        # Of points that show the GPU's time: all is computed once, and the host is ahead.
+        busy = [
+            point
+            for point in self._points
+            if point.tokens > _FEW_TOKENS and point.block > 1.1 * host[point.step.execution].block
+        ]
+        once = [point for point in busy if point.step.activation_checkpointing == "none"]
+        logits = self._logits(once)
         return Coefficients(
-            elementwise=elementwise,
-            forward_share=self._forward_share(),
-            logits=self._logits(),
-            update_bytes=update_bytes,
-            update_seconds=update_seconds,
+            elementwise={execution: self._elementwise(execution, once) for execution in TYPICAL.elementwise},
+            forward_share=self._forward_share(busy),
+            logits=logits,
+            unaligned_head=self._unaligned_head(once, logits),
+            update=self._update(),
             host=host,
             assumed=self.assumed,
         )
@@ -132,66 +161,87 @@ class _Fit:
         self.assumed.append(f"the host's time of {execution} blocks")
         return TYPICAL.host[execution]
 
-    def _elementwise(self, execution: str, host: dict[str, HostSeconds]) -> dict[str, float]:
+    def _elementwise(self, execution: str, points: Sequence[_Point]) -> dict[str, float]:
         of_kinds: dict[str, list[float]] = {}
-        for point in self._points:
-            step = point.step
-            waits = point.block < 1.1 * host[execution].block
-            if step.execution != execution or step.activation_checkpointing != "none" or waits:
-                continue
-            if point.tokens > _FEW_TOKENS:
+        for point in points:
+            if point.step.execution == execution:
                 work = self._work(point)
-                of_kinds.setdefault(point.kind, []).append(max(0.0, (point.block - self._counted(work)) / work.moved))
+                of_kinds.setdefault(point.kind, []).append(self._rest_of_block(point) / work.moved)
         if not of_kinds:
             self.assumed.append(f"the bytes that {execution} blocks move")
             return TYPICAL.elementwise[execution]
-        means = {kind: sum(values) / len(values) for kind, values in of_kinds.items()}
-        return {**means, "": sum(means.values()) / len(means)}
+        means = {kind: max(0.0, sum(values) / len(values)) for kind, values in of_kinds.items()}
+        # Ratios of ways to run are those of a kind that was measured in all.
+        return {**means, "": means.get("mlstm", sum(means.values()) / len(means))}
 
-    def _forward_share(self) -> float:
+    def _rest_of_block(self, point: _Point) -> float:
+        work = self._work(point)
+        return point.block - 3 * work.products - work.cell_both - self._gradients(work.parameters)
+
+    def _forward_share(self, points: Sequence[_Point]) -> float:
         shares = []
-        for point in self._points:
+        for point in points:
             step = point.step
             if step.activation_checkpointing == "none":
                 continue
-            for other in self._points:
+            for other in points:
                 keeps_all = other.step.activation_checkpointing == "none" and other.step.execution == step.execution
                 if keeps_all and _is_alike(other.step, step):
                     work = self._work(point)
-                    whole = max(other.block - self._counted(work), 1e-9)
-                    shares.append((point.block - other.block - work.products - work.cell_forward) / whole)
+                    again = point.block - other.block - work.products - work.cell_forward
+                    shares.append(again / max(self._rest_of_block(other), 1e-9))
         if not shares:
             self.assumed.append("the forward pass's share of the bytes that blocks move")
             return TYPICAL.forward_share
-        return min(1.0, max(0.0, sum(shares) / len(shares)))
+        return min(1.0, max(0.0, statistics.median(shares)))
 
-    def _logits(self) -> float:
-        found = []
-        for point in self._points:
-            if point.tokens < LOSS_CHUNK_TOKENS or point.step.activation_checkpointing != "none":
-                continue
-            counted = head_products(point.config, point.tokens, self._rates)
-            counted += self._rates.moving(GRADIENT_BYTES * 2 * point.config.vocab_size * point.config.d_model)
-            found.append((point.rest - counted) / logits_moved(point.config, point.tokens, self._rates))
+    def _logits(self, points: Sequence[_Point]) -> float:
+        found = [
+            (self._rest_of_pass(point) - head_products(point.config, point.tokens, self._rates))
+            / self._logits_of(point)
+            for point in points
+            if point.tokens >= LOSS_CHUNK_TOKENS and has_aligned_head(point.config)
+        ]
         if not found:
             self.assumed.append("the bytes that the head moves")
             return TYPICAL.logits
-        return max(0.0, sum(found) / len(found))
+        return max(0.0, statistics.median(found))
 
-    def _update(self) -> tuple[float, float]:
-        pairs = [(count_parameters(_model(step)).total, step.update_seconds) for step in self._steps]
-        if len({parameters for parameters, _ in pairs}) < 2:
+    def _unaligned_head(self, points: Sequence[_Point], logits: float) -> float:
+        found = [
+            (self._rest_of_pass(point) - logits * self._logits_of(point))
+            / head_products(point.config, point.tokens, self._rates)
+            for point in points
+            if point.tokens >= LOSS_CHUNK_TOKENS and not has_aligned_head(point.config)
+        ]
+        if not found:
+            self.assumed.append("the head of a vocabulary that is no multiple of 8")
+            return TYPICAL.unaligned_head
+        return max(1.0, statistics.median(found))
+
+    def _rest_of_pass(self, point: _Point) -> float:
+        return point.rest - self._gradients(2 * point.config.vocab_size * point.config.d_model)
+
+    def _logits_of(self, point: _Point) -> float:
+        return logits_moved(point.config, point.tokens, self._rates)
+
+    def _update(self) -> UpdateSeconds:
+        counts = [count_parameters(_model(step)) for step in self._steps]
+        rows = np.array([[1.0, count.tensors, count.total * self._rates.moving(1.0)] for count in counts])
+        if len(counts) < 3 or np.linalg.matrix_rank(rows) < 3:
             self.assumed.append("the time of an update")
-            return TYPICAL.update_bytes, TYPICAL.update_seconds
-        slope, intercept = _line(pairs)
-        return max(0.0, slope / self._rates.moving(1.0)), max(0.0, intercept)
+            return TYPICAL.update
+        times = np.array([step.update_seconds for step in self._steps])
+        fitted, *_ = np.linalg.lstsq(rows / times[:, None], np.ones(len(times)), rcond=None)
+        return UpdateSeconds(*(max(0.0, float(value)) for value in fitted))
 
     def _work(self, point: _Point) -> BlockWork:
         batch = (point.step.micro_batch_size, point.step.sequence_length)
         return block_works(point.config, *batch, self._hardware, self._rates)[point.kind]
 
-    def _counted(self, work: BlockWork) -> float:
-        return work.counted + self._rates.moving(GRADIENT_BYTES * work.parameters)
+    def _gradients(self, parameters: float) -> float:
+        """Of a calibration's pass, which has its share of what is copied once a step."""
+        return self._rates.moving((GRADIENT_BYTES + REDUCED_BYTES / CALIBRATION_MICRO_BATCHES) * parameters)
 
 
 def _points(steps: Sequence[StepPoint]) -> Iterator[_Point]:
@@ -228,11 +278,3 @@ def _model(step: StepPoint) -> ModelConfig:
 @lru_cache
 def _preset(name: str, n_blocks: int) -> ModelConfig:
     return preset(name, n_blocks=n_blocks)
-
-
-def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope and intercept of the line with the least squares."""
-    count = len(pairs)
-    mean_x, mean_y = (sum(values) / count for values in zip(*pairs, strict=True))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / sum((x - mean_x) ** 2 for x, _ in pairs)
-    return slope, mean_y - slope * mean_x

@@ -1,7 +1,7 @@
 """How long a step takes, from what a calibration says of single operations: a sum that a reader can follow.
 
     step = (micro-batches x chunks + stages - 1) x unit + communication + update + what the trainer does between steps
-    unit = the longer of what the GPU and what its host takes for a pass of the slowest stage over one time chunk
+    unit = about the longer of what the GPU and what its host takes for a pass of the slowest stage over a time chunk
 
 The unit's GPU time is that of products, cells and moved bytes (train/estimate/coefficients.py); what activation
 checkpointing computes again adds a forward pass of the blocks, and so do time chunks without stages.
@@ -16,15 +16,25 @@ from model.hardware import Hardware
 from model.layers import layer_kinds
 from model.parts import Part
 from train.config import RunConfig
-from train.estimate.blocks import GRADIENT_BYTES, block_works, head_products, logits_moved
+from train.estimate.blocks import (
+    GRADIENT_BYTES,
+    REDUCED_BYTES,
+    block_works,
+    has_aligned_head,
+    head_products,
+    logits_moved,
+)
 from train.estimate.machine import Machine
 from train.parallel.mesh import MeshShape
 from train.parallel.time_chunks import TimeChunks
 
+# A GPU and its host that take about as long wait for each other now and then: the time of a pass is the norm of both
+# with this exponent. On H200, 131 ms of a GPU and 130 of its host were 147 together.
+_OVERLAP = 6
 # Of a pass that computes blocks again, the host launches a third more.
 _HOST_AGAIN = 4 / 3
 # Seconds of a step that the engine does not see: the next samples, what ranks agree on, figures.
-_BETWEEN_STEPS = 3e-3
+BETWEEN_STEPS = 3e-3
 # What each block of each pass waits for other sequence ranks, and how much of its cell it computes beside: of 24 blocks
 # on two H200, 34 ms and 10 of 27 (benchmarks/results/2026-11-28-sequence-parallel.md).
 _SEQUENCE_WAIT = 34e-3 / 24
@@ -65,7 +75,10 @@ class _Unit:
 
     @property
     def total(self) -> float:
-        return max(self.once + self.again, self.host) + self.exchange
+        on_gpu = self.once + self.again
+        longer = max(on_gpu, self.host)
+        both = ((on_gpu / longer) ** _OVERLAP + (self.host / longer) ** _OVERLAP) ** (1 / _OVERLAP)
+        return longer * both + self.exchange
 
 
 def step_seconds(config: RunConfig, shape: MeshShape, machine: Machine, parts: list[Part]) -> StepSeconds:
@@ -102,7 +115,7 @@ class _Step:
             host=count * (mean - computed - again - exchange),
             pipeline=waited,
             communication=count * exchange + self._communication(largest, count * (computed + again)),
-            update=self._update(largest),
+            update=max(self._update(part) for part in parts),
         )
 
     def _unit(self, part: Part) -> _Unit:
@@ -115,12 +128,13 @@ class _Step:
             work = self._works[kind]
             elementwise = fitted.elementwise_of(self._execution, kind) * work.moved
             forward += work.products + work.cell_forward + fitted.forward_share * elementwise
-            once += work.counted + elementwise
+            once += 3 * work.products + work.cell_both + elementwise
             if shape.sequence > 1:
                 once += _SEQUENCE_CELL * work.cell_both
                 waits += _SEQUENCE_WAIT
         if part.head:
-            once += head_products(config.model, tokens, rates)
+            longer = 1.0 if has_aligned_head(config.model) else fitted.unaligned_head
+            once += longer * head_products(config.model, tokens, rates)
             once += fitted.logits * logits_moved(config.model, tokens, rates)
         once += rates.moving(GRADIENT_BYTES * count_parameters(config.model, part).total)
         recomputes = config.parallel.activation_checkpointing != "none"
@@ -141,7 +155,8 @@ class _Step:
         if stage == 0:
             return links.reduce(4.0 * parameters, ranks)
         if stage == 1:
-            return links.reduce(4.0 * parameters, ranks) + links.gather(width * parameters, ranks)
+            # In bf16, DeepSpeed reduces gradients in bf16, though it adds them up in fp32.
+            return links.reduce(width * parameters, ranks) + links.gather(width * parameters, ranks)
         scattered = links.gather(width * parameters, ranks)
         if stage == 2:
             return (count + 1) * scattered
@@ -149,7 +164,11 @@ class _Step:
         moved = count * 3 * scattered
         return max(_ZERO3_EXPOSED * moved, moved - computed)
 
-    def _update(self, parameters: int) -> float:
-        fitted, parallel = self._machine.coefficients, self._config.parallel
-        held = parameters / (self._shape.data * self._shape.sequence if parallel.zero_stage else 1)
-        return fitted.update_seconds + self._machine.rates.moving(fitted.update_bytes * held) + _BETWEEN_STEPS
+    def _update(self, part: Part) -> float:
+        counted = count_parameters(self._config.model, part)
+        fitted, stage = self._machine.coefficients.update, self._config.parallel.zero_stage
+        held = counted.total / (self._shape.data * self._shape.sequence if stage else 1)
+        moved = fitted.bytes * held
+        if stage == 1 and self._config.precision.is_bf16:
+            moved += REDUCED_BYTES * counted.total
+        return fitted.once + fitted.tensor * counted.tensors + self._machine.rates.moving(moved) + BETWEEN_STEPS

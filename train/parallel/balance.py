@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from model.accounting import count_parameters, forward_flops
 from model.compilation import CAPTURED
 from model.hardware import CPU, Hardware
-from model.memory import Activations, InWork, activations, training_state_bytes
+from model.memory import Activations, InWork, TrainingStateBytes, activations, training_state_bytes
 from model.parts import Part, split
 from train.config import RunConfig
 from train.parallel.mesh import MeshShape
+from train.parallel.step_memory import Held, StepMemory, step_memory
 from train.parallel.time_chunks import TimeChunks
 
 TOLERANCE = 0.02
-# DeepSpeed's defaults, which runs have: elements of a bucket of gradients, and of the weights that ZeRO-3 keeps whole.
-_BUCKET_ELEMENTS = 500_000_000
-_LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,20 @@ class StageCost:
     logit_bytes: float
     # What DeepSpeed collects gradients in before it reduces them, and weights that ZeRO-3 has gathered.
     communication_bytes: float
+    # Gradients and their copies at the end of a step, in the place of gradients, activations and the like
+    # (train/parallel/step_memory.py).
+    update_bytes: float
 
     @property
     def state_bytes(self) -> float:
-        """Of what lasts for the whole run."""
+        """Of what is there in every pass."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def bytes(self) -> float:
-        return self.state_bytes + self.activation_bytes + self.communication_bytes
+        """At the peak: of a pass, or at the end of a step."""
+        in_passes = self.gradient_bytes + self.activation_bytes + self.communication_bytes
+        return self.weight_bytes + self.optimizer_bytes + max(in_passes, self.update_bytes)
 
 
 def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
@@ -120,35 +123,35 @@ class Accounts:
         copied = model.vocab_size * model.d_model if model.tie_embeddings and part.head and not part.embedding else 0
         optimizer = 8.0 * counted if zero_stage == 0 else memory.optimizer
         kept = self.activations(part, self.in_flight(stage))
+        of_step = self._step_memory(part, memory)
         cast = float(precision.compute_dtype.itemsize * counted) if precision.uses_autocast(zero_stage) else 0.0
         return StageCost(
             first_block=part.blocks.start,
             blocks=len(part.blocks),
             flops=self._flops(part),
             weight_bytes=memory.weights,
-            gradient_bytes=memory.gradients + self._recorded_gradient_bytes(counted),
+            gradient_bytes=of_step.gradients,
             optimizer_bytes=optimizer * (1 - copied / counted) if counted else 0.0,
             activation_bytes=kept.total + self._passed_bytes(part, stage) + cast,
             chunk_state_bytes=kept.chunk_states,
             logit_bytes=kept.logits,
-            communication_bytes=self._communication_bytes(counted),
+            communication_bytes=of_step.buffers,
+            update_bytes=of_step.at_the_end,
         )
 
-    def _recorded_gradient_bytes(self, parameters: int) -> float:
-        """CUDA graphs write the gradients of a micro-batch into memory of their own, beside the sum of all."""
-        if self.hardware.device_name == CPU or self.config.execution("cuda") != CAPTURED:
-            return 0.0
-        return float(self.hardware.compute_bytes * parameters)
-
-    def _communication_bytes(self, parameters: int) -> float:
-        """DeepSpeed 0.19.8: one bucket of gradients with ZeRO-2 and 3, and with ZeRO-1 in fp32; ZeRO-3 keeps gathered
-        weights that are used again soon. Its optimizer for ZeRO-1 in bf16 reduces in place, and so does ZeRO-0."""
-        stage, width = self.config.parallel.zero_stage, self.hardware.compute_bytes
-        # On a CPU, memory that nothing is written to is not taken.
-        if stage == 0 or (stage == 1 and self.config.precision.is_bf16) or self.hardware.device_name == CPU:
-            return 0.0
-        gathered = width * min(parameters, _LIVE_PARAMETERS) if stage == 3 else 0
-        return float(width * _BUCKET_ELEMENTS + gathered)
+    def _step_memory(self, part: Part, memory: TrainingStateBytes) -> StepMemory:
+        """On a CPU gradients alone: its memory is taken when something is written to it."""
+        if self.hardware.device_name == CPU:
+            return StepMemory(memory.gradients, 0.0, memory.gradients)
+        model = self.config.model
+        embedding = model.vocab_size * model.d_model if part.embedding else 0
+        return step_memory(
+            self.config,
+            Held(count_parameters(model, part).total, embedding),
+            self.shape.data * self.shape.sequence,
+            self._micro_batches * self._chunks,
+            self.config.execution("cuda") == CAPTURED,
+        )
 
     def _flops(self, part: Part) -> float:
         length = self.config.training.sequence_length
