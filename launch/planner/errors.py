@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,24 +21,28 @@ _OF_ALL_RUNS = ("name=run", "corpus.directory=corpus", "training.total_steps=100
 
 @dataclass(frozen=True)
 class Errors:
-    """The largest relative errors of time and of memory over so many measured runs; null: none was measured."""
+    """The largest relative errors of time and of memory over so many measured runs, and the median ones; null: none was
+    measured."""
 
     # Runs of the trainer; else steps of the calibration itself.
     of_runs: bool
     count: int
     time: float | None
     memory: float | None
+    median_time: float | None = None
+    median_memory: float | None = None
 
     def describe(self) -> str:
         what = "runs" if self.of_runs else "steps of the calibration, and not compared with whole runs"
         if not self.count:
             return "compared with no measured step: how far off plans are is not known"
+        errors = (("time", self.time, self.median_time), ("memory", self.memory, self.median_memory))
         found = [
-            f"{name} within {error:.0%}"
-            for name, error in (("time", self.time), ("memory", self.memory))
+            f"{name} within {error:.0%} (half of them within {median:.1%})"
+            for name, error, median in errors
             if error is not None
         ]
-        return f"plans are {', '.join(found)} of {self.count} measured {what}"
+        return f"plans of {self.count} measured {what}: {', '.join(found)}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def errors_of(calibration: Calibration) -> Errors:
         count=len(compared),
         time=max(times, default=None),
         memory=max(memories, default=None),
+        median_time=statistics.median(times) if times else None,
+        median_memory=statistics.median(memories) if memories else None,
     )
 
 

@@ -102,7 +102,9 @@ def _provenance(machine: Machine, errors: Errors) -> Iterator[str]:
     )
     yield f"measured   {machine.device}, {provenance.get('date', 'no date')}, {versions or 'no versions'}"
     yield f"{'':{_WIDTH}}{errors.describe()}"
-    if machine.coefficients.assumed:
+    if not machine.calibration.steps:
+        yield f"{'':{_WIDTH}}no steps were measured: what blocks move, and what their host takes, are as on an H200"
+    elif machine.coefficients.assumed:
         yield f"{'':{_WIDTH}}not measured, as on an H200: {', '.join(machine.coefficients.assumed)}"
     if machine.ranks > 1 and not machine.links.is_measured:
         links = machine.links

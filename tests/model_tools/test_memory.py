@@ -107,6 +107,8 @@ def test_a_gpu_keeps_half_of_what_the_reference_keeps():
     chunk = config.mlstm.cell(config.d_model).chunk_tokens(H200)
     measured = 44_749 - 4 * config.d_model + 4 * 128 * (2 * 256 + 4) / chunk
     on_gpu = activation_bytes(dataclasses.replace(config, vocab_size=0), 1, length, "none", H200)
+    # The gradient of the head's input, which the measured pass did not make.
+    on_gpu -= 2 * config.d_model * length
     assert on_gpu / length == pytest.approx(3 * measured + 4_096, rel=0.01)
     assert 1.9 < reference / on_gpu < 2.4
     pinned = dataclasses.replace(config, mlstm=MLSTMConfig(n_heads=4, backend="reference"))

@@ -6,8 +6,8 @@ A pass over n blocks takes n b + a, where b is a block's time and a the rest's. 
     a   the head's products + logits x (bytes of the logits / copy rate) + what the sums of gradients move
 
 So `elementwise` holds whatever else a block does, products that are slower among others than alone among it. A forward
-pass of a block has a third of its products, its cell's forward part, and `forward_share` of what is elementwise. Products
-of a head whose vocabulary is no multiple of 8 take `unaligned_head` times as long.
+pass of a block has a third of its products, its cell's forward part, and `forward_share` of what is elementwise.
+Products of a head whose vocabulary is no multiple of 8 take `unaligned_head` times as long.
 
 Where a GPU would wait for its host, steps of few tokens show the host's time of a block and of the rest of a pass. An
 update takes a time of its own, one for each tensor, and one for each byte that it moves.

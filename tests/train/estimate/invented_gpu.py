@@ -5,7 +5,7 @@ from model.compilation import CAPTURED, COMPILED, WRITTEN
 from model.hardware import Hardware
 from model.layers import layer_kinds
 from model.presets import preset
-from train.estimate.blocks import GRADIENT_BYTES, block_works, head_products, logits_moved
+from train.estimate.blocks import GRADIENT_BYTES, REDUCED_BYTES, block_works, head_products, logits_moved
 from train.estimate.calibration import Calibration, CellPoint, ProductPoint, StepPoint
 from train.estimate.rates import Rates
 
@@ -16,8 +16,10 @@ ELEMENTWISE = {WRITTEN: 4.5, COMPILED: 3.0, CAPTURED: 3.0}
 FORWARD_SHARE = 0.4
 LOGITS = 2.5
 HOST = {WRITTEN: (6e-3, 8e-3), COMPILED: (4e-3, 8e-3), CAPTURED: (1e-3, 5e-3)}
-UPDATE_BYTES = 50.0
-UPDATE_SECONDS = 0.005
+UPDATE = (0.005, 2e-5, 50.0)
+UNALIGNED = 4.0
+# Of a step's two passes each has half of what is copied once.
+GRADIENTS = GRADIENT_BYTES + REDUCED_BYTES / 2
 
 
 def products():
@@ -50,6 +52,7 @@ def steps():
         ("xlstm_1b4", (6,), [(4, 4096, WRITTEN, "none"), (4, 4096, COMPILED, "unit"), (4, 4096, COMPILED, "block")]),
         ("xlstm_400m", (2, 8), [(1, 512, COMPILED, "none"), (8, 2048, CAPTURED, "none"), (1, 512, CAPTURED, "none")]),
         ("xlstm_400m", (8,), [(1, 512, WRITTEN, "none")]),
+        ("neurips_1b3_1_0", (2, 6), [(4, 2048, COMPILED, "none")]),
     ):
         for n_blocks in depths:
             config = preset(model, n_blocks=n_blocks)
@@ -69,14 +72,15 @@ def steps():
 def _gpu_seconds(config, batch, length, execution, mode, rates):
     (work,) = block_works(config, batch, length, Hardware("NVIDIA H200"), rates).values()
     elementwise = ELEMENTWISE[execution] * work.moved
-    block = work.counted + elementwise + GRADIENT_BYTES * work.parameters / COPY
+    block = 3 * work.products + work.cell_both + elementwise + GRADIENTS * work.parameters / COPY
     if mode != "none":
         block += work.products + work.cell_forward + FORWARD_SHARE * elementwise
     tokens = batch * length
-    rest = head_products(config, tokens, rates) + LOGITS * logits_moved(config, tokens, rates)
-    rest += GRADIENT_BYTES * 2 * config.vocab_size * config.d_model / COPY
+    rest = head_products(config, tokens, rates) * (1 if config.vocab_size % 8 == 0 else UNALIGNED)
+    rest += LOGITS * logits_moved(config, tokens, rates) + GRADIENTS * 2 * config.vocab_size * config.d_model / COPY
     return len(layer_kinds(config)) * block + rest
 
 
 def _update_seconds(config):
-    return UPDATE_SECONDS + UPDATE_BYTES * count_parameters(config).total / COPY
+    counted, (once, tensor, moved) = count_parameters(config), UPDATE
+    return once + tensor * counted.tensors + moved * counted.total / COPY

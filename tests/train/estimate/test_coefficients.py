@@ -32,14 +32,15 @@ def test_the_coefficients_of_a_known_gpu_are_found_again(calibration):
     assert found.elementwise_of(CAPTURED, "mlstm") == pytest.approx(invented_gpu.ELEMENTWISE[CAPTURED], rel=0.01)
     assert found.forward_share == pytest.approx(invented_gpu.FORWARD_SHARE, rel=0.01)
     assert found.logits == pytest.approx(invented_gpu.LOGITS, rel=0.02)
-    assert found.update_bytes == pytest.approx(invented_gpu.UPDATE_BYTES, rel=0.01)
-    assert found.update_seconds == pytest.approx(invented_gpu.UPDATE_SECONDS, rel=0.01)
+    assert found.unaligned_head == pytest.approx(invented_gpu.UNALIGNED, rel=0.02)
+    assert dataclasses.astuple(found.update) == pytest.approx(invented_gpu.UPDATE, rel=0.01)
     for execution, (block, rest) in invented_gpu.HOST.items():
         assert found.host[execution].block == pytest.approx(block, rel=0.01)
         assert found.host[execution].rest == pytest.approx(rest, rel=0.01)
     assert found.assumed == []
-    # A kind that was not measured has the others' mean.
+    # A kind that was not measured has the mLSTM's, and as much more of it written as that has.
     assert found.elementwise_of(COMPILED, "slstm") == found.elementwise_of(COMPILED, "mlstm")
+    assert found.elementwise_of(WRITTEN, "preup_mlstm") == pytest.approx(invented_gpu.ELEMENTWISE[WRITTEN], rel=0.02)
 
 
 def test_what_steps_do_not_show_is_taken_from_another_gpu_and_named():
@@ -93,16 +94,19 @@ def step(calibration, world, *overrides, nodes=1):
 
 def test_a_step_is_the_sum_that_the_docstring_says(calibration):
     one = ["model=xlstm_1b4", "training.sequence_length=4096", "training.micro_batch_size=4"]
-    _, _, alone = step(calibration, 1, *one, "training.global_batch_size=4")
+    config, _, alone = step(calibration, 1, *one, "training.global_batch_size=4")
     _, plan, three = step(calibration, 1, *one, "training.global_batch_size=12")
     assert three.passes == pytest.approx(3 * alone.passes) and three.update == alone.update
-    assert alone.communication == alone.pipeline == alone.host == alone.recomputation == 0
-    assert three.total == pytest.approx(three.passes + three.update)
+    assert alone.communication == alone.pipeline == alone.recomputation == 0
+    # A host that needs two fifths of the GPU's time is hardly waited for.
+    assert 0 < alone.host < 0.01 * alone.passes
+    assert three.total == pytest.approx(three.passes + three.host + three.update)
     assert plan.tokens_per_second_per_device == pytest.approx(3 * 16384 / three.total)
     assert plan.predicted_seconds == pytest.approx(1000 * three.total)
     # A model of 24 such blocks takes what 24 of the calibration's take.
     (rest, block) = _rest_and_block(calibration)
-    assert alone.passes == pytest.approx(24 * block + rest, rel=0.01)
+    copied = 14.0 * count_parameters(config.model).total / invented_gpu.COPY
+    assert alone.passes == pytest.approx(24 * block + rest - copied, rel=0.01)
 
 
 def _rest_and_block(calibration):
@@ -128,9 +132,10 @@ def test_a_small_model_waits_for_its_host_unless_its_launches_are_recorded(calib
     small = ["model=xlstm_400m", "training.sequence_length=2048", "training.global_batch_size=8"]
     _, _, recorded = step(calibration, 1, *small)
     _, _, compiled = step(calibration, 1, *small, "training.cuda_graphs=false")
-    assert recorded.host == 0 and compiled.host > 0
+    assert recorded.host < 0.05 * recorded.passes and compiled.host > 0.1 * compiled.passes
     block, rest = invented_gpu.HOST[COMPILED]
-    assert compiled.passes + compiled.host == pytest.approx(24 * block + rest, rel=0.01)
+    # Longer than the host alone takes, since the GPU takes nearly as long.
+    assert 1 < (compiled.passes + compiled.host) / (24 * block + rest) < 2 ** (1 / 6)
 
 
 def test_stages_wait_as_the_formula_of_the_bubble_says(calibration):
@@ -150,7 +155,7 @@ def test_exchanges_take_the_bytes_that_they_move(calibration):
     parameters = count_parameters(config.model).total
     links = Links.of(calibration, 1, 8, 400.0)
     assert sharded.communication == pytest.approx(
-        2 * (LATENCY + 4 * parameters * 7 / 8 / links.inside) + LATENCY + 2 * parameters * 7 / 8 / links.inside
+        2 * (LATENCY + 2 * parameters * 7 / 8 / links.inside) + LATENCY + 2 * parameters * 7 / 8 / links.inside
     )
     _, _, nothing = step(calibration, 1, *one)
     assert nothing.communication == 0
