@@ -20,7 +20,10 @@ from typing import Any
 
 from conf import CONF_DIR, compose
 from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from launch.calibrate import CalibrateConfig, validate_calibration
 from launch.job import SubmitConfig, validate_machines
+from launch.planner.command import PlanConfig
+from launch.planner.command import validate_machines as validate_planned_machines
 from train.config import RunConfig
 from train.validate import validate
 
@@ -63,13 +66,18 @@ def page() -> str:
     run = compose(RunConfig, "train", ["name=NAME", "corpus.directory=DIR", "training.total_steps=1000"])
     preparation = compose(PrepareConfig, "prepare", ["output=DIR"])
     submission = compose(SubmitConfig, "submit")
+    planning, calibration = compose(PlanConfig, "plan"), compose(CalibrateConfig, "calibrate")
     required = {"name", "corpus.directory", "output"}
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
     of_preparation = {section.schema for section in sections(preparation)} - {PrepareConfig}
     missing = [
         problem
-        for schema in {section.schema: None for tree in (run, preparation, submission) for section in sections(tree)}
+        for schema in {
+            section.schema: None
+            for tree in (run, preparation, submission, planning, calibration)
+            for section in sections(tree)
+        }
         for problem in undocumented(schema)
     ]
     if missing:
@@ -88,6 +96,12 @@ def page() -> str:
     lines.append("## A submission: `python -m launch submit`\n")
     for section in sections(submission):
         lines += _render(section, required, lambda key: _choices(submission, key, validate_machines))
+    lines.append("## A plan: `python -m launch plan`\n")
+    for section in sections(planning):
+        lines += _render(section, set(), lambda key: _choices(planning, key, validate_planned_machines))
+    lines.append("## A calibration: `python -m launch calibrate`\n")
+    for section in sections(calibration):
+        lines += _render(section, set(), lambda key: _choices(calibration, key, validate_calibration))
     return "\n".join(lines)
 
 

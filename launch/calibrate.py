@@ -127,9 +127,9 @@ class _Found:
 def calibrate(arguments: Sequence[str]) -> int:
     """Measure as `arguments` say, and write the file; returns the exit code. Raises ConfigError for what cannot work,
     before anything is measured."""
-    config = compose(CalibrateConfig, "calibrate", list(arguments), _validate)
+    config = compose(CalibrateConfig, "calibrate", list(arguments), validate_calibration)
     become_rank()
-    problems = _validate(config) + _unfit(config)
+    problems = validate_calibration(config) + _unfit(config)
     before = None
     if launched_processes() > 1 and not problems:
         # What one process has measured; the collectives among these are added.
@@ -162,7 +162,8 @@ def _add_collectives(before: Calibration, file: Path, program: Program, mesh: Me
         _say(f"measured   {point.operation} of {mesh.size}: {point.bytes / point.seconds / 1e9:.1f} GB/s of the whole")
 
 
-def _validate(config: CalibrateConfig) -> list[str]:
+def validate_calibration(config: CalibrateConfig) -> list[str]:
+    """All problems of `config`, one line each."""
     problems = [*local_folder("output", config.output), *positive("seconds", config.seconds)]
     if not math.isfinite(config.seconds):
         problems.append(f"seconds: must be a number of seconds ({config.seconds})")

@@ -9,7 +9,9 @@ from types import ModuleType
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
+from launch.calibrate import CalibrateConfig
 from launch.job import SubmitConfig
+from launch.planner.command import PlanConfig
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -39,7 +41,11 @@ def run_keys() -> tuple[str, ...]:
 @functools.cache
 def all_keys() -> tuple[str, ...]:
     return (
-        run_keys() + _keys(compose(PrepareConfig, "prepare", ["output=DIR"])) + _keys(compose(SubmitConfig, "submit"))
+        run_keys()
+        + _keys(compose(PrepareConfig, "prepare", ["output=DIR"]))
+        + _keys(compose(SubmitConfig, "submit"))
+        + _keys(compose(PlanConfig, "plan"))
+        + _keys(compose(CalibrateConfig, "calibrate"))
     )
 
 
