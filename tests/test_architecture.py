@@ -37,7 +37,6 @@ READ_VALUES = {
     "launch/job.py",
     "launch/logs.py",
     "launch/planner/command.py",
-    "launch/planner/errors.py",
     "launch/scaling/collect.py",
     "launch/slurm.py",
     "launch/status.py",

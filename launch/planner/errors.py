@@ -7,16 +7,13 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conf import compose
 from launch.measuring.steps import Shape, Steps, run_config
-from train.config import RunConfig
+from model.presets import preset
+from train.config import LoggingConfig, ParallelConfig, RunConfig, TrainingConfig
 from train.estimate.calibration import Calibration, RunPoint
 from train.estimate.machine import Machine
 from train.estimate.step_time import BETWEEN_STEPS
 from train.plan import Plan, make_plan
-
-# What a run of a calibration has where its overrides say nothing else.
-_OF_ALL_RUNS = ("name=run", "corpus.directory=corpus", "training.total_steps=1000000", "recipe=none")
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def compared_runs(calibration: Calibration) -> Iterator[Compared]:
         rate = run.tokens_per_second_per_gpu
         assert plan.step_seconds is not None
         yield Compared(
-            " ".join(run.overrides),
+            f"{run.model} {run.training} {run.parallel} on {run.ranks}",
             plan.step_seconds.total,
             None if rate is None else plan.tokens_per_step / plan.world_size / rate,
             plan.rank_bytes,
@@ -97,7 +94,13 @@ def compared_runs(calibration: Calibration) -> Iterator[Compared]:
 
 def plan_of_run(calibration: Calibration, run: RunPoint) -> Plan:
     """The plan that a measured run would have had."""
-    config = compose(RunConfig, "train", [*_OF_ALL_RUNS, *run.overrides])
+    config = RunConfig(
+        name="run",
+        model=preset(run.model),
+        training=TrainingConfig(total_steps=1_000_000, **run.training),
+        parallel=ParallelConfig(**run.parallel),
+        logging=LoggingConfig(monitor_interval=0),
+    )
     return make_plan(config, run.ranks, machine=Machine(calibration, run.nodes, run.ranks))
 
 

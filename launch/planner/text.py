@@ -106,10 +106,13 @@ def _provenance(machine: Machine, errors: Errors) -> Iterator[str]:
         yield f"{'':{_WIDTH}}no steps were measured: what blocks move, and what their host takes, are as on an H200"
     elif machine.coefficients.assumed:
         yield f"{'':{_WIDTH}}not measured, as on an H200: {', '.join(machine.coefficients.assumed)}"
-    if machine.ranks > 1 and not machine.links.is_measured:
-        links = machine.links
-        between = f", {links.between / 1e9:.0f} of a node to others" if machine.nodes > 1 else ""
-        yield f"{'':{_WIDTH}}not measured, by data sheet: {links.inside / 1e9:.0f} GB/s of a GPU within a node{between}"
+    links, of_data_sheets = machine.links, []
+    if not links.inside_is_measured and machine.ranks > machine.nodes:
+        of_data_sheets.append(f"{links.inside / 1e9:.0f} GB/s of a GPU within a node")
+    if not links.between_is_measured and machine.nodes > 1:
+        of_data_sheets.append(f"{links.between / 1e9:.0f} GB/s of a node to others")
+    if of_data_sheets:
+        yield f"{'':{_WIDTH}}not measured, by data sheet: {', '.join(of_data_sheets)}"
 
 
 def table(chosen: Layout, others: Sequence[Layout], shown: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -11,6 +12,8 @@ from launch.__main__ import main
 from launch.planner.command import read_arguments
 from launch.planner.errors import compared_steps, errors_of
 from launch.planner.layouts import all_layouts, layout_of
+from tests.documented import quoted, table
+from tests.runs import ROOT
 from tests.train.estimate import invented_gpu
 from train.estimate.calibration import SHIPPED, RunPoint, read_calibration
 from train.estimate.machine import Machine
@@ -40,8 +43,8 @@ def test_the_page_has_all_that_one_asks_before_booking_gpus(capsys, gpu):
         "memory of a rank, GiB of the 138.2 that a run finds on NVIDIA H200",
         "  it fits; a save takes no more on the GPU, and 0.28 GiB in the memory of its host",
         "a step, ms",
-        f"           plans of {len(invented_gpu.steps())} measured steps of the calibration, and not compared with whole ",
-        "           not measured, by data sheet: 360 GB/s of a GPU within a node, 320 of a node to others",
+        f"           plans of {len(invented_gpu.steps())} measured steps of the calibration, and not compared with ",
+        "           not measured, by data sheet: 360 GB/s of a GPU within a node, 320 GB/s of a node to others",
     ):
         assert line in text, line
     rows = dict(re.findall(r"^  ([a-z][^\d\n]*?) +([\d.]+)(?: .*)?$", text, flags=re.M))
@@ -125,10 +128,51 @@ def test_errors_are_those_of_the_runs_that_were_measured(gpu):
     compared = list(compared_steps(calibration))
     assert all(abs(one.time_error) < 0.15 for one in compared)
     assert "steps of the calibration, and not compared with whole runs: time" in errors_of(calibration).describe()
-    run = RunPoint([*SMALL, "training.micro_batch_size=2", "training.global_batch_size=4"], 1, 1, 1e5, 2**34, "a test")
+    batch = {"sequence_length": 8192, "micro_batch_size": 2, "global_batch_size": 4}
+    run = RunPoint("xlstm_400m", batch, {}, 1, 1, 1e5, 2**34, "a test")
     of_runs = errors_of(dataclasses.replace(calibration, runs=[run]))
     assert of_runs.of_runs and of_runs.count == 1 and of_runs.memory > 0
     assert errors_of(invented_gpu.bare()).describe().startswith("compared with no measured step")
+
+
+def test_plans_of_measured_runs_are_as_near_as_the_documentation_says():
+    calibration = read_calibration(SHIPPED / "h200.json")
+    found = errors_of(calibration)
+    assert found.of_runs and found.count == 13
+    assert found.memory is not None and found.memory < 0.01
+    assert found.time is not None and found.time < 0.16
+    page = (ROOT / "docs" / "planning.md").read_text()
+    figures = re.search(
+        r"\((\d+) runs of .* memory is within\s(\d+) %, and time\s*within (\d+) %, half of them within ([\d.]+) %",
+        page,
+        re.S,
+    )
+    assert figures is not None
+    assert [float(figure) for figure in figures.groups()] == [
+        found.count,
+        math.ceil(100 * found.memory),
+        math.ceil(100 * found.time),
+        round(100 * found.median_time, 1),
+    ]
+
+
+def test_plans_are_as_near_to_the_steps_of_their_calibration():
+    """Every width, kind of block, way to run and recomputation that it measured."""
+    compared = list(compared_steps(read_calibration(SHIPPED / "h200.json")))
+    for one in compared:
+        assert one.time_error is not None and abs(one.time_error) < 0.09, one
+        assert one.memory_error is None or abs(one.memory_error) < 0.025, one
+    assert len(compared) == 18 and sum(one.memory_error is not None for one in compared) == 14
+
+
+def test_the_documentation_lists_every_experiment_with_its_gpus():
+    found = {quoted(name)[0]: int(gpus) for name, _, gpus in table("configuration.md", "experiment")}
+    expected = {}
+    for name in EXPERIMENTS:
+        text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+        (command,) = re.findall(r"^#   python -m launch plan (.*)$", text, flags=re.M)
+        expected[name] = read_arguments(command.split())[0].ranks
+    assert found == expected
 
 
 EXPERIMENTS = sorted({path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} - {"demo"})

@@ -86,10 +86,12 @@ class CollectivePoint:
 
 @dataclass(frozen=True)
 class RunPoint:
-    """A run of `python -m train`, measured apart from the calibration: what its error is judged by."""
+    """A run of `python -m train` without statistics, measured apart from the calibration, whose error it shows."""
 
-    # Beside those of conf/train.yaml.
-    overrides: list[str]
+    # Of conf/model/; of the sections `training` and `parallel`, what is not as train/config.py has it.
+    model: str
+    training: dict[str, Any]
+    parallel: dict[str, Any]
     nodes: int
     ranks: int
     tokens_per_second_per_gpu: float | None

@@ -21,14 +21,15 @@ class Links:
     Attributes:
         nodes, ranks: of the run; ranks lie node after node.
         inside, between: bytes a second that a rank sends and receives within a node, and a node to others.
-        is_measured: whether a collective of as many ranks was measured.
+        inside_is_measured, between_is_measured: whether they are of measured collectives, else of data sheets.
     """
 
     nodes: int
     ranks: int
     inside: float
     between: float
-    is_measured: bool
+    inside_is_measured: bool
+    between_is_measured: bool
 
     @classmethod
     def of(cls, calibration: Calibration, nodes: int, ranks: int, network_gbit: float) -> Links:
@@ -42,7 +43,7 @@ class Links:
         beyond = [point for point in measured if point.nodes > 1]
         if beyond:
             between = _bus_rate(min(beyond, key=lambda point: abs(point.nodes - nodes)))
-        return cls(nodes, ranks, inside, between, bool(beyond if nodes > 1 else within))
+        return cls(nodes, ranks, inside, between, bool(within), bool(beyond))
 
     def gather(self, count: float, ranks: int) -> float:
         """Seconds until each of so many ranks, neighbours, has all of `count` bytes; to reduce and scatter as well."""

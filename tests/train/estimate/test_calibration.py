@@ -22,7 +22,7 @@ def whole():
         invented_gpu.bare(),
         steps=invented_gpu.steps(),
         collectives=[CollectivePoint("all_reduce", 1, 2, 2**29, 0.003)],
-        runs=[RunPoint(["model=xlstm_160m"], 1, 1, 1000.0, None, "a test")],
+        runs=[RunPoint("xlstm_160m", {"micro_batch_size": 2}, {"zero_stage": 2}, 1, 1, 1000.0, None, "a test")],
     )
 
 

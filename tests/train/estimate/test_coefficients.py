@@ -167,9 +167,9 @@ def test_measured_collectives_replace_data_sheets():
     point = CollectivePoint("all_reduce", 1, 2, 2**30, 2**30 / 300e9)
     calibration = dataclasses.replace(invented_gpu.bare(), collectives=[point])
     links = Links.of(calibration, 1, 2, 400.0)
-    assert links.is_measured and links.inside == pytest.approx(300e9)
+    assert links.inside_is_measured and links.inside == pytest.approx(300e9)
     assert links.reduce(2**30, 2) == pytest.approx(2 * LATENCY + point.seconds)
-    assert not Links.of(calibration, 2, 16, 400.0).is_measured
+    assert not Links.of(calibration, 2, 16, 400.0).between_is_measured
     # A network of 400 Gbit/s for each of 8 GPUs, of which collectives reach 0.8.
     assert Links.of(calibration, 2, 16, 400.0).between == pytest.approx(320e9)
     assert Links.of(calibration, 2, 16, 100.0).between == pytest.approx(80e9)
