@@ -139,6 +139,11 @@ class Plan:
         return lasting + max(in_passes, self.update_bytes)
 
     @property
+    def peaks_at_the_end_of_a_step(self) -> bool:
+        """Whether gradients and their copies take more than a pass does."""
+        return self.update_bytes > self.gradient_bytes + self.activation_bytes + self.communication_bytes
+
+    @property
     def tokens_per_second_per_device(self) -> float | None:
         """By the calibration."""
         if self.step_seconds is None:
@@ -188,6 +193,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as the lines that a run prints at its start."""
+        at_the_end = self.peaks_at_the_end_of_a_step
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._stages}{self._slices}",
@@ -203,7 +209,8 @@ class Plan:
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
             f"activations {gib(self.activation_bytes)}"
             + (f", communication {gib(self.communication_bytes)}" if self.communication_bytes else "")
-            + (f", carried state {gib(self.carried_bytes)}" if self.carried_bytes else ""),
+            + (f", carried state {gib(self.carried_bytes)}" if self.carried_bytes else "")
+            + (f"; its gradients with copies at the end of a step {gib(self.update_bytes)}" if at_the_end else ""),
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
         left = " left" if self.completed_steps else ""

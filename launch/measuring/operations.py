@@ -25,10 +25,13 @@ from train.estimate.calibration import CellPoint, ProductPoint
 _CYCLES_PER_SECOND = 2.0e9
 _LONGEST_PAUSE = 0.03
 _DOCUMENT_TOKENS = 1000
+# For which a call is repeated.
+_SECONDS = {"cuda": 0.25, "cpu": 0.02}
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, for_seconds: float = 0.25) -> float:
-    """The median time of `call`, repeated for about so long after calls that compile and warm up; at least 5 times."""
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """The median time of `call`, repeated after calls that compile and warm up; at least 5 times."""
+    for_seconds = _SECONDS[device.type]
     for _ in range(2):
         call()
     _wait(device)

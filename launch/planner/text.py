@@ -45,6 +45,7 @@ def _memory(config: RunConfig, machine: Machine, chosen: Layout) -> Iterator[str
         ("logits in work", plan.logit_bytes),
         ("buckets and gathered weights", plan.communication_bytes),
         ("state carried from step to step", plan.carried_bytes),
+        ("gradients and copies at the end, instead", plan.update_bytes if plan.peaks_at_the_end_of_a_step else 0.0),
         ("at the peak", plan.rank_bytes),
     ]
     for name, count in rows:

@@ -1,6 +1,7 @@
 """`python -m launch plan`: what it says, what it refuses, and the prepared experiments at the size of their runs."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -167,12 +168,16 @@ def test_plans_are_as_near_to_the_steps_of_their_calibration():
 
 def test_the_documentation_lists_every_experiment_with_its_gpus():
     found = {quoted(name)[0]: int(gpus) for name, _, gpus in table("configuration.md", "experiment")}
-    expected = {}
-    for name in EXPERIMENTS:
-        text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
-        (command,) = re.findall(r"^#   python -m launch plan (.*)$", text, flags=re.M)
-        expected[name] = read_arguments(command.split())[0].ranks
-    assert found == expected
+    assert found == {name: planned_experiment(name)[0].ranks for name in EXPERIMENTS}
+
+
+@functools.cache
+def planned_experiment(name):
+    """What the command that its file names would plan."""
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    (command,) = re.findall(r"^#   python -m launch plan (.*)$", text, flags=re.M)
+    assert f"experiment={name} " in command
+    return read_arguments(command.split())
 
 
 EXPERIMENTS = sorted({path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} - {"demo"})
@@ -181,9 +186,6 @@ EXPERIMENTS = sorted({path.stem for path in (CONF_DIR / "experiment").glob("*.ya
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_planned_at_the_size_of_its_run(name):
     """Each file names the command that plans it; there it fits, whatever the layouts around it."""
-    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
-    (command,) = re.findall(r"^#   python -m launch plan (.*)$", text, flags=re.M)
-    assert f"experiment={name} " in command
-    machines, config = read_arguments(command.split())
+    machines, config = planned_experiment(name)
     machine = Machine(read_calibration(SHIPPED / f"{machines.gpu}.json"), machines.nodes, machines.ranks)
     assert layout_of(config, machine).fits == "yes"
