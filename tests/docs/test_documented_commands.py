@@ -177,7 +177,7 @@ def _check(module, arguments):
     elif module == "launch" and arguments[0] == "submit" and overrides and "..." not in arguments:
         job, config = read_job(overrides)
         assert validate(config, job.processes) == []
-    elif module == "launch" and arguments[0] == "plan" and "..." not in arguments:
+    elif module == "launch" and arguments[0] == "plan" and overrides and "..." not in arguments:
         read_arguments(overrides)
     elif module == "launch" and arguments[0] == "calibrate":
         assert validate_calibration(compose(CalibrateConfig, "calibrate", overrides)) == []
