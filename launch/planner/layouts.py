@@ -20,6 +20,8 @@ from train.validate import validate
 _TAKEN_BYTES = 1.5 * 2**30
 # Tokens of a pass of one rank beyond which a larger one gains nothing.
 _MOST_TOKENS = 131_072
+# Stages beyond which none are looked for: each further one waits longer.
+_STAGES = 16
 _AS_LONG = math.log(1.005)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -112,8 +114,9 @@ def _divided(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
     """Every division of the ranks into stages, replicas and slices, with each ZeRO stage that goes with it."""
     of_node = machine.ranks // machine.nodes
     for pipeline, sequence in itertools.product(_SIZES, _SIZES):
-        longer = sequence > max(of_node, config.parallel.sequence)
-        if longer or machine.ranks % (pipeline * sequence) or pipeline > config.model.n_blocks:
+        if sequence > max(of_node, config.parallel.sequence) or pipeline > max(_STAGES, config.parallel.pipeline):
+            continue
+        if machine.ranks % (pipeline * sequence) or pipeline > config.model.n_blocks:
             continue
         for zero_stage in (1, 2, 3) if pipeline == 1 else (1,):
             parallel = dataclasses.replace(config.parallel, zero_stage=zero_stage, pipeline=pipeline, sequence=sequence)
