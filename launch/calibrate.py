@@ -65,7 +65,8 @@ class Program:
     effort: Effort = Effort(for_seconds=1.0, at_least=5)
 
 
-def _full() -> Program:
+def full_program() -> Program:
+    """Of a GPU with 80 GB or more."""
     long, short = Shape(4, 4096, COMPILED), Shape(1, 512, COMPILED)
     captured = [dataclasses.replace(shape, execution=CAPTURED) for shape in (Shape(8, 2048, COMPILED), short)]
     recomputing = [dataclasses.replace(long, activation_checkpointing=mode) for mode in ("unit", "block")]
@@ -93,6 +94,8 @@ def _full() -> Program:
             Steps("neurips_1b3_1_0", 6, (Shape(4, 2048, COMPILED),)),
             Steps("llama_1b4", 2, (long,)),
             Steps("llama_1b4", 6, (long,)),
+            Steps("xlstm_7b_mixed", 2, (Shape(2, 4096, COMPILED),), "slstm"),
+            Steps("xlstm_7b_mixed", 6, (Shape(2, 4096, COMPILED),), "slstm"),
         ],
     )
 
@@ -136,7 +139,7 @@ def calibrate(arguments: Sequence[str]) -> int:
         before = read_calibration(Path(config.output))
     if problems:
         raise ConfigError(problems)
-    program = _tiny() if config.tiny else _full()
+    program = _tiny() if config.tiny else full_program()
     mesh = join_mesh(_TIMEOUT)
     try:
         if before is None:

@@ -19,10 +19,10 @@ from model.accounting import parameter_shapes
 from model.compilation import CAPTURED, WRITTEN
 from model.config import ModelConfig
 from model.initialisation import initialise_parameter
-from model.presets import preset
 from model.stages import Stage
 from train.config import LoggingConfig, ParallelConfig, PrecisionConfig, RunConfig, TrainingConfig
 from train.estimate.calibration import CALIBRATION_MICRO_BATCHES, StepPoint
+from train.estimate.models import model_of_steps
 from train.parallel.engine import Engine, make_engine
 from train.parallel.fragments import ReadRange
 from train.parallel.mesh import Mesh
@@ -51,13 +51,15 @@ class Steps:
     model: str
     n_blocks: int
     shapes: tuple[Shape, ...]
+    # The kind of all blocks; None: the model's own.
+    block: str | None = None
 
     @property
     def config(self) -> ModelConfig:
-        return preset(self.model, n_blocks=self.n_blocks)
+        return model_of_steps(self.model, self.n_blocks, self.block)
 
     def describe(self) -> str:
-        return f"{self.model} with {self.n_blocks} blocks"
+        return f"{self.model} with {self.n_blocks} {f'{self.block} ' if self.block else ''}blocks"
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _measure(steps: Steps, shape: Shape, engine: Engine, effort: Effort) -> Step
         update_seconds=statistics.median(updates),
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         lasting_bytes=torch.cuda.memory_allocated(device) if on_gpu else None,
+        block=steps.block,
     )
 
 

@@ -75,6 +75,7 @@ def show_plan(given: Planning) -> int:
             "room_bytes": room_of(machine),
             "fits": chosen.fits,
             "plan": chosen.plan.as_dict(),
+            "tokens_per_second_per_gpu": chosen.plan.tokens_per_second_per_device,
             "gpu_hours": (chosen.plan.predicted_seconds or 0.0) / 3600 * machines.ranks,
             "coefficients": asdict(machine.coefficients),
             "errors": asdict(errors),

@@ -109,7 +109,7 @@ def compared_steps(calibration: Calibration) -> Iterator[Compared]:
     machine = Machine(calibration, 1, 1)
     for step in calibration.steps:
         shape = Shape(**{field.name: getattr(step, field.name) for field in dataclasses.fields(Shape)})
-        steps = Steps(step.model, step.n_blocks, (shape,))
+        steps = Steps(step.model, step.n_blocks, (shape,), step.block)
         plan = make_plan(run_config(steps.config, shape), 1, machine=machine)
         assert plan.step_seconds is not None
         yield Compared(

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from launch.__main__ import main
+from launch.calibrate import full_program
+from launch.measuring.steps import run_config
 from launch.planner.errors import compared_steps
+from model.layers import layer_kinds
 from tests.runs import ROOT
 from train.estimate.calibration import read_calibration
 from train.estimate.coefficients import fit
+from train.plan import make_plan
 
 
 def calibrate(folder, *arguments, processes=1):
@@ -55,6 +59,22 @@ def test_a_file_is_measured_and_processes_add_their_collectives_to_it(tmp_path):
         ("all_reduce", 1, 2),
         ("all_gather", 1, 2),
     ]
+
+
+def test_what_is_measured_of_a_gpu_fits_one_of_80_gb():
+    """And each model is there with two depths, all of its blocks of one kind."""
+    program, depths = full_program(), {}
+    for steps in program.steps:
+        (kind,) = set(steps.config.block_kinds())
+        assert steps.block in (None, kind)
+        for shape in steps.shapes:
+            plan = make_plan(run_config(steps.config, shape), 1, "NVIDIA H100 80GB HBM3")
+            assert plan.rank_bytes < 50 * 2**30
+            depths.setdefault((steps.model, shape), []).append(steps.n_blocks)
+    assert {len(found) for found in depths.values()} <= {1, 2}
+    assert sum(len(found) == 2 for found in depths.values()) == 8
+    kinds = {layer_kinds(steps.config)[0].name for steps in program.steps}
+    assert kinds == {"mlstm", "preup_mlstm", "attention", "slstm"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is refused")

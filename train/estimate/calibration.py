@@ -70,6 +70,8 @@ class StepPoint:
     # Allocated at most, and between steps; null where it is not known, as on a CPU.
     peak_bytes: int | None
     lasting_bytes: int | None
+    # The kind of all blocks, where it is not that of the model.
+    block: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
@@ -28,7 +27,6 @@ from model.config import ModelConfig
 from model.hardware import Hardware
 from model.layers import layer_kinds
 from model.memory import LOSS_CHUNK_TOKENS
-from model.presets import preset
 from train.estimate.blocks import (
     GRADIENT_BYTES,
     REDUCED_BYTES,
@@ -39,6 +37,7 @@ from train.estimate.blocks import (
     logits_moved,
 )
 from train.estimate.calibration import CALIBRATION_MICRO_BATCHES, Calibration, StepPoint
+from train.estimate.models import model_of_steps
 from train.estimate.rates import Rates
 
 # Steps of so few tokens show the host's time.
@@ -264,7 +263,7 @@ def _points(steps: Sequence[StepPoint]) -> Iterator[_Point]:
 
 def _key(step: StepPoint) -> tuple[object, ...]:
     batch = (step.micro_batch_size, step.sequence_length)
-    return (step.n_blocks, step.model, batch, step.execution, step.activation_checkpointing)
+    return (step.n_blocks, (step.model, step.block), batch, step.execution, step.activation_checkpointing)
 
 
 def _is_alike(one: StepPoint, other: StepPoint) -> bool:
@@ -272,9 +271,4 @@ def _is_alike(one: StepPoint, other: StepPoint) -> bool:
 
 
 def _model(step: StepPoint) -> ModelConfig:
-    return _preset(step.model, step.n_blocks)
-
-
-@lru_cache
-def _preset(name: str, n_blocks: int) -> ModelConfig:
-    return preset(name, n_blocks=n_blocks)
+    return model_of_steps(step.model, step.n_blocks, step.block)
