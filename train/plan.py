@@ -290,7 +290,9 @@ def make_plan(
     chunks = TimeChunks(training.time_chunk).count(training.sequence_length)
     waiting = bubble(shape.pipeline, micro_batches, chunks)
     seconds = None
-    machine = machine or machine_of(device, world_size)
+    if machine is None and config.precision.is_bf16:
+        # Products of calibrations are those of bf16.
+        machine = machine_of(device, world_size)
     step = None if machine is None else step_seconds(config, shape, machine, parts_of(config, stages))
     if step is not None:
         seconds = step.total * left

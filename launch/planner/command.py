@@ -107,10 +107,19 @@ def read_arguments(arguments: Sequence[str], base: Path | None = None) -> tuple[
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if not problems:
-        problems += validate(config, ranks)
+        problems += validate(config, ranks) + _unmeasured(config)
     if problems or machines is None:
         raise ConfigError(problems)
     return machines, config
+
+
+def _unmeasured(config: RunConfig) -> list[str]:
+    if config.precision.is_bf16:
+        return []
+    return [
+        f"precision.compute: products were measured in bf16, not in {config.precision.compute}; plan with precision=bf16, "
+        "or see the memory of this run with python -m train --plan"
+    ]
 
 
 def _compose_run(overrides: list[str], base: Path | None, ranks: int) -> RunConfig:

@@ -98,6 +98,10 @@ def test_layouts_are_ranked_by_their_time_among_those_that_fit(gpu):
         (["network_gbit=0"], ["network_gbit: must be positive (0"]),
         (["nodes=3"], ["training.global_batch_size: 128 samples do not divide", "on 24 processes"]),
         (["parallel.zero_stage=3", "parallel.pipeline=2"], ["parallel.zero_stage: 3 cuts gradients"]),
+        (
+            ["precision=fp32"],
+            ["precision.compute: products were measured in bf16, not in fp32; plan with precision=bf16"],
+        ),
         (["launch.time=1"], ["launch.time: no such key"]),
     ],
 )
