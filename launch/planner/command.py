@@ -117,8 +117,8 @@ def _unmeasured(config: RunConfig) -> list[str]:
     if config.precision.is_bf16:
         return []
     return [
-        f"precision.compute: products were measured in bf16, not in {config.precision.compute}; plan with precision=bf16, "
-        "or see the memory of this run with python -m train --plan"
+        f"precision.compute: products were measured in bf16, not in {config.precision.compute}; plan with "
+        "precision=bf16, or see the memory of this run with python -m train --plan"
     ]
 
 
