@@ -93,7 +93,8 @@ def _run(plan: Plan) -> Iterator[str]:
         f"the run    {plan.tokens_left:,} tokens in {plan.steps_left:,} steps: {hours:,.1f} h ({hours / 24:.1f} days), "
         f"{hours * plan.world_size:,.0f} GPU-hours"
     )
-    yield f"{'':{_WIDTH}}{gib(plan.checkpoint_bytes)} a checkpoint"
+    flops = plan.flops_per_token_exact * plan.tokens_left
+    yield f"{'':{_WIDTH}}{flops:.3g} FLOPs; {gib(plan.checkpoint_bytes)} a checkpoint"
 
 
 def _provenance(machine: Machine, errors: Errors) -> Iterator[str]:
