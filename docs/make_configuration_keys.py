@@ -20,7 +20,10 @@ from typing import Any
 
 from conf import CONF_DIR, compose
 from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from launch.calibrate import CalibrateConfig, validate_calibration
 from launch.job import SubmitConfig, validate_machines
+from launch.planner.command import PlanConfig
+from launch.planner.command import validate_machines as validate_planned_machines
 from launch.sweep.config import SweepPlanConfig, validate_sweep
 from train.config import RunConfig
 from train.validate import validate
@@ -65,6 +68,7 @@ def page() -> str:
     preparation = compose(PrepareConfig, "prepare", ["output=DIR"])
     submission = compose(SubmitConfig, "submit")
     sweep = compose(SweepPlanConfig, "sweep")
+    planning, calibration = compose(PlanConfig, "plan"), compose(CalibrateConfig, "calibrate")
     required = {"name", "corpus.directory", "output"}
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
@@ -72,7 +76,9 @@ def page() -> str:
     missing = [
         problem
         for schema in {
-            section.schema: None for tree in (run, preparation, submission, sweep) for section in sections(tree)
+            section.schema: None
+            for tree in (run, preparation, submission, sweep, planning, calibration)
+            for section in sections(tree)
         }
         for problem in undocumented(schema)
     ]
@@ -97,6 +103,12 @@ def page() -> str:
         # The machines of its runs are those of a submission.
         if section.path.startswith("sweep."):
             lines += _render(section, required, lambda key: _choices(sweep, key, validate_sweep))
+    lines.append("## A plan: `python -m launch plan`\n")
+    for section in sections(planning):
+        lines += _render(section, set(), lambda key: _choices(planning, key, validate_planned_machines))
+    lines.append("## A calibration: `python -m launch calibrate`\n")
+    for section in sections(calibration):
+        lines += _render(section, set(), lambda key: _choices(calibration, key, validate_calibration))
     return "\n".join(lines)
 
 

@@ -29,6 +29,14 @@ def main(arguments: list[str]) -> int:
     demo = commands.add_parser("demo", help="prepare, train, score, sample and report on text that is already here")
     for command in (local, demo):
         command.add_argument("overrides", nargs="*", help="what `python -m train` takes: key=value ...")
+    calibrate = commands.add_parser("calibrate", help="measure this machine's GPU, for the plans of runs on its kind")
+    calibrate.add_argument("overrides", nargs="*", help="output=FILE seconds=N (conf/calibrate.yaml)")
+    plan = commands.add_parser(
+        "plan", help="what a run would take of GPUs that need not be there: nodes=N key=value ..."
+    )
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.add_argument("--config", metavar="FILE", help="a run's config.yaml: its values, with overrides on top")
+    plan.add_argument("overrides", nargs="*", help="what `python -m train` takes, and the keys of conf/plan.yaml")
     add_queue_commands(commands)
     add_sweep_commands(commands)
     options = parse_arguments(parser, arguments)
@@ -42,6 +50,11 @@ def main(arguments: list[str]) -> int:
         return exit_code(
             lambda: run_queue_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
         )
+    if options.command == "calibrate":
+        interrupted = "launch: interrupted; nothing was written"
+        return exit_code(lambda: _calibrate(options.overrides), (OSError, RuntimeError, ArithmeticError), interrupted)
+    if options.command == "plan":
+        return exit_code(lambda: _plan(options), (OSError,), "launch: interrupted")
     with lasting_output() as output:
         if options.command == "demo":
             return _exit_code(lambda: _demo(options.overrides))
@@ -63,6 +76,19 @@ def _demo(overrides: list[str]) -> int:
     from launch.demo import run_demo
 
     return run_demo(overrides)
+
+
+def _calibrate(overrides: list[str]) -> int:
+    from launch.calibrate import calibrate
+
+    return calibrate(overrides)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from launch.planner.command import Planning, show_plan
+
+    base = None if options.config is None else Path(options.config)
+    return show_plan(Planning(options.overrides, base, options.json))
 
 
 def _exit_code(command: Callable[[], int]) -> int:

@@ -49,14 +49,24 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig, part: Part | None = None) -> ParameterCount:
     """Parameters by group, of the model or of a part of it."""
-    parameters = model_parameters(config, part)
+    part = part or Part.whole(config)
+    ends = model_parameters(config, Part(range(0), part.embedding, part.head))
+    several = [(1, ends), *((count, block_parameters(config, index)) for index, count in _like_blocks(config, part))]
     groups: dict[str, int] = {}
-    for parameter in parameters.values():
-        groups[parameter.group] = groups.get(parameter.group, 0) + math.prod(parameter.shape)
+    for count, parameters in several:
+        for parameter in parameters.values():
+            groups[parameter.group] = groups.get(parameter.group, 0) + count * math.prod(parameter.shape)
     others = [group for group in groups if group not in base.GROUPS]
     *first, head = base.GROUPS
     ordered = {group: groups[group] for group in (*first, *others, head) if group in groups}
-    return ParameterCount(total=sum(groups.values()), tensors=len(parameters), groups=ordered)
+    tensors = sum(count * len(parameters) for count, parameters in several)
+    return ParameterCount(total=sum(groups.values()), tensors=tensors, groups=ordered)
+
+
+def _like_blocks(config: ModelConfig, part: Part) -> list[tuple[int, int]]:
+    """(its first block in `part`, how many blocks) of each kind: blocks of one kind are alike."""
+    kinds = [config.block_kinds()[index] for index in part.blocks]
+    return [(part.blocks[kinds.index(kind)], kinds.count(kind)) for kind in dict.fromkeys(kinds)]
 
 
 def forward_flops(
@@ -73,13 +83,13 @@ def forward_flops(
     part = part or Part.whole(config)
     kinds = layer_kinds(config)
     flops: dict[str, float] = {}
-    for index in part.blocks:
+    for index, blocks in _like_blocks(config, part):
         count = _product_flops(config, index, sequence_length)
         for component, others in kinds[index].forward_flops(config, sequence_length, hardware).items():
             count[component] = count.get(component, 0.0) + others
         for component, added in count.items():
             if added:
-                flops[component] = flops.get(component, 0.0) + added
+                flops[component] = flops.get(component, 0.0) + blocks * added
     if part.head:
         flops[base.HEAD] = 2.0 * sequence_length * config.d_model * config.vocab_size
     return flops

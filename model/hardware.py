@@ -16,10 +16,12 @@ class Hardware:
     Attributes:
         device_name: a GPU as torch.cuda.get_device_name says it, where the backend "auto" means kernels; or "CPU".
         compute_bytes: of one activation: 2 for bfloat16, 4 for float32.
+        compiles: blocks run compiled (model/compilation.py), and keep less for the backward pass.
     """
 
     device_name: str = CPU
     compute_bytes: int = 2
+    compiles: bool = False
 
     def runs_kernels(self, backend: str) -> bool:
         """Whether a layer with this `backend` (kernels.backend_choice.BACKENDS) computes with kernels here."""

@@ -6,30 +6,37 @@ each half of a block, with D model width, F feed-forward width, K convolution ke
 total query and value widths, DK and DV those of a head, E the inner width of the NeurIPS mLSTM:
 
     mLSTM (7B)      c (2D + 3V) + u D + cell(QK, V)       u = 4 for bf16 on a CPU, else 0: fp32 gate inputs
-    mLSTM (NeurIPS) c (2D + 7E) + (4K + g) E + cell(E, E)             g = 3c on a GPU, else 12: gate inputs
+    mLSTM (NeurIPS) c (2D + 7E) + (4K + g) E + cell(E, E)             g = 3c on a GPU, else 12: gate inputs;
+                    compiled c (2D + 4E) + 4K E + cell(E, E)
     cell(QK, V)     kernels: c (2 QK + V) + 40 NH + 4 NH / L + NH DK (c DV + 4) / L;
                     reference: 24 QK + 16 V + 8 NH + 12 NH L + 8 NH DK (DV + 1) / L
     sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;
                     u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop: (4 c + 4K + 48) D
     attention       c (4D + 2 KV) + 8 D / NH + c S        KV: total width of the keys; the last term: the document mask
-    SwiGLU          c (2D + 4F);    gated GELU: the same
-    head            2 c D, and once (8 + c) V for each of at most 2048 tokens of the chunk of logits in work
+    SwiGLU          c (2D + 4F), compiled c (2D + 3F);    gated GELU: the same
+    head            kernels: 3 c D, and once the larger of c V for each of at most 4096 tokens + 4 V D, the chunk of
+                    logits in work and the gradient of the weight, and (8 + c) V D, that gradient as it is scaled;
+                    reference: 2 c D, and once (8 + c) V for each of at most 2048 tokens of the chunk
 
 Temporaries of a single operation, gradients of activations and the allocator's fragmentation are not in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.accounting import REFERENCE, count_parameters, state_elements
 from model.config import ModelConfig
-from model.hardware import Hardware
+from model.hardware import CPU, Hardware
 from model.layers import feed_forward, layer_kinds
+from model.layers.base import LayerKind, StateElements
 from model.parts import Part
 from model.recomputation import ACTIVATION_CHECKPOINTING, unknown_mode
 
-LOSS_CHUNK_TOKENS = 2048
+# Tokens whose logits the kernels, and the reference, have in work at once.
+LOSS_CHUNK_TOKENS = 4096
+REFERENCE_LOSS_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,26 @@ class InWork:
     micro_batches: int = 1
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the peak of a pass, by what they are."""
+
+    # Of blocks: what they keep, and all of the largest half or block that is computed again.
+    blocks: float = 0.0
+    # Of blocks too: the memory that enters each chunk of the recurrences.
+    chunk_states: float = 0.0
+    # States that pass between slices or between time chunks.
+    passed_states: float = 0.0
+    # The head's inputs.
+    head: float = 0.0
+    # The chunk of logits in work, and what is made of it before blocks go backward.
+    logits: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.blocks + self.chunk_states + self.passed_states + self.head + self.logits
+
+
 def activation_bytes(
     config: ModelConfig,
     micro_batch_size: int,
@@ -100,7 +127,21 @@ def activation_bytes(
     part: Part | None = None,
     in_work: InWork | None = None,
 ) -> float:
-    """Bytes of activations at the peak of one micro-batch, from the formula in this module's docstring.
+    """Bytes of activations at the peak of one micro-batch: all that `activations` tells apart."""
+    batch = (micro_batch_size, sequence_length)
+    return activations(config, *batch, activation_checkpointing, hardware, part, in_work).total
+
+
+def activations(
+    config: ModelConfig,
+    micro_batch_size: int,
+    sequence_length: int,
+    activation_checkpointing: str = "none",
+    hardware: Hardware = REFERENCE,
+    part: Part | None = None,
+    in_work: InWork | None = None,
+) -> Activations:
+    """Activations at the peak of one micro-batch, from the formula in this module's docstring.
 
     "none" keeps all of them. "unit" keeps the input of each half of a block (c D per token) and, at the peak, all of
     the largest half. "block" keeps the input of each block and, at the peak, all of the largest block.
@@ -123,38 +164,81 @@ def activation_bytes(
     length = min(sequence_length, in_work.time_chunk or sequence_length)
     tokens = micro_batch_size * length // in_work.sequence_ranks
     kinds = layer_kinds(config)
-    blocks = [
-        (
-            kinds[index].activation_bytes(config, sequence_length, hardware),
-            feed_forward.activation_bytes(config, hardware) if kinds[index].has_feed_forward else 0.0,
-        )
-        for index in part.blocks
-    ]
-    unit_input = hardware.compute_bytes * config.d_model
-    largest = 0.0
-    if activation_checkpointing == "none":
-        kept = sum(mixer + ffn for mixer, ffn in blocks)
-    elif activation_checkpointing == "unit":
-        largest = max((max(block) for block in blocks), default=0.0)
-        kept = sum(unit_input * (2 if ffn else 1) for _, ffn in blocks)
-    else:
-        largest = max((mixer + ffn for mixer, ffn in blocks), default=0.0)
-        kept = unit_input * len(blocks)
-    in_blocks = (kept * in_work.micro_batches + largest) * tokens
-    if in_work.sequence_ranks > 1:
-        states = sum(kinds[i].state_elements(config).recurrent for i in part.blocks)
-        in_blocks += 4 * micro_batch_size * states * in_work.micro_batches
-    if length < sequence_length:
-        elements = [kinds[index].state_elements(config) for index in part.blocks]
-        cached = sum(state.convolution + sequence_length * state.cache_per_token for state in elements)
-        recurrent = sum(state.recurrent for state in elements)
-        states = in_work.micro_batches + 2
-        in_blocks += states * micro_batch_size * (4 * recurrent + hardware.compute_bytes * cached)
-    if not part.head:
-        return float(in_blocks)
-    head = 2 * hardware.compute_bytes * config.d_model * tokens * in_work.micro_batches
-    logits = (8 + hardware.compute_bytes) * config.vocab_size * min(tokens, LOSS_CHUNK_TOKENS)
-    return float(in_blocks + head + logits)
+    of_kind = {kind.name: _halves(config, kind, sequence_length, hardware) for kind in dict.fromkeys(kinds)}
+    units = [half for index in part.blocks for half in of_kind[kinds[index].name]]
+    if activation_checkpointing == "block":
+        units = [_Kept.sum_of(of_kind[kinds[index].name]) for index in part.blocks]
+    kept, largest = _Kept.sum_of(units), _Kept()
+    if activation_checkpointing != "none":
+        kept = _Kept(float(hardware.compute_bytes * config.d_model * len(units)))
+        largest = max(units, key=lambda unit: unit.others + unit.chunk_states, default=_Kept())
+    in_head = logits = 0.0
+    if part.head:
+        in_head, logits = _head(config, tokens, hardware, in_work)
+    return Activations(
+        blocks=(kept.others * in_work.micro_batches + largest.others) * tokens,
+        chunk_states=(kept.chunk_states * in_work.micro_batches + largest.chunk_states) * tokens,
+        passed_states=float(
+            _passed_states(
+                [kinds[index].state_elements(config) for index in part.blocks],
+                micro_batch_size,
+                None if length == sequence_length else sequence_length,
+                hardware.compute_bytes,
+                in_work,
+            )
+        ),
+        head=in_head,
+        logits=logits,
+    )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes per token that a half of a block keeps."""
+
+    others: float = 0.0
+    chunk_states: float = 0.0
+
+    @classmethod
+    def sum_of(cls, parts: Sequence[_Kept]) -> _Kept:
+        return cls(sum(part.others for part in parts), sum(part.chunk_states for part in parts))
+
+
+def _halves(config: ModelConfig, kind: LayerKind, sequence_length: int, hardware: Hardware) -> list[_Kept]:
+    """The mixer, and the feed-forward layer if there is one."""
+    states = kind.chunk_state_bytes(config, sequence_length, hardware)
+    halves = [_Kept(kind.activation_bytes(config, sequence_length, hardware) - states, states)]
+    if kind.has_feed_forward:
+        halves.append(_Kept(feed_forward.activation_bytes(config, hardware)))
+    return halves
+
+
+def _head(config: ModelConfig, tokens: int, hardware: Hardware, in_work: InWork) -> tuple[float, float]:
+    """What it keeps of its inputs, and at most has in work."""
+    c, vocabulary, width = hardware.compute_bytes, config.vocab_size, config.d_model
+    inputs = 2.0 * c * width * tokens * in_work.micro_batches
+    if hardware.device_name == CPU:
+        return inputs, float((8 + c) * vocabulary * min(tokens, REFERENCE_LOSS_CHUNK_TOKENS))
+    in_chunks = c * vocabulary * min(tokens, LOSS_CHUNK_TOKENS) + 4 * vocabulary * width
+    return inputs + c * width * tokens, float(max(in_chunks, (8 + c) * vocabulary * width))
+
+
+def _passed_states(
+    states: Sequence[StateElements],
+    micro_batch_size: int,
+    cut_length: int | None,
+    compute_bytes: int,
+    in_work: InWork,
+) -> int:
+    """Of blocks with these states, what enters slices; or of a sequence of `cut_length` what enters, leaves and comes
+    back of time chunks."""
+    recurrent = sum(state.recurrent for state in states)
+    between_slices = 4 * micro_batch_size * recurrent * in_work.micro_batches if in_work.sequence_ranks > 1 else 0
+    if cut_length is None:
+        return between_slices
+    cached = sum(state.convolution + cut_length * state.cache_per_token for state in states)
+    copies = in_work.micro_batches + 2
+    return between_slices + copies * micro_batch_size * (4 * recurrent + compute_bytes * cached)
 
 
 def states_between_chunks_bytes(

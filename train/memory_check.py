@@ -48,7 +48,7 @@ class Room:
 
 def memory_warnings(config: RunConfig, plan: Plan, room: Room) -> list[str]:
     """What may not fit, with both numbers and the keys to change; empty where all of it should fit."""
-    needed = plan.rank_bytes
+    needed = plan.rank_bytes + plan.graph_bytes
     warnings = []
     if room.device_bytes is not None:
         warnings += _warning(needed, needed * GPU_FACTOR, room.device_bytes, "a rank needs", "free on its GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,13 +10,25 @@ import torch
 
 from data_pipeline.ordering.left_out import position_after
 from model.accounting import count_parameters, six_n_flops_per_token, training_flops_per_token
+from model.compilation import CAPTURED, WRITTEN
 from model.hardware import CPU, Hardware
 from model.memory import state_bytes, states_between_chunks_bytes
+from model.parts import Part
 from train.checkpoints.state import TrainState
 from train.config import RunConfig
+from train.estimate.machine import Machine, machine_of
+from train.estimate.step_time import StepSeconds, step_seconds
 from train.length import steps_left
 from train.optimizer import OptimizerConfig, describe_optimizer
-from train.parallel.balance import StageCost, bubble, slowest_against_mean, stage_costs, units_in_flight
+from train.parallel.balance import (
+    Accounts,
+    StageCost,
+    bubble,
+    parts_of,
+    slowest_against_mean,
+    stage_costs,
+    units_in_flight,
+)
 from train.parallel.mesh import MeshShape
 from train.parallel.time_chunks import TimeChunks
 from train.schedule import ScheduleConfig, describe_schedule
@@ -75,7 +88,18 @@ class Plan:
     weight_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
+    # Of the pass that takes most: where statistics are recorded (logging.monitor_interval), blocks run as written.
     activation_bytes: float
+    # Of these, the memory that enters each chunk of the recurrences, and the chunk of logits in work.
+    chunk_state_bytes: float
+    logit_bytes: float
+    # Of DeepSpeed's buckets of gradients, and of weights that ZeRO-3 has gathered.
+    communication_bytes: float
+    # Gradients and their copies at the end of a step, when activations are gone.
+    update_bytes: float
+    # Memory of recorded passes (CUDA graphs), which others cannot use: beside the sum of these, where a pass with
+    # statistics takes its own.
+    graph_bytes: float
     # Tokens of each sample that are trained at a time; null: all. Bytes of the states between those chunks that wait in
     # the memory of the host, of a rank with a GPU; without one they are among its activations.
     time_chunk: int | None
@@ -84,10 +108,16 @@ class Plan:
     carried_bytes: float
     # Bytes of one checkpoint on disk, all ranks together.
     checkpoint_bytes: float
+    # Bytes of the largest part of it that a rank copies to the memory of its host while it is saved; on the GPU a save
+    # takes nothing.
+    save_bytes: float
     device: str
     # Dense bf16 peak of the device in FLOP/s; null when unknown.
     peak_flops: float | None
-    # Wall-clock of what is left of the run at ASSUMED_UTILISATION; null when the peak is unknown.
+    # What a step takes, by a calibration of the device (train/estimate); null where there is none.
+    step_seconds: StepSeconds | None
+    # Wall-clock of what is left of the run, by the calibration or else at ASSUMED_UTILISATION; null where neither is
+    # known.
     predicted_seconds: float | None
     # As the recipe of the model and the command line gave them.
     optimizer: OptimizerConfig
@@ -103,9 +133,22 @@ class Plan:
 
     @property
     def rank_bytes(self) -> float:
-        """What one rank keeps in the memory that it computes in, at the peak of a step."""
-        lasting = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.carried_bytes
-        return lasting + self.activation_bytes
+        """What one rank keeps in the memory that it computes in, at the peak of a step: in a pass, or at its end."""
+        in_passes = self.gradient_bytes + self.activation_bytes + self.communication_bytes
+        lasting = self.weight_bytes + self.optimizer_bytes + self.carried_bytes
+        return lasting + max(in_passes, self.update_bytes)
+
+    @property
+    def peaks_at_the_end_of_a_step(self) -> bool:
+        """Whether gradients and their copies take more than a pass does."""
+        return self.update_bytes > self.gradient_bytes + self.activation_bytes + self.communication_bytes
+
+    @property
+    def tokens_per_second_per_device(self) -> float | None:
+        """By the calibration."""
+        if self.step_seconds is None:
+            return None
+        return self.tokens_per_step / self.step_seconds.total / self.world_size
 
     def model_flops_utilisation(self, tokens_per_second_per_device: float) -> dict[str, float | None]:
         """Share of the device's peak that the model's own FLOPs make up, by 6N and by the exact count.
@@ -150,6 +193,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as the lines that a run prints at its start."""
+        at_the_end = self.peaks_at_the_end_of_a_step
         lines = [
             f"model      {self.parameters:,} parameters in {self.parameter_tensors} tensors",
             f"layout     {self.world_size} x {self.device}, {self.replicas} replicas{self._stages}{self._slices}",
@@ -164,11 +208,19 @@ class Plan:
             f"memory     {gib(self.rank_bytes)} a rank: weights {gib(self.weight_bytes)}, "
             f"gradients {gib(self.gradient_bytes)}, optimizer {gib(self.optimizer_bytes)}, "
             f"activations {gib(self.activation_bytes)}"
-            + (f", carried state {gib(self.carried_bytes)}" if self.carried_bytes else ""),
+            + (f", communication {gib(self.communication_bytes)}" if self.communication_bytes else "")
+            + (f", carried state {gib(self.carried_bytes)}" if self.carried_bytes else "")
+            + (f"; its gradients with copies at the end of a step {gib(self.update_bytes)}" if at_the_end else ""),
             f"checkpoint {gib(self.checkpoint_bytes)}",
         ]
-        if self.predicted_seconds is not None and self.peak_flops is not None:
-            left = " left" if self.completed_steps else ""
+        left = " left" if self.completed_steps else ""
+        if self.predicted_seconds is not None and self.step_seconds is not None:
+            hours, seconds = self.predicted_seconds / 3600, self.step_seconds.total
+            lines.append(
+                f"time       about {hours:.1f} h{left}, {seconds:.3f} s a step, "
+                f"{self.tokens_per_second_per_device:,.0f} tokens/s a GPU (see python -m launch plan)"
+            )
+        elif self.predicted_seconds is not None and self.peak_flops is not None:
             lines.append(
                 f"time       about {self.predicted_seconds / 3600:.1f} h{left} at {ASSUMED_UTILISATION:.0%} of "
                 f"{self.peak_flops / 1e12:.0f} TFLOP/s"
@@ -198,11 +250,20 @@ class Plan:
         return f"left       {self.steps_left:,} steps, {self.tokens_left:,} tokens, of {whole}"
 
 
-def make_plan(config: RunConfig, world_size: int, device: str | None = None, state: TrainState | None = None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    world_size: int,
+    device: str | None = None,
+    state: TrainState | None = None,
+    machine: Machine | None = None,
+) -> Plan:
     """Work out the plan of a valid `config`.
 
     `device`: the accelerator's name; None: this machine's. `state`: what the run goes on from; None when it begins.
+    `machine`: calibrated GPUs that compute the run, in the place of `device`; None: those of that name, if they are
+    calibrated.
     """
+    device = machine.device if machine is not None else device
     state = state or TrainState()
     device = device or _device_name()
     training = config.training
@@ -213,7 +274,7 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     shape = MeshShape.of_world(world_size, config.parallel.pipeline, config.parallel.sequence)
     compute_bytes = config.precision.compute_dtype.itemsize
     hardware = Hardware(device, compute_bytes)
-    stages = stage_costs(config, shape, hardware)
+    stages = stage_costs(config, shape, _at_its_peak(config, hardware, left))
     largest = max(stages, key=lambda stage: stage.bytes)
     micro_batches = training.global_batch_size // (training.micro_batch_size * shape.data)
     six_n = six_n_flops_per_token(config.model)
@@ -229,7 +290,13 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
     chunks = TimeChunks(training.time_chunk).count(training.sequence_length)
     waiting = bubble(shape.pipeline, micro_batches, chunks)
     seconds = None
-    if peak is not None:
+    if machine is None and config.precision.is_bf16:
+        # Products of calibrations are those of bf16.
+        machine = machine_of(device, world_size)
+    step = None if machine is None else step_seconds(config, shape, machine, parts_of(config, stages))
+    if step is not None:
+        seconds = step.total * left
+    elif peak is not None:
         seconds = six_n * tokens_left / (peak * ASSUMED_UTILISATION * world_size)
         seconds *= slowest_against_mean(stages) / (1 - waiting)
     return Plan(
@@ -257,17 +324,48 @@ def make_plan(config: RunConfig, world_size: int, device: str | None = None, sta
         gradient_bytes=largest.gradient_bytes,
         optimizer_bytes=largest.optimizer_bytes,
         activation_bytes=largest.activation_bytes + (between_chunks - on_host),
+        chunk_state_bytes=largest.chunk_state_bytes,
+        logit_bytes=largest.logit_bytes,
+        communication_bytes=largest.communication_bytes,
+        update_bytes=largest.update_bytes,
+        graph_bytes=_graph_bytes(config, shape, hardware, left),
         time_chunk=training.time_chunk,
         host_state_bytes=on_host,
         carried_bytes=float(carried * training.global_batch_size // shape.data),
         # fp32 weights and two fp32 moments.
         checkpoint_bytes=12.0 * counted.total + carried * training.global_batch_size,
+        save_bytes=_save_bytes(config, shape, parts_of(config, stages)),
         device=device,
         peak_flops=peak,
+        step_seconds=step,
         predicted_seconds=seconds,
         optimizer=config.optimizer,
         schedule=config.schedule,
     )
+
+
+def _records_statistics(config: RunConfig, steps: int) -> bool:
+    return 0 < config.logging.monitor_interval <= steps
+
+
+def _at_its_peak(config: RunConfig, hardware: Hardware, steps: int) -> Hardware:
+    """Where blocks run as they do in the pass that keeps most: in one with statistics as written."""
+    execution = config.execution("cpu" if hardware.device_name == CPU else "cuda")
+    return dataclasses.replace(hardware, compiles=execution != WRITTEN and not _records_statistics(config, steps))
+
+
+def _graph_bytes(config: RunConfig, shape: MeshShape, hardware: Hardware, steps: int) -> float:
+    """What recorded passes hold on to while a pass with statistics runs beside them."""
+    if hardware.device_name == CPU or config.execution("cuda") != CAPTURED or not _records_statistics(config, steps):
+        return 0.0
+    compiled = Accounts(config, shape, dataclasses.replace(hardware, compiles=True))
+    return compiled.activations(Part(range(config.model.n_blocks)), 1).total
+
+
+def _save_bytes(config: RunConfig, shape: MeshShape, parts: list[Part]) -> float:
+    """fp32 weights and moments; those of a rank that owns whole parameters, where nothing is cut."""
+    largest = max(count_parameters(config.model, part).total for part in parts)
+    return 12.0 * largest / (shape.data * shape.sequence if config.parallel.zero_stage else 1)
 
 
 def _device_name() -> str:

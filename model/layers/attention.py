@@ -16,7 +16,7 @@ from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
 from model.initial_values import reads_stream, writes_stream
 from model.layers import base
-from model.layers.base import LayerKind, Parameter, StateElements, by_heads_problem
+from model.layers.base import CellForm, LayerKind, Parameter, StateElements, by_heads_problem
 from model.problems import Problem, check_heads, check_positive
 from model.projections import Linear
 from model.sequence import LOCAL, SequenceContext
@@ -192,6 +192,10 @@ class AttentionKind(LayerKind):
         c, heads = hardware.compute_bytes, self.settings(config).n_heads
         mask = c * sequence_length
         return c * (4 * config.d_model + 2 * self._kv_width(config)) + 8 * config.d_model / heads + mask
+
+    def cell(self, config: ModelConfig) -> CellForm:
+        heads = self.settings(config).n_heads
+        return CellForm("attention", heads, config.d_model // heads, config.d_model // heads)
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         return StateElements(cache_per_token=2 * self._kv_width(config))

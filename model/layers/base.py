@@ -96,6 +96,21 @@ class StateElements:
 
 
 @dataclass(frozen=True)
+class CellForm:
+    """The heads of a layer's cell, as far as its time depends on them.
+
+    Attributes:
+        kind: mlstm, slstm or attention.
+        heads, key_dim, value_dim: as many, and so wide each; of the sLSTM and of attention both are the head's width.
+    """
+
+    kind: str
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class KernelUse:
     """How a run calls kernels, for the check before its first step.
 
@@ -188,6 +203,14 @@ class LayerKind(ABC):
     @abstractmethod
     def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         """Bytes per token that the layer and the norm before it keep for the backward pass."""
+
+    def chunk_state_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
+        """Bytes per token of states between chunks among `activation_bytes`; 0 of a kind that keeps none."""
+        return 0.0
+
+    def cell(self, config: ModelConfig) -> CellForm | None:
+        """What the layer computes beside products with parameters, as calibrations measure it; None: nothing large."""
+        return None
 
     @abstractmethod
     def state_elements(self, config: ModelConfig) -> StateElements:

@@ -77,5 +77,9 @@ def token_flops(config: ModelConfig) -> float:
 
 
 def activation_bytes(config: ModelConfig, hardware: Hardware) -> float:
-    """Bytes per token that the layer and the norm before it keep for the backward pass."""
-    return hardware.compute_bytes * (2 * config.d_model + 4 * inner_width(config))
+    """Bytes per token that the layer and the norm before it keep for the backward pass.
+
+    Of F wide tensors both projections, the activation and the product; compiled, the activation is computed again.
+    """
+    wide = 3 if hardware.compiles else 4
+    return hardware.compute_bytes * (2 * config.d_model + wide * inner_width(config))

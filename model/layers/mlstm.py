@@ -16,7 +16,7 @@ from model import statistics
 from model.hardware import CPU, Hardware
 from model.initial_values import constant, reads_stream, spread, writes_stream
 from model.layers import base, mlstm_cell
-from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
+from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm_cell import Cell, CellInputs, CellState
 from model.norms import GatedHeadNorm
 from model.problems import Problem, check_choice, check_factor, check_heads, check_soft_cap
@@ -238,6 +238,12 @@ class MLSTMKind(LayerKind):
         gate_input = 4 * config.d_model if c < 4 and hardware.device_name == CPU else 0
         around = c * (2 * config.d_model + 3 * cell.v_width) + gate_input
         return around + mlstm_cell.cell_activation_bytes(cell, sequence_length, hardware)
+
+    def chunk_state_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
+        return mlstm_cell.cell_chunk_state_bytes(self._cell(config), sequence_length, hardware)
+
+    def cell(self, config: ModelConfig) -> CellForm:
+        return mlstm_cell.cell_form(self._cell(config))
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         return mlstm_cell.cell_state_elements(self._cell(config))

@@ -30,7 +30,7 @@ from kernels.mlstm.chunkwise import tiles
 from kernels.mlstm.step import DecodingState, mlstm_step
 from model import statistics
 from model.hardware import Hardware
-from model.layers.base import KernelUse, StateElements
+from model.layers.base import CellForm, KernelUse, StateElements
 from model.problems import Problem, check_choice, check_positive
 from model.sequence import Entering, ScaledSums, SequenceContext, SliceSummary
 from model.state import for_decoding
@@ -276,6 +276,24 @@ def cell_activation_bytes(cell: Cell, sequence_length: int, hardware: Hardware) 
     shape, dtype = accounting.CellShape(1, sequence_length, heads, dk, dv), hardware.compute_dtype
     kept = accounting.triton_kept_bytes(shape, dtype, torch.float32, chunk, keep_chunk_states=True)
     return sum(kept) / sequence_length - hardware.compute_bytes * cell.v_width
+
+
+def cell_chunk_state_bytes(cell: Cell, sequence_length: int, hardware: Hardware) -> float:
+    """Of these, those of the memory that enters each chunk."""
+    if not hardware.runs_kernels(cell.backend):
+        return 0.0
+    shape, dtype = (
+        accounting.CellShape(1, sequence_length, cell.heads, cell.key_dim, cell.value_dim),
+        hardware.compute_dtype,
+    )
+    chunk = cell.chunk_tokens(hardware)
+    kept = accounting.triton_kept_bytes(shape, dtype, torch.float32, chunk, keep_chunk_states=True)
+    return kept.chunk_states / sequence_length
+
+
+def cell_form(cell: Cell) -> CellForm:
+    """What its time depends on."""
+    return CellForm("mlstm", cell.heads, cell.key_dim, cell.value_dim)
 
 
 def cell_state_elements(cell: Cell, convolution: int = 0) -> StateElements:

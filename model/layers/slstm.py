@@ -22,7 +22,7 @@ from model import statistics
 from model.hardware import Hardware
 from model.initial_values import Shape, constant, empty, reads_stream, uniform
 from model.layers import base
-from model.layers.base import KernelUse, LayerKind, Parameter, StateElements, by_heads_problem
+from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements, by_heads_problem
 from model.norms import HeadNorm
 from model.problems import Problem, check_choice, check_convolution, check_heads, check_positive, check_soft_cap
 from model.projections import BlockDiagonalLinear, CausalConv
@@ -232,6 +232,10 @@ class SLSTMKind(LayerKind):
         gate_inputs = 8 if c < 4 else 0
         cell = triton_kept_bytes(1, config.d_model, hardware.compute_dtype, settings.gate_soft_cap is not None)
         return cell + (3 * c + 4 + taps + gate_inputs) * config.d_model
+
+    def cell(self, config: ModelConfig) -> CellForm:
+        heads = self.settings(config).n_heads
+        return CellForm("slstm", heads, config.d_model // heads, config.d_model // heads)
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: SLSTMConfig = self.settings(config)

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf import CONF_DIR, ConfigError, compose
-from model.presets import preset_names
+from model.presets import preset, preset_names
 from tests.conf.test_defaults import differences
 from tests.documented import quoted, table
 from train.config import RunConfig
@@ -168,3 +168,52 @@ def test_on_top_of_another_run_a_file_replaces_its_section_and_a_recipe_is_refus
     assert recipe_of(found) == (8e-4, 1e-8, 0.5, "wsd", 0.01, None, 8192, 256)
     with pytest.raises(ConfigError, match="recipe=xlstm_7b: sets values in many sections, which are given already"):
         compose(RunConfig, "train", ["name=y", "recipe=xlstm_7b"], base=base)
+
+
+# Experiment -> steps, samples of a step, tokens of a sample, peak learning rate, decay of the schedule.
+# arXiv 2503.13427; the run table of arXiv 2510.02228; arXiv 2405.04517, whose 15B-token runs end before their schedule.
+EXPERIMENTS = {
+    "xlstm_7b": (550_000, 512, 8192, 4e-4, 495_000),
+    "xlstm_7b_mixed": (550_000, 512, 8192, 4e-4, 495_000),
+    "xlstm_1b4": (16_000, 256, 8192, 8e-4, None),
+    "xlstm_400m": (10_000, 128, 8192, 3e-3, None),
+    "xlstm_160m": (3_500, 128, 8192, 3e-3, None),
+    "neurips_125m_15b": (28_170, 256, 2048, 3e-3, 29_250),
+    "neurips_350m_15b": (28_170, 256, 2048, 1e-3, 29_250),
+    "neurips_760m_15b": (28_170, 256, 2048, 9e-4, 29_250),
+    "neurips_1b3_15b": (28_170, 256, 2048, 9e-4, 29_250),
+    "neurips_125m_300b": (600_000, 256, 2048, 1.5e-3, None),
+    "neurips_350m_300b": (600_000, 256, 2048, 7.5e-4, None),
+    "neurips_760m_300b": (600_000, 256, 2048, 6.25e-4, None),
+    "neurips_1b3_300b": (300_000, 512, 2048, 5e-4, None),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_an_experiment_is_the_run_of_its_paper(name):
+    config = compose(RunConfig, "train", [f"experiment={name}"])
+    training = config.training
+    found = (training.total_steps, training.global_batch_size, training.sequence_length)
+    assert (*found, config.optimizer.learning_rate, config.schedule.decay) == EXPERIMENTS[name]
+    size = name.removesuffix("_15b").removesuffix("_300b")
+    assert config.name == name and config.model == preset(name if size == name else f"{size}_7_1")
+
+
+def test_every_experiment_of_a_paper_is_one_of_these():
+    assert {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} == {*EXPERIMENTS, "demo"}
+
+
+def test_the_second_phase_of_the_7b_has_the_shares_of_its_paper():
+    corpus = compose(RunConfig, "train", ["experiment=xlstm_7b"]).corpus
+    (phase,) = corpus.phases
+    assert phase.from_step == 500_000 and sum(phase.weights.values()) == pytest.approx(1)
+    assert phase.weights == {
+        "dclm": 0.40,
+        "fineweb_edu": 0.15,
+        "cosmopedia": 0.10,
+        "proof_pile_2": 0.15,
+        "the_stack": 0.15,
+        "instructions": 0.05,
+    }
+    # Of sources that come later the first phase takes nothing.
+    assert corpus.weights == {**dict.fromkeys(phase.weights, 0.0), "dclm": 1.0}

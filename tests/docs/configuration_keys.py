@@ -9,7 +9,9 @@ from types import ModuleType
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
+from launch.calibrate import CalibrateConfig
 from launch.job import SubmitConfig
+from launch.planner.command import PlanConfig
 from launch.sweep.config import SweepPlanConfig
 from tests.runs import ROOT
 from train.config import RunConfig
@@ -39,7 +41,13 @@ def run_keys() -> tuple[str, ...]:
 
 @functools.cache
 def all_keys() -> tuple[str, ...]:
-    others = {PrepareConfig: ("prepare", ["output=DIR"]), SubmitConfig: ("submit", []), SweepPlanConfig: ("sweep", [])}
+    others = {
+        PrepareConfig: ("prepare", ["output=DIR"]),
+        SubmitConfig: ("submit", []),
+        SweepPlanConfig: ("sweep", []),
+        PlanConfig: ("plan", []),
+        CalibrateConfig: ("calibrate", []),
+    }
     return run_keys() + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from conf import compose
 from data_pipeline.preparing.config import PrepareConfig
+from launch.calibrate import CalibrateConfig, validate_calibration
 from launch.job import read_job
+from launch.planner.command import read_arguments
 from model.config import ModelOnlyConfig, validate_model
 from tests.docs.documentation import (
     NEEDS,
@@ -179,6 +181,10 @@ def _check(module, arguments):
     elif module == "launch" and arguments[0] == "submit" and overrides and "..." not in arguments:
         job, config = read_job(overrides)
         assert validate(config, job.processes) == []
+    elif module == "launch" and arguments[0] == "plan" and overrides and "..." not in arguments:
+        read_arguments(overrides)
+    elif module == "launch" and arguments[0] == "calibrate":
+        assert validate_calibration(compose(CalibrateConfig, "calibrate", overrides)) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
         compose(PrepareConfig, "prepare", overrides)
     elif module == "model" and arguments[0] == "describe":

@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.accounting import count_parameters, forward_flops
-from model.hardware import Hardware
-from model.memory import InWork, activation_bytes, training_state_bytes
+from model.compilation import CAPTURED
+from model.hardware import CPU, Hardware
+from model.memory import Activations, InWork, TrainingStateBytes, activations, training_state_bytes
 from model.parts import Part, split
 from train.config import RunConfig
 from train.parallel.mesh import MeshShape
+from train.parallel.step_memory import Held, StepMemory, step_memory
 from train.parallel.time_chunks import TimeChunks
 
 TOLERANCE = 0.02
@@ -40,15 +42,25 @@ class StageCost:
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
+    # Of these, the memory that enters each chunk of the recurrences, and the chunk of logits in work.
+    chunk_state_bytes: float
+    logit_bytes: float
+    # What DeepSpeed collects gradients in before it reduces them, and weights that ZeRO-3 has gathered.
+    communication_bytes: float
+    # Gradients and their copies at the end of a step, in the place of gradients, activations and the like
+    # (train/parallel/step_memory.py).
+    update_bytes: float
 
     @property
     def state_bytes(self) -> float:
-        """Of what lasts for the whole run."""
+        """Of what is there in every pass."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def bytes(self) -> float:
-        return self.state_bytes + self.activation_bytes
+        """At the peak: of a pass, or at the end of a step."""
+        in_passes = self.gradient_bytes + self.activation_bytes + self.communication_bytes
+        return self.weight_bytes + self.optimizer_bytes + max(in_passes, self.update_bytes)
 
 
 def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
@@ -110,14 +122,35 @@ class Accounts:
         counted = count_parameters(model, part).total
         copied = model.vocab_size * model.d_model if model.tie_embeddings and part.head and not part.embedding else 0
         optimizer = 8.0 * counted if zero_stage == 0 else memory.optimizer
+        kept = self.activations(part, self.in_flight(stage))
+        of_step = self._step_memory(part, memory)
+        cast = float(precision.compute_dtype.itemsize * counted) if precision.uses_autocast(zero_stage) else 0.0
         return StageCost(
             first_block=part.blocks.start,
             blocks=len(part.blocks),
             flops=self._flops(part),
             weight_bytes=memory.weights,
-            gradient_bytes=memory.gradients,
+            gradient_bytes=of_step.gradients,
             optimizer_bytes=optimizer * (1 - copied / counted) if counted else 0.0,
-            activation_bytes=self.activation_bytes(part, self.in_flight(stage)) + self._passed_bytes(part, stage),
+            activation_bytes=kept.total + self._passed_bytes(part, stage) + cast,
+            chunk_state_bytes=kept.chunk_states,
+            logit_bytes=kept.logits,
+            communication_bytes=of_step.buffers,
+            update_bytes=of_step.at_the_end,
+        )
+
+    def _step_memory(self, part: Part, memory: TrainingStateBytes) -> StepMemory:
+        """On a CPU gradients alone: its memory is taken when something is written to it."""
+        if self.hardware.device_name == CPU:
+            return StepMemory(memory.gradients, 0.0, memory.gradients)
+        model = self.config.model
+        embedding = model.vocab_size * model.d_model if part.embedding else 0
+        return step_memory(
+            self.config,
+            Held(count_parameters(model, part).total, embedding),
+            self.shape.data * self.shape.sequence,
+            self._micro_batches * self._chunks,
+            self.config.execution("cuda") == CAPTURED,
         )
 
     def _flops(self, part: Part) -> float:
@@ -128,10 +161,10 @@ class Accounts:
             again = sum(forward_flops(self.config.model, length, self.hardware, Part(part.blocks)).values())
         return (3.0 * forward + again) / length
 
-    def activation_bytes(self, part: Part, in_flight: int) -> float:
+    def activations(self, part: Part, in_flight: int) -> Activations:
         """What its layers keep of so many time chunks of micro-batches, with what the one in work takes."""
         training = self.config.training
-        return activation_bytes(
+        return activations(
             self.config.model,
             training.micro_batch_size,
             training.sequence_length,
@@ -173,8 +206,8 @@ def _balanced_parts(accounts: Accounts) -> list[Part]:
         return flops[end] - flops[first] + ends[stage].flops
 
     limit = (1 + TOLERANCE) * _least_maximum(model.n_blocks, stages, time)[0]
-    once = {kind: accounts.activation_bytes(part, 1) for kind, part in blocks.items()}
-    kept = {kind: accounts.activation_bytes(part, 2) - once[kind] for kind, part in blocks.items()}
+    once = {kind: accounts.activations(part, 1).total for kind, part in blocks.items()}
+    kept = {kind: accounts.activations(part, 2).total - once[kind] for kind, part in blocks.items()}
     kept_until = _running_sums([kept[kind] for kind in kinds])
     number_until = {kind: _running_sums([float(other == kind) for other in kinds]) for kind in blocks}
 
