@@ -413,7 +413,6 @@ def _check_room(config: RunConfig, plan: Plan, directory: RunDirectory) -> None:
     beyond = int(config.checkpoint.keep_best is not None) + int(config.checkpoint.keep_before_decay and decays)
     # One stays until it is copied.
     beyond += int(config.checkpoint.mirror is not None)
-    missing = max(1, min(to_come, config.checkpoint.keep_last + beyond + 1 - there))
     missing = max(1, min(to_come, config.checkpoint.keep_last + named + beyond + 1 - there))
     if free < missing * plan.checkpoint_bytes:
         raise RunError(
