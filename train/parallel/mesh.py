@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.parallel.board import Board
+from train.parallel.flight_recorder import record_collectives
 from train.watch.whereabouts import Whereabouts
 
 GroupName = Literal["world", "data_and_sequence", "sequence", "pipeline"]
@@ -286,17 +287,20 @@ def join_mesh(timeout: timedelta, pipeline: int = 1, sequence: int = 1) -> Mesh:
     closed, for libraries that read them. A process group that the caller has made is used and left.
     """
     before: dict[str, str | None] = {}
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        before = {name: os.environ.get(name) for name in alone}
-        os.environ.update(alone)
+    alone = "RANK" not in os.environ
+    if alone:
+        own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     owns = not dist.is_initialized()
     if owns:
-        _initialise(device, timeout, alone=bool(before))
+        if device.type == "cuda" and not alone:
+            before |= dict.fromkeys(record_collectives(os.environ))
+        _initialise(device, timeout, alone=alone)
     mesh = Mesh(MeshShape.of_world(dist.get_world_size(), pipeline, sequence), dist.get_rank(), device, timeout)
     mesh._owns_process_group, mesh._variables_before = owns, before
     return mesh

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -28,8 +29,10 @@ import psutil
 
 from conf.passwords import without_passwords
 from train.parallel.board import Board, BoardError
+from train.parallel.flight_recorder import recorded_collectives
 from train.parallel.mesh import Mesh
 from train.run_directory import Attempt, EventLog, RunDirectory
+from train.watch.collectives import GroupRecord, as_json, describe_collectives, from_json, group_records
 from train.watch.ends import GONE, HANG, SIGNAL, End, end_of, write_end
 from train.watch.judgement import Beat, Culprit, Judge
 from train.watch.whereabouts import END, LEFT, SAVE
@@ -42,6 +45,8 @@ _FIRST_END = "first end"
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/train/parallel/mesh.py")
 # Innermost frames that are told of a rank.
 _FRAMES = 12
+# Seconds after which this process ends without what torch has recorded of NCCL.
+_RECORDER_PATIENCE = 30.0
 # Seconds between two beats, at most.
 _INTERVAL = 1.0
 
@@ -265,9 +270,47 @@ class Watchdog:
         if told is first:
             words = f"train: {without_passwords(first.message)}; the run ends. Where every rank was: "
             print(f"{words}{self._directory.logs}/", file=sys.stderr, flush=True)
-        time.sleep(self._grace)
+        deadline = time.monotonic() + self._grace
+        waits_for_others = first.kind in (HANG, GONE) and self._tell_collectives()
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        if waits_for_others:
+            self._log_collectives()
         self._wake(first)
         os._exit(1)
+
+    def _tell_collectives(self) -> bool:
+        """Leave what this rank's recorder has of NCCL, and let the others know; False where there is none."""
+        # A driver that hangs may hang whoever asks, with every thread of this process.
+        faulthandler.dump_traceback_later(_RECORDER_PATIENCE, exit=True, file=self._log)
+        try:
+            dump = recorded_collectives()
+            if dump is None:
+                return False
+            path = self._directory.collectives(self._mesh.rank, self._attempt)
+            for earlier in path.parent.parent.glob("nccl-*"):
+                if earlier != path.parent:
+                    shutil.rmtree(earlier, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(dump)
+            if self._board is not None:
+                with contextlib.suppress(BoardError):
+                    self._board.put(f"collectives/{self._mesh.rank}", as_json(group_records(dump)))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return True
+
+    def _log_collectives(self) -> None:
+        """Write down who waits in which collective, and who has not entered it."""
+        of_ranks: dict[int, list[GroupRecord]] = {}
+        with contextlib.suppress(BoardError):
+            for rank in range(self._mesh.size):
+                if self._board is not None and (found := self._board.read([f"collectives/{rank}"])) is not None:
+                    of_ranks[rank] = from_json(found[0])
+        lines = describe_collectives(of_ranks, self._mesh.size)
+        with contextlib.suppress(OSError):
+            self._log.write("".join(f"{line}\n" for line in ["Collectives that are not done:", *lines]))
+            self._log.flush()
 
     def _wake(self, first: End) -> None:
         """A process of this host that was stopped goes on, to find that the others have ended, and to end."""

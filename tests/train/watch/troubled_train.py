@@ -12,10 +12,15 @@ import sys
 import time
 from collections.abc import Callable as Function
 
+import torch
+
 import train.run
 from train.callbacks.base import Callback
 from train.run import make_callbacks
 from train.trainer import Trainer
+
+# In the run's folder: when the trouble began, in seconds since 1970.
+BEGINNING = "trouble.txt"
 
 
 def _raise() -> None:
@@ -27,10 +32,22 @@ def _sleep() -> None:
         time.sleep(60)
 
 
+def _stop_when_seen() -> None:
+    """What the rank says of itself until then is this."""
+    time.sleep(2.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _take_all_memory() -> None:
+    torch.empty(2**50, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
 TROUBLES: dict[str, Function[[], None]] = {
     "raise": _raise,
     "sleep": _sleep,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop_when_seen": _stop_when_seen,
+    "take_all_memory": _take_all_memory,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "abort": os.abort,
 }
@@ -45,6 +62,7 @@ class Trouble(Callback):
     def on_step_start(self, trainer: Trainer) -> None:
         if (trainer.mesh.rank, trainer.step) == (self._rank, self._step):
             trouble, _, part = self._kind.partition(":")
+            (trainer.run_directory / BEGINNING).write_text(str(time.time()))
             if part:
                 trainer.model.register_forward_pre_hook(lambda *_: TROUBLES[trouble]())
             else:
