@@ -13,6 +13,7 @@ from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
 from model.config import ModelConfig
 from train.alert_rules import AlertsConfig
+from train.health.config import HealthConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
 
@@ -310,6 +311,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     numbers: NumbersConfig = field(default_factory=NumbersConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
     def execution(self, device_type: str) -> str:

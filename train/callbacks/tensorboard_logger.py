@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
+from train.health.record import health_figures
 
 if TYPE_CHECKING:
     from train.callbacks.samples import Sample
@@ -62,6 +63,9 @@ class TensorBoardLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._log(trainer, health_figures(record))
 
     def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
         if self._writer is not None:

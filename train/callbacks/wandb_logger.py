@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from conf.passwords import without_passwords
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
+from train.health.record import health_figures
 from train.origin import read_ancestry
 from train.run_directory import write_atomically
 from train.stored_configuration import as_json
@@ -116,6 +117,9 @@ class WandbLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._log(trainer, health_figures(record))
 
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
         if self._run is not None:

@@ -89,6 +89,9 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         # Of ranks on this host, whether their processes could be found at first.
         self._found_here: dict[int, bool] = {}
+        # What ranks tell rank 0 beside that, and what this one has told.
+        self._notice = self._told_notice = ""
+        self._notices: dict[int, str] = {}
         # Held by the thread that ends this rank.
         self._ending = threading.Lock()
 
@@ -110,6 +113,15 @@ class Watchdog:
         """To be called by all ranks when all have started: each sees the others once."""
         self._look(time.monotonic())
         self._gone()
+
+    def post(self, notice: str) -> None:
+        """Let rank 0 have this text in the place of the one before, within a second or two; for the thread that trains.
+        Nobody waits for it."""
+        self._notice = notice
+
+    def notices(self) -> dict[int, str]:
+        """On rank 0: what ranks have posted last, as far as it is known."""
+        return self._notices if self._board is not None else {self._mesh.rank: self._notice}
 
     def close(self) -> None:
         """Leave the run in order: nobody waits for this rank any more."""
@@ -172,6 +184,9 @@ class Watchdog:
         try:
             self._board.put(f"stack/{self._mesh.rank}", "\n".join(stack[-_FRAMES:]))
             self._board.put(f"beat/{self._mesh.rank}", beat.as_json())
+            if (notice := self._notice) != self._told_notice:
+                self._board.put(f"notice/{self._mesh.rank}", notice)
+                self._told_notice = notice
             if self._board_lost is not None:
                 self._judge.excuse(time.monotonic() - self._board_lost)
                 self._board_lost = None
@@ -184,6 +199,9 @@ class Watchdog:
             return
         try:
             beats = self._board.read([f"beat/{rank}" for rank in range(self._mesh.size)])
+            if self._mesh.is_main and self._notice:
+                notices = self._board.read([f"notice/{rank}" for rank in range(self._mesh.size)])
+                self._notices = dict(enumerate(notices or []))
         except BoardError as error:
             self._lose_board(error)
             return
