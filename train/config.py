@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from data_pipeline.network import NetworkConfig
 from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
@@ -99,6 +100,8 @@ class CorpusConfig(OrderConfig):
     prefetch_steps: int = 2
     # Threads of each rank that read ahead.
     workers: int = 1
+    # A corpus at a URL, and live text that comes over a network.
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     # Why a checkpoint may be resumed on other data than it was trained on, for events.jsonl; null: it is refused.
     allow_changed_data: str | None = None
 

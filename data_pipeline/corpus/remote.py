@@ -17,11 +17,10 @@ import errno
 import fcntl
 import hashlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,14 +28,17 @@ import fsspec
 import xxhash
 
 from conf.named_files import unsafe_file
-from conf.passwords import HIDDEN, has_hidden_password, password_of, without_passwords
+from conf.passwords import HIDDEN, has_hidden_password, secrets_of, without_passwords
 from data_pipeline.corpus.blocks import RESTORE, altered_block
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.shard_table import SHARD_TABLE_FILE
 from data_pipeline.errors import CorpusError, ReadingError
+from data_pipeline.network import REQUESTS, GivenUp, NetworkConfig, Refused, Request, persist
 
+# Of a block that cannot be written to a full disk, and of one that arrives short or altered.
 ATTEMPTS = 4
+_ALTERED_ATTEMPTS = 2
 FIRST_WAIT_SECONDS = 0.5
 # How many files of a cache a process keeps open: what it has open it may keep on the disk.
 OPEN_CACHED_FILES = 256
@@ -55,6 +57,8 @@ class CacheSettings:
 
     directory: Path
     limit_bytes: int
+    # How what is not there is fetched.
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
 
 def is_remote(directory: str | Path) -> bool:
@@ -72,11 +76,12 @@ class RemoteCorpus:
         if has_hidden_password(url):
             raise CorpusError(f"{url}: its password was not kept; name the corpus with it (corpus.directory)")
         self.url = without_passwords(url.rstrip("/"))
-        self._password = password_of(url)
+        self._secrets = secrets_of(url)
         try:
             self._system, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as error:
             raise CorpusError(f"{self.url}: cannot be opened ({self._shown(error)})") from None
+        self._network = cache.network
         self._cache = cache.directory
         self.folder = cache.directory / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._shards = self.folder / "shards"
@@ -85,10 +90,12 @@ class RemoteCorpus:
         # Set by `use`.
         self._manifest: Manifest
 
-    def _shown(self, error: Exception) -> str:
+    def _shown(self, error: BaseException) -> str:
         """What a file system says, which may name the password in its own way."""
         text = without_passwords(str(error))
-        return text.replace(self._password, HIDDEN) if self._password else text
+        for secret in self._secrets:
+            text = text.replace(secret, HIDDEN)
+        return text
 
     def copy_description(self) -> None:
         """Bring manifest, table of shards and tokenizer to `folder`. Raises CorpusError."""
@@ -155,15 +162,27 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
-        with _explained(self.folder, self._limit), _locked(self._lock_of(file, block)):
+        left = _ALTERED_ATTEMPTS
+
+        def fetch() -> bytes:
+            nonlocal left
+            data: bytes = self._system.cat_file(f"{self._root}/{file}", begin, end)
+            problem = ""
+            if len(data) != end - begin:
+                problem = f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there"
+            elif xxhash.xxh3_64_digest(data) != expected:
+                # Never put into the cache: another process may have fetched it whole and be reading it.
+                problem = altered_block(self.name(row), block, size, begin, end, RESTORE)
+            if problem:
+                left -= 1
+                # The first time the network may be to blame.
+                raise ConnectionError(problem) if left else Refused(problem)
+            return data
+
+        with _explained(self.folder, self._limit), self._locked_for(file, block):
             if is_right():
                 return
-            data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
-            if len(data) != end - begin:
-                raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
-            if xxhash.xxh3_64_digest(data) != expected:
-                # Never put into the cache: another process may have fetched it whole and be reading it.
-                raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
+            data = self._retry(file, fetch)
             self._make_room(end - begin, descriptor)
             for attempt in range(ATTEMPTS):
                 try:
@@ -177,6 +196,13 @@ class RemoteCorpus:
                 let_go()
                 if attempt:
                     _wait(attempt - 1)
+
+    @contextmanager
+    def _locked_for(self, file: str, block: int) -> Iterator[None]:
+        """Hold the lock of a block. Another process that has it may be fetching that block, for long."""
+        with open(self._lock_of(file, block), "w") as lock, REQUESTS.noted(Request(file)):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _lock_of(self, file: str, block: int) -> Path:
         # Not a lock on bytes of the cached file: those belong to a process, do not keep out its own threads, and are
@@ -214,27 +240,23 @@ class RemoteCorpus:
                     total -= size
 
     def _retry(self, name: str, action: Callable[[], Result]) -> Result:
-        for attempt in range(ATTEMPTS):
-            try:
-                return action()
-            except FileNotFoundError:
-                raise CorpusError(
-                    f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere"
-                ) from None
-            except Exception as error:
-                # Each file system has its own errors for a network that fails for a moment.
-                if attempt == ATTEMPTS - 1:
-                    why = f"{type(error).__name__}: {self._shown(error)}"
-                    # Not from the error: its own words would stand in a traceback.
-                    raise ReadingError(
-                        f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts ({why})"
-                    ) from None
-                _wait(attempt)
-        raise AssertionError("unreachable")
+        """What `action` fetches. Raises CorpusError."""
+        # Each file system has its own errors for a network that fails for a moment.
+        try:
+            return persist(f"{self.url}/{name}", action, self._network, self._shown)
+        except FileNotFoundError:
+            raise CorpusError(f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere") from None
+        except Refused as error:
+            raise CorpusError(str(error)) from None
+        except GivenUp as error:
+            # Not from the error: its own words would stand in a traceback.
+            raise ReadingError(
+                f"{self.url}/{name}: {error} (corpus.network.total_seconds={self._network.total_seconds:g})"
+            ) from None
 
 
 def _wait(attempt: int) -> None:
-    time.sleep(FIRST_WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1.5))
+    time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

@@ -153,8 +153,8 @@ def test_every_key_of_events(runs):
     # test_wandb_settings.py, what a run begins with in test_origin.py, lost outputs are in test_terminal.py, failed
     # saves in test_failing_disk.py, flipped bits in test_troubled_numbers.py, samples left out in test_left_out.py.
     elsewhere = {"kernel_preflight", "rollback", "wandb_offline", "initialise", "branch", "output_lost", "unreadable"}
-    # What ranks and machines are told of is in tests/train/health.
-    elsewhere |= {"save_failed", "deviation", "left_out", "straggler", "slow_save", "gpu"}
+    # What ranks and machines are told of is in tests/train/health, networks in test_broken_network.py.
+    elsewhere |= {"save_failed", "deviation", "left_out", "straggler", "slow_save", "gpu", "network"}
     assert seen == documented.keys() - elsewhere
 
 

@@ -21,13 +21,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
 
 import psutil
 
 from conf.passwords import without_passwords
+from data_pipeline.network import REQUESTS
 from train.parallel.board import Board, BoardError
 from train.parallel.flight_recorder import recorded_collectives
 from train.parallel.mesh import Mesh
@@ -92,6 +93,8 @@ class Watchdog:
         # What ranks tell rank 0 beside that, and what this one has told.
         self._notice = self._told_notice = ""
         self._notices: dict[int, str] = {}
+        # Ranks whose network fails.
+        self._in_trouble: set[int] = set()
         # Held by the thread that ends this rank.
         self._ending = threading.Lock()
 
@@ -177,9 +180,19 @@ class Watchdog:
         frame = sys._current_frames().get(self._trainer)
         stack = [] if frame is None else list(_frames(frame))
         waits = any(part in line for line in stack for part in _COLLECTIVES)
-        beat = Beat(next(self._numbers), self._mesh.whereabouts.now, waits, self._host, self._process, self._created)
+        beat = Beat(
+            next(self._numbers),
+            self._mesh.whereabouts.now,
+            waits,
+            self._host,
+            self._process,
+            self._created,
+            REQUESTS.is_reading,
+            without_passwords(REQUESTS.trouble),
+        )
         if self._board is None:
             self._judge.see({self._mesh.rank: beat}, time.monotonic())
+            self._report_trouble({self._mesh.rank: beat})
             return
         try:
             self._board.put(f"stack/{self._mesh.rank}", "\n".join(stack[-_FRAMES:]))
@@ -206,7 +219,22 @@ class Watchdog:
             self._lose_board(error)
             return
         if beats is not None:
-            self._judge.see({rank: Beat.from_json(beat) for rank, beat in enumerate(beats)}, now)
+            found = {rank: Beat.from_json(beat) for rank, beat in enumerate(beats)}
+            self._judge.see(found, now)
+            self._report_trouble(found)
+
+    def _report_trouble(self, beats: Mapping[int, Beat]) -> None:
+        """Make an event of a network that begins to fail, on rank 0; it is no hang as long as it is tried again."""
+        if not self._mesh.is_main:
+            return
+        for rank, beat in beats.items():
+            if beat.trouble and rank not in self._in_trouble:
+                step = beat.position.step if beat.position.turn else None
+                words = {"rank": rank, "host": beat.host, "problem": beat.trouble}
+                with contextlib.suppress(OSError):
+                    self._events.append("network", step=step, **words)
+                print(f"WARNING    rank {rank} on {beat.host}: {beat.trouble}", file=sys.stderr, flush=True)
+        self._in_trouble = {rank for rank, beat in beats.items() if beat.trouble}
 
     def _lose_board(self, error: BoardError) -> None:
         """The board does not answer. Where the launcher has it, this rank goes on and watches itself alone; otherwise
