@@ -31,7 +31,7 @@ def missing_tensorboard() -> list[str]:
 
 
 class TensorBoardLogger(Callback):
-    """Logs on rank 0, under W&B's names of figures.
+    """Logs on rank 0, under W&B's names of figures; all statistics under `statistics`.
 
     Each start and each rollback begins an event file, which tells TensorBoard the step from which earlier ones count
     no more: the curves are those of one run.
