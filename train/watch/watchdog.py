@@ -231,9 +231,10 @@ class Watchdog:
             if beat.trouble and rank not in self._in_trouble:
                 step = beat.position.step if beat.position.turn else None
                 words = {"rank": rank, "host": beat.host, "problem": beat.trouble}
-                with contextlib.suppress(OSError):
+                # A disk may be full, and nobody may read what is said.
+                with contextlib.suppress(OSError, ValueError):
                     self._events.append("network", step=step, **words)
-                print(f"WARNING    rank {rank} on {beat.host}: {beat.trouble}", file=sys.stderr, flush=True)
+                    print(f"WARNING    rank {rank} on {beat.host}: {beat.trouble}", file=sys.stderr, flush=True)
         self._in_trouble = {rank for rank, beat in beats.items() if beat.trouble}
 
     def _lose_board(self, error: BoardError) -> None:
@@ -317,10 +318,14 @@ class Watchdog:
             words = f"train: {without_passwords(first.message)}; the run ends. Where every rank was: "
             print(f"{words}{self._directory.logs}/", file=sys.stderr, flush=True)
         deadline = time.monotonic() + self._grace
-        waits_for_others = first.kind in (HANG, GONE) and self._tell_collectives()
-        time.sleep(max(0.0, deadline - time.monotonic()))
-        if waits_for_others:
-            self._log_collectives()
+        try:
+            waits_for_others = first.kind in (HANG, GONE) and self._tell_collectives()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            if waits_for_others:
+                self._log_collectives()
+        # The format is torch's, which may change it: the process ends in any case.
+        except Exception:
+            log.exception("what torch has recorded of NCCL cannot be told")
         self._wake(first)
         os._exit(1)
 
@@ -330,33 +335,30 @@ class Watchdog:
         faulthandler.dump_traceback_later(_RECORDER_PATIENCE, exit=True, file=self._log)
         try:
             dump = recorded_collectives()
-            if dump is None:
-                return False
-            path = self._directory.collectives(self._mesh.rank, self._attempt)
-            for earlier in path.parent.parent.glob("nccl-*"):
-                if earlier != path.parent:
-                    shutil.rmtree(earlier, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(dump)
-            if self._board is not None:
-                with contextlib.suppress(BoardError):
-                    self._board.put(f"collectives/{self._mesh.rank}", as_json(group_records(dump)))
         finally:
             faulthandler.cancel_dump_traceback_later()
+        if dump is None:
+            return False
+        path = self._directory.collectives(self._mesh.rank, self._attempt)
+        for earlier in path.parent.parent.glob("nccl-*"):
+            if earlier != path.parent:
+                shutil.rmtree(earlier, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(dump)
+        if self._board is not None:
+            self._board.put(f"collectives/{self._mesh.rank}", as_json(group_records(dump)))
         return True
 
     def _log_collectives(self) -> None:
         """Write down who waits in which collective, and who has not entered it."""
         of_ranks: dict[int, list[GroupRecord]] = {}
-        with contextlib.suppress(BoardError):
-            for rank in range(self._mesh.size):
-                if self._board is not None and (found := self._board.read([f"collectives/{rank}"])) is not None:
-                    of_ranks[rank] = from_json(found[0])
+        for rank in range(self._mesh.size):
+            if self._board is not None and (found := self._board.read([f"collectives/{rank}"])) is not None:
+                of_ranks[rank] = from_json(found[0])
         lines = describe_collectives(of_ranks, self._mesh.size)
-        with contextlib.suppress(OSError):
-            self._log.write("".join(f"{line}\n" for line in ["Collectives that are not done:", *lines]))
-            self._log.flush()
+        self._log.write("".join(f"{line}\n" for line in ["Collectives that are not done:", *lines]))
+        self._log.flush()
 
     def _wake(self, first: End) -> None:
         """A process of this host that was stopped goes on, to find that the others have ended, and to end."""
