@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
 
@@ -318,16 +318,22 @@ class Watchdog:
             words = f"train: {without_passwords(first.message)}; the run ends. Where every rank was: "
             print(f"{words}{self._directory.logs}/", file=sys.stderr, flush=True)
         deadline = time.monotonic() + self._grace
-        try:
-            waits_for_others = first.kind in (HANG, GONE) and self._tell_collectives()
-            time.sleep(max(0.0, deadline - time.monotonic()))
-            if waits_for_others:
-                self._log_collectives()
-        # The format is torch's, which may change it: the process ends in any case.
-        except Exception:
-            log.exception("what torch has recorded of NCCL cannot be told")
+        has_told = first.kind in (HANG, GONE) and self._can(self._tell_collectives)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        if has_told:
+            self._can(self._log_collectives)
         self._wake(first)
         os._exit(1)
+
+    def _can(self, action: Callable[[], bool]) -> bool:
+        """What `action` returns; False where it fails: this process ends in any case."""
+        try:
+            return action()
+        # The format of what is read is torch's own. Logging may wait for a thread that hangs.
+        except Exception:
+            with contextlib.suppress(OSError):
+                self._log.write(traceback.format_exc())
+            return False
 
     def _tell_collectives(self) -> bool:
         """Leave what this rank's recorder has of NCCL, and let the others know; False where there is none."""
@@ -350,7 +356,7 @@ class Watchdog:
             self._board.put(f"collectives/{self._mesh.rank}", as_json(group_records(dump)))
         return True
 
-    def _log_collectives(self) -> None:
+    def _log_collectives(self) -> bool:
         """Write down who waits in which collective, and who has not entered it."""
         of_ranks: dict[int, list[GroupRecord]] = {}
         for rank in range(self._mesh.size):
@@ -359,6 +365,7 @@ class Watchdog:
         lines = describe_collectives(of_ranks, self._mesh.size)
         self._log.write("".join(f"{line}\n" for line in ["Collectives that are not done:", *lines]))
         self._log.flush()
+        return True
 
     def _wake(self, first: End) -> None:
         """A process of this host that was stopped goes on, to find that the others have ended, and to end."""
