@@ -92,7 +92,8 @@ def describe_collectives(of_ranks: Mapping[int, Sequence[GroupRecord]], world_si
 
 def _who_waits(records: Mapping[int, GroupRecord], members: Sequence[int]) -> str:
     """The first collective that is not done, of one group; "" where all are."""
-    first = min(record.finished for record in records.values()) + 1
+    # What one rank has behind it all have entered; some recorders notice late that a collective is done.
+    first = max(record.finished for record in records.values()) + 1
     inside = [rank for rank, record in records.items() if record.entered >= first]
     words = []
     if inside:
