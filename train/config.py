@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from data_pipeline.network import NetworkConfig
 from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
@@ -13,6 +14,7 @@ from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
 from model.config import ModelConfig
 from train.alert_rules import AlertsConfig
+from train.health.config import HealthConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
 
@@ -98,6 +100,8 @@ class CorpusConfig(OrderConfig):
     prefetch_steps: int = 2
     # Threads of each rank that read ahead.
     workers: int = 1
+    # A corpus at a URL, and live text that comes over a network.
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     # Why a checkpoint may be resumed on other data than it was trained on, for events.jsonl; null: it is refused.
     allow_changed_data: str | None = None
 
@@ -332,6 +336,7 @@ class RunConfig:
     numbers: NumbersConfig = field(default_factory=NumbersConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
 
     def execution(self, device_type: str) -> str:

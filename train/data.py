@@ -10,6 +10,7 @@ from conf.problems import at_least, choice, positive
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.remote import CacheSettings, is_remote
 from data_pipeline.errors import CorpusError
+from data_pipeline.network import validate_network
 from data_pipeline.ordering.config import validate_order
 from data_pipeline.ordering.mixture import check_mixture
 from data_pipeline.reading.batch import ON_CORRUPT
@@ -36,6 +37,7 @@ def validate_corpus(config: CorpusConfig) -> list[str]:
     problems += choice("corpus.on_corrupt", config.on_corrupt, ON_CORRUPT)
     problems += at_least("corpus.prefetch_steps", config.prefetch_steps, 1)
     problems += at_least("corpus.workers", config.workers, 1)
+    problems += validate_network(config.network, "corpus.network")
     if config.allow_changed_data is not None and not config.allow_changed_data.strip():
         problems.append("corpus.allow_changed_data: empty; give the reason, or null to refuse changed data")
     return problems
@@ -76,7 +78,7 @@ def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
     """What the run is trained on. Raises DataError."""
     live = config.corpus.live
     if live is not None:
-        return LiveCorpus(live.data, live.tokenizer, config.corpus.split)
+        return LiveCorpus(live.data, live.tokenizer, config.corpus.split, config.corpus.network)
     # What is missing is then skipped when its turn comes, at the start as later.
     return open_corpus(config, config.corpus.directory, "none" if config.corpus.on_corrupt == "skip" else check)
 
@@ -87,7 +89,8 @@ def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
         raise CorpusError("corpus.directory: this needs a prepared corpus; the run tokenizes while it reads")
     cache = None
     if config.corpus.cache_directory is not None:
-        cache = CacheSettings(Path(config.corpus.cache_directory), int(config.corpus.cache_gib * 2**30))
+        limit = int(config.corpus.cache_gib * 2**30)
+        cache = CacheSettings(Path(config.corpus.cache_directory), limit, config.corpus.network)
     return Corpus.open(directory, check, cache)
 
 

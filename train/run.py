@@ -15,6 +15,7 @@ from train.callbacks.base import Callback
 from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.csv_tables import CsvTables
 from train.callbacks.evaluation import Evaluation
+from train.callbacks.health import Health
 from train.callbacks.metrics_file import MetricsFile
 from train.callbacks.preemption import Preemption
 from train.callbacks.progress import Progress
@@ -107,7 +108,7 @@ def _twice_as_long(config: RunConfig, plan: Plan) -> str:
 
 def make_callbacks(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Every concern of a run beside the training step, in the order in which its hooks run (on_run_end: in reverse)."""
-    callbacks: list[Callback] = [Stability(), BadSteps(), MetricsFile(), WandbLogger(), Alerts()]
+    callbacks: list[Callback] = [Stability(), BadSteps(), MetricsFile(), WandbLogger(), Alerts(), Health()]
     # Behind the file that it is made from.
     if config.logging.csv:
         callbacks.append(CsvTables())

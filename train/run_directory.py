@@ -65,6 +65,10 @@ class RunDirectory:
         """How one rank ended, where it could say so."""
         return self.logs / f"rank-{rank:05d}.end.json"
 
+    def collectives(self, rank: int, attempt: str) -> Path:
+        """What torch's flight recorder has of one rank of a start that hung."""
+        return self.logs / f"nccl-{attempt}" / f"rank-{rank:05d}"
+
     def create(self) -> None:
         for folder in (self.path, self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.context import RunContext
 from train.deadline import Deadline
 from train.decisions import CONTINUE, Continue, Decision, Rollback, Stop, agreed
 from train.errors import RunError
+from train.health.saves import CompletedSave
 from train.length import last_step, learning_rate_of_next_step, steps_left
 from train.mirroring import make_mirror
 from train.restore import RunState, go_back
@@ -67,6 +69,8 @@ class Trainer:
         # Of the latest step: whether it was applied, and the positions of its samples in the data order.
         self.last_was_applied = True
         self.last_samples = range(0)
+        # Checkpoints that came to be since somebody took them from here; on rank 0, by another thread.
+        self.completed_saves: deque[CompletedSave] = deque(maxlen=100)
         # What this rank wishes for and all ranks have not agreed on yet.
         self._wishes: list[Decision] = []
         self._stop_reason: str | None = None
@@ -405,6 +409,7 @@ class Trainer:
 
         def on_complete(folder: Path, seconds: float) -> None:
             self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
+            self.completed_saves.append(CompletedSave(folder.name, step, seconds, time.monotonic()))
 
         self._writer.staying = staying
         self._writer.save(self.engine, self.state, on_complete)

@@ -13,6 +13,7 @@ from train.alert_rules import validate_alerts
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, NumbersConfig, RunConfig, SamplesConfig
 from train.data import ON_CORRUPT, validate_corpus
+from train.health.config import validate_health
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
 from train.origin import validate_origin
@@ -51,6 +52,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
     problems += local_folder("run_root", config.run_root)
     problems += _validate_samples(config.logging.samples)
     problems += validate_alerts(config.alerts, "alerts")
+    problems += validate_health(config.health, "health")
     return problems + validate_wandb(config.logging.wandb, "logging.wandb")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from conf.passwords import HIDDEN, password_of, without_passwords
+from conf.passwords import HIDDEN, secrets_of, without_passwords
 
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 0.5
@@ -25,10 +25,12 @@ def open_folder(url: str) -> tuple[Any, str]:
     return system, str(root)
 
 
-def shown(error: Exception, url: str) -> str:
-    """What the file system of `url` says, which may name the password in its own way."""
-    text, password = without_passwords(str(error)), password_of(url)
-    return text.replace(password, HIDDEN) if password else text
+def shown(error: BaseException, url: str) -> str:
+    """What the file system of `url` says, which may name a password or another secret in its own way."""
+    text = without_passwords(str(error))
+    for secret in secrets_of(url):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def persistently(action: Callable[[], Result]) -> Result:

@@ -20,7 +20,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -28,12 +28,15 @@ import xxhash
 from conf.named_files import unsafe_file
 from conf.passwords import has_hidden_password, without_passwords
 from data_pipeline.corpus.blocks import RESTORE, altered_block
-from data_pipeline.corpus.file_systems import ATTEMPTS, Result, open_folder, persistently, shown, wait
+from data_pipeline.corpus.file_systems import ATTEMPTS, Result, open_folder, shown, wait
 from data_pipeline.corpus.files import write_whole
 from data_pipeline.corpus.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.corpus.shard_table import SHARD_TABLE_FILE
 from data_pipeline.errors import CorpusError, ReadingError
+from data_pipeline.network import REQUESTS, GivenUp, NetworkConfig, Refused, Request, persist
 
+# Of a block that arrives short or altered.
+_ALTERED_ATTEMPTS = 2
 # How many files of a cache a process keeps open: what it has open it may keep on the disk.
 OPEN_CACHED_FILES = 256
 # The cache is measured when so much of its limit was fetched, and emptied to seven eighths of it.
@@ -50,6 +53,8 @@ class CacheSettings:
 
     directory: Path
     limit_bytes: int
+    # How what is not there is fetched.
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
 
 def is_remote(directory: str | Path) -> bool:
@@ -72,6 +77,7 @@ class RemoteCorpus:
             self._system, self._root = open_folder(url)
         except (ImportError, ValueError) as error:
             raise CorpusError(f"{self.url}: cannot be opened ({self._shown(error)})") from None
+        self._network = cache.network
         self._cache = cache.directory
         self.folder = cache.directory / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._shards = self.folder / "shards"
@@ -145,15 +151,27 @@ class RemoteCorpus:
         end = min(begin + size, int(self._manifest.shards.bytes[row]))
         file = self._manifest.shards.file(row)
         expected = self._manifest.shards.block_hashes(row)[8 * block : 8 * block + 8]
-        with _explained(self.folder, self._limit), _locked(self._lock_of(file, block)):
+        left = _ALTERED_ATTEMPTS
+
+        def fetch() -> bytes:
+            nonlocal left
+            data: bytes = self._system.cat_file(f"{self._root}/{file}", begin, end)
+            problem = ""
+            if len(data) != end - begin:
+                problem = f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there"
+            elif xxhash.xxh3_64_digest(data) != expected:
+                # Never put into the cache: another process may have fetched it whole and be reading it.
+                problem = altered_block(self.name(row), block, size, begin, end, RESTORE)
+            if problem:
+                left -= 1
+                # The first time the network may be to blame.
+                raise ConnectionError(problem) if left else Refused(problem)
+            return data
+
+        with _explained(self.folder, self._limit), self._locked_for(file, block):
             if is_right():
                 return
-            data = self._retry(file, lambda: self._system.cat_file(f"{self._root}/{file}", begin, end))
-            if len(data) != end - begin:
-                raise CorpusError(f"{self.name(row)}: truncated: bytes {begin} to {end - 1} are not all there")
-            if xxhash.xxh3_64_digest(data) != expected:
-                # Never put into the cache: another process may have fetched it whole and be reading it.
-                raise CorpusError(altered_block(self.name(row), block, size, begin, end, RESTORE))
+            data = self._retry(file, fetch)
             self._make_room(end - begin, descriptor)
             for attempt in range(ATTEMPTS):
                 try:
@@ -167,6 +185,13 @@ class RemoteCorpus:
                 let_go()
                 if attempt:
                     wait(attempt - 1)
+
+    @contextmanager
+    def _locked_for(self, file: str, block: int) -> Iterator[None]:
+        """Hold the lock of a block. Another process that has it may be fetching that block, for long."""
+        with open(self._lock_of(file, block), "w") as lock, REQUESTS.noted(Request(file)):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _lock_of(self, file: str, block: int) -> Path:
         # Not a lock on bytes of the cached file: those belong to a process, do not keep out its own threads, and are
@@ -204,14 +229,19 @@ class RemoteCorpus:
                     total -= size
 
     def _retry(self, name: str, action: Callable[[], Result]) -> Result:
+        """What `action` fetches. Raises CorpusError."""
+        # Each file system has its own errors for a network that fails for a moment.
         try:
-            return persistently(action)
+            return persist(f"{self.url}/{name}", action, self._network, self._shown)
         except FileNotFoundError:
             raise CorpusError(f"{self.url}/{name}: missing; restore it or prepare the corpus again elsewhere") from None
-        except Exception as error:
-            why = f"{type(error).__name__}: {self._shown(error)}"
+        except Refused as error:
+            raise CorpusError(str(error)) from None
+        except GivenUp as error:
             # Not from the error: its own words would stand in a traceback.
-            raise ReadingError(f"{self.url}/{name}: cannot be fetched after {ATTEMPTS} attempts ({why})") from None
+            raise ReadingError(
+                f"{self.url}/{name}: {error} (corpus.network.total_seconds={self._network.total_seconds:g})"
+            ) from None
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

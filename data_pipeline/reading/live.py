@@ -25,6 +25,7 @@ import torch
 
 from data_pipeline.corpus.manifest import fingerprint_of
 from data_pipeline.errors import CorpusError
+from data_pipeline.network import NetworkConfig
 from data_pipeline.ordering.order import ORDER_VERSION, derive_key, permute
 from data_pipeline.reading.batch import Batch, Columns, DamagedSamples, sample_numbers
 from data_pipeline.sources.config import MAX_READER_BYTES, TOLERANCE_RECORDS, DataConfig, ToleranceConfig
@@ -47,11 +48,12 @@ class LiveCorpus:
     Raises PrepareError and TokenizerError for a source and a tokenizer that cannot be opened.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, split: str):
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, split: str, network: NetworkConfig | None = None):
         self.directory = data.path
         self.data = data
         self.splits = [split]
         self.source = open_source(data)
+        self.source.network = network or NetworkConfig()
         self.identity, self.why_not_again = _identity(data, self.source)
         self._tokenizer = load_tokenizer(tokenizer)
         self.encoder, self.notes = choose_encoder(self._tokenizer, tokenizer.backend, list)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.passwords import without_passwords
 from data_pipeline.errors import BrokenOffError, PrepareError
+from data_pipeline.network import REQUESTS, Attempts, GivenUp, Request, is_of_network
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.sources.source import Document, InputFile, OnBytes, Rejection, Source
 from data_pipeline.sources.splits import SPLIT_NAMES
+
+_END = object()
 
 
 class DatasetsSource(Source):
@@ -65,13 +70,34 @@ class DatasetsSource(Source):
         dataset = self._splits[split]
         if self._shard_count(split) > 1:
             dataset = dataset.shard(num_shards=self._shard_count(split), index=int(part.split("-")[0]))
-        position = 0
-        try:
-            for record in dataset:
-                position += 1
-                yield self.from_record(item, record, position)
-        except Exception as error:
-            # Stops the unit: a stream that broke may be whole at the next try.
-            raise BrokenOffError(
-                f"{item.name}: the stream broke after row {position} ({type(error).__name__}: {error}); run again"
-            ) from error
+        request, position, records = Request(f"{self.config.path}: {item.name}"), 0, iter(dataset)
+        attempts = Attempts(request, self.network, lambda error: without_passwords(str(error)))
+        while True:
+            with REQUESTS.noted(request):
+                try:
+                    record = next(records, _END)
+                except Exception as error:
+                    self._try_again(item, position, attempts, error)
+                    # What the stream gives once more was used already.
+                    records = itertools.islice(iter(dataset), position, None)
+                    continue
+            if record is _END:
+                return
+            attempts.succeed()
+            position += 1
+            yield self.from_record(item, record, position)
+
+    def _try_again(self, item: InputFile, position: int, attempts: Attempts, error: Exception) -> None:
+        """Wait, where the network is to blame. Raises BrokenOffError where it is not, or has failed for too long."""
+        reason = f"{type(error).__name__}: {error}"
+        if is_of_network(error):
+            try:
+                attempts.fail(error)
+                return
+            except GivenUp as given_up:
+                reason = str(given_up)
+        # Stops the unit: a stream that broke may be whole at the next try.
+        reason = without_passwords(reason)
+        raise BrokenOffError(
+            f"{self.config.path}: {item.name}: the stream broke after row {position} ({reason}); run again"
+        ) from error

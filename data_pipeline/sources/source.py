@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.network import NetworkConfig
 from data_pipeline.sources import columns
 from data_pipeline.sources.config import DataConfig
 from data_pipeline.sources.fields import describe_fields, look_up
@@ -78,6 +79,8 @@ class Source(abc.ABC):
 
     def __init__(self, config: DataConfig):
         self.config = config
+        # Of a source that reads over one.
+        self.network = NetworkConfig()
 
     @abc.abstractmethod
     def inputs(self) -> list[InputFile]:

@@ -6,7 +6,7 @@ import pytest
 
 from conf import ConfigError
 from conf.command_line import exit_code
-from conf.passwords import has_hidden_password, password_of, without_passwords
+from conf.passwords import has_hidden_password, secrets_of, without_passwords
 
 
 @pytest.mark.parametrize(
@@ -25,21 +25,25 @@ from conf.passwords import has_hidden_password, password_of, without_passwords
         ("ssh://me@host/x", "ssh://me@host/x"),
         (str(Path("ftp://me:secret@host/x")), "ftp:/me:***@host/x"),
         ("name: a@b:c", "name: a@b:c"),
+        ("https://host/x?sig=s/e+c%3D&size=4 is", "https://host/x?sig=***&size=4 is"),
+        (
+            "('https://h/a?page=1&X-Amz-Signature=abc&X-Amz-Security-Token=d', 403)",
+            "('https://h/a?page=1&X-Amz-Signature=***&X-Amz-Security-Token=***', 403)",
+        ),
+        ("https://h/a?access_token=t#part and key=5", "https://h/a?access_token=***#part and key=5"),
+        ("what token=t is?key=1", "what token=t is?key=1"),
+        ("https://h/a?keys=1&monkey=2", "https://h/a?keys=1&monkey=2"),
     ],
 )
 def test_the_password_of_a_url_is_hidden_in_any_text(text, shown):
     assert without_passwords(text) == shown == without_passwords(shown)
     assert without_passwords({"a": [text, 1, None], text: (text,)}) == {"a": [shown, 1, None], shown: (shown,)}
-    assert has_hidden_password(shown) is (":***@" in shown)
+    assert has_hidden_password(shown) is ("***" in shown)
 
 
 def test_the_password_of_a_url_is_found():
-    assert [password_of(url) for url in ("ftp://me:se:c@ret@host/a:b@c", "s3://:x@b", "s3://b/c:d@e", "/a:b@c")] == [
-        "se:c@ret",
-        "x",
-        "",
-        "",
-    ]
+    urls = ("ftp://me:se:c@ret@host/a:b@c", "s3://:x@b", "https://h/a?sig=1&n=2&X-Amz-Credential=3", "s3://b/c:d@e")
+    assert [secrets_of(url) for url in urls] == [["se:c@ret"], ["x"], ["1", "3"], []]
 
 
 def test_errors_of_the_configuration_and_of_commands_show_none(capsys):

@@ -16,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 
 from train.callbacks.metrics_file import MetricsFile, read_metrics
 from train.callbacks.progress import Progress
-from train.callbacks.wandb_logger import WandbLogger
+from train.callbacks.wandb_logger import WandbLogger, panel_name
 from train.config import LoggingConfig, RunConfig, WandbConfig
 from train.decisions import Rollback
 from train.evaluate import EvaluationResult
@@ -276,6 +276,20 @@ def test_an_offline_wandb_run_loses_no_row_to_a_rollback(tmp_path):
     again = WandbLogger()
     again.load_state_dict(json.loads((tmp_path / "state.json").read_text()))
     assert again.state_dict()["rows_ahead"] == 6
+
+
+@pytest.mark.slow
+def test_statistics_of_a_block_stand_in_one_section(tmp_path):
+    multiprocessing.spawn(_wandb_session, (tmp_path, 0, range(1, 3)))
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"blocks.00/output_rms" in file.read_bytes() and b"statistics/" not in file.read_bytes()
+    assert panel_name("blocks.03.mixer.gradient_norm") == "blocks.03/mixer.gradient_norm"
+    assert panel_name("logits.soft_cap_saturation") == "statistics/logits.soft_cap_saturation"
+    # A run that began with other names keeps them.
+    before, new = WandbLogger(), WandbLogger()
+    before.load_state_dict({"id": "a", "rows_ahead": 0})
+    new.load_state_dict({})
+    assert (before.state_dict()["has_sections"], new.state_dict()["has_sections"]) == (False, True)
 
 
 def _rows(file: Path) -> list[int]:

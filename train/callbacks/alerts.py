@@ -13,6 +13,7 @@ from train.alert_rules import Watched, rules_about
 from train.callbacks.base import Callback
 from train.callbacks.webhook import Webhook
 from train.decisions import CONTINUE, Decision
+from train.health.record import health_figures
 
 if TYPE_CHECKING:
     from train.evaluate import EvaluationResult
@@ -27,7 +28,7 @@ _LISTED = 3
 class Alert:
     """Something that a person should look at."""
 
-    # A name of alerts.rules, `save_failed`, `mirror_failed` or `run_failed`.
+    # A name of alerts.rules, `save_failed`, `mirror_failed`, `run_failed`, or an event of the machines' health.
     rule: str
     step: int
     words: str
@@ -60,12 +61,19 @@ class Alerts(Callback):
         self._judge(trainer, {f"evaluation/{name}/loss": result.loss for name, result in results.items()})
         return CONTINUE
 
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._judge(trainer, health_figures(record))
+
+    def on_alert(self, trainer: Trainer, alert: Alert) -> None:
+        trainer.events.append("alert", step=alert.step, rule=alert.rule, words=alert.words)
+        self._send(trainer, alert)
+
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         told = "; ".join(f"rank {rank}: {problem}" for rank, problem in problems.items())
-        self._tell(trainer, Alert("save_failed", trainer.step, f"a checkpoint could not be written ({told})"))
+        trainer.dispatch("on_alert", Alert("save_failed", trainer.step, f"a checkpoint could not be written ({told})"))
 
     def on_mirror_failed(self, trainer: Trainer, problem: str) -> None:
-        self._tell(trainer, Alert("mirror_failed", trainer.step, problem))
+        trainer.dispatch("on_alert", Alert("mirror_failed", trainer.step, problem))
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if outcome == "failed":
@@ -87,7 +95,9 @@ class Alerts(Callback):
             if told is None or trainer.step - told >= config.pause_steps:
                 self._told[name] = trainer.step
                 more = f"; and {len(problems) - _LISTED} more figures" if len(problems) > _LISTED else ""
-                self._tell(trainer, Alert(name, trainer.step, "; ".join(problems[:_LISTED]) + more))
+                alert = Alert(name, trainer.step, "; ".join(problems[:_LISTED]) + more)
+                trainer.context.warn(f"{alert.rule}: {alert.words}")
+                trainer.dispatch("on_alert", alert)
 
     def _watch(self, trainer: Trainer, name: str, figure: str) -> Watched:
         figures = self._watched.setdefault(name, {})
@@ -96,13 +106,6 @@ class Alerts(Callback):
             if (state := self._state.get(name, {}).get(figure)) is not None:
                 figures[figure].load_state_dict(state)
         return figures[figure]
-
-    def _tell(self, trainer: Trainer, alert: Alert) -> None:
-        trainer.events.append("alert", step=alert.step, rule=alert.rule, words=alert.words)
-        if alert.rule in trainer.config.alerts.rules:
-            trainer.context.warn(f"{alert.rule}: {alert.words}")
-        trainer.dispatch("on_alert", alert)
-        self._send(trainer, alert)
 
     def _send(self, trainer: Trainer, alert: Alert) -> None:
         if self._webhook is not None:

@@ -54,8 +54,11 @@ class Callback:
     def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
         """Texts that the model has generated, on rank 0 alone."""
 
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """How the processes and machines of the run fared since the record before, on rank 0 alone."""
+
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
-        """A person should look at this, on all ranks."""
+        """A person should look at this; on all ranks where it is about figures that all have, else on rank 0 alone."""
 
     def on_save_failed(self, trainer: Trainer, problems: dict[int, str]) -> None:
         """The checkpoint that was being written is given up: rank -> what failed there, equal on all ranks."""

@@ -6,6 +6,7 @@ number of completed steps, and a `kind`:
 - "train": the record of a logged step, by `Trainer` and the callbacks (keys in docs/training.md).
 - "evaluation": `set`, `loss` (nats per token), `perplexity`, `tokens` (scored) of one held-out set.
 - "statistics": `values`, the stability statistics by name.
+- "health": how processes and machines fare, by `callbacks.health`.
 
 A number that is not finite is written as null: JSON has no other word for it, and events.jsonl tells which it was.
 """
@@ -80,6 +81,9 @@ class MetricsFile(Callback):
                 }
             )
         return CONTINUE
+
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._append({"kind": "health", "step": trainer.step, **record})
 
     def on_run_end(self, trainer: Trainer, outcome: str) -> None:
         if self._file is not None:

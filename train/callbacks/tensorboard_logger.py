@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
+from train.health.record import health_figures
 
 if TYPE_CHECKING:
     from train.callbacks.samples import Sample
@@ -30,7 +31,7 @@ def missing_tensorboard() -> list[str]:
 
 
 class TensorBoardLogger(Callback):
-    """Logs on rank 0, under W&B's names of figures.
+    """Logs on rank 0, under W&B's names of figures; all statistics under `statistics`.
 
     Each start and each rollback begins an event file, which tells TensorBoard the step from which earlier ones count
     no more: the curves are those of one run.
@@ -62,6 +63,9 @@ class TensorBoardLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._log(trainer, health_figures(record))
 
     def on_samples(self, trainer: Trainer, samples: Sequence[Sample]) -> None:
         if self._writer is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from conf.passwords import without_passwords
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
+from train.health.record import health_figures
 from train.origin import read_ancestry
 from train.run_directory import write_atomically
 from train.stored_configuration import as_json
@@ -37,6 +38,9 @@ class WandbLogger(Callback):
         self._id: str | None = None
         self._run: Any = None
         self._offline = False
+        # Statistics have names by which W&B puts those of a layer into a section of their own. Not in runs that began
+        # before there were such names: theirs go on.
+        self._has_sections = True
         # Rows beyond the number of steps: those of steps that a rollback gave up. Not less for a rollback.
         self._rows_ahead = 0
 
@@ -107,7 +111,8 @@ class WandbLogger(Callback):
         return CONTINUE
 
     def on_statistics(self, trainer: Trainer, values: dict[str, float]) -> Decision:
-        self._log(trainer, {f"statistics/{name}": value for name, value in values.items()})
+        names = {name: panel_name(name) if self._has_sections else f"statistics/{name}" for name in values}
+        self._log(trainer, {names[name]: value for name, value in values.items()})
         return CONTINUE
 
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
@@ -116,6 +121,9 @@ class WandbLogger(Callback):
             figures |= {f"evaluation/{name}/loss": result.loss, f"evaluation/{name}/perplexity": result.perplexity}
         self._log(trainer, figures)
         return CONTINUE
+
+    def on_health(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self._log(trainer, health_figures(record))
 
     def on_alert(self, trainer: Trainer, alert: Alert) -> None:
         if self._run is not None:
@@ -140,10 +148,11 @@ class WandbLogger(Callback):
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"id": self._id, "rows_ahead": self._rows_ahead}
+        return {"id": self._id, "rows_ahead": self._rows_ahead, "has_sections": self._has_sections}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._id = state.get("id", self._id)
+        self._has_sections = state.get("has_sections", not state)
         self._rows_ahead = max(self._rows_ahead, state.get("rows_ahead", 0))
 
     def _find_id(self, run_directory: Path, is_branch: bool = False) -> str:
@@ -177,6 +186,15 @@ class WandbLogger(Callback):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def panel_name(statistic: str) -> str:
+    """The name of a statistic at W&B, which makes a section of what stands before the first slash: blocks.03 for all
+    panels of that block."""
+    parts = statistic.split(".")
+    if parts[0] != "blocks":
+        return f"statistics/{statistic}"
+    return f"{'.'.join(parts[:2])}/{'.'.join(parts[2:])}"
 
 
 def _was_not_reached(error: Exception, seconds: float) -> bool:

@@ -14,6 +14,7 @@ Groups of ranks have names, and each collective says in which group it happens:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import typing
@@ -27,7 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.parallel.board import Board
-from train.watch.whereabouts import Whereabouts
+from train.parallel.flight_recorder import record_collectives
+from train.watch.phase_clock import PhaseClock
+from train.watch.whereabouts import FORWARD, Whereabouts
 
 GroupName = Literal["world", "data_and_sequence", "sequence", "pipeline"]
 GROUP_NAMES: tuple[GroupName, ...] = typing.get_args(GroupName)
@@ -109,7 +112,7 @@ class Mesh:
         self.rank = rank
         self.device = device or torch.device("cpu")
         self.pipeline, self.data, self.sequence = shape.coordinates(rank)
-        self.whereabouts = Whereabouts()
+        self.whereabouts = Whereabouts(PhaseClock(device, on_device=(FORWARD,)))
         # Of the methods that move tensors between slices and stages, since the start: what this rank received from
         # others, in bytes, and how many times it took part.
         self.received_bytes: dict[GroupName, int] = dict.fromkeys(GROUP_NAMES, 0)
@@ -152,13 +155,15 @@ class Mesh:
     def sum(self, tensor: Tensor, *, group: GroupName) -> Tensor:
         """Replace `tensor` by its sum over the group, in place; returns it."""
         if self.size_of(group) > 1:
-            dist.all_reduce(tensor, group=self._groups[group])
+            with self._waiting():
+                dist.all_reduce(tensor, group=self._groups[group])
         return tensor
 
     def maximum(self, tensor: Tensor, *, group: GroupName) -> Tensor:
         """Replace each element of `tensor` by the largest of the group's, in place; returns it."""
         if self.size_of(group) > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._groups[group])
+            with self._waiting():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._groups[group])
         return tensor
 
     def gather_objects(self, value: Value, *, group: GroupName) -> list[Value]:
@@ -166,7 +171,8 @@ class Mesh:
         if self.size_of(group) == 1:
             return [value]
         found: list[typing.Any] = [None] * self.size_of(group)
-        dist.all_gather_object(found, value, group=self._groups[group])
+        with self._waiting():
+            dist.all_gather_object(found, value, group=self._groups[group])
         return found
 
     def broadcast_object(self, value: Value, *, group: GroupName) -> Value:
@@ -174,7 +180,8 @@ class Mesh:
         if self.size_of(group) == 1:
             return value
         found: list[typing.Any] = [value]
-        dist.broadcast_object_list(found, src=self._members[group][0], group=self._groups[group])
+        with self._waiting():
+            dist.broadcast_object_list(found, src=self._members[group][0], group=self._groups[group])
         return found[0]
 
     def place_in(self, group: GroupName) -> int:
@@ -192,7 +199,7 @@ class Mesh:
         tensor = tensor.contiguous()
         # In one dimension: gloo wants the result in the form of the parts.
         work = _all_gather(gathered.view(-1), tensor.view(-1), group=self._groups[group], async_op=True)
-        return gathered, _waiting([work], tensor)
+        return gathered, self._wait_for([work], tensor)
 
     def all_to_all(self, tensor: Tensor, *, group: GroupName) -> Tensor:
         """[ranks, ...] -> [ranks, ...]: element i goes to the i-th rank of the group, and one comes from it."""
@@ -201,14 +208,16 @@ class Mesh:
             return tensor
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         self._count(group, received[1:])
-        dist.all_to_all_single(received, tensor.contiguous(), group=self._groups[group])
+        with self._waiting():
+            dist.all_to_all_single(received, tensor.contiguous(), group=self._groups[group])
         return received
 
     def broadcast(self, tensor: Tensor, source: int, *, group: GroupName) -> Tensor:
         """Replace `tensor` by that of the rank at place `source` of the group, in place; returns it."""
         if self.size_of(group) > 1:
             self._count(group, *([] if self.place_in(group) == source else [tensor]))
-            dist.broadcast(tensor, self._members[group][source], group=self._groups[group])
+            with self._waiting():
+                dist.broadcast(tensor, self._members[group][source], group=self._groups[group])
         return tensor
 
     def start_transfers(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], *, group: GroupName) -> Wait:
@@ -222,7 +231,24 @@ class Mesh:
             dist.P2POp(dist.irecv, tensor, members[place], process_group) for place, tensor in receives.items()
         ]
         operations += [dist.P2POp(dist.isend, tensor, members[place], process_group) for place, tensor in sends.items()]
-        return _waiting(dist.batch_isend_irecv(operations), *sends.values()) if operations else _nothing
+        return self._wait_for(dist.batch_isend_irecv(operations), *sends.values()) if operations else _nothing
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """What is done inside is no work of this rank's own."""
+        return self.whereabouts.clock.waiting()
+
+    def _wait_for(self, works: Sequence[dist.Work | None], *sent: Tensor) -> Wait:
+        """Wait for `works`. Until then what they send stays in memory."""
+
+        def wait() -> None:
+            with self._waiting():
+                for work in works:
+                    if work is not None:
+                        work.wait()
+            del kept[:]
+
+        kept = list(sent)
+        return wait
 
     def _count(self, group: GroupName, *received: Tensor) -> None:
         self.exchanges[group] += 1
@@ -231,7 +257,8 @@ class Mesh:
     def barrier(self, *, group: GroupName) -> None:
         """Wait for all ranks of the group."""
         if self.size_of(group) > 1:
-            dist.barrier(group=self._groups[group])
+            with self._waiting():
+                dist.barrier(group=self._groups[group])
 
     def open_board(self, prefix: str, patience: timedelta) -> Board | None:
         """The board of all processes; None where this one is alone, or its caller has let them meet otherwise than by
@@ -261,19 +288,6 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def _waiting(works: Sequence[dist.Work | None], *sent: Tensor) -> Wait:
-    """Wait for `works`. Until then what they send stays in memory."""
-
-    def wait() -> None:
-        for work in works:
-            if work is not None:
-                work.wait()
-        del kept[:]
-
-    kept = list(sent)
-    return wait
-
-
 def launched_processes() -> int:
     """Processes of the run that this one was started for: torchrun's variables; without a rank it is alone."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -286,17 +300,20 @@ def join_mesh(timeout: timedelta, pipeline: int = 1, sequence: int = 1) -> Mesh:
     closed, for libraries that read them. A process group that the caller has made is used and left.
     """
     before: dict[str, str | None] = {}
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        before = {name: os.environ.get(name) for name in alone}
-        os.environ.update(alone)
+    alone = "RANK" not in os.environ
+    if alone:
+        own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     owns = not dist.is_initialized()
     if owns:
-        _initialise(device, timeout, alone=bool(before))
+        if device.type == "cuda" and not alone:
+            before |= dict.fromkeys(record_collectives(os.environ))
+        _initialise(device, timeout, alone=alone)
     mesh = Mesh(MeshShape.of_world(dist.get_world_size(), pipeline, sequence), dist.get_rank(), device, timeout)
     mesh._owns_process_group, mesh._variables_before = owns, before
     return mesh

@@ -22,6 +22,9 @@ class Beat:
     process: int
     # When the process began, in seconds since 1970: another may have its number later.
     created: float
+    # It reads over a network, which has its own limits on time; how that fails at present, "" where it does not.
+    is_reading: bool = False
+    trouble: str = ""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -48,7 +51,8 @@ class Culprit:
     is_silent: bool
 
     def __str__(self) -> str:
-        who, where = self.beat.describe(self.rank), self.beat.position
+        who, where = self.beat.describe(self.rank), str(self.beat.position)
+        where += f", where {self.beat.trouble}" if self.beat.trouble else ""
         if self.is_silent:
             return f"{who} has not answered for {self.since:.0f} s; it was last seen in {where}"
         return f"{who} has not moved for {self.since:.0f} s: it is in {where}"
@@ -120,8 +124,9 @@ class Judge:
         return [
             Culprit(rank, present[rank], since, False)
             for rank in candidates
-            if present[rank].position == last and (since := now - self._sightings[rank].moved) > self._limit(last)
+            if present[rank].position == last
+            and (since := now - self._sightings[rank].moved) > self._limit(present[rank])
         ]
 
-    def _limit(self, position: Position) -> float:
-        return self._long_seconds if position.may_take_long else self.seconds
+    def _limit(self, beat: Beat) -> float:
+        return self._long_seconds if beat.position.may_take_long or beat.is_reading else self.seconds

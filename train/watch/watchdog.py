@@ -15,21 +15,25 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
 
 import psutil
 
 from conf.passwords import without_passwords
+from data_pipeline.network import REQUESTS
 from train.parallel.board import Board, BoardError
+from train.parallel.flight_recorder import recorded_collectives
 from train.parallel.mesh import Mesh
 from train.run_directory import Attempt, EventLog, RunDirectory
+from train.watch.collectives import GroupRecord, as_json, describe_collectives, from_json, group_records
 from train.watch.ends import GONE, HANG, SIGNAL, End, end_of, write_end
 from train.watch.judgement import Beat, Culprit, Judge
 from train.watch.whereabouts import END, LEFT, SAVE
@@ -42,6 +46,8 @@ _FIRST_END = "first end"
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/train/parallel/mesh.py")
 # Innermost frames that are told of a rank.
 _FRAMES = 12
+# Seconds after which this process ends without what torch has recorded of NCCL.
+_RECORDER_PATIENCE = 30.0
 # Seconds between two beats, at most.
 _INTERVAL = 1.0
 
@@ -84,6 +90,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         # Of ranks on this host, whether their processes could be found at first.
         self._found_here: dict[int, bool] = {}
+        # What ranks tell rank 0 beside that, and what this one has told.
+        self._notice = self._told_notice = ""
+        self._notices: dict[int, str] = {}
+        # Ranks whose network fails.
+        self._in_trouble: set[int] = set()
         # Held by the thread that ends this rank.
         self._ending = threading.Lock()
 
@@ -105,6 +116,15 @@ class Watchdog:
         """To be called by all ranks when all have started: each sees the others once."""
         self._look(time.monotonic())
         self._gone()
+
+    def post(self, notice: str) -> None:
+        """Let rank 0 have this text in the place of the one before, within a second or two; for the thread that trains.
+        Nobody waits for it."""
+        self._notice = notice
+
+    def notices(self) -> dict[int, str]:
+        """On rank 0: what ranks have posted last, as far as it is known."""
+        return self._notices if self._board is not None else {self._mesh.rank: self._notice}
 
     def close(self) -> None:
         """Leave the run in order: nobody waits for this rank any more."""
@@ -160,13 +180,26 @@ class Watchdog:
         frame = sys._current_frames().get(self._trainer)
         stack = [] if frame is None else list(_frames(frame))
         waits = any(part in line for line in stack for part in _COLLECTIVES)
-        beat = Beat(next(self._numbers), self._mesh.whereabouts.now, waits, self._host, self._process, self._created)
+        beat = Beat(
+            next(self._numbers),
+            self._mesh.whereabouts.now,
+            waits,
+            self._host,
+            self._process,
+            self._created,
+            REQUESTS.is_reading,
+            without_passwords(REQUESTS.trouble),
+        )
         if self._board is None:
             self._judge.see({self._mesh.rank: beat}, time.monotonic())
+            self._report_trouble({self._mesh.rank: beat})
             return
         try:
             self._board.put(f"stack/{self._mesh.rank}", "\n".join(stack[-_FRAMES:]))
             self._board.put(f"beat/{self._mesh.rank}", beat.as_json())
+            if (notice := self._notice) != self._told_notice:
+                self._board.put(f"notice/{self._mesh.rank}", notice)
+                self._told_notice = notice
             if self._board_lost is not None:
                 self._judge.excuse(time.monotonic() - self._board_lost)
                 self._board_lost = None
@@ -179,11 +212,30 @@ class Watchdog:
             return
         try:
             beats = self._board.read([f"beat/{rank}" for rank in range(self._mesh.size)])
+            if self._mesh.is_main and self._notice:
+                notices = self._board.read([f"notice/{rank}" for rank in range(self._mesh.size)])
+                self._notices = dict(enumerate(notices or []))
         except BoardError as error:
             self._lose_board(error)
             return
         if beats is not None:
-            self._judge.see({rank: Beat.from_json(beat) for rank, beat in enumerate(beats)}, now)
+            found = {rank: Beat.from_json(beat) for rank, beat in enumerate(beats)}
+            self._judge.see(found, now)
+            self._report_trouble(found)
+
+    def _report_trouble(self, beats: Mapping[int, Beat]) -> None:
+        """Make an event of a network that begins to fail, on rank 0; it is no hang as long as it is tried again."""
+        if not self._mesh.is_main:
+            return
+        for rank, beat in beats.items():
+            if beat.trouble and rank not in self._in_trouble:
+                step = beat.position.step if beat.position.turn else None
+                words = {"rank": rank, "host": beat.host, "problem": beat.trouble}
+                # A disk may be full, and nobody may read what is said.
+                with contextlib.suppress(OSError, ValueError):
+                    self._events.append("network", step=step, **words)
+                    print(f"WARNING    rank {rank} on {beat.host}: {beat.trouble}", file=sys.stderr, flush=True)
+        self._in_trouble = {rank for rank, beat in beats.items() if beat.trouble}
 
     def _lose_board(self, error: BoardError) -> None:
         """The board does not answer. Where the launcher has it, this rank goes on and watches itself alone; otherwise
@@ -265,9 +317,55 @@ class Watchdog:
         if told is first:
             words = f"train: {without_passwords(first.message)}; the run ends. Where every rank was: "
             print(f"{words}{self._directory.logs}/", file=sys.stderr, flush=True)
-        time.sleep(self._grace)
+        deadline = time.monotonic() + self._grace
+        has_told = first.kind in (HANG, GONE) and self._can(self._tell_collectives)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        if has_told:
+            self._can(self._log_collectives)
         self._wake(first)
         os._exit(1)
+
+    def _can(self, action: Callable[[], bool]) -> bool:
+        """What `action` returns; False where it fails: this process ends in any case."""
+        try:
+            return action()
+        # The format of what is read is torch's own. Logging may wait for a thread that hangs.
+        except Exception:
+            with contextlib.suppress(OSError):
+                self._log.write(traceback.format_exc())
+            return False
+
+    def _tell_collectives(self) -> bool:
+        """Leave what this rank's recorder has of NCCL, and let the others know; False where there is none."""
+        # A driver that hangs may hang whoever asks, with every thread of this process.
+        faulthandler.dump_traceback_later(_RECORDER_PATIENCE, exit=True, file=self._log)
+        try:
+            dump = recorded_collectives()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        if dump is None:
+            return False
+        path = self._directory.collectives(self._mesh.rank, self._attempt)
+        for earlier in path.parent.parent.glob("nccl-*"):
+            if earlier != path.parent:
+                shutil.rmtree(earlier, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(dump)
+        if self._board is not None:
+            self._board.put(f"collectives/{self._mesh.rank}", as_json(group_records(dump)))
+        return True
+
+    def _log_collectives(self) -> bool:
+        """Write down who waits in which collective, and who has not entered it."""
+        of_ranks: dict[int, list[GroupRecord]] = {}
+        for rank in range(self._mesh.size):
+            if self._board is not None and (found := self._board.read([f"collectives/{rank}"])) is not None:
+                of_ranks[rank] = from_json(found[0])
+        lines = describe_collectives(of_ranks, self._mesh.size)
+        self._log.write("".join(f"{line}\n" for line in ["Collectives that are not done:", *lines]))
+        self._log.flush()
+        return True
 
     def _wake(self, first: End) -> None:
         """A process of this host that was stopped goes on, to find that the others have ended, and to end."""

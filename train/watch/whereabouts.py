@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from train.watch.phase_clock import PhaseClock
+
 START = "start"
 DATA = "data"
 FORWARD = "forward"
@@ -54,7 +56,8 @@ class Position:
 class Whereabouts:
     """The position of this rank; one object for each process of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: PhaseClock | None = None) -> None:
+        self.clock = clock or PhaseClock()
         # Replaced as a whole: a thread that reads it sees one position or the next.
         self.now = Position()
         # Where the thread that trains met an exception; None: it has met none.
@@ -74,4 +77,5 @@ class Whereabouts:
         """Leave the phase before and begin this one; again, where it is the same. Every rank says so."""
         before = self.now
         self._left.add(before.phase)
+        self.clock.enter(phase)
         self.now = replace(before, moves=before.moves + 1, phase=phase, is_first=phase not in self._left)

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import network
 from data_pipeline.corpus import file_systems, remote
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import hash_file
 from data_pipeline.corpus.remote import CacheSettings, is_remote
 from data_pipeline.corpus.shard_table import ShardTable
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.reading.stream import SampleStream
 from tests.runs import PATIENCE, ROOT
 
@@ -178,13 +179,15 @@ class Flaky:
 
 
 def test_a_network_that_fails_for_a_moment_is_tried_again_and_then_named(corpus, url, cache, monkeypatch):
-    monkeypatch.setattr(file_systems, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(network, "FIRST_WAIT_SECONDS", 0.001)
+    cache = dataclasses.replace(cache, network=network.NetworkConfig(total_seconds=0.1))
     opened = Corpus.open(url, cache=cache)
-    opened._files.remote._system = Flaky(opened._files.remote._system, 3)
+    opened._files.remote._system = Flaky(opened._files.remote._system, 5)
     sequence = opened.sequence("train", "RedPajamaC4")
     assert sequence.shard(0).documents == sequence.entry(0).documents
-    opened._files.remote._system.failures = 4
-    with pytest.raises(CorpusError, match=r"cannot be fetched after 4 attempts \(ConnectionError: connection reset\)"):
+    opened._files.remote._system.failures = 10**6
+    words = r"cannot be fetched: \d+ attempts in 0 s, the last of them: ConnectionError: connection reset \(corpus.netw"
+    with pytest.raises(ReadingError, match=words):
         sequence.shard(1)
 
 
@@ -300,7 +303,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from data_pipeline.corpus.corpus import Corpus
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, ReadingError
 from data_pipeline.corpus.remote import CacheSettings
 from data_pipeline.reading.stream import SampleStream
 corpus = Corpus.open(sys.argv[1], cache=CacheSettings(Path(sys.argv[2]), 2**26))

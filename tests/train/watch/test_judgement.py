@@ -18,6 +18,7 @@ class Ranks:
         self.whereabouts = [Whereabouts() for _ in range(count)]
         self.waits = [False] * count
         self.silent = set()
+        self.reading = set()
         self.now, self._beats = 0.0, {}
         # Every phase has been left once.
         for rank in self.whereabouts:
@@ -31,7 +32,9 @@ class Ranks:
             for rank, whereabouts in enumerate(self.whereabouts):
                 if rank not in self.silent:
                     number = int(self.now)
-                    self._beats[rank] = Beat(number, whereabouts.now, self.waits[rank], "host", 100 + rank, 0.0)
+                    network = (True, "a store does not arrive") if rank in self.reading else ()
+                    who = (self.waits[rank], "host", 100 + rank, 0.0)
+                    self._beats[rank] = Beat(number, whereabouts.now, *who, *network)
             self.judge.see(self._beats, self.now)
 
     def named(self):
@@ -101,6 +104,18 @@ def test_some_phases_may_take_long(phase):
     assert not ranks.named()
     ranks.pass_seconds(2)
     assert ranks.named() == [1]
+
+
+def test_one_that_reads_over_a_network_is_given_the_time_that_reading_has():
+    ranks = Ranks(2)
+    ranks.reading = {1}
+    ranks.whereabouts[0].enter(FORWARD)
+    ranks.pass_seconds(100)
+    assert not ranks.named()
+    ranks.pass_seconds(2)
+    assert ranks.named() == [1]
+    (culprit,) = ranks.judge.culprits(ranks.now)
+    assert str(culprit).endswith("it is in 'data' of step 0, where a store does not arrive")
 
 
 def test_before_the_first_step_all_may_take_long():

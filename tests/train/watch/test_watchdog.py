@@ -76,6 +76,8 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(settings, tmp_path,
         assert "in train_step" in log
         # The other one, or one that was stopped, may find its peer gone before its watchdog ends it.
         assert ("This rank ends" in log and "Current thread" in log) or (kind, one) != ("sleep", rank)
+    # Of NCCL's collectives; gloo's are told from the frames of threads.
+    assert not list((tmp_path / "run" / "logs").glob("nccl-*")) and "Collectives" not in log
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`python -m train` of which one rank gets into trouble: troubled_train.py RANK KIND STEP OVERRIDE...
 
-main([...])    KIND: what the rank does at the beginning of step STEP, by TROUBLES; after a colon the part of a step
-               in which it does so, instead: "sleep:forward"
+main([...])    RANK: -1 for all. KIND: what it does at the beginning of step STEP, by TROUBLES; after a colon the part
+               of a step in which it does so, instead: "sleep:forward"
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import sys
 import time
 from collections.abc import Callable as Function
 
+import torch
+
 import train.run
 from train.callbacks.base import Callback
 from train.run import make_callbacks
 from train.trainer import Trainer
+
+# In the run's folder: when the trouble began, in seconds since 1970.
+BEGINNING = "trouble.txt"
 
 
 def _raise() -> None:
@@ -27,10 +32,28 @@ def _sleep() -> None:
         time.sleep(60)
 
 
+def _stop_when_seen() -> None:
+    """What the rank says of itself until then is this."""
+    time.sleep(2.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _take_all_memory() -> None:
+    torch.empty(2**50, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _lag() -> None:
+    time.sleep(0.25)
+
+
 TROUBLES: dict[str, Function[[], None]] = {
     "raise": _raise,
     "sleep": _sleep,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop_when_seen": _stop_when_seen,
+    # At every step from then on.
+    "lag": _lag,
+    "take_all_memory": _take_all_memory,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "abort": os.abort,
 }
@@ -43,8 +66,10 @@ class Trouble(Callback):
         self._rank, self._kind, self._step = rank, kind, step
 
     def on_step_start(self, trainer: Trainer) -> None:
-        if (trainer.mesh.rank, trainer.step) == (self._rank, self._step):
+        is_due = trainer.step == self._step or (self._kind == "lag" and trainer.step > self._step)
+        if self._rank in (trainer.mesh.rank, -1) and is_due:
             trouble, _, part = self._kind.partition(":")
+            (trainer.run_directory / BEGINNING).write_text(str(time.time()))
             if part:
                 trainer.model.register_forward_pre_hook(lambda *_: TROUBLES[trouble]())
             else:

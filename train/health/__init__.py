@@ -1,0 +1,1 @@
+"""How the processes and machines of a run fare, beside what they compute."""
