@@ -161,7 +161,8 @@ def _attempt(run: LaunchFolder, row: Row, processes: int) -> Answer | None:
         run.note("given_up", reason=reason)
         return Answer(GIVEN_UP, reason)
     answer = close_attempt(run, code)
-    return None if answer.code == GO_ON and code == 0 else answer
+    # Ended well and not complete: it was asked to stop, however few attempts it has.
+    return None if code == 0 and answer.code != RUN_DONE else answer
 
 
 def _told(one: Progress) -> str:

@@ -38,12 +38,18 @@ def read_sweep(arguments: Sequence[str]) -> tuple[SweepPlanConfig, list[str]]:
 
     Raises ConfigError with all problems that show without the runs.
     """
+    config, further, problems = _composed(arguments)
+    if problems:
+        raise ConfigError(problems)
+    return config, further
+
+
+def _composed(arguments: Sequence[str]) -> tuple[SweepPlanConfig, list[str], list[str]]:
+    """What `read_sweep` returns, and what is wrong with the values. Raises ConfigError where some are missing."""
     of_sweep = [argument for argument in arguments if _is_of_sweep(argument)]
     further = [argument for argument in arguments if not _is_of_sweep(argument)]
     config = compose(SweepPlanConfig, "sweep", of_sweep, lambda rest: [*validate_sweep(rest), *_owned(further, rest)])
-    if problems := [*validate_sweep(config), *_owned(further, config)]:
-        raise ConfigError(problems)
-    return config, further
+    return config, further, [*validate_sweep(config), *_owned(further, config)]
 
 
 def _owned(further: list[str], config: SweepPlanConfig) -> list[str]:
@@ -72,14 +78,16 @@ def plan_sweep(
 
     Raises ConfigError with every problem of every row.
     """
-    config, further = read_sweep(arguments)
-    folder = folder_of(config)
-    grid = expand(config, further)
+    config, further, of_sweep = _composed(arguments)
+    if any(not problem.startswith("launch.") for problem in of_sweep):
+        # Rows follow from these values.
+        raise ConfigError(of_sweep)
+    folder, grid = folder_of(config), expand(config, further)
     problems = grid.problems + check_warmups(grid, config.sweep.longest_warmup)
     if not problems:
         problems = _problems_of_files(grid, folder)
-    if problems:
-        raise ConfigError(by_text(problems, len(grid.rows)))
+    if problems or of_sweep:
+        raise ConfigError([*of_sweep, *by_text(problems, len(grid.rows))])
     if not grid.rows:
         raise ConfigError(["sweep: its limits leave out every run; change sweep.least_tokens_per_parameter or most_"])
     manifest = manifest_of(config, arguments, grid, predict)

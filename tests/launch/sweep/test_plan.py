@@ -160,8 +160,9 @@ def test_all_that_is_wrong_with_a_sweep_is_told_at_once(tmp_path):
     ("settings", "problems"),
     [
         (
-            ["sweep.families.llama.model=lama", "training.micro_bach=3"],
+            ["sweep.families.llama.model=lama", "training.micro_bach=3", "launch.time=soon"],
             [
+                "launch.time: no time as Slurm writes it (soon)",
                 "llama: model=lama: conf/model/ has no such file",
                 "xlstm, llama: training.micro_bach: no such key (did you mean 'training.micro_batch_size'?)",
             ],
