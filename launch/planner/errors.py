@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,11 +36,16 @@ class Errors:
             return "compared with no measured step: how far off plans are is not known"
         errors = (("time", self.time, self.median_time), ("memory", self.memory, self.median_memory))
         found = [
-            f"{name} within {error:.0%} (half of them within {median:.1%})"
+            f"{name} within {percent(error)} % (half of them within {percent(median)} %)"
             for name, error, median in errors
-            if error is not None
+            if error is not None and median is not None
         ]
         return f"plans of {self.count} measured {what}: {', '.join(found)}"
+
+
+def percent(share: float) -> float:
+    """In percent, rounded up to a tenth."""
+    return math.ceil(1000 * share) / 10
 
 
 @dataclass(frozen=True)

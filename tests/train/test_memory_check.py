@@ -6,7 +6,7 @@ import pytest
 
 from model.memory import state_bytes
 from model.presets import preset
-from train.config import RunConfig, TrainingConfig
+from train.config import LoggingConfig, RunConfig, TrainingConfig
 from train.memory_check import CPU_FACTOR, PROCESS_BYTES, Room, control_group_bytes, memory_warnings
 from train.plan import make_plan
 
@@ -127,3 +127,20 @@ def test_control_groups_of_version_1_count_too_and_a_container_sees_its_own_as_t
 def test_this_machine_has_room():
     room = Room.here(world_size=2)
     assert room.host_bytes > 0 and room.ranks == 2
+
+
+def test_what_cuda_graphs_hold_counts_beside_a_pass_with_statistics():
+    training = TrainingConfig(total_steps=1000, global_batch_size=8, micro_batch_size=8)
+    config = RunConfig(name="x", model=preset("xlstm_400m"), training=training)
+    plan = make_plan(config, 1, "NVIDIA H200")
+    # Recorded passes keep what compiled blocks keep; the pass with statistics is written.
+    kept = plan.activation_bytes - plan.logit_bytes
+    assert 0.7 * kept < plan.graph_bytes < kept
+    room = Room(host_bytes=500 * GIB, device_bytes=plan.rank_bytes + plan.graph_bytes / 2, ranks=1)
+    assert "does not fit" in memory_warnings(config, plan, room)[0]
+    unwatched = dataclasses.replace(config, logging=LoggingConfig(monitor_interval=0))
+    uncaptured = dataclasses.replace(config, training=dataclasses.replace(training, cuda_graphs=False))
+    for other in (unwatched, uncaptured):
+        assert make_plan(other, 1, "NVIDIA H200").graph_bytes == 0
+    # Without statistics all passes are those of compiled blocks.
+    assert make_plan(unwatched, 1, "NVIDIA H200").activation_bytes < 0.95 * plan.activation_bytes

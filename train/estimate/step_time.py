@@ -39,9 +39,9 @@ BETWEEN_STEPS = 3e-3
 # on two H200, 34 ms and 10 of 27 (benchmarks/results/2026-11-28-sequence-parallel.md).
 _SEQUENCE_WAIT = 34e-3 / 24
 _SEQUENCE_CELL = 10 / 27
-# What each block of each pass waits for its weights with ZeRO-3, beside what is moved: a 1.42B on two H200 reached 0.83
-# of its speed with ZeRO-1, 67 ms more a step.
-_ZERO3_WAIT = 67e-3 / 24
+# What each block of each pass waits for its weights with ZeRO-3: of 24 blocks on two H200, 124 ms
+# (benchmarks/results/2026-11-29-layouts.md).
+_ZERO3_WAIT = 124e-3 / 24
 
 
 @dataclass(frozen=True)

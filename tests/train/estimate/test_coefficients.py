@@ -191,3 +191,17 @@ def test_time_chunks_run_forward_twice_but_for_the_last(calibration):
     _, _, whole = step(calibration, 1, *one, "training.compile=false", "parallel.activation_checkpointing=block")
     _, _, chunks = step(calibration, 1, *one, "training.compile=false", "training.time_chunk=8192")
     assert chunks.recomputation == pytest.approx(7 / 8 * whole.recomputation, rel=0.02)
+
+
+def test_a_run_on_a_calibrated_gpu_prints_its_time_and_in_fp32_only_an_assumption():
+    config = compose(RunConfig, "train", [*BASE, "model=xlstm_400m"])
+    plan = make_plan(config, 8, "NVIDIA H200")
+    assert plan.step_seconds is not None and plan.predicted_seconds == 1000 * plan.step_seconds.total
+    (line,) = [line for line in plan.describe().splitlines() if line.startswith("time ")]
+    assert (
+        line.endswith("tokens/s a GPU (see python -m launch plan)")
+        and f"{plan.step_seconds.total:.3f} s a step" in line
+    )
+    for other, device in ((["precision=fp32"], "NVIDIA H200"), ([], "NVIDIA A100-SXM4-80GB")):
+        assumed = make_plan(compose(RunConfig, "train", [*BASE, "model=xlstm_400m", *other]), 8, device)
+        assert assumed.step_seconds is None and "at 35% of" in assumed.describe()
