@@ -180,12 +180,12 @@ class Flaky:
 
 def test_a_network_that_fails_for_a_moment_is_tried_again_and_then_named(corpus, url, cache, monkeypatch):
     monkeypatch.setattr(network, "FIRST_WAIT_SECONDS", 0.001)
-    cache = dataclasses.replace(cache, network=network.NetworkConfig(total_seconds=0.1))
     opened = Corpus.open(url, cache=cache)
     opened._files.remote._system = Flaky(opened._files.remote._system, 5)
     sequence = opened.sequence("train", "RedPajamaC4")
     assert sequence.shard(0).documents == sequence.entry(0).documents
     opened._files.remote._system.failures = 10**6
+    opened._files.remote._network = network.NetworkConfig(total_seconds=0.1)
     words = r"cannot be fetched: \d+ attempts in 0 s, the last of them: ConnectionError: connection reset \(corpus.netw"
     with pytest.raises(ReadingError, match=words):
         sequence.shard(1)
