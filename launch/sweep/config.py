@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from conf.problems import at_least, choice, local_folder, positive
 from launch.job import SubmitConfig, validate_machines
+from train.estimate.calibration import shipped
 from train.schedule import DECAY_SHAPES
 
 # What a rule may depend on (`launch.sweep.sizes.Measures`).
@@ -154,6 +155,9 @@ class SweepConfig:
     reuse: ReuseConfig | None
     # More nodes for larger models, beside `nodes`.
     larger: list[LargerConfig]
+    # What kind of GPU the runs are for: their hours are predicted by its calibration (train/estimate/calibrations).
+    # null: they are not predicted; nor are those of runs in fp32.
+    gpu: str | None
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ def validate_sweep(config: SweepPlanConfig) -> list[str]:
         *at_least("sweep.least_steps", sweep.least_steps, 1),
         *at_least("sweep.micro_batch_tokens", sweep.micro_batch_tokens, 1),
     ]
+    if sweep.gpu is not None:
+        problems += choice("sweep.gpu", sweep.gpu, shipped(), "calibration")
     if config.launch.continuation != "requeue":
         problems.append(
             f"launch.continuation: {config.launch.continuation} is for single runs; use requeue, or --no-requeue in "

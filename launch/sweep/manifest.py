@@ -188,8 +188,8 @@ def compare(before: Manifest, now: Manifest) -> list[str]:
     lines = [
         f"{key}: {written(old)} -> {written(new)}"
         for key, (old, new) in differences(before.configuration, _as_stored(now.configuration)).items()
-        # A sweep's folder may be moved as a whole.
-        if key != "sweep.root"
+        # A sweep's folder may be moved as a whole, and predictions may come later.
+        if key not in ("sweep.root", "sweep.gpu")
     ]
     old_rows, new_rows = ({row.name: row for row in manifest.rows} for manifest in (before, now))
     gone, added = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from conf import ConfigError, compose, to_dataclass
@@ -25,11 +25,10 @@ from launch.sweep.manifest import (
     read_manifest,
     write_manifest,
 )
+from launch.sweep.prediction import Predict, predictor
 from train.config import RunConfig
 from train.requirements import open_requirements
 
-# Hours that a run takes from its first step on with the nodes and processes of its row; None: not known.
-Predict = Callable[[RunConfig, Row], float | None]
 _HEADS = ("run", "parameters", "tokens", "FLOPs", "steps", "batch", "rate", "processes", "hours")
 
 
@@ -66,15 +65,12 @@ def folder_of(config: SweepPlanConfig) -> SweepFolder:
     return SweepFolder(Path(config.sweep.root) / config.sweep.name)
 
 
-def plan_sweep(
-    arguments: Sequence[str], is_dry: bool = False, replace: bool = False, predict: Predict | None = None
-) -> int:
+def plan_sweep(arguments: Sequence[str], is_dry: bool = False, replace: bool = False) -> int:
     """Write the manifest of the sweep that `arguments` describe, and print it; returns the exit code.
 
     Args:
         is_dry: write nothing.
         replace: take the place of a manifest that differs; its rows that have begun must be in the new one.
-        predict: None: nothing is predicted.
 
     Raises ConfigError with every problem of every row.
     """
@@ -90,6 +86,7 @@ def plan_sweep(
         raise ConfigError([*of_sweep, *by_text(problems, len(grid.rows))])
     if not grid.rows:
         raise ConfigError(["sweep: its limits leave out every run; change sweep.least_tokens_per_parameter or most_"])
+    predict = None if config.sweep.gpu is None else predictor(config.sweep.gpu)
     manifest = manifest_of(config, arguments, grid, predict)
     is_planned = _compare_with_planned(manifest, folder, replace)
     print(table(manifest.rows, grid))
@@ -112,7 +109,7 @@ def _say(text: str) -> None:
 def manifest_of(
     config: SweepPlanConfig, arguments: Sequence[str], grid: Grid, predict: Predict | None = None
 ) -> Manifest:
-    """The manifest of a grid without problems."""
+    """The manifest of a grid without problems. `predict`: None: nothing is predicted."""
     rows = grid.rows
     if predict is not None:
         rows = [dataclasses.replace(row, hours=_own_hours(row, predict(grid.configs[row.name], row))) for row in rows]

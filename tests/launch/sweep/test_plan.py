@@ -15,10 +15,14 @@ from launch.scaling.flops import run_flops
 from launch.sweep.grid import check_warmups, expand
 from launch.sweep.manifest import Row, SweepFolder, read_manifest, write_manifest
 from launch.sweep.plan import manifest_of, plan_sweep, read_sweep
+from launch.sweep.prediction import predictor
 from launch.sweep.rows import configs_of
 from tests.documented import quoted, table
 from tests.launch.sweep.sweeps import sweep_of
-from train.config import RunConfig
+from train.config import PrecisionConfig, RunConfig
+from train.estimate.calibration import SHIPPED, read_calibration
+from train.estimate.machine import Machine
+from train.plan import make_plan
 from train.stored_configuration import as_yaml
 
 TWO_SIZES = "sweep.sizes=[{d_model: 32, n_blocks: 1}, {d_model: 48, n_blocks: 2}]"
@@ -304,6 +308,18 @@ def test_predictions_stand_in_the_manifest_where_something_predicts(tmp_path):
     assert (trunk.hours, trunk.gpu_hours) == (trunk.steps / 2, trunk.steps)
     # Of a branch its own steps.
     assert branch.hours == pytest.approx((branch.steps - branch.parent_step) / 2)
+
+
+def test_hours_are_those_of_the_plan_of_each_run():
+    arguments = ["sweep=isoflop_small", "corpus.directory=x", "gpus_per_node=1"]
+    config, further = read_sweep(arguments)
+    grid = expand(config, further)
+    rows = manifest_of(config, arguments, grid, predictor("h200")).rows
+    machine = Machine(read_calibration(SHIPPED / "h200.json"), 1, 1)
+    plan = make_plan(grid.configs[rows[0].name], 1, machine=machine)
+    assert rows[0].hours == pytest.approx(plan.predicted_seconds / 3600) and all(0 < row.hours < 10 for row in rows)
+    in_fp32 = dataclasses.replace(grid.configs[rows[0].name], precision=PrecisionConfig("fp32"))
+    assert predictor("h200")(in_fp32, rows[0]) is None
 
 
 def test_every_key_of_a_row_is_documented():
