@@ -38,6 +38,7 @@ def calibrate(folder, *arguments, processes=1):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_file_is_measured_and_processes_add_their_collectives_to_it(tmp_path):
     said = calibrate(tmp_path, "output=cpu.json", "tiny=true")
     assert "measured   tiny_mlstm with 3 blocks, 1 x 64, written, recomputing block" in said

@@ -68,7 +68,7 @@ def overrides(tiny_run):
     ("place", "meanwhile"),
     [
         ("before", "running"),
-        ("behind", "stopped"),
+        pytest.param("behind", "stopped", marks=pytest.mark.long),
         pytest.param("behind", "running", marks=pytest.mark.long),
         pytest.param("before", "stopped", marks=pytest.mark.long),
     ],
