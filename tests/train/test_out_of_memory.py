@@ -61,7 +61,8 @@ def test_other_errors_are_not_taken_for_it(tiny_run):
 
 @pytest.mark.gpu
 def test_a_gpu_without_memory(tiny_run):
-    settings = ["training.micro_batch_size=4096", "training.global_batch_size=4096", "training.sequence_length=65536"]
+    batch = ["training.micro_batch_size=262144", "training.global_batch_size=262144"]
+    settings = [*batch, "training.sequence_length=1024"]
     done = run_train([*tiny_run, *settings, "training.total_steps=1", "corpus.max_epochs=1e9"])
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the GPU's memory is used up" in done.stderr and "kept by the allocator" in done.stderr
