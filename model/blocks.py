@@ -38,6 +38,7 @@ class Block(nn.Module):
         self.statistics_name = name = f"blocks.{index:0{digits}d}"
         kind = layer_kind(config, config.block_kinds()[index])
         self.kind = kind.name
+        self._loops_on_cpu = kind.loops_on_cpu
         norm = norm_class(config.family)
         self.mixer_norm = norm(config.d_model, config.norm_eps, f"{name}.mixer_norm")
         self.mixer = kind.module(config, f"{name}.mixer")
@@ -61,6 +62,8 @@ class Block(nn.Module):
         `activation_checkpointing`: one of model.recomputation.ACTIVATION_CHECKPOINTING. `execution`: how it runs in
         passes that train, of model.compilation.
         """
+        if self._loops_on_cpu and x.device.type == "cpu":
+            execution = compilation.WRITTEN
         # Chosen before anything is recomputed: its second run has to be like the first.
         both, mixer, ffn = (
             compilation.runnable(function, execution)

@@ -160,6 +160,8 @@ class LayerKind(ABC):
         families: in whose blocks it may stand.
         family_reason: why in no others, after "<block> blocks".
         has_feed_forward: whether the block has a feed-forward layer behind it.
+        loops_on_cpu: whether it goes token by token in PyTorch there. torch.compile would write out every one of them,
+            for minutes, so that blocks of this kind are not compiled on a CPU.
         settings_class: frozen dataclass of its settings.
         speed_settings: settings that choose how fast the same is computed; a run may resume with others.
         first_value_settings: settings that choose the parameters' first values and nothing else.
@@ -170,6 +172,7 @@ class LayerKind(ABC):
     families: ClassVar[tuple[str, ...]] = ("xlstm_7b", "neurips")
     family_reason: ClassVar[str] = "do not fit in the blocks of the other family"
     has_feed_forward: ClassVar[bool] = True
+    loops_on_cpu: ClassVar[bool] = False
     settings_class: ClassVar[type]
     speed_settings: ClassVar[tuple[str, ...]] = ("backend",)
     first_value_settings: ClassVar[tuple[str, ...]] = ()

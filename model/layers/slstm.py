@@ -170,6 +170,7 @@ def slstm_bias(shape: Shape, block_index: int, n_blocks: int) -> Tensor:
 class SLSTMKind(LayerKind):
     name = "slstm"
     block = "slstm"
+    loops_on_cpu = True
     settings_class = SLSTMConfig
 
     def validate(self, config: ModelConfig, problem: Problem) -> None:

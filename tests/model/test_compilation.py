@@ -64,6 +64,19 @@ def test_all_blocks_share_one_graph_whatever_the_documents_are(model, graphs):
     assert graphs() == 1
 
 
+def test_blocks_that_loop_over_tokens_on_a_cpu_run_as_written(graphs):
+    small = {"vocab_size": 64, "d_model": 32, "n_blocks": 2, "ffn_dim": 48, "slstm_at": [1]}
+    config = dataclasses.replace(preset("tiny"), **small)
+    mlstm = dataclasses.replace(config.mlstm, n_heads=2, reference_chunk_size=8)
+    config = dataclasses.replace(config, mlstm=mlstm, slstm=dataclasses.replace(config.slstm, n_heads=2))
+    model = LanguageModel(config)
+    initialise(model, seed=0)
+    expected, found = gradients(model, batch(), WRITTEN), gradients(model, batch(), COMPILED)
+    assert graphs() == 1
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 def test_evaluation_and_monitored_passes_run_as_written(model, graphs):
     model.execution, model.activation_checkpointing = COMPILED, "none"
     with torch.no_grad():

@@ -46,8 +46,9 @@ class Position:
 
     @property
     def may_take_long(self) -> bool:
-        """Whether the phase may take much longer than a phase of a step does."""
-        return self.is_first or self.phase in _LONG
+        """Whether the phase may take much longer than a phase of a step does. In the first step code is compiled in
+        any of its passes."""
+        return self.is_first or self.turn <= 1 or self.phase in _LONG
 
     def __str__(self) -> str:
         return f"'{self.phase}' of step {self.step}" if self.turn else f"'{self.phase}', before the first step"

@@ -20,8 +20,9 @@ class Ranks:
         self.silent = set()
         self.reading = set()
         self.now, self._beats = 0.0, {}
-        # Every phase has been left once.
+        # Every phase has been left once, in a first step.
         for rank in self.whereabouts:
+            rank.begin_step(0)
             for phase in (START, DATA, FORWARD, REDUCE, BETWEEN_STEPS, SAVE):
                 rank.enter(phase)
             rank.begin_step(0)
@@ -127,6 +128,23 @@ def test_before_the_first_step_all_may_take_long():
     ranks.pass_seconds(99)
     assert not ranks.named()
     ranks.pass_seconds(3)
+    assert ranks.named() == [0]
+
+
+def test_in_the_first_step_every_pass_may_take_long():
+    """Of several micro-batches, the second may be the first that reaches code which is compiled."""
+    ranks = Ranks(1)
+    ranks.whereabouts[0] = Whereabouts()
+    ranks.whereabouts[0].begin_step(7)
+    for _ in range(2):
+        ranks.whereabouts[0].enter(FORWARD)
+        ranks.whereabouts[0].enter(REDUCE)
+    ranks.whereabouts[0].enter(FORWARD)
+    ranks.pass_seconds(100)
+    assert not ranks.named()
+    ranks.whereabouts[0].begin_step(8)
+    ranks.whereabouts[0].enter(FORWARD)
+    ranks.pass_seconds(12)
     assert ranks.named() == [0]
 
 
