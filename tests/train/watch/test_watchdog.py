@@ -126,7 +126,9 @@ def test_a_rank_that_dies_without_a_word_is_named_by_the_one_that_is_left(settin
     event = failure(tmp_path / "run")
     assert (event["rank"], event["kind"]) == (rank, "gone") and "is gone without a word" in event["message"]
     assert ends(tmp_path / "run").keys() == {1 - rank}
-    assert f"train: rank {1 - rank}: this rank ends because rank {rank} (process {event['process']}" in done.stderr
+    # By the thread that trains, or by the watchdog's where a collective waits on: gloo may notice late.
+    told = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
+    assert any(f"rank {rank} (process {event['process']}" in line and "is gone without a word" in line for line in told)
     if kind == "abort":
         log = (tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text()
         assert "Fatal Python error: Aborted" in log and "troubled_train.py" in log
