@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,12 @@ from model import compilation, statistics
 from model.compilation import COMPILED
 from model.config import ModelConfig
 from model.layers import layer_kind
+from model.layers.base import SlicedMixer
 from model.layers.feed_forward import GatedGELU, SwiGLU, feed_forward
 from model.norms import norm_class
 from model.recomputation import recomputed
 from model.sequence import LOCAL, SequenceContext
 from model.state import BlockState
-
-if TYPE_CHECKING:
-    from model.layers.base import SlicedMixer
 
 
 class Block(nn.Module):
@@ -42,6 +40,7 @@ class Block(nn.Module):
         norm = norm_class(config.family)
         self.mixer_norm = norm(config.d_model, config.norm_eps, f"{name}.mixer_norm")
         self.mixer = kind.module(config, f"{name}.mixer")
+        self._has_pieces = isinstance(self.mixer, SlicedMixer)
         self.ffn: SwiGLU | GatedGELU | None = None
         if kind.has_feed_forward:
             self.ffn_norm = norm(config.d_model, config.norm_eps, f"{name}.ffn_norm")
@@ -69,7 +68,7 @@ class Block(nn.Module):
             compilation.runnable(function, execution)
             for function in (Block._both_branches, Block._mixer_branch, Block._ffn_branch)
         )
-        if sequence.size > 1 and both is not Block._both_branches and hasattr(self.mixer, "closed"):
+        if sequence.size > 1 and both is not Block._both_branches and self._has_pieces:
             both = functools.partial(Block._in_pieces, behind=Block._behind_both)
             mixer = functools.partial(Block._in_pieces, behind=Block._behind_mixer)
         if activation_checkpointing == "block" and torch.is_grad_enabled():
@@ -116,7 +115,7 @@ class Block(nn.Module):
         behind: Callable[..., Tensor],
     ) -> tuple[Tensor, BlockState | None]:
         """A branch whose ranks exchange in its middle: compiled before that and `behind` it."""
-        mixer = cast("SlicedMixer", self.mixer)
+        mixer = cast(SlicedMixer, self.mixer)
         normed, opened = compilation.compiled(Block._before_exchange, COMPILED)(self, x, document_start)
         entering = mixer.entering(opened, state, sequence)
         beside = mixer.beside(normed)
@@ -125,10 +124,10 @@ class Block(nn.Module):
 
     def _before_exchange(self, x: Tensor, document_start: Tensor | None) -> tuple[Tensor, Any]:
         normed = self.mixer_norm(x)
-        return normed, cast("SlicedMixer", self.mixer).opened(normed, document_start)
+        return normed, cast(SlicedMixer, self.mixer).opened(normed, document_start)
 
     def _behind_mixer(self, x: Tensor, inside: Tensor, beside: Tensor) -> Tensor:
-        return x + cast("SlicedMixer", self.mixer).closed(inside, beside)
+        return x + cast(SlicedMixer, self.mixer).closed(inside, beside)
 
     def _behind_both(self, x: Tensor, inside: Tensor, beside: Tensor) -> Tensor:
         x = self._behind_mixer(x, inside, beside)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -125,6 +125,7 @@ class KernelUse:
     batches: dict[int, bool]
 
 
+@runtime_checkable
 class SlicedMixer(Protocol):
     """A layer whose ranks exchange once: in parts, of which those around the exchange can be compiled."""
 
