@@ -6,6 +6,7 @@ torch records gloo's collectives in the format of NCCL's, but notices late that 
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,10 @@ for _ in range(3):
 dist.all_reduce(torch.ones(()), group=pair)
 dist.barrier()
 late = None if rank else dist.all_reduce(torch.ones(5), async_op=True)
-told = as_json(group_records(torch._C._distributed_c10d._dump_fr_trace()))
+# Until torch has noticed that the four before are done: three sums and a barrier.
+while (records := group_records(torch._C._distributed_c10d._dump_fr_trace()))[0].finished < 4:
+    time.sleep(0.01)
+told = as_json(records)
 store = dist.distributed_c10d._get_default_store()
 store.set(f"told/{rank}", told)
 if rank == 0:
