@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -138,6 +139,14 @@ class Page:
             raise OSError(f"{path} cannot be written ({error.strerror}); name another file with --output") from None
         finally:
             pyplot.close(self.figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    written = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(written, dpi=110, format="png")
+    return written.getvalue()
 
 
 def name_axes(axes: Axes, title: str, unit: str, x: str = "step") -> None:
