@@ -10,6 +10,8 @@ import pytest
 
 from tests.chromium import BROWSER, WITHOUT_BROWSER, opened_tab
 from tests.train.test_report import HEADER, train_line, write_run
+from train.evaluate.suites.base import CaseResult, SuiteResult, SuiteSettings
+from train.evaluate.suites.results import append_result, result_line
 from train.report import main
 from train.report.comparison_page import as_html
 from train.report.runs import ComparedRun, read_runs
@@ -44,7 +46,17 @@ def test_whole_runs_are_compared(tmp_path):
     for step, loss in ((6, 5.5), (4, 5.75)):
         document = {"format_version": 1, "step": step, "results": {"validation": {"loss": loss, "tokens": 9}}}
         (runs[0] / "evaluations" / f"step-{step:08d}.json").write_text(json.dumps(document))
+    old, new = (SuiteResult({"64 tokens": CaseResult({"accuracy": x}, 200, chance=0.5)}) for x in (0.5, 0.75))
+    for step, result in ((4, old), (6, new)):
+        append_result(runs[1] / "evaluations.jsonl", result_line("parity", SuiteSettings("x"), result, step=step))
     page = as_html(read_runs(runs))
+    assert table(page, "Suite parity") == {
+        "after step": ["", "6"],
+        "64 tokens: accuracy": ["", "0.7500"],
+        "64 tokens: examples": ["", "200"],
+        "64 tokens: chance": ["", "0.5000"],
+        "64 tokens: scaled_accuracy": ["", "0.5000"],
+    }
     overview = table(page, "Runs")
     assert overview["state"] == ["complete", "complete"] and overview["steps"] == ["6 of 6", "6 of 6"]
     # plan.json of the first counts 198355.875 FLOPs a token.
@@ -85,6 +97,7 @@ def test_what_is_broken_is_named_and_hides_nothing_else(tmp_path):
         file.write('{"kind": "train", "step": 7}\n\n{"kind": "train", "st')
     with (torn / "events.jsonl").open("a") as file:
         file.write("[1]\n")
+    (torn / "evaluations.jsonl").write_text('{"kind": "header", "format_version": 1}\n{"suite": "parity", "resul')
     (torn / "evaluations").mkdir()
     (torn / "evaluations" / "step-00000006.json").write_text('{"results": 7}')
     (headless / "metrics.jsonl").write_text("\0" * 50)
@@ -93,7 +106,7 @@ def test_what_is_broken_is_named_and_hides_nothing_else(tmp_path):
     page = as_html(read_runs([whole, torn, headless]))
     assert f"torn: metrics.jsonl, line {number} is not what this file has: {{&quot;kind&quot;" in page
     assert f"torn: metrics.jsonl, line {number + 2} is no JSON object" in page
-    assert "torn: events.jsonl, line" in page
+    assert "torn: events.jsonl, line" in page and "torn: evaluations.jsonl, line 2 is no JSON object" in page
     assert "torn: evaluations/step-00000006.json is not what train.evaluate writes" in page
     assert re.search(r"headless: .*config.yaml: is no YAML", page)
     assert "headless: metrics.jsonl, line 1 is no JSON object" in page

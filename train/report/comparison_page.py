@@ -54,6 +54,8 @@ def as_html(runs: Sequence[ComparedRun]) -> str:
     if evaluated := tables.evaluations(runs):
         note = "Losses in nats per token, by python -m train.evaluate"
         sections.append(section("Evaluations", _table(runs, evaluated, note)))
+    for suite, rows in tables.suites(runs).items():
+        sections.append(section(f"Suite {suite}", _table(runs, rows, "By python -m train.evaluate; the latest result")))
     sections += [
         section("Stability", _table(runs, tables.stability(runs)), *map(_monitors, runs)),
         section("Speed and memory", _table(runs, tables.throughput(runs), "Medians over logged steps; most memory")),

@@ -13,6 +13,8 @@ import numpy as np
 
 from conf.problems import ConfigError
 from train.callbacks.metrics_file import is_measurement, read_metrics
+from train.evaluate.suites.results import FILE as RESULTS
+from train.evaluate.suites.results import is_result, newest_results
 from train.figure import column, smooth
 from train.later_formats import later_formats
 from train.run_directory import RunDirectory, bad_lines, read_events
@@ -43,6 +45,8 @@ class ComparedRun:
     summary: dict[str, Any] | None = None
     # Documents that `python -m train.evaluate` wrote, by their steps.
     documents: list[dict[str, Any]] = field(default_factory=list)
+    # The last line of evaluations.jsonl of each suite.
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     # What in the folder is broken, one text each.
     problems: list[str] = field(default_factory=list)
 
@@ -119,9 +123,11 @@ def _read(folder: Path, name: str) -> ComparedRun:
 
     lines = attempt(lambda: read_metrics(folder), []) if directory.metrics.is_file() else []
     events = attempt(lambda: read_events(folder), []) if directory.events.is_file() else []
+    suites = attempt(partial(newest_results, folder / RESULTS), {})
     # The header was read above, or its problem told.
     problems += bad_lines(directory.metrics, lambda line: line.get("kind") == "header" or is_measurement(line))
     problems += bad_lines(directory.events, lambda line: isinstance(line.get("event"), str))
+    problems += bad_lines(folder / RESULTS, lambda line: line.get("kind") == "header" or is_result(line))
     has_configuration = directory.config.is_file()
     configuration = attempt(lambda: in_current_form(read_configuration(directory.config)), None)
     documents = [attempt(partial(_read_document, path), None) for path in _documents(folder)]
@@ -135,6 +141,7 @@ def _read(folder: Path, name: str) -> ComparedRun:
         events=events,
         configuration=configuration if has_configuration else None,
         summary=attempt(lambda: summarise(folder), None) if has_configuration else None,
+        suites=suites,
         documents=[document for document in documents if document is not None],
         # Readers of several files may stumble over the same one.
         problems=list(dict.fromkeys(problems)),

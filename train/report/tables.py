@@ -50,6 +50,23 @@ def evaluations(runs: Sequence[ComparedRun]) -> list[Row]:
     return [[name, *(results.get(name, "") for results in found)] for name in names]
 
 
+def suites(runs: Sequence[ComparedRun]) -> dict[str, list[Row]]:
+    """Suite -> what each run's latest result of it says, a row for each figure of each case."""
+    found: dict[str, list[Row]] = {}
+    for suite in dict.fromkeys(name for run in runs for name in run.suites):
+        results = [run.suites.get(suite, {}).get("results", {}) for run in runs]
+        cases = dict.fromkeys(case for result in results for case in result)
+        of_cases = {case: [result.get(case, {}) for result in results] for case in cases}
+        rows = [
+            [f"{case}: {name}", *(_figure(figures.get(name)) for figures in of_case)]
+            for case, of_case in of_cases.items()
+            for name in dict.fromkeys(name for figures in of_case for name in figures)
+        ]
+        steps = [run.suites.get(suite, {}).get("step") for run in runs]
+        found[suite] = _without_empty([["after step", *(_figure(step) for step in steps)], *rows])
+    return found
+
+
 def stability(runs: Sequence[ComparedRun]) -> list[Row]:
     """Bad steps, and how far gradients went."""
     return _without_empty(
@@ -153,6 +170,12 @@ def _last_of_set(run: ComparedRun, name: str) -> str:
     value = "not finite" if math.isnan(values[-1]) else f"{values[-1]:.4f}"
     last = run.train[-1]["step"] if run.train else steps[-1]
     return value if steps[-1] >= last else f"{value} (step {steps[-1]:,.0f})"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
 def _latest_results(run: ComparedRun) -> dict[str, str]:
