@@ -156,7 +156,7 @@ def name_axes(axes: Axes, title: str, unit: str, x: str = "step") -> None:
         unit, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", color=MUTED, fontsize=8.5
     )
     axes.set_xlabel(x)
-    if not axes.lines:
+    if not axes.lines and not axes.collections:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
 
 

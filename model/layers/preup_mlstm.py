@@ -128,6 +128,7 @@ class PreUpMLSTM(nn.Module):
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate_preact, igate_preact, None)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate_preact, fgate_preact, None)
+            mlstm_cell.record_memory(self.statistics_name, self.cell, inputs, sequence)
             mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
         mixed = self.head_norm(h) + self.learnable_skip * a
         y = self.down_proj(mixed * F.silu(z))

@@ -119,7 +119,7 @@ class SLSTM(nn.Module):
             backend=self.settings.backend,
         )
         if statistics.sees_beginning():
-            self._record(gates, h, recurrent_kernel, document_start, initial)
+            self._record(gates, h, recurrent_kernel, document_start, initial, sequence.rank)
         y = self.head_norm(sequence.heads_to_time(h)).to(x.dtype)
         return y, ConvCellState(new_tail, cell) if return_state else None
 
@@ -131,6 +131,7 @@ class SLSTM(nn.Module):
         recurrent_kernel: Tensor,
         document_start: Tensor | None,
         initial: SLSTMState | None,
+        rank: int,
     ) -> None:
         """Record the gates with their recurrent part and the stabiliser, for the first tokens of the first sequence."""
         gates, h = gates[0, :_MEASURED_TOKENS], h[0, :_MEASURED_TOKENS].to(gates.dtype)
@@ -146,6 +147,11 @@ class SLSTM(nn.Module):
         igate, fgate = soft_cap(uncapped, cap).unbind(1)
         statistics.record_gate(f"{self.statistics_name}.igate", uncapped[:, 0], igate, cap)
         statistics.record_gate(f"{self.statistics_name}.fgate", uncapped[:, 1], fgate, cap)
+        heads, first_head = self.settings.n_heads, rank * fgate.shape[1]
+        # The units of a head read each other: it remembers as long as the one that forgets least.
+        statistics.record_forget_rates(
+            self.statistics_name, lambda: statistics.forget_rates(fgate, (0,)).amin(-1), heads, first_head
+        )
         stabiliser = stabilisers(igate, fgate, starts, initial)
         statistics.record(f"{self.statistics_name}.stabiliser_min", "min", stabiliser.min)
         statistics.record(f"{self.statistics_name}.stabiliser_max", "max", stabiliser.max)

@@ -55,6 +55,8 @@ def statistics_line(step: int, blocks: int) -> dict:
             f"{name}.mixer.fgate_preact_mean": 4.4,
             f"{name}.mixer.stabiliser_min": -9.0,
             f"{name}.mixer.stabiliser_max": -3 + 2 * grown,
+            f"{name}.mixer.never_forgets": 0.25 * grown,
+            f"{name}.mixer.always_forgets": 0.5,
             f"{name}.mixer.igate_soft_cap_saturation": 0.02 * grown * block,
             f"{name}.mixer.fgate_soft_cap_saturation": 0.0,
         }
@@ -63,13 +65,26 @@ def statistics_line(step: int, blocks: int) -> dict:
     return {"kind": "statistics", "step": step, "values": values | {"logits.soft_cap_saturation": 0.001}}
 
 
+def profiles_line(step: int, blocks: int) -> dict:
+    values = {}
+    for block in range(blocks):
+        name = f"blocks.{block:02d}.mixer"
+        values |= {
+            f"{name}.memory_tokens": [(1 + head) * (10 + step) * (1 + block) for head in range(4)],
+            f"{name}.fgate_histogram": [1 / 16] * 16,
+            f"{name}.igate_histogram": [0.0] * 8 + [1.0] + [0.0] * 7,
+            f"{name}.state_log_norm": [-3.0 + position + block for position in range(8)] + [None],
+        }
+    return {"kind": "profiles", "step": step, "values": values}
+
+
 def write_run(folder: Path, blocks: int = 6, steps: int = 600, sets: Sequence[str] = ("validation",)) -> Path:
     noise = np.random.default_rng(0).standard_normal(steps)
     lines = [HEADER]
     for step in range(2, steps + 1, 2):
         lines.append(train_line(step, noise[step - 1]))
         if step % 50 == 0 and blocks:
-            lines.append(statistics_line(step, blocks))
+            lines += [statistics_line(step, blocks), profiles_line(step, blocks)]
         if step % 100 == 0:
             loss = train_line(step)["loss"] + 0.06
             lines += [{"kind": "evaluation", "step": step, "set": s, "loss": loss, "tokens": 65536} for s in sets]

@@ -13,7 +13,7 @@ from train.figure import STYLE, as_png, series_style
 from train.html_page import bullets, details, document, html_table, image, section
 from train.report import tables
 from train.report.curves import PANEL_SIZE, all_curves, curves_figure
-from train.report.monitors import PANELS, Series, depth_of, draw_depth
+from train.report.monitors import Series, depth_of, draw_depth, panels_of
 from train.report.runs import Axis, ComparedRun
 from train.run_directory import write_atomically
 
@@ -116,18 +116,19 @@ def _grid(pictures: Sequence[str]) -> str:
 @matplotlib.rc_context(STYLE)
 def _monitors(run: ComparedRun) -> str:
     """What the layers of one run have reported, behind a click; nothing where they have not."""
-    statistics = Series(run.statistics)
-    if not len(statistics.steps):
+    statistics = Series(run.statistics, run.profiles)
+    if not panels_of(statistics):
         return ""
     depth = depth_of(statistics)
     pictures = []
-    for draw in PANELS:
+    for panel in panels_of(statistics):
         figure = Figure(figsize=PANEL_SIZE)
         figure.set_layout_engine("constrained")
         axes = figure.add_subplot()
-        draw(axes, statistics, depth)
-        draw_depth(figure, [axes], depth)
-        if axes.lines:
+        panel.draw(axes, statistics, depth)
+        if panel.is_by_block:
+            draw_depth(figure, [axes], depth)
+        if axes.has_data():
             pictures.append(image(as_png(figure), f"{axes.get_title('left')} of the layers of {run.name}"))
     return details(f"Layers of {run.name}", _grid(pictures))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from model.statistics import HISTOGRAM_EDGES, STATE_POSITIONS
 from train.figure import BLUE, GREEN, ORANGE, PURPLE, legend_below, logarithmic, name_axes, numbers
 
 # Without the palest end, which vanishes on white.
@@ -21,9 +23,12 @@ _GATES = (("igate", ORANGE, "input gate"), ("fgate", BLUE, "forget gate"))
 
 
 class Series:
-    """The statistics lines of a run as arrays over steps."""
+    """The statistics of a run as arrays over steps, and its profiles (a number for each head, bin or position)."""
 
-    def __init__(self, lines: Sequence[dict[str, Any]]):
+    def __init__(self, lines: Sequence[dict[str, Any]], profiles: Sequence[dict[str, Any]] = ()):
+        """`lines` and `profiles`: of metrics.jsonl, those of these two kinds."""
+        self.profile_steps = np.array([line["step"] for line in profiles], dtype=float)
+        self._profiles = [line["values"] for line in profiles]
         self.steps = np.array([line["step"] for line in lines], dtype=float)
         names = dict.fromkeys(name for line in lines for name in line["values"])
         self.values = {name: numbers([line["values"].get(name) for line in lines]) for name in names}
@@ -42,16 +47,37 @@ class Series:
         found = self.by_block(suffix)
         return combine(np.stack(list(found.values())), axis=0) if found else None
 
+    def profiles_by_block(self, suffix: str) -> dict[int, np.ndarray]:
+        """Block number -> [steps, elements], of the profiles "blocks.NN.<suffix>"."""
+        names = dict.fromkeys(name for values in self._profiles for name in values)
+        found = {}
+        for name in names:
+            _, _, rest = name.partition(".")
+            block, _, last = rest.partition(".")
+            if _is_of_block(name) and last == suffix:
+                of_steps = [values.get(name, []) for values in self._profiles]
+                width = max(map(len, of_steps))
+                found[int(block)] = np.stack([numbers([*one, *[None] * (width - len(one))]) for one in of_steps])
+        return found
+
 
 def _is_of_block(statistic: str) -> bool:
     kind, _, rest = statistic.partition(".")
     return kind == "blocks" and rest.partition(".")[0].isdecimal()
 
 
-class Panel(Protocol):
+class Draw(Protocol):
     """Draws and names one panel; `depth` colours the blocks."""
 
     def __call__(self, axes: Axes, statistics: Series, depth: ScalarMappable) -> None: ...
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel, and whether the colours in it are those of blocks."""
+
+    draw: Draw
+    is_by_block: bool = True
 
 
 def depth_of(statistics: Series) -> ScalarMappable:
@@ -111,7 +137,96 @@ def _saturation(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
     legend_below(axes)
 
 
-PANELS: tuple[Panel, ...] = (_residual_stream, _gradient_norm, _gates, _stabiliser, _normaliser_floor, _saturation)
+def _memory_over_time(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
+    for block, values in statistics.profiles_by_block("mixer.memory_tokens").items():
+        color = depth.to_rgba(np.asarray(block))
+        axes.plot(statistics.profile_steps, values, color=color, linewidth=0.9)
+    logarithmic(axes, axes)
+    name_axes(axes, "Memory length of each head", "tokens until 1/e is left, at the mean forget gate")
+
+
+def _memory_by_block(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
+    for block, values in statistics.profiles_by_block("mixer.memory_tokens").items():
+        color = depth.to_rgba(np.asarray(block))
+        axes.plot(np.full(values.shape[1], block), values[-1], ".", color=color, markersize=6, alpha=0.8)
+    logarithmic(axes, axes)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    name_axes(axes, "Memory length by layer", "tokens; a dot for each head, latest step", "block")
+
+
+def _forgetting(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
+    for key, color, name in (("never", BLUE, "never forget"), ("always", ORANGE, "always forget")):
+        shares = statistics.over_blocks(f"mixer.{key}_forgets", np.nanmean)
+        if shares is not None:
+            axes.plot(statistics.steps, shares, color=color, marker=".", label=name)
+    axes.set_ylim(-0.03, 1.03)
+    name_axes(axes, "Heads that only keep or only forget", "share of the heads of all blocks")
+    legend_below(axes)
+
+
+def _histogram(gate: str, name: str) -> Draw:
+    def draw(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
+        found = list(statistics.profiles_by_block(f"mixer.{gate}_histogram").values())
+        if found and found[0].shape[1] == len(HISTOGRAM_EDGES) + 1:
+            shares = _mean_over_blocks(found)
+            borders = [2 * HISTOGRAM_EDGES[0] - HISTOGRAM_EDGES[1], *HISTOGRAM_EDGES]
+            borders.append(2 * HISTOGRAM_EDGES[-1] - HISTOGRAM_EDGES[-2])
+            steps = _borders(statistics.profile_steps)
+            axes.pcolormesh(steps, borders, np.sqrt(shares.T), cmap="Blues", vmin=0, vmax=1, rasterized=True)
+        name_axes(axes, f"{name} over time", "pre-activations of all blocks; the darker, the more")
+
+    return draw
+
+
+def _mean_over_blocks(profiles: list[np.ndarray]) -> np.ndarray:
+    """[steps, elements]; not a number where no block has one."""
+    stacked = np.stack(profiles)
+    measured = np.isfinite(stacked).sum(0)
+    return np.divide(np.nansum(stacked, axis=0), measured, out=np.full(stacked.shape[1:], np.nan), where=measured > 0)
+
+
+def _borders(steps: np.ndarray) -> np.ndarray:
+    """Where the columns of these steps begin and end."""
+    middles = (steps[1:] + steps[:-1]) / 2
+    first = middles[0] - steps[0] if len(middles) else 0.5
+    last = steps[-1] - middles[-1] if len(middles) else 0.5
+    return np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
+
+
+def _state_norm(axes: Axes, statistics: Series, depth: ScalarMappable) -> None:
+    for block, values in statistics.profiles_by_block("mixer.state_log_norm").items():
+        positions = STATE_POSITIONS[: values.shape[1]]
+        norms = np.exp(np.clip(values[-1][: len(positions)], -300, 300))
+        axes.plot(positions, norms, color=depth.to_rgba(np.asarray(block)), marker=".", markersize=4, linewidth=1.2)
+    logarithmic(axes, axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    name_axes(axes, "Size of the memory by position", "norm of C, latest step", "tokens of the document so far")
+
+
+_STATISTICS = (
+    Panel(_residual_stream),
+    Panel(_gradient_norm),
+    Panel(_gates, is_by_block=False),
+    Panel(_stabiliser, is_by_block=False),
+    Panel(_normaliser_floor),
+    Panel(_saturation, is_by_block=False),
+)
+_PROFILES = (
+    Panel(_memory_over_time),
+    Panel(_memory_by_block),
+    Panel(_forgetting, is_by_block=False),
+    Panel(_histogram("fgate", "Forget gate"), is_by_block=False),
+    Panel(_histogram("igate", "Input gate"), is_by_block=False),
+    Panel(_state_norm),
+)
+
+
+def panels_of(statistics: Series) -> tuple[Panel, ...]:
+    """Those of the statistics, and those of profiles where the run has some: runs of versions before have none."""
+    if not len(statistics.steps):
+        return ()
+    return _STATISTICS + (_PROFILES if len(statistics.profile_steps) else ())
 
 
 def _draw_blocks(axes: Axes, statistics: Series, suffix: str, depth: ScalarMappable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from train.figure import (
     smooth,
 )
 from train.ngram_baselines import FORMAT_VERSION as BASELINES_FORMAT
-from train.report.monitors import PANELS, Series, depth_of, draw_depth
+from train.report.monitors import Panel, Series, depth_of, draw_depth, panels_of
 
 FILE_NAME = "report.png"
 # Losses of so many held-out sets stand in the title; all stand in the legend.
@@ -74,21 +75,20 @@ def report_page(run_directory: Path) -> Page:
             f"{run_directory}: metrics.jsonl has no logged step yet; let the run take logging.interval steps"
         )
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    statistics = Series([line for line in lines if line["kind"] == "statistics"])
-    has_statistics = len(statistics.steps) > 0
+    statistics = Series(*([line for line in lines if line["kind"] == kind] for kind in ("statistics", "profiles")))
+    monitors = panels_of(statistics)
     curves = _loss_curves(train, evaluations, _read_baselines(run_directory))
 
-    monitor_rows = -(-len(PANELS) // 3) if has_statistics else 0
-    page = Page(_title(run_directory, train, evaluations), list(curves), 2 + monitor_rows)
+    page = Page(_title(run_directory, train, evaluations), list(curves), 2 + -(-len(monitors) // 3))
     losses = page.panel(0, 0, columns=2)
     _draw_loss(losses, train, curves)
     page.draw_legend(losses)
     _draw_gradient_norm(page.panel(0, 2), train)
     _draw_training([page.panel(1, place) for place in range(3)], train)
-    if has_statistics:
-        _draw_monitors(page, statistics)
+    if monitors:
+        _draw_monitors(page, monitors, statistics)
     for axes in page.figure.axes:
-        if axes.get_label() not in ("<colorbar>", "legend"):
+        if axes.get_xlabel() == "step":
             axes.set_xlim(-0.03 * train[-1]["step"], 1.03 * train[-1]["step"])
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return page
@@ -177,9 +177,9 @@ def _draw_training(panels: list[Axes], train: list[dict]) -> None:
     name_axes(axes, "Memory", "GiB of one process")
 
 
-def _draw_monitors(page: Page, statistics: Series) -> None:
+def _draw_monitors(page: Page, monitors: Sequence[Panel], statistics: Series) -> None:
     depth = depth_of(statistics)
-    places = [page.panel(2 + number // 3, number % 3) for number in range(len(PANELS))]
-    for axes, panel in zip(places, PANELS, strict=True):
-        panel(axes, statistics, depth)
+    places = [page.panel(2 + number // 3, number % 3) for number in range(len(monitors))]
+    for axes, panel in zip(places, monitors, strict=True):
+        panel.draw(axes, statistics, depth)
     draw_depth(page.figure, places, depth)

@@ -23,6 +23,7 @@ from train.stored_configuration import in_current_form, read_configuration
 
 # As many as have a style of their own that the eye can tell from the others.
 MOST_RUNS = 20
+_KINDS = {"train": "train", "evaluations": "evaluation", "statistics": "statistics", "profiles": "profiles"}
 # What a curve is drawn over.
 Axis = Literal["steps", "tokens", "FLOPs"]
 
@@ -38,6 +39,7 @@ class ComparedRun:
     train: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     statistics: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     # In the form of this version.
     configuration: dict[str, Any] | None = None
@@ -134,10 +136,7 @@ def _read(folder: Path, name: str) -> ComparedRun:
     return ComparedRun(
         name=name,
         folder=folder,
-        **{
-            field: [line for line in lines if line["kind"] == kind]
-            for field, kind in (("train", "train"), ("evaluations", "evaluation"), ("statistics", "statistics"))
-        },
+        **{name: [line for line in lines if line["kind"] == kind] for name, kind in _KINDS.items()},
         events=events,
         configuration=configuration if has_configuration else None,
         summary=attempt(lambda: summarise(folder), None) if has_configuration else None,
