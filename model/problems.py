@@ -54,6 +54,6 @@ def check_heads(problem: Problem, n_heads: int, width: int, origin: str) -> bool
 
 
 def check_convolution(problem: Problem, kernel_size: int) -> None:
-    """A convolution over time must look back."""
-    if kernel_size < 2:
-        problem("conv_kernel_size", f"is {kernel_size}; a convolution over time needs at least 2 taps")
+    """A convolution over time must look back; 0: there is none."""
+    if kernel_size < 2 and kernel_size != 0:
+        problem("conv_kernel_size", f"is {kernel_size}; a convolution over time needs at least 2 taps, 0 is none")

@@ -25,10 +25,10 @@ class BlockState(Protocol):
 
 @dataclass
 class ConvCellState:
-    """Of a layer with a convolution before its cell: the NeurIPS mLSTM and every sLSTM."""
+    """Of a layer that may have a convolution before its cell: the NeurIPS mLSTM and every sLSTM."""
 
-    # [B, K - 1, C] in the activations' dtype: the last inputs of the convolution.
-    conv_tail: Tensor
+    # [B, K - 1, C] in the activations' dtype: the last inputs of the convolution; None: there is no convolution.
+    conv_tail: Tensor | None
     # Of the mLSTM or the sLSTM (kernels.mlstm, kernels.slstm).
     cell: Any
 

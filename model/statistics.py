@@ -12,15 +12,28 @@ waits for the GPU. Names, of layer 3 for example:
     blocks.03.mixer.normaliser_floor_fraction        share of tokens where |n q| <= exp(-m); mLSTM only
     blocks.03.output_rms                             of the residual stream behind the block
     logits.max, logits.soft_cap_saturation           on the first 64 tokens of the first sequence
+
+Profiles have a number for each head, bin or position. What was not measured here (heads that other ranks compute,
+positions behind a document's end) is not a number, and left out of means:
+
+    blocks.03.mixer.forget_rate [NH]                 mean of -log sigmoid(f) over tokens, in nats per token; of an sLSTM
+                                                     that of the unit of each head that forgets least
+    blocks.03.mixer.igate_histogram [bins]           share of the pre-activations in each of HISTOGRAM_EDGES' bins,
+                                                     after the soft cap; the same for fgate
+    blocks.03.mixer.state_log_norm [positions]       ln of the Frobenius norm of the memory C behind so many tokens
+                                                     (STATE_POSITIONS) of a document that begins the first sequence,
+                                                     mean over heads; mLSTM only
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.precision import compute_dtype
@@ -28,6 +41,11 @@ from kernels.precision import compute_dtype
 # "rms" is the mean of root mean squares; of ranks that hold slices of a sequence, of those of the whole sequence.
 REDUCTIONS = ("mean", "rms", "min", "max")
 SATURATED_SHARE_OF_CAP = 0.8
+# Inner edges of the bins of gate pre-activations. A forget gate is 0.12 at -2 and 0.88 at 2; both outer bins are open.
+_EDGES = range(-14, 15, 2)
+HISTOGRAM_EDGES = tuple(map(float, _EDGES))
+# Tokens behind which the norm of a state is measured.
+STATE_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Statistics:
@@ -35,6 +53,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self._values: dict[str, tuple[str, list[Tensor]]] = {}
+        self._profiles: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, reduction: str, value: Tensor) -> None:
         """Combine the 0-d tensor `value` into `name` by `reduction`, one of REDUCTIONS."""
@@ -48,6 +67,15 @@ class Statistics:
             values[0] = (torch.minimum if reduction == "min" else torch.maximum)(values[0], value)
         else:
             values.append(value)
+
+    def add_profile(self, name: str, values: Tensor) -> None:
+        """Average the 1-d tensor `values` into the profile `name`, element by element."""
+        assert values.dim() == 1, (name, values.shape)
+        self._profiles.setdefault(name, []).append(values.detach().float())
+
+    def profiles(self) -> dict[str, Tensor]:
+        """name -> means of what was recorded, 1-d float32 on the layer's device; not a number where nothing was."""
+        return {name: torch.stack(values).nanmean(0) for name, values in self._profiles.items()}
 
     def add_chunks(self, chunks: Sequence[tuple[int, Statistics]]) -> None:
         """Add what was recorded in the time chunks of the same sequences, as one pass over all of them would have it.
@@ -73,6 +101,8 @@ class Statistics:
                 self.add(name, reduction, (of_chunks.square() * weights).sum().sqrt())
             else:
                 self.add(name, reduction, (of_chunks * weights).sum())
+        for name in dict.fromkeys(name for _, chunk in chunks for name in chunk._profiles):
+            self.add_profile(name, _mean_of_chunks([(n, c.profiles()[name]) for n, c in chunks if name in c._profiles]))
 
     def values(self, mean_over_slices: Callable[[Tensor], Tensor] | None = None) -> dict[str, tuple[str, Tensor]]:
         """name -> (mean, min or max, 0-d float32 tensor on the layer's device), in the order of the first recording.
@@ -93,6 +123,13 @@ class Statistics:
             parts = [next(of_sequences) for _ in values] if reduction == "rms" else values
             found[name] = ("mean", functools.reduce(Tensor.add, parts) / len(parts))
         return found
+
+
+def _mean_of_chunks(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Mean over the tokens of time chunks, element by element, of those in which it was measured."""
+    values = torch.stack([value for _, value in parts])
+    tokens = values.new_tensor([tokens for tokens, _ in parts])[:, None] * ~values.isnan()
+    return (values.nan_to_num(0.0) * tokens).sum(0) / tokens.sum(0)
 
 
 _active: Statistics | None = None
@@ -164,6 +201,14 @@ def record(name: str, reduction: str, tensor_fn: Callable[[], Tensor]) -> None:
         _active.add(name, reduction, tensor_fn())
 
 
+def record_profile(name: str, tensor_fn: Callable[[], Tensor]) -> None:
+    """Record the 1-d tensor that `tensor_fn` returns; it is called, without gradient, only while a recording is on."""
+    if _active is None:
+        return
+    with torch.no_grad():
+        _active.add_profile(name, tensor_fn())
+
+
 def record_rms(name: str, x: Tensor) -> None:
     """Record the root mean square of all elements of `x`."""
     # vector_norm accumulates in the wider dtype without a wider copy of x.
@@ -171,12 +216,14 @@ def record_rms(name: str, x: Tensor) -> None:
 
 
 def record_gate(name: str, uncapped: Tensor, capped: Tensor, cap: float | None) -> None:
-    """Record range and mean of a gate's pre-activations `capped`, and the share of `uncapped` that `cap` saturates."""
+    """Record range, mean and histogram of a gate's pre-activations `capped`, and the share of `uncapped` that `cap`
+    saturates."""
     if _active is None:
         return
     record(f"{name}_preact_min", "min", capped.min)
     record(f"{name}_preact_max", "max", capped.max)
     record(f"{name}_preact_mean", "mean", capped.float().mean)
+    record_profile(f"{name}_histogram", lambda: histogram(capped))
     record_saturation(f"{name}_soft_cap_saturation", uncapped, cap)
 
 
@@ -184,3 +231,42 @@ def record_saturation(name: str, uncapped: Tensor, cap: float | None) -> None:
     """Record the share of `uncapped` beyond 0.8 of `cap`; nothing without a cap."""
     if cap is not None:
         record(name, "mean", lambda: (uncapped.abs() > SATURATED_SHARE_OF_CAP * cap).float().mean())
+
+
+def histogram(values: Tensor) -> Tensor:
+    """The share of `values` in each bin: below the first of HISTOGRAM_EDGES, from each edge to the next, from the last
+    on. [edges + 1] float32, without waiting for the device."""
+    # What is copied from the host waits for the device.
+    edges = torch.arange(_EDGES.start, _EDGES.stop, _EDGES.step, dtype=torch.float32, device=values.device)
+    below = (values.detach().float().reshape(-1, 1) < edges).mean(0, dtype=torch.float32)
+    return torch.cat([below, below.new_ones(1)]) - torch.cat([below.new_zeros(1), below])
+
+
+def record_forget_rates(name: str, rates: Callable[[], Tensor], heads: int, first_head: int = 0) -> None:
+    """Record how fast each head forgets.
+
+    Args:
+        rates: returns [own heads], of those from `first_head` on. Those of other ranks are not numbers.
+        heads: of the layer.
+    """
+
+    def of_all() -> Tensor:
+        own = rates()
+        found = own.new_full((heads,), torch.nan)
+        found[first_head : first_head + len(own)] = own
+        return found
+
+    record_profile(f"{name}.forget_rate", of_all)
+
+
+def forget_rates(fgate_preact: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Mean of -log sigmoid(f) over the axes `over`, in nats per token, of pre-activations after the soft cap."""
+    return -F.logsigmoid(fgate_preact.float()).mean(over)
+
+
+def memory_tokens(forget_rate: float) -> float:
+    """Tokens after which a head holds 1/e of what it wrote, at its mean rate: 1 / mean(-log sigmoid(f)).
+
+    Infinite for a head that forgets nothing.
+    """
+    return math.inf if forget_rate == 0 else 1.0 / forget_rate

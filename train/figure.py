@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -140,6 +141,14 @@ class Page:
             pyplot.close(self.figure)
 
 
+def as_png(figure: Figure) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    written = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(written, dpi=110, format="png")
+    return written.getvalue()
+
+
 def name_axes(axes: Axes, title: str, unit: str, x: str = "step") -> None:
     """Title, the quantity's unit beneath it in small print, and what the x axis counts."""
     axes.set_title(title, pad=18)
@@ -147,7 +156,7 @@ def name_axes(axes: Axes, title: str, unit: str, x: str = "step") -> None:
         unit, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", color=MUTED, fontsize=8.5
     )
     axes.set_xlabel(x)
-    if not axes.lines:
+    if not axes.lines and not axes.collections:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=MUTED)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -258,6 +258,21 @@ def read_versioned_lines(path: Path, version: int) -> list[dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every line that is a JSON object: a run that was killed while it wrote leaves a torn last one."""
     return _parsed(path.read_bytes().splitlines()) if path.is_file() else []
+
+
+def bad_lines(path: Path, is_good: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """What readers pass over in a JSON lines file: one text for each line that is no JSON object, or of which `is_good`
+    is false. Empty lines say nothing that could be lost."""
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        content = _parsed([line])
+        if line.strip() and not (content and is_good(content[0])):
+            begin = line[:60].decode(errors="replace") + ("..." if len(line) > 60 else "")
+            what = "is not what this file has" if content else "is no JSON object"
+            found.append(f"{path.name}, line {number:,} {what}: {without_passwords(begin)}")
+    return found
 
 
 def _parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from kernels.mlstm.inputs import CellInputs, CellSettings, cell_inputs, check
 from kernels.mlstm.reference import (
     REFERENCE_CHUNK_SIZE,
     chunkwise_state,
+    log_state_norms,
     mlstm_chunkwise,
     mlstm_recurrent,
     read_statistics,
@@ -32,6 +35,7 @@ __all__ = [
     "mlstm",
     "mlstm_slice",
     "mlstm_state",
+    "mlstm_state_norms",
     "mlstm_statistics",
 ]
 
@@ -222,3 +226,39 @@ def mlstm_statistics(
         "stabiliser_max": stabiliser.max().float(),
         "normaliser_floor_fraction": at_floor.float().mean(),
     }
+
+
+@torch.no_grad()
+def mlstm_state_norms(
+    k: Tensor,
+    v: Tensor,
+    igate_preact: Tensor,
+    fgate_preact: Tensor,
+    positions: Sequence[int],
+    *,
+    document_start: Tensor | None = None,
+    gate: str = "exp",
+) -> Tensor:
+    """How large the memory of the first sequence is behind so many tokens.
+
+    Args:
+        k, v, igate_preact, fgate_preact, document_start, gate: as for `mlstm`.
+        positions: numbers of tokens, rising from 1; cost and memory grow with the square of the last.
+
+    Returns:
+        [positions] float32 on the inputs' device, without waiting for it: ln of the Frobenius norm of the memory
+        (unscaled: exp(m) C), mean over heads. Not a number behind the end of the sequence or of its first document.
+    """
+    length = min(positions[-1], k.shape[1])
+    k, v, igate_preact, fgate_preact = (x[:1, :length] for x in (k, v, igate_preact, fgate_preact))
+    start = None if document_start is None else document_start[:1, :length]
+    inside = [position for position in positions if position <= length]
+    found = log_state_norms(cell_inputs(k, v, igate_preact, fgate_preact, start), CellSettings(gate), inside)
+    means = found[0].mean(0).float()
+    if start is not None:
+        # A later document begins with an empty memory.
+        later = start[0].clone()
+        later[0] = False
+        document = later.cumsum(0)
+        means = means.masked_fill(torch.stack([document[position - 1] for position in inside]) > 0, torch.nan)
+    return torch.cat([means, means.new_full((len(positions) - len(inside),), torch.nan)])

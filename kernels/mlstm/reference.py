@@ -9,6 +9,8 @@ Their arguments are explained in kernels/mlstm/inputs.py, their result is that o
 Axes: B batch, S sequence, NH heads, DK query/key and DV value dimension of a head, NC chunks, L tokens of a chunk.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,6 +102,21 @@ def read_statistics(q: Tensor, inputs: CellInputs, settings: CellSettings) -> tu
         x = prepare(q, inputs, settings)
         weights, _, m = _quadratic_weights(x, settings.gate)
         return m, ((x.q @ x.k.transpose(-1, -2)) * weights).sum(-1)
+
+
+def log_state_norms(inputs: CellInputs, settings: CellSettings, positions: Sequence[int]) -> Tensor:
+    """ln of the Frobenius norm of the memory exp(m) C behind so many tokens: [B, NH, positions].
+
+    |C_t|^2 = sum over s, r of w_s w_r (k_s k_r) (v_s v_r), where w_s is what token s weighs in C_t. C_t is not formed.
+    """
+    with autocast_disabled(inputs.k):
+        x = prepare(inputs.k, inputs, settings)
+        weights, _, m = _quadratic_weights(x, settings.gate)
+        rows = torch.stack([weights[:, :, position - 1] for position in positions], dim=2)
+        m = torch.stack([m[:, :, position - 1] for position in positions], dim=2)
+        products = (x.k @ x.k.transpose(-1, -2)) * (x.v @ x.v.transpose(-1, -2))
+        squares = ((rows @ products) * rows).sum(-1)
+        return m + 0.5 * squares.clamp_min(torch.finfo(squares.dtype).tiny).log()
 
 
 def mlstm_chunkwise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import matplotlib
@@ -97,14 +96,6 @@ def residuals_figure(fits: Sequence[GroupFit]) -> Figure:
         name_axes(axes, literal(str(fit.group)), "fitted over measured loss, per cent too high", "tokens per parameter")
         axes.legend()
     return figure
-
-
-def as_png(figure: Figure) -> bytes:
-    """The picture as the bytes of a PNG file."""
-    written = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(written, dpi=110, format="png")
-    return written.getvalue()
 
 
 def pareto_front(runs: Sequence[ScalingRun]) -> list[ScalingRun]:

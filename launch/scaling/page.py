@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
 from launch.scaling.compare import Comparison
-from launch.scaling.figures import as_png, isoflop_figure, optima_figure, pareto_figure, residuals_figure
+from launch.scaling.figures import isoflop_figure, optima_figure, pareto_figure, residuals_figure
 from launch.scaling.fit import FitSettings, GroupFit
 from launch.scaling.intervals import Interval
 from launch.scaling.runs import RunTable
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #22272e; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13.5px; }
-th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid #e6e9ee; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: #6b7480; font-weight: 600; }
-img { max-width: 100%; } .small { color: #6b7480; font-size: 13.5px; }
-"""
+from train.figure import as_png
+from train.html_page import bullets, details, document, html_table, image, section
 
 
 def as_html(table: RunTable, fits: Sequence[GroupFit], comparisons: Sequence[Comparison], settings: FitSettings) -> str:
     """The page. Figures are in it as PNG; nothing is fetched from anywhere."""
     sections = [
         _head(table, settings),
-        _section("IsoFLOP curves", _isoflop_text(fits), _image(isoflop_figure, fits)),
-        _section("Optimal size and tokens", _optima_table(fits), _image(optima_figure, fits)),
-        _section("L(N, D)", *_law_section(fits)),
-        _section("Families at equal compute", _comparison(comparisons)) if comparisons else "",
-        _section("Pareto front", _image(pareto_figure, fits)),
-        _section("Left out, and why", *_left_out(table, fits)),
-        _section("Runs", _runs(table)),
+        section("IsoFLOP curves", _isoflop_text(fits), _image(isoflop_figure, fits)),
+        section("Optimal size and tokens", _optima_table(fits), _image(optima_figure, fits)),
+        section("L(N, D)", *_law_section(fits)),
+        section("Families at equal compute", _comparison(comparisons)) if comparisons else "",
+        section("Pareto front", _image(pareto_figure, fits)),
+        section("Left out, and why", *_left_out(table, fits)),
+        section("Runs", _runs(table)),
     ]
-    title = "Scaling laws"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</body>\n</html>\n"
-    )
+    return document("Scaling laws", sections)
 
 
 def _head(table: RunTable, settings: FitSettings) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     return (
         f"<p>{len(table.used)} runs, {len(table.excluded)} excluded. N: parameters, D: training tokens, C: training "
         f"FLOPs. In brackets are 95 % intervals: from {settings.resamples} resamples of the runs for L(N, D), from "
-        f"resampled residuals for IsoFLOP curves (seed {settings.seed}).</p>" + (f"<ul>{notes}</ul>" if notes else "")
+        f"resampled residuals for IsoFLOP curves (seed {settings.seed}).</p>" + bullets(table.notes)
     )
 
 
@@ -68,7 +53,7 @@ def _isoflop_text(fits: Sequence[GroupFit]) -> str:
         for curve in fit.isoflop.curves
     ]
     text = "<p>At each budget a parabola of the log loss by ln N, and one by ln D (arXiv 2203.15556, section 3.2).</p>"
-    return text + _table(["runs of", "budget, FLOPs", "runs", "optimal N", "optimal D", "least loss"], rows)
+    return text + html_table(["runs of", "budget, FLOPs", "runs", "optimal N", "optimal D", "least loss"], rows)
 
 
 def _optima_table(fits: Sequence[GroupFit]) -> str:
@@ -80,7 +65,7 @@ def _optima_table(fits: Sequence[GroupFit]) -> str:
                 factor = f"{math.exp(law.log_factor):.4g}"
                 rows.append([str(fit.group), f"{letter}(C)", factor, _cell(law.exponent_interval(), ".4f")])
     text = "<p>Power laws through the optima: optimum = factor × C^exponent.</p>"
-    return text + _table(["runs of", "optimum", "factor", "exponent"], rows) if rows else text + _none()
+    return text + html_table(["runs of", "optimum", "factor", "exponent"], rows) if rows else text + _none()
 
 
 def _law_section(fits: Sequence[GroupFit]) -> list[str]:
@@ -99,7 +84,7 @@ def _law_section(fits: Sequence[GroupFit]) -> list[str]:
         cells = [_cell(figures[name], ".4g") if name in figures else "1" for name in names]
         spread = f"{100 * (law.residuals**2).mean() ** 0.5:.2f} %"
         rows.append([str(fit.group), law.name, *cells, spread, f"{law.starts[0]} of {law.starts[1]}"])
-    return [text, _table(["runs of", "fit", *names, "residual", "starts"], rows), _image(residuals_figure, fits)]
+    return [text, html_table(["runs of", "fit", *names, "residual", "starts"], rows), _image(residuals_figure, fits)]
 
 
 def _comparison(comparisons: Sequence[Comparison]) -> str:
@@ -119,15 +104,18 @@ def _comparison(comparisons: Sequence[Comparison]) -> str:
         ]
         for found in comparisons
     ]
-    return text + _table(["families", "context", "budget", "gap, IsoFLOP", "gap, L(N, D)", "compute ratio"], rows)
+    return text + html_table(["families", "context", "budget", "gap, IsoFLOP", "gap, L(N, D)", "compute ratio"], rows)
 
 
 def _left_out(table: RunTable, fits: Sequence[GroupFit]) -> list[str]:
-    fits_text = [f"<li>{escape(str(fit.group))}: {escape(why)}</li>" for fit in fits for why in fit.not_fitted]
-    runs_text = [f"<li>{escape(run.run)}: {escape(run.excluded)}</li>" for run in table.excluded]
-    fits_list = f"<ul>{''.join(fits_text)}</ul>" if fits_text else "<p>Everything was fitted.</p>"
-    runs_list = f"<ul>{''.join(runs_text)}</ul>" if runs_text else "<p>No run was excluded.</p>"
-    return ["<h3>Fits</h3>", fits_list, "<h3>Runs</h3>", runs_list]
+    fits_list = bullets(f"{fit.group}: {why}" for fit in fits for why in fit.not_fitted)
+    runs_list = bullets(f"{run.run}: {run.excluded}" for run in table.excluded)
+    return [
+        "<h3>Fits</h3>",
+        fits_list or "<p>Everything was fitted.</p>",
+        "<h3>Runs</h3>",
+        runs_list or "<p>No run was excluded.</p>",
+    ]
 
 
 def _runs(table: RunTable) -> str:
@@ -146,28 +134,11 @@ def _runs(table: RunTable) -> str:
         for run in table.runs
     ]
     heads = ["run", "family", "context", "parameters", "tokens", "FLOPs", "budget", "loss", "excluded"]
-    return f"<details><summary>All {len(rows)} runs</summary>{_table(heads, rows)}</details>"
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts)
+    return details(f"All {len(rows)} runs", html_table(heads, rows))
 
 
 def _image(draw: Callable[[Sequence[GroupFit]], Figure], fits: Sequence[GroupFit]) -> str:
-    encoded = base64.b64encode(as_png(draw(fits))).decode("ascii")
-    description = (draw.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    return f'<img alt="{escape(" ".join(description.split()))}" src="data:image/png;base64,{encoded}">'
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "\n".join("<tr>" + "".join(_column(cell) for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
-
-
-def _column(text: str) -> str:
-    is_number = text.lstrip("-")[:1].isdigit()
-    return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
+    return image(as_png(draw(fits)), (draw.__doc__ or "").split("\n\n")[0])
 
 
 def _cell(found: Interval, places: str) -> str:

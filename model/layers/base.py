@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from model.hardware import Hardware
-from model.initial_values import InitialValue, Shape
+from model.initial_values import InitialValue, Shape, uniform
 from model.problems import Problem
 from model.sequence import Entering, SequenceContext
 
@@ -242,6 +242,18 @@ class LayerKind(ABC):
     def settings(self, config: ModelConfig) -> Any:
         """This kind's settings in `config`."""
         return config.section(self.name, self.settings_class)
+
+
+def convolution_parameters(channels: int, kernel_size: int) -> dict[str, Parameter]:
+    """Of the convolution `conv` over time before a cell; none for a kernel size of 0."""
+    if kernel_size == 0:
+        return {}
+    # As PyTorch's own convolutions begin.
+    near_zero = uniform(kernel_size**-0.5)
+    return {
+        "conv.weight": Parameter((channels, 1, kernel_size), CONVOLUTION, near_zero, CONVOLUTION_FLOPS),
+        "conv.bias": Parameter((channels,), CONVOLUTION, near_zero),
+    }
 
 
 def by_heads_problem(key: str, n_heads: int, ranks: int) -> str | None:

@@ -162,6 +162,7 @@ class MLSTM(nn.Module):
         cap, inputs = self.settings.gate_soft_cap, opened.inputs
         statistics.record_gate(f"{self.statistics_name}.igate", opened.igate, inputs.igate_preact, cap)
         statistics.record_gate(f"{self.statistics_name}.fgate", opened.fgate, inputs.fgate_preact, cap)
+        mlstm_cell.record_memory(self.statistics_name, self.cell, inputs, sequence)
         if self.settings.normaliser:
             mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
 

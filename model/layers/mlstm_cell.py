@@ -24,6 +24,7 @@ from kernels.mlstm import (
     mlstm,
     mlstm_slice,
     mlstm_state,
+    mlstm_state_norms,
     mlstm_statistics,
 )
 from kernels.mlstm.chunkwise import tiles
@@ -202,6 +203,21 @@ def summarise(cell: Cell, inputs: CellInputs) -> SliceSummary[CellState]:
     )
     form = MemorySums(cell)
     return SliceSummary(form, form.sums_of(summary.state), summary.log_kept)
+
+
+def record_memory(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:
+    """Record how fast each head forgets, and how large the memory is behind the first tokens (first sequence)."""
+    fgate_preact = inputs.fgate_preact
+    statistics.record_forget_rates(name, lambda: statistics.forget_rates(fgate_preact, (0, 1)), cell.heads)
+    if sequence.rank > 0 or not statistics.sees_beginning():
+        return
+    _, k, v, igate_preact, _ = inputs.tensors
+    starts, positions = inputs.document_start, statistics.STATE_POSITIONS
+
+    def norms() -> Tensor:
+        return mlstm_state_norms(k, v, igate_preact, fgate_preact, positions, document_start=starts, gate=cell.gate)
+
+    statistics.record_profile(f"{name}.state_log_norm", norms)
 
 
 def record_cell(name: str, cell: Cell, inputs: CellInputs, sequence: SequenceContext) -> None:

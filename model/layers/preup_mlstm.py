@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from model import statistics
 from model.hardware import CPU, Hardware
-from model.initial_values import constant, normal, reads_stream, spread, uniform, writes_stream
+from model.initial_values import constant, normal, reads_stream, spread, writes_stream
 from model.layers import base, mlstm_cell
-from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements
+from model.layers.base import (
+    CellForm,
+    KernelUse,
+    LayerKind,
+    Parameter,
+    StateElements,
+    convolution_parameters,
+)
 from model.layers.mlstm_cell import Cell, CellInputs
 from model.norms import HeadNorm
 from model.problems import Problem, check_convolution, check_factor, check_heads
@@ -41,7 +48,7 @@ class PreUpMLSTMConfig:
     n_heads: int = 4
     # Inner width as a share of d_model, rounded up to a multiple of 64.
     projection_factor: float = 2.0
-    # Tokens that the causal convolution sees.
+    # Tokens that the causal convolution sees; 0: there is none, its activation stays.
     conv_kernel_size: int = 4
     # q, k and v projections are block diagonal with blocks of this width.
     qkv_block_size: int = 4
@@ -77,6 +84,7 @@ class PreUpMLSTM(nn.Module):
     """The mLSTM layer of the NeurIPS block (arXiv 2405.04517, figure 11).
 
     u, z = W_up x; a = SiLU(conv(u)); q, k from a and v from u; y = W_down((head_norm(cell) + skip * a) * SiLU(z)).
+    Without a convolution a = SiLU(u).
     """
 
     def __init__(self, d_model: int, settings: PreUpMLSTMConfig, statistics_name: str):
@@ -85,7 +93,7 @@ class PreUpMLSTM(nn.Module):
         self.statistics_name = statistics_name
         width, block = settings.width(d_model), settings.qkv_block_size
         self.up_proj = Linear(d_model, 2 * width)
-        self.conv = CausalConv(width, settings.conv_kernel_size)
+        self.conv = CausalConv(width, settings.conv_kernel_size) if settings.conv_kernel_size else None
         self.q_proj = BlockDiagonalLinear(width // block, block, block)
         self.k_proj = BlockDiagonalLinear(width // block, block, block)
         self.v_proj = BlockDiagonalLinear(width // block, block, block)
@@ -105,8 +113,10 @@ class PreUpMLSTM(nn.Module):
     ) -> tuple[Tensor, ConvCellState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the state behind x, if asked for."""
         u, z = self.up_proj(x).chunk(2, dim=-1)
-        tail = sequence.halo(u, self.conv.history, document_start, None if state is None else state.conv_tail)
-        convolved, new_tail = self.conv(u, document_start, tail)
+        convolved, new_tail = u, None
+        if self.conv is not None:
+            tail = sequence.halo(u, self.conv.history, document_start, None if state is None else state.conv_tail)
+            convolved, new_tail = self.conv(u, document_start, tail)
         a = F.silu(convolved)
         q, k, v = self.q_proj(a), self.k_proj(a), self.v_proj(u)
         igate_preact, fgate_preact = gate_preactivations(torch.cat([q, k, v], dim=-1), self.igate, self.fgate)
@@ -118,6 +128,7 @@ class PreUpMLSTM(nn.Module):
         if statistics.is_recording():
             statistics.record_gate(f"{self.statistics_name}.igate", igate_preact, igate_preact, None)
             statistics.record_gate(f"{self.statistics_name}.fgate", fgate_preact, fgate_preact, None)
+            mlstm_cell.record_memory(self.statistics_name, self.cell, inputs, sequence)
             mlstm_cell.record_cell(self.statistics_name, self.cell, inputs, sequence)
         mixed = self.head_norm(h) + self.learnable_skip * a
         y = self.down_proj(mixed * F.silu(z))
@@ -156,8 +167,6 @@ class PreUpMLSTMKind(LayerKind):
         settings: PreUpMLSTMConfig = self.settings(config)
         width, block, kernel = settings.width(config.d_model), settings.qkv_block_size, settings.conv_kernel_size
         heads, reads = settings.n_heads, reads_stream(config)
-        # As PyTorch's own convolutions begin.
-        near_zero = uniform(kernel**-0.5)
 
         def projection(group: str) -> Parameter:
             return Parameter((width // block, block, block), group, reads, base.PROJECTIONS)
@@ -169,8 +178,7 @@ class PreUpMLSTMKind(LayerKind):
         return {
             "learnable_skip": Parameter((width,), base.CONVOLUTION, constant(1.0)),
             "up_proj.weight": up,
-            "conv.weight": Parameter((width, 1, kernel), base.CONVOLUTION, near_zero, base.CONVOLUTION_FLOPS),
-            "conv.bias": Parameter((width,), base.CONVOLUTION, near_zero),
+            **convolution_parameters(width, kernel),
             "q_proj.weight": projection(base.QUERY_AND_KEY),
             "k_proj.weight": projection(base.QUERY_AND_KEY),
             "v_proj.weight": projection(base.VALUE_AND_OUTPUT),
@@ -187,14 +195,16 @@ class PreUpMLSTMKind(LayerKind):
         return {
             # learnable_skip * a and the sum with it, SiLU(z) and the product with it.
             base.PROJECTIONS: 4.0 * sequence_length * cell.v_width,
-            # The bias.
-            base.CONVOLUTION_FLOPS: float(sequence_length * cell.v_width),
+            base.CONVOLUTION_FLOPS: sequence_length * self._convolution_bias_flops(config),
             mlstm_cell.CELL_FLOPS: mlstm_cell.cell_forward_flops(cell, sequence_length, hardware),
         }
 
     def decoding_flops(self, config: ModelConfig, context: int) -> float:
         cell = self._cell(config)
-        return 5.0 * cell.v_width + mlstm_cell.cell_step_flops(cell)
+        return 4.0 * cell.v_width + self._convolution_bias_flops(config) + mlstm_cell.cell_step_flops(cell)
+
+    def _convolution_bias_flops(self, config: ModelConfig) -> float:
+        return float(self._cell(config).v_width) if self.settings(config).conv_kernel_size else 0.0
 
     def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
         settings: PreUpMLSTMConfig = self.settings(config)
@@ -202,7 +212,7 @@ class PreUpMLSTMKind(LayerKind):
         taps = 4 * settings.conv_kernel_size * width
         # Concatenated for the gates, which take bfloat16 as it is on a GPU, and a copy of it elsewhere.
         gate_input = 3 * width * (4 if hardware.device_name == CPU else hardware.compute_bytes)
-        wide = 7
+        wide = 7 if settings.conv_kernel_size else 6
         if hardware.compiles:
             # Made again, as are the sums and products behind the cell: 6 in all, as measured on an H200.
             gate_input, wide = 0, 4
@@ -217,7 +227,7 @@ class PreUpMLSTMKind(LayerKind):
 
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: PreUpMLSTMConfig = self.settings(config)
-        tail = (settings.conv_kernel_size - 1) * settings.width(config.d_model)
+        tail = max(0, settings.conv_kernel_size - 1) * settings.width(config.d_model)
         return mlstm_cell.cell_state_elements(self._cell(config), tail)
 
     def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
@@ -227,7 +237,7 @@ class PreUpMLSTMKind(LayerKind):
     def shortest_slice(self, config: ModelConfig) -> int:
         """The convolution looks back into the slice before, and no further."""
         settings: PreUpMLSTMConfig = self.settings(config)
-        return settings.conv_kernel_size - 1
+        return max(1, settings.conv_kernel_size - 1)
 
     def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
         from kernels.preflight import HeadNormCase

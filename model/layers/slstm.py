@@ -20,9 +20,17 @@ from kernels.slstm.accounting import triton_kept_bytes
 from kernels.soft_cap import soft_cap
 from model import statistics
 from model.hardware import Hardware
-from model.initial_values import Shape, constant, empty, reads_stream, uniform
+from model.initial_values import Shape, constant, empty, reads_stream
 from model.layers import base
-from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements, by_heads_problem
+from model.layers.base import (
+    CellForm,
+    KernelUse,
+    LayerKind,
+    Parameter,
+    StateElements,
+    by_heads_problem,
+    convolution_parameters,
+)
 from model.norms import HeadNorm
 from model.problems import Problem, check_choice, check_convolution, check_heads, check_positive, check_soft_cap
 from model.projections import BlockDiagonalLinear, CausalConv
@@ -43,7 +51,7 @@ class SLSTMConfig:
 
     # Heads; recurrent weights stay inside of a head.
     n_heads: int = 4
-    # Tokens that the causal convolution sees.
+    # Tokens that the causal convolution sees; 0: the gates see the layer's input itself.
     conv_kernel_size: int = 4
     # Epsilon of the per-head norm.
     head_norm_eps: float = 1e-5
@@ -56,6 +64,7 @@ class SLSTMConfig:
 class SLSTM(nn.Module):
     """The sLSTM layer of arXiv 2405.04517, figure 10: head_norm(cell(W_i a, W_f a, W_z x, W_o x)), a = SiLU(conv(x)).
 
+    Without a convolution, which the figure calls optional, a = x: state tracking trains that way (appendix B.1).
     The input and forget gates (and the whole cell) compute in float32 at least, whatever the dtype of the model.
     """
 
@@ -65,7 +74,7 @@ class SLSTM(nn.Module):
         self.statistics_name = statistics_name
         heads = settings.n_heads
         head_dim = d_model // heads
-        self.conv = CausalConv(d_model, settings.conv_kernel_size)
+        self.conv = CausalConv(d_model, settings.conv_kernel_size) if settings.conv_kernel_size else None
         self.igate_proj = BlockDiagonalLinear(heads, head_dim, head_dim, full_precision=True)
         self.fgate_proj = BlockDiagonalLinear(heads, head_dim, head_dim, full_precision=True)
         self.zgate_proj = BlockDiagonalLinear(heads, head_dim, head_dim)
@@ -89,8 +98,10 @@ class SLSTM(nn.Module):
         """
         own = sequence.time_to_heads(x.unflatten(-1, (self.settings.n_heads, -1))).flatten(-2)
         document_start = sequence.whole_time(document_start)
-        convolved, new_tail = self.conv(own, document_start, None if state is None else state.conv_tail, sequence)
-        a = F.silu(convolved)
+        a, new_tail = own, None
+        if self.conv is not None:
+            convolved, new_tail = self.conv(own, document_start, None if state is None else state.conv_tail, sequence)
+            a = F.silu(convolved)
         igate, fgate = self.igate_proj(a, sequence), self.fgate_proj(a, sequence)
         zgate, ogate = (project(own, sequence).to(igate.dtype) for project in (self.zgate_proj, self.ogate_proj))
         bias = sequence.own_heads(self.bias, axis=1)
@@ -108,7 +119,7 @@ class SLSTM(nn.Module):
             backend=self.settings.backend,
         )
         if statistics.sees_beginning():
-            self._record(gates, h, recurrent_kernel, document_start, initial)
+            self._record(gates, h, recurrent_kernel, document_start, initial, sequence.rank)
         y = self.head_norm(sequence.heads_to_time(h)).to(x.dtype)
         return y, ConvCellState(new_tail, cell) if return_state else None
 
@@ -120,6 +131,7 @@ class SLSTM(nn.Module):
         recurrent_kernel: Tensor,
         document_start: Tensor | None,
         initial: SLSTMState | None,
+        rank: int,
     ) -> None:
         """Record the gates with their recurrent part and the stabiliser, for the first tokens of the first sequence."""
         gates, h = gates[0, :_MEASURED_TOKENS], h[0, :_MEASURED_TOKENS].to(gates.dtype)
@@ -135,6 +147,11 @@ class SLSTM(nn.Module):
         igate, fgate = soft_cap(uncapped, cap).unbind(1)
         statistics.record_gate(f"{self.statistics_name}.igate", uncapped[:, 0], igate, cap)
         statistics.record_gate(f"{self.statistics_name}.fgate", uncapped[:, 1], fgate, cap)
+        heads, first_head = self.settings.n_heads, rank * fgate.shape[1]
+        # The units of a head read each other: it remembers as long as the one that forgets least.
+        statistics.record_forget_rates(
+            self.statistics_name, lambda: statistics.forget_rates(fgate, (0,)).amin(-1), heads, first_head
+        )
         stabiliser = stabilisers(igate, fgate, starts, initial)
         statistics.record(f"{self.statistics_name}.stabiliser_min", "min", stabiliser.min)
         statistics.record(f"{self.statistics_name}.stabiliser_max", "max", stabiliser.max)
@@ -188,8 +205,6 @@ class SLSTMKind(LayerKind):
         settings: SLSTMConfig = self.settings(config)
         d_model, heads, kernel = config.d_model, settings.n_heads, settings.conv_kernel_size
         head_dim = d_model // heads
-        # As PyTorch's own convolutions begin.
-        near_zero = uniform(kernel**-0.5)
         parameters = {
             # The cell counts the products with the recurrent kernel.
             "recurrent_kernel": Parameter((heads, head_dim, 4, head_dim), base.RECURRENT_KERNEL, constant(0.0)),
@@ -198,8 +213,7 @@ class SLSTMKind(LayerKind):
                 base.SLSTM_GATES,
                 lambda shape, generator: slstm_bias(shape, block_index, config.n_blocks),
             ),
-            "conv.weight": Parameter((d_model, 1, kernel), base.CONVOLUTION, near_zero, base.CONVOLUTION_FLOPS),
-            "conv.bias": Parameter((d_model,), base.CONVOLUTION, near_zero),
+            **convolution_parameters(d_model, kernel),
         }
         for gate in ("igate_proj", "fgate_proj", "zgate_proj", "ogate_proj"):
             shape = (heads, head_dim, head_dim)
@@ -208,13 +222,15 @@ class SLSTMKind(LayerKind):
 
     def forward_flops(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> dict[str, float]:
         return {
-            # The bias.
-            base.CONVOLUTION_FLOPS: float(sequence_length * config.d_model),
+            base.CONVOLUTION_FLOPS: sequence_length * self._convolution_bias_flops(config),
             "sLSTM cell": sequence_length * self._step_flops(config),
         }
 
     def decoding_flops(self, config: ModelConfig, context: int) -> float:
-        return config.d_model + self._step_flops(config)
+        return self._convolution_bias_flops(config) + self._step_flops(config)
+
+    def _convolution_bias_flops(self, config: ModelConfig) -> float:
+        return float(config.d_model) if self.settings(config).conv_kernel_size else 0.0
 
     def _step_flops(self, config: ModelConfig) -> float:
         """One token of the cell (arXiv 2405.04517, equations 8 to 18).
@@ -229,7 +245,9 @@ class SLSTMKind(LayerKind):
         settings: SLSTMConfig = self.settings(config)
         c, taps = hardware.compute_bytes, 4 * settings.conv_kernel_size
         if not hardware.runs_kernels(settings.backend):
-            return (4 * c + 48 + taps) * config.d_model
+            # What the convolution puts out, before and behind its activation.
+            convolved = 2 * c if settings.conv_kernel_size else 0
+            return (2 * c + convolved + 48 + taps) * config.d_model
         gate_inputs = 8 if c < 4 else 0
         cell = triton_kept_bytes(1, config.d_model, hardware.compute_dtype, settings.gate_soft_cap is not None)
         return cell + (3 * c + 4 + taps + gate_inputs) * config.d_model
@@ -241,7 +259,7 @@ class SLSTMKind(LayerKind):
     def state_elements(self, config: ModelConfig) -> StateElements:
         settings: SLSTMConfig = self.settings(config)
         # h, c, n and m.
-        return StateElements(4 * config.d_model, (settings.conv_kernel_size - 1) * config.d_model)
+        return StateElements(4 * config.d_model, max(0, settings.conv_kernel_size - 1) * config.d_model)
 
     def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
         return by_heads_problem("model.slstm.n_heads", self.settings(config).n_heads, ranks)

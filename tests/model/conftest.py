@@ -1,5 +1,7 @@
 """Small models of every family. Axes: B batch, S sequence, V vocabulary."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -39,6 +41,14 @@ CONFIGS = {
     "neurips_mlstm": ModelConfig(**NEURIPS, n_blocks=2, ffn_dim=None, preup_mlstm=PREUP),
     "neurips_mlstm_and_slstm": ModelConfig(
         **NEURIPS, n_blocks=3, slstm_at=[1], ffn_dim=64, preup_mlstm=PREUP, slstm=SLSTMConfig(n_heads=2)
+    ),
+    "neurips_mlstm_and_slstm_without_convolutions": ModelConfig(
+        **NEURIPS,
+        n_blocks=2,
+        slstm_at=[1],
+        ffn_dim=64,
+        preup_mlstm=dataclasses.replace(PREUP, conv_kernel_size=0),
+        slstm=SLSTMConfig(n_heads=2, conv_kernel_size=0),
     ),
 }
 

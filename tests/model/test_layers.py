@@ -131,7 +131,9 @@ def per_head_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 
 def conv_silu(x: torch.Tensor, conv) -> torch.Tensor:
-    """One document, tap by tap."""
+    """One document, tap by tap; of no convolution only the SiLU."""
+    if conv is None:
+        return F.silu(x)
     padded = F.pad(x, (0, 0, 3, 0))
     taps = sum(padded[:, tap : tap + x.shape[1]] * conv.weight[:, 0, tap] for tap in range(4))
     return F.silu(taps + conv.bias)
@@ -150,8 +152,9 @@ def test_the_7b_mlstm_layer(small_configs, make_model):
         torch.testing.assert_close(layer(x, None, None, False)[0], gated @ layer.out_proj.weight.T)
 
 
-def test_the_neurips_mlstm_layer(small_configs, make_model):
-    layer = make_model(small_configs["neurips_mlstm"]).blocks[0].mixer
+@pytest.mark.parametrize("name", ["neurips_mlstm", "neurips_mlstm_and_slstm_without_convolutions"])
+def test_the_neurips_mlstm_layer(small_configs, make_model, name):
+    layer = make_model(small_configs[name]).blocks[0].mixer
     x = torch.randn(2, 29, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         u, z = x @ layer.up_proj.weight[:64].T, x @ layer.up_proj.weight[64:].T
@@ -165,13 +168,16 @@ def test_the_neurips_mlstm_layer(small_configs, make_model):
         torch.testing.assert_close(layer(x, None, None, False)[0], (mixed * F.silu(z)) @ layer.down_proj.weight.T)
 
 
-@pytest.mark.parametrize(("name", "cap"), [("slstm", 15.0), ("neurips_mlstm_and_slstm", None)])
+@pytest.mark.parametrize(
+    ("name", "cap"),
+    [("slstm", 15.0), ("neurips_mlstm_and_slstm", None), ("neurips_mlstm_and_slstm_without_convolutions", None)],
+)
 def test_the_slstm_layer(small_configs, make_model, name, cap):
     """The recurrence of arXiv 2405.04517 §2.2 without its stabiliser, which double precision does not need here."""
     layer = make_model(small_configs[name]).blocks[1].mixer
     x = torch.randn(2, 29, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        a = conv_silu(x, layer.conv)
+        a = x if layer.conv is None else conv_silu(x, layer.conv)
         h = c = n = torch.zeros(2, 2, 16, dtype=torch.float64)
         outputs = []
         for token in range(29):

@@ -1,10 +1,15 @@
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.mlstm import mlstm_statistics
+from kernels.mlstm import CellSettings, cell_inputs, mlstm_statistics
+from kernels.mlstm.reference import mlstm_recurrent
 from kernels.slstm import slstm
 from model import statistics
+from model.layers import mlstm_cell
 from model.norms import LayerNorm, RMSNorm
 from model.statistics import Statistics, record, recording
 
@@ -234,3 +239,105 @@ def test_bfloat16_norms_reduce_in_float32(norm):
     assert ((rounded.double() - exact).abs() <= exact.abs() * 2**-8).all()
     mixed = layer.float()(x)
     assert mixed.dtype == torch.bfloat16 and F.mse_loss(mixed.double(), exact) < 1e-4
+
+
+def profiles_of(model, batch) -> dict[str, torch.Tensor]:
+    with recording() as recorded:
+        model(**batch)
+    return recorded.profiles()
+
+
+def slow_memory_tokens(forget_preact: list[float]) -> float:
+    """By its definition: gate by gate, how many steps of the mean rate take what is kept to 1/e."""
+    rates = [-math.log(1 / (1 + math.exp(-f))) for f in forget_preact]
+    return 1 / (sum(rates) / len(rates))
+
+
+@pytest.mark.parametrize("kind", ["mlstm", "neurips_mlstm"])
+def test_memory_lengths_histograms_and_state_norms_follow_their_definitions(
+    small_configs, make_model, make_batch, kind
+):
+    model, batch = make_model(small_configs[kind]), make_batch(length=70)
+    batch["document_start"][0] = False
+    batch["document_start"][0, [0, 40]] = True
+    mixer, settings = model.blocks[1].mixer, model.blocks[1].mixer.cell
+    with torch.no_grad():
+        mixer.fgate.bias[1] = 4.0
+    profiles = profiles_of(model, batch)
+    inputs = []
+    cell = mlstm_cell.record_memory
+    with pytest.MonkeyPatch.context() as patch, recording():
+        patch.setattr(mlstm_cell, "record_memory", lambda name, *rest: (inputs.append(rest[1]), cell(name, *rest)))
+        model(**batch)
+    x = inputs[1]
+    for head in range(settings.heads):
+        expected = slow_memory_tokens(x.fgate_preact[..., head].flatten().tolist())
+        found = statistics.memory_tokens(float(profiles["blocks.01.mixer.forget_rate"][head]))
+        assert found == pytest.approx(expected, rel=1e-5)
+    borders = [-math.inf, *statistics.HISTOGRAM_EDGES, math.inf]
+    for gate, values in (("igate", x.igate_preact), ("fgate", x.fgate_preact)):
+        counts = [((values >= low) & (values < high)).sum() for low, high in itertools.pairwise(borders)]
+        expected = torch.stack(counts) / values.numel()
+        torch.testing.assert_close(profiles[f"blocks.01.mixer.{gate}_histogram"], expected)
+    # Token by token, by the recurrence.
+    q, k, v, igate, fgate = (tensor[:1].double() for tensor in x.tensors)
+    for place, position in enumerate(statistics.STATE_POSITIONS):
+        found = profiles["blocks.01.mixer.state_log_norm"][place]
+        if position > 40:
+            assert found.isnan(), "the second document begins behind 40 tokens, the sequence ends behind 70"
+            continue
+        first = cell_inputs(*(tensor[:, :position] for tensor in (k, v, igate, fgate)))
+        _, state = mlstm_recurrent(q[:, :position], first, CellSettings(settings.gate), return_state=True)
+        norms = (torch.exp(state.m)[..., None, None] * state.C).flatten(2).norm(dim=2)
+        torch.testing.assert_close(found.double(), norms.log().mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_of_an_slstm_remembers_as_its_unit_that_forgets_least(small_configs, make_model, make_batch):
+    model, batch = make_model(small_configs["slstm"]), make_batch()
+    gates = []
+    with pytest.MonkeyPatch.context() as patch, recording() as recorded:
+        rates = statistics.forget_rates
+        patch.setattr(statistics, "forget_rates", lambda gate, over: (gates.append(gate), rates(gate, over))[1])
+        model(**batch)
+    profile = recorded.profiles()["blocks.00.mixer.forget_rate"]
+    assert gates[0].dim() == 3 and len(profile) == gates[0].shape[1]
+    for head in range(len(profile)):
+        units = gates[0][:, head].unbind(1)
+        longest = max(slow_memory_tokens(unit.tolist()) for unit in units)
+        assert statistics.memory_tokens(float(profile[head])) == pytest.approx(longest, rel=1e-5)
+
+
+def test_profiles_of_micro_batches_and_of_time_chunks_are_those_of_all_tokens(small_configs, make_model, make_batch):
+    model, batch = make_model(small_configs["hybrid"], torch.float32), make_batch()
+    whole = profiles_of(model, batch)
+    with recording() as recorded:
+        for row in (0, 1):
+            model(**{key: value[row : row + 1] for key, value in batch.items()})
+    halves = recorded.profiles()
+    # Of the first sequence alone: here of two.
+    everywhere = [name for name in whole if name.startswith("blocks.00") and "norm" not in name]
+    assert len(everywhere) == 3
+    for name in everywhere:
+        torch.testing.assert_close(halves[name], whole[name])
+    chunks, state = [], None
+    for part in (slice(0, 7), slice(7, None)):
+        piece = {key: batch[key][:, part] for key in ("tokens", "document_start")}
+        with statistics.recording(), statistics.recording_chunk(is_first=part.start == 0) as measured:
+            state = model(**piece, state=state, return_state=True).state
+        chunks.append((piece["tokens"].shape[1], measured))
+    together = Statistics()
+    together.add_chunks(chunks)
+    for name in everywhere:
+        torch.testing.assert_close(together.profiles()[name], whole[name])
+
+
+def test_what_was_not_measured_is_left_out_of_means():
+    recorded = Statistics()
+    for values in ([1.0, math.nan, math.nan], [3.0, 5.0, math.nan]):
+        recorded.add_profile("x", torch.tensor(values))
+    assert recorded.profiles()["x"].tolist()[:2] == [2.0, 5.0] and recorded.profiles()["x"][2].isnan()
+    parts = Statistics()
+    parts.add_chunks([(1, recorded), (3, recorded)])
+    assert parts.profiles()["x"].tolist()[:2] == [2.0, 5.0] and parts.profiles()["x"][2].isnan()
+    statistics.record_profile("never", lambda: pytest.fail("called without a recording"))
+    assert statistics.memory_tokens(0.0) == math.inf

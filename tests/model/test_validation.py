@@ -116,7 +116,7 @@ CASES = [
     (
         NEURIPS,
         {"preup_mlstm__conv_kernel_size": 1},
-        "model.preup_mlstm.conv_kernel_size: is 1; a convolution over time needs at least 2 taps",
+        "model.preup_mlstm.conv_kernel_size: is 1; a convolution over time needs at least 2 taps, 0 is none",
     ),
     (
         NEURIPS,
@@ -128,7 +128,7 @@ CASES = [
         {"slstm__n_heads": 3},
         "model.slstm.n_heads: 3 heads do not divide the width 4096 (d_model); choose a divisor of 4096",
     ),
-    (MIXED, {"slstm__conv_kernel_size": 0}, "model.slstm.conv_kernel_size: is 0; a convolution over time needs"),
+    (MIXED, {"slstm__conv_kernel_size": -1}, "model.slstm.conv_kernel_size: is -1; a convolution over time needs"),
     (
         LLAMA,
         {"attention__n_heads": 4096},

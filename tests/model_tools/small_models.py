@@ -48,6 +48,18 @@ CONFIGS = {
         preup_mlstm=PreUpMLSTMConfig(n_heads=4, reference_chunk_size=16),
         slstm=SLSTMConfig(n_heads=4),
     ),
+    "without_convolutions": ModelConfig(
+        family="neurips",
+        vocab_size=96,
+        d_model=128,
+        n_blocks=2,
+        slstm_at=[1],
+        ffn_dim=192,
+        norm_eps=1e-5,
+        logit_soft_cap=None,
+        preup_mlstm=PreUpMLSTMConfig(n_heads=4, conv_kernel_size=0, reference_chunk_size=16),
+        slstm=SLSTMConfig(n_heads=4, conv_kernel_size=0),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as multiprocessing
 
-from train.callbacks.metrics_file import MetricsFile, read_metrics
+from train.callbacks.metrics_file import MetricsFile, is_measurement, read_metrics
 from train.callbacks.progress import Progress
 from train.callbacks.wandb_logger import WandbLogger, panel_name
 from train.config import LoggingConfig, RunConfig, WandbConfig
@@ -67,6 +67,15 @@ def test_metrics_are_read_back_as_written(tmp_path):
         {"kind": "statistics", "step": 2, "values": {"blocks.00.output_rms": 0.5}},
         {"kind": "evaluation", "step": 2, "set": "validation", **vars(RESULT["validation"])},
     ]
+
+
+def test_profiles_are_lists_and_what_is_not_finite_is_null(tmp_path):
+    trainer, callback = FakeTrainer(tmp_path), MetricsFile()
+    log_steps(callback, trainer, range(1, 2))
+    callback.on_profiles(trainer, {"blocks.00.mixer.memory_tokens": [1 / 3, math.inf, math.nan]})
+    line = {"kind": "profiles", "step": 1, "values": {"blocks.00.mixer.memory_tokens": [0.3333333, None, None]}}
+    assert read_metrics(tmp_path) == [record(1), line]
+    assert not is_measurement(line | {"values": {"x": [1.0, "2"]}}) and not is_measurement(line | {"values": [1.0]})
 
 
 def test_each_line_is_on_disk_at_once(tmp_path):
@@ -233,6 +242,9 @@ def _wandb_session(_: int, run_directory: Path, done: int, steps: range) -> None
     trainer.step = done
     log_steps(callback, trainer, steps)
     callback.on_statistics(trainer, {"blocks.00.output_rms": 0.5})
+    mixer = "blocks.00.mixer"
+    profiles = {f"{mixer}.memory_tokens": [3.0, math.inf], f"{mixer}.fgate_histogram": [1 / 16] * 16}
+    callback.on_profiles(trainer, profiles | {f"{mixer}.state_log_norm": [math.nan]})
     callback.on_evaluation(trainer, RESULT)
     callback.on_run_end(trainer, "stopped")
 
@@ -282,7 +294,10 @@ def test_an_offline_wandb_run_loses_no_row_to_a_rollback(tmp_path):
 def test_statistics_of_a_block_stand_in_one_section(tmp_path):
     multiprocessing.spawn(_wandb_session, (tmp_path, 0, range(1, 3)))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"blocks.00/output_rms" in file.read_bytes() and b"statistics/" not in file.read_bytes()
+    written = file.read_bytes()
+    assert b"blocks.00/output_rms" in written and b"statistics/" not in written
+    assert b"blocks.00/mixer.memory_tokens" in written and b"blocks.00/mixer.fgate_histogram" in written
+    assert b'"histogram"' in written and b"state_log_norm" not in written
     assert panel_name("blocks.03.mixer.gradient_norm") == "blocks.03/mixer.gradient_norm"
     assert panel_name("logits.soft_cap_saturation") == "statistics/logits.soft_cap_saturation"
     # A run that began with other names keeps them.

@@ -99,7 +99,7 @@ def check_keys(line, documented, common):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["header", "train", "evaluation", "statistics"])
+@pytest.mark.parametrize("kind", ["header", "train", "evaluation", "statistics", "profiles"])
 def test_every_key_of_metrics(runs, kind):
     documented = keys_and_types(table(PAGE, f'key of `kind: "{kind}"`'))
     lines = [line for line in read_lines(runs / "run" / "metrics.jsonl") if line["kind"] == kind]
@@ -112,7 +112,7 @@ def test_every_key_of_metrics(runs, kind):
 @pytest.mark.slow
 def test_units_of_metrics(runs, end):
     lines = read_metrics(runs / "run")
-    assert {line["kind"] for line in lines} == {"train", "evaluation", "statistics"}
+    assert {line["kind"] for line in lines} == {"train", "evaluation", "statistics", "profiles"}
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, end + 1))
     for line in train:
@@ -130,6 +130,11 @@ def test_units_of_metrics(runs, end):
             assert line["tokens"] == 256
         if line["kind"] == "statistics":
             assert all(has_type(value, "float") for value in line["values"].values())
+        if line["kind"] == "profiles":
+            for name, numbers in line["values"].items():
+                assert all(number is None or has_type(number, "float") for number in numbers), name
+                if "histogram" in name:
+                    assert len(numbers) == 16 and sum(numbers) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.slow

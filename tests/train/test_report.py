@@ -15,9 +15,12 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from tests.runs import PATIENCE, ROOT, environment
-from train.comparison import comparison_page
 from train.figure import Page, series_style
-from train.report import Series, draw_report, main, report_page
+from train.report import draw_report, main
+from train.report.comparison_picture import comparison_picture
+from train.report.monitors import Series
+from train.report.run_picture import report_page
+from train.report.runs import read_runs
 
 HEADER = {"kind": "header", "format_version": 1, "step": 0}
 
@@ -52,6 +55,8 @@ def statistics_line(step: int, blocks: int) -> dict:
             f"{name}.mixer.fgate_preact_mean": 4.4,
             f"{name}.mixer.stabiliser_min": -9.0,
             f"{name}.mixer.stabiliser_max": -3 + 2 * grown,
+            f"{name}.mixer.never_forgets": 0.25 * grown,
+            f"{name}.mixer.always_forgets": 0.5,
             f"{name}.mixer.igate_soft_cap_saturation": 0.02 * grown * block,
             f"{name}.mixer.fgate_soft_cap_saturation": 0.0,
         }
@@ -60,13 +65,26 @@ def statistics_line(step: int, blocks: int) -> dict:
     return {"kind": "statistics", "step": step, "values": values | {"logits.soft_cap_saturation": 0.001}}
 
 
+def profiles_line(step: int, blocks: int) -> dict:
+    values = {}
+    for block in range(blocks):
+        name = f"blocks.{block:02d}.mixer"
+        values |= {
+            f"{name}.memory_tokens": [(1 + head) * (10 + step) * (1 + block) for head in range(4)],
+            f"{name}.fgate_histogram": [1 / 16] * 16,
+            f"{name}.igate_histogram": [0.0] * 8 + [1.0] + [0.0] * 7,
+            f"{name}.state_log_norm": [-3.0 + position + block for position in range(8)] + [None],
+        }
+    return {"kind": "profiles", "step": step, "values": values}
+
+
 def write_run(folder: Path, blocks: int = 6, steps: int = 600, sets: Sequence[str] = ("validation",)) -> Path:
     noise = np.random.default_rng(0).standard_normal(steps)
     lines = [HEADER]
     for step in range(2, steps + 1, 2):
         lines.append(train_line(step, noise[step - 1]))
         if step % 50 == 0 and blocks:
-            lines.append(statistics_line(step, blocks))
+            lines += [statistics_line(step, blocks), profiles_line(step, blocks)]
         if step % 100 == 0:
             loss = train_line(step)["loss"] + 0.06
             lines += [{"kind": "evaluation", "step": step, "set": s, "loss": loss, "tokens": 65536} for s in sets]
@@ -207,7 +225,7 @@ def test_no_two_of_forty_series_look_alike():
 def test_runs_are_compared_in_one_picture(tmp_path, count):
     folders = [write_run(tmp_path / str(n), blocks=0, steps=20 + 100 * (n == 0)) for n in range(count)]
     folders[1] = folders[1].rename(tmp_path / f"_{LONG[:70]}")
-    page = comparison_page(folders)
+    page = comparison_picture(read_runs(folders))
     losses, held_out = page.figure.axes[0], next(a for a in page.figure.axes if a.get_title("left") == "Held-out loss")
     labels = [line.get_label() for line in losses.lines]
     assert len(labels) == len(set(labels)) == count
@@ -225,7 +243,7 @@ def test_runs_of_one_name_are_told_apart_and_share_a_held_out_set(tmp_path):
         write_run(tmp_path / "a" / "run", 0, 200, ["x", "both"]),
         write_run(tmp_path / "b" / "run", 0, 200, ["both"]),
     ]
-    page = comparison_page(folders)
+    page = comparison_picture(read_runs(folders))
     held_out = next(axes for axes in page.figure.axes if axes.get_title("left") == "Held-out loss")
     assert [line.get_label().split()[0] for line in page.figure.axes[0].lines] == ["a/run", "b/run"]
     assert [line.get_xdata().tolist() for line in held_out.lines] == [[100 * 8192.0, 200 * 8192.0]] * 2
@@ -236,7 +254,7 @@ def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     runs = [str(write_run(tmp_path / name, blocks=0, steps=20)) for name in "ab"]
     assert main(runs) == 0
-    assert capsys.readouterr().out == "comparison.png\n"
+    assert capsys.readouterr().out == "comparison.html\ncomparison.png\n"
     assert pixels(tmp_path / "comparison.png").shape[1] > 1400
     assert main([runs[0], "--output", "one.png"]) == 0 and (tmp_path / "one.png").is_file()
     assert main([runs[0], "--output", "new/two.png"]) == 0 and (tmp_path / "new" / "two.png").is_file()
@@ -249,7 +267,9 @@ def test_the_command_compares_runs_and_says_what_is_wrong(tmp_path, capsys, monk
     assert main([runs[0], str(tmp_path / "nothing")]) == 2
     assert "nothing/metrics.jsonl: no such file" in capsys.readouterr().err
     assert main([*runs, f"{runs[0]}/"]) == 0, "one of two names is one curve"
-    assert [line.get_label()[0] for line in comparison_page([*runs, f"{runs[0]}/"]).figure.axes[0].lines] == ["a", "b"]
+    assert [
+        line.get_label()[0] for line in comparison_picture(read_runs([*runs, f"{runs[0]}/"])).figure.axes[0].lines
+    ] == ["a", "b"]
     pyplot.close()
     others = [str(tmp_path / str(number)) for number in range(20)]
     assert main([*runs, *others]) == 2

@@ -47,6 +47,10 @@ class Callback:
         """Stability statistics of the step just completed, combined over ranks."""
         return CONTINUE
 
+    def on_profiles(self, trainer: Trainer, profiles: dict[str, list[float]]) -> None:
+        """Statistics with a number for each head, bin or position, of the same step and right after `on_statistics`;
+        not a number where nothing was measured."""
+
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         """Held-out losses by set name."""
         return CONTINUE

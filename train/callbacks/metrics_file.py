@@ -6,6 +6,7 @@ number of completed steps, and a `kind`:
 - "train": the record of a logged step, by `Trainer` and the callbacks (keys in docs/training.md).
 - "evaluation": `set`, `loss` (nats per token), `perplexity`, `tokens` (scored) of one held-out set.
 - "statistics": `values`, the stability statistics by name.
+- "profiles": `values`, the statistics with a number for each head, bin or position, lists by name.
 - "health": how processes and machines fare, by `callbacks.health`.
 
 A number that is not finite is written as null: JSON has no other word for it, and events.jsonl tells which it was.
@@ -68,6 +69,11 @@ class MetricsFile(Callback):
         self._append({"kind": "statistics", "step": trainer.step, "values": values})
         return CONTINUE
 
+    def on_profiles(self, trainer: Trainer, profiles: dict[str, list[float]]) -> None:
+        # Seven digits are what was measured in.
+        values = {name: [float(f"{number:.7g}") for number in numbers] for name, numbers in profiles.items()}
+        self._append({"kind": "profiles", "step": trainer.step, "values": values})
+
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         for name, result in results.items():
             self._append(
@@ -119,6 +125,11 @@ def is_measurement(line: dict[str, Any]) -> bool:
         )
     if kind == "statistics":
         return isinstance(line.get("values"), dict) and all(map(_is_figure, line["values"].values()))
+    if kind == "profiles":
+        values = line.get("values")
+        return isinstance(values, dict) and all(
+            isinstance(numbers, list) and all(map(_is_figure, numbers)) for numbers in values.values()
+        )
     return True
 
 

@@ -7,7 +7,9 @@ added up on the device, two all-reduces combine the ranks, and one copy brings e
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.accounting import parameter_shapes
-from model.statistics import Statistics, recording
+from model.statistics import Statistics, memory_tokens, recording
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Stability(Callback):
-    """Every `logging.monitor_interval` steps, dispatches `on_statistics` to all callbacks."""
+    """Every `logging.monitor_interval` steps, dispatches `on_statistics` and `on_profiles` to all callbacks."""
 
     def __init__(self) -> None:
         self._recording: contextlib.ExitStack | None = None
@@ -47,18 +49,21 @@ class Stability(Callback):
         slices = mesh.size_of("sequence")
         shared = slices > 1
         recorded = self._statistics.values((lambda x: mesh.sum(x, group="sequence") / slices) if shared else None)
+        profiles = self._statistics.profiles()
         self._stop_recording()
         # Every rank must list the same groups, also those of which it holds no part.
         model = trainer.config.model
         groups = {name: layer_group(name, model.n_blocks) for name in parameter_shapes(model)}
         squares = _squared_norms(trainer.engine.fragments, groups, trainer.device)
-        self._pending = _combine_over_ranks(recorded, squares, trainer.mesh)
+        self._pending = _combine_over_ranks(recorded, squares, profiles, trainer.mesh)
 
     def on_step_end(self, trainer: Trainer) -> Decision:
         if self._pending is not None:
-            values = self._pending.to_host()
+            values, profiles = self._pending.to_host()
             self._pending = None
+            values |= forgetting(profiles, trainer.config.training.sequence_length)
             trainer.dispatch("on_statistics", values)
+            trainer.dispatch("on_profiles", with_memory(profiles))
         return CONTINUE
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback, left: int) -> None:
@@ -75,14 +80,49 @@ class Stability(Callback):
 
 
 class _Combined:
-    """Values of all ranks on their way to the host, in one tensor."""
+    """Values of all ranks on their way to the host, in one tensor: a number of each name, then of each profile its
+    numbers."""
 
-    def __init__(self, names: list[str], values: Tensor):
+    def __init__(self, names: list[str], sizes: dict[str, int], values: Tensor):
         self._names = names
+        self._sizes = sizes
         self._values = values
 
-    def to_host(self) -> dict[str, float]:
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+    def to_host(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """(values by their names, profiles by theirs)"""
+        numbers = self._values.tolist()
+        rest = iter(numbers[len(self._names) :])
+        profiles = {name: list(itertools.islice(rest, size)) for name, size in self._sizes.items()}
+        return dict(zip(self._names, numbers[: len(self._names)], strict=True)), profiles
+
+
+def with_memory(profiles: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The profiles, with the memory length of each head in tokens in place of its forget rate."""
+    found = {}
+    for name, values in profiles.items():
+        layer, _, last = name.rpartition(".")
+        if last == "forget_rate":
+            found[f"{layer}.memory_tokens"] = [memory_tokens(rate) for rate in values]
+        else:
+            found[name] = values
+    return found
+
+
+def forgetting(profiles: dict[str, list[float]], sequence_length: int) -> dict[str, float]:
+    """Of each layer with forget gates: the median of its heads' memory lengths in tokens, and two shares of its heads.
+
+    A head never forgets that keeps half of what it wrote over `sequence_length` tokens, at its mean rate. It always
+    forgets if one token leaves less than 1/e.
+    """
+    found = {}
+    for name, values in profiles.items():
+        layer, _, last = name.rpartition(".")
+        rates = [rate for rate in values if not math.isnan(rate)]
+        if last == "forget_rate" and rates:
+            found[f"{layer}.memory_tokens_median"] = memory_tokens(statistics.median(rates))
+            found[f"{layer}.never_forgets"] = sum(rate * sequence_length <= math.log(2) for rate in rates) / len(rates)
+            found[f"{layer}.always_forgets"] = sum(rate > 1 for rate in rates) / len(rates)
+    return found
 
 
 def layer_group(name: str, n_blocks: int) -> str:
@@ -121,21 +161,30 @@ def _squared_norms(fragments: Sequence[Fragment], groups: dict[str, str], device
 
 
 def _combine_over_ranks(
-    recorded: dict[str, tuple[str, Tensor]], squared_norms: dict[str, Tensor], mesh: Mesh
+    recorded: dict[str, tuple[str, Tensor]],
+    squared_norms: dict[str, Tensor],
+    profiles: dict[str, Tensor],
+    mesh: Mesh,
 ) -> _Combined:
     """Combine all values over ranks: means averaged, squares added up, extremes taken (minima as negative maxima).
 
     What is measured at the beginning of a sequence only the rank with its first slice has recorded, and each stage of a
-    pipeline has recorded its own layers.
+    pipeline has recorded its own layers. An element of a profile is the mean of the ranks that measured it.
     """
     reductions = {name: reduction for name, (reduction, _) in recorded.items()}
+    sizes = {name: len(values) for name, values in profiles.items()}
     if mesh.size_of("sequence") > 1 or mesh.size_of("pipeline") > 1:
-        of_ranks = mesh.gather_objects(reductions, group="world")
-        reductions = {name: reduction for of_rank in of_ranks for name, reduction in of_rank.items()}
+        of_ranks = mesh.gather_objects((reductions, sizes), group="world")
+        reductions = {name: reduction for of_rank, _ in of_ranks for name, reduction in of_rank.items()}
+        sizes = {name: size for _, of_rank in of_ranks for name, size in of_rank.items()}
     zero = torch.zeros((), device=mesh.device)
     nothing = zero - math.inf
     means, maxima, minima = ([n for n, of_name in reductions.items() if of_name == r] for r in ("mean", "max", "min"))
-    added = torch.stack(
+    elements = torch.cat(
+        [profiles[name] if name in profiles else zero.new_full((size,), torch.nan) for name, size in sizes.items()]
+        or [zero.new_empty(0)]
+    )
+    scalars = torch.stack(
         [
             *(recorded[name][1] if name in recorded else zero for name in means),
             *squared_norms.values(),
@@ -149,10 +198,16 @@ def _combine_over_ranks(
             zero,
         ]
     )
+    added = torch.cat([scalars, elements.nan_to_num(0.0), (~elements.isnan()).float()])
     mesh.sum(added, group="world")
     mesh.maximum(extremes, group="world")
-    added, counts = added.split([len(means) + len(squared_norms), len(means)])
+    parts = [len(means) + len(squared_norms), len(means), len(elements), len(elements)]
+    added, counts, sums, measured = added.split(parts)
     averages = added[: len(means)] / counts
     norms = added[len(means) :].sqrt()
     highest, lowest = extremes[: len(maxima)], -extremes[len(maxima) : len(maxima) + len(minima)]
-    return _Combined([*means, *squared_norms, *maxima, *minima], torch.cat([averages, norms, highest, lowest]))
+    return _Combined(
+        [*means, *squared_norms, *maxima, *minima],
+        sizes,
+        torch.cat([averages, norms, highest, lowest, sums / measured]),
+    )

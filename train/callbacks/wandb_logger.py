@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import sys
@@ -10,7 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from conf.passwords import without_passwords
+from model.statistics import HISTOGRAM_EDGES
 from train.callbacks.base import Callback
 from train.decisions import CONTINUE, Decision, Rollback
 from train.health.record import health_figures
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 _ID_FILE = "wandb_id.txt"
+# W&B draws no open bins: the outer ones as wide as the others.
+_HISTOGRAM_BORDERS = (
+    2 * HISTOGRAM_EDGES[0] - HISTOGRAM_EDGES[1],
+    *HISTOGRAM_EDGES,
+    2 * HISTOGRAM_EDGES[-1] - HISTOGRAM_EDGES[-2],
+)
 
 
 class WandbLogger(Callback):
@@ -114,6 +124,21 @@ class WandbLogger(Callback):
         names = {name: panel_name(name) if self._has_sections else f"statistics/{name}" for name in values}
         self._log(trainer, {names[name]: value for name, value in values.items()})
         return CONTINUE
+
+    def on_profiles(self, trainer: Trainer, profiles: dict[str, list[float]]) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        shown: dict[str, Any] = {}
+        for name, numbers in profiles.items():
+            panel = panel_name(name) if self._has_sections else f"statistics/{name}"
+            measured = [number for number in numbers if math.isfinite(number)]
+            if name.endswith("_histogram") and measured:
+                shown[panel] = wandb.Histogram(np_histogram=(np.array(numbers), np.array(_HISTOGRAM_BORDERS)))
+            elif measured:
+                shown[panel] = wandb.Histogram(measured)
+        self._log(trainer, shown)
 
     def on_evaluation(self, trainer: Trainer, results: dict[str, EvaluationResult]) -> Decision:
         figures: dict[str, float] = {}

@@ -7,29 +7,27 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conf import ConfigError, compose
+from conf import ConfigError
 from conf.passwords import without_passwords
-from conf.problems import at_least, choice, suggestion
+from conf.problems import at_least, suggestion
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError, MachineError
 from data_pipeline.reading.batch import Batch
 from model.language_model import LanguageModel
 from model.loading import load
-from model.locate import Located, locate
-from model.weights import WeightsError
 from train.checkpoints.layout import CheckpointError
 from train.checkpoints.state import read_state
-from train.command import read_run_config
-from train.config import PRECISIONS, RunConfig
+from train.config import RunConfig
 from train.data import open_run_corpus
 from train.evaluate import EvaluationResult, evaluate, open_evaluation_corpora, open_sets
+from train.evaluate.suites.command import names_suite, run_suite
+from train.evaluate.target import Target, compose_for, find
 from train.origin import other_tokenizer, unknown_tokenizer
 from train.parallel.mesh import Mesh, join_mesh
 from train.parallel.time_chunks import TimeChunks
@@ -56,32 +54,10 @@ Values of a run's configuration can be set (docs/configuration.md), such as
 
 Prints loss (nats per token), perplexity and tokens, and writes them as JSON to RUN/evaluations/step-XXXXXXXX.json, or
 to MODEL/evaluation.json where there is no run, or to FILE.
+
+suite=NAME scores by a suite in place of held-out text (docs/guides/evaluation.md); its settings are suite.key=value.
+The result is one more line of RUN/evaluations.jsonl, of evaluations.jsonl beside the weights, or of FILE.
 """
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What is evaluated, and what is known of it."""
-
-    path: Path
-    located: Located
-
-    @property
-    def checkpoint(self) -> Path | None:
-        return self.located.checkpoint
-
-    @property
-    def run(self) -> Path | None:
-        """The run that it is of, where that has left its configuration."""
-        run = self.located.run
-        return run if run is not None and (run / "config.yaml").is_file() else None
-
-    @property
-    def output(self) -> Path:
-        """Where the result goes, unless it is said."""
-        if self.run is None or self.checkpoint is None:
-            return self.path / "evaluation.json"
-        return self.run / "evaluations" / f"{self.checkpoint.name}.json"
 
 
 class ModelScorer:
@@ -132,8 +108,11 @@ def _evaluate(arguments: list[str]) -> None:
         raise ConfigError(
             [f"name one model: a run, RUN@STEP, a checkpoint or a weights directory (not {' '.join(named) or 'none'})"]
         )
-    target = _find(Path(named[0]))
-    config = _configuration(target, [argument for argument in arguments if "=" in argument])
+    target, overrides = find(Path(named[0])), [argument for argument in arguments if "=" in argument]
+    if names_suite(overrides):
+        run_suite(target, overrides, output)
+        return
+    config = _configuration(target, overrides)
     corpora = _open_corpora(config, target)
     mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
     try:
@@ -144,37 +123,14 @@ def _evaluate(arguments: list[str]) -> None:
         if mesh.is_main:
             if target.located.tokenizer is None:
                 print(f"WARNING    {unknown_tokenizer(target.path)}", file=sys.stderr)
-            _write(output or target.output, _document(target, config, corpora, model, results))
+            _write(output or _output(target), _document(target, config, corpora, model, results))
     finally:
         mesh.close()
 
 
-def _find(path: Path) -> _Target:
-    try:
-        return _Target(path, locate(path))
-    except WeightsError as error:
-        raise ConfigError([str(error)]) from None
-
-
-def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
+def _configuration(target: Target, overrides: list[str]) -> RunConfig:
     """The run's configuration, or the defaults, with `overrides`; whole splits by source, unless they say otherwise."""
-    if changed := [one for one in overrides if one.lstrip("+~").partition("=")[0].split(".")[0] in ("model", "name")]:
-        raise ConfigError([f"{one}: the model is evaluated as it is; leave this out" for one in changed])
-    base = None
-    if target.run is not None:
-        base = read_run_config(target.run)
-    else:
-        overrides = ["name=evaluation", *overrides]
-    config = compose(RunConfig, "train", overrides, validate_evaluation, base)
-    problems = [
-        *validate_evaluation(config),
-        *at_least("training.sequence_length", config.training.sequence_length, 1),
-        *choice("precision.compute", config.precision.compute, PRECISIONS),
-    ]
-    if not config.evaluation.sets:
-        problems.append("evaluation.sets: there is none to score; give evaluation=validation")
-    if problems:
-        raise ConfigError(problems)
+    config = compose_for(target, overrides, _problems)
     if any("by_source" in override for override in overrides):
         return config
     sets = {
@@ -185,7 +141,24 @@ def _configuration(target: _Target, overrides: list[str]) -> RunConfig:
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, sets=sets))
 
 
-def _open_corpora(config: RunConfig, target: _Target) -> dict[str, Corpus]:
+def _problems(config: RunConfig) -> list[str]:
+    problems = [
+        *validate_evaluation(config),
+        *at_least("training.sequence_length", config.training.sequence_length, 1),
+    ]
+    if not config.evaluation.sets:
+        problems.append("evaluation.sets: there is none to score; give evaluation=validation")
+    return problems
+
+
+def _output(target: Target) -> Path:
+    """Where the result goes, unless it is said."""
+    if target.run is None or target.checkpoint is None:
+        return target.path / "evaluation.json"
+    return target.run / "evaluations" / f"{target.checkpoint.name}.json"
+
+
+def _open_corpora(config: RunConfig, target: Target) -> dict[str, Corpus]:
     with data_as_configured():
         corpus = open_run_corpus(config, "size")
         corpora = open_evaluation_corpora(config, corpus)
@@ -209,7 +182,7 @@ def _check_vocabulary(corpora: dict[str, Corpus], model: LanguageModel) -> None:
 
 
 def _document(
-    target: _Target,
+    target: Target,
     config: RunConfig,
     corpora: dict[str, Corpus],
     model: LanguageModel,

@@ -111,6 +111,16 @@ def assert_same_curve(one, run):
     compared = [name for name in expected if name.endswith(("rms", "gradient_norm", "parameter_norm"))]
     assert len(compared) > 40
     assert {n: got[n] for n in compared} == pytest.approx({n: expected[n] for n in compared}, rel=1e-3)
+    (expected,), (got,) = (values(folder, "profiles", "values") for folder in (one, run))
+    assert expected.keys() == got.keys()
+    for name, numbers in expected.items():
+        # Every head is measured by some rank, whichever ranks compute it.
+        assert len(got[name]) == len(numbers)
+        assert [number is None for number in got[name]] == [number is None for number in numbers] or "norm" in name
+    compared = [name for name in expected if name.startswith("blocks.00.") and "norm" not in name]
+    assert len(compared) == 3
+    for name in compared:
+        assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
 
 
 def values(run_directory, kind, name):

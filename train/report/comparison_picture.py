@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from train.callbacks.metrics_file import read_metrics
 from train.figure import (
     STYLE,
     Page,
@@ -25,46 +22,30 @@ from train.figure import (
     shorter,
     smooth,
 )
+from train.report.runs import ComparedRun
 
 FILE_NAME = "comparison.png"
-# As many as have a style of their own that the eye can tell from the others.
-MOST_RUNS = 20
 
 
-@dataclass(frozen=True)
-class _Run:
-    name: str
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-
-    def held_out(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and losses of one held-out set."""
-        steps, tokens = column(self.train, "step"), column(self.train, "tokens")
-        of_set = [line for line in self.evaluations if line["set"] == name]
-        # An evaluation knows its step alone.
-        return column(of_set, "step") * (tokens[-1] / steps[-1]), column(of_set, "loss")
-
-
-def draw_comparison(run_directories: Sequence[Path | str], output: Path | None = None) -> Path:
-    """Draw comparison.png in the current folder, or `output`, and return its path. Raises as `comparison_page` does."""
-    path = output or Path(FILE_NAME)
-    comparison_page(run_directories).save(path)
+def draw(runs: Sequence[ComparedRun], path: Path) -> Path:
+    """Draw the picture, and return its path. Raises as `comparison_picture` does."""
+    comparison_picture(runs).save(path)
     return path
 
 
 @matplotlib.rc_context(STYLE)
-def comparison_page(run_directories: Sequence[Path | str]) -> Page:
-    """The picture of several runs.
+def comparison_picture(runs: Sequence[ComparedRun]) -> Page:
+    """The picture of all runs that have logged a step.
 
-    Raises FileNotFoundError when a folder has no metrics.jsonl; ValueError when one holds no logged step, or there are
-    more than MOST_RUNS.
+    Raises ValueError where none has.
     """
-    # A run that is named twice is one curve.
-    folders = list({Path(folder).resolve(): Path(folder) for folder in run_directories}.values())
-    if len(folders) > MOST_RUNS:
-        raise ValueError(f"{len(folders)} runs are more than one picture shows; name at most {MOST_RUNS}")
-    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    styles = [series_style(index) | {"marker": None} for index in range(len(runs))]
+    # As on the page, where runs without a step have a colour too.
+    styles = [series_style(index) | {"marker": None} for index, run in enumerate(runs) if run.train]
+    runs = [run for run in runs if run.train]
+    if not runs:
+        raise ValueError(
+            "metrics.jsonl of all these runs has no logged step yet; let one of them take logging.interval steps"
+        )
     names = legend_names([run.name for run in runs])
     labels = [f"{name}  {_last(run.train):.3f}" for name, run in zip(names, runs, strict=True)]
     page = Page(f"{len(runs)} runs, with the loss of their latest logged steps", labels, rows=2)
@@ -75,7 +56,8 @@ def comparison_page(run_directories: Sequence[Path | str]) -> Page:
         tokens = column(run.train, "tokens")
         losses.plot(tokens, smooth(column(run.train, "loss")), label=label, **style)
         if shared is not None:
-            held_out.plot(*run.held_out(shared), **style | {"marker": "o", "markersize": 4})
+            steps, scored = run.held_out(shared)
+            held_out.plot(run.over("tokens", steps), scored, **style | {"marker": "o", "markersize": 4})
         for axes, key in zip(panels, ("learning_rate", "grad_norm", "tokens_per_second"), strict=True):
             values = column(run.train, key)
             axes.plot(tokens, values if key == "learning_rate" else smooth(values), **style)
@@ -105,27 +87,7 @@ def _name_panels(panels: list[Axes], shared: str | None) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _read(folder: Path, name: str) -> _Run:
-    lines = read_metrics(folder)
-    train = [line for line in lines if line["kind"] == "train"]
-    if not train:
-        raise ValueError(f"{folder}: metrics.jsonl has no logged step yet; let the run take logging.interval steps")
-    return _Run(name, train, [line for line in lines if line["kind"] == "evaluation"])
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """What each folder is called, with as many of those around it as tell them apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    names = ["/".join(parts[-1:]) for parts in paths]
-    for length in range(2, max(map(len, paths), default=0) + 1):
-        names = [
-            "/".join(parts[-length:]) if names.count(name) > 1 else name
-            for parts, name in zip(paths, names, strict=True)
-        ]
-    return names
-
-
-def _shared_set(runs: Sequence[_Run]) -> str | None:
+def _shared_set(runs: Sequence[ComparedRun]) -> str | None:
     """The first held-out set that all runs have scored."""
     found = [list(dict.fromkeys(line["set"] for line in run.evaluations)) for run in runs]
     return next((name for name in found[0] if all(name in others for others in found)), None)

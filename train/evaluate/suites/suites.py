@@ -1,0 +1,52 @@
+"""The suites that there are, by the `kind` of their settings, and how their settings are composed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from conf import CONF_DIR, ConfigError, compose, suggestion
+from train.evaluate.suites.base import Suite
+
+_SUITES: tuple[Suite[Any], ...] = ()
+
+
+def suite_of(kind: str) -> Suite[Any]:
+    """The suite that settings of this `kind` are for. Raises ConfigError."""
+    for suite in _SUITES:
+        if suite.kind == kind:
+            return suite
+    kinds = [suite.kind for suite in _SUITES]
+    raise ConfigError([f"suite.kind: no such suite ({kind!r}){suggestion(kind, kinds)}; choose one of {kinds}"])
+
+
+def suite_names() -> list[str]:
+    """What `suite` may be: the files of conf/suite/."""
+    return sorted(path.stem for path in (CONF_DIR / "suite").glob("*.yaml"))
+
+
+def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
+    """The suite of conf/suite/`name`.yaml, and its settings with `overrides` of keys below `suite`.
+
+    Raises ConfigError with every problem of both.
+    """
+    if name not in suite_names():
+        raise ConfigError(
+            [
+                f"suite={name}: conf/suite/ has no such file{suggestion(name, suite_names())}; choose one of "
+                f"{', '.join(suite_names())}"
+            ]
+        )
+    suite = suite_of(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text())["kind"])
+    # Each kind has settings of its own; a tree of them is composed as any other configuration.
+    schema: Any = dataclasses.make_dataclass("SuiteConfig", [("suite", suite.settings_class)], frozen=True)
+    settings = compose(schema, "suite", [f"suite={name}", *overrides], lambda built: suite.validate(built.suite)).suite
+    if settings.kind != suite.kind:
+        raise ConfigError(
+            [f"suite.kind: conf/suite/{name}.yaml is of kind {suite.kind}; choose another file with suite="]
+        )
+    if problems := suite.validate(settings):
+        raise ConfigError(problems)
+    return suite, settings
