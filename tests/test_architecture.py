@@ -63,6 +63,7 @@ SHARED = (
     "conf.stored_values",
     "conf.passwords",
     "conf.slurm_variables",
+    "conf.settings",
 )
 # The command line of the model turns text into tokens and describes runs; the library does neither.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
@@ -73,7 +74,8 @@ DATA_ROOMS = {
     "corpus": {"tokenizing"},
     "ordering": {"corpus"},
     "preparing": {"tokenizing", "sources", "corpus", "ordering"},
-    "reading": {"tokenizing", "sources", "corpus", "ordering"},
+    "tasks": {"ordering"},
+    "reading": {"tokenizing", "sources", "corpus", "ordering", "tasks"},
 }
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -9,8 +9,9 @@ import yaml
 
 from conf import CONF_DIR, ConfigError, compose, suggestion
 from train.evaluate.suites.base import Suite
+from train.evaluate.suites.task import TaskSuite
 
-_SUITES: tuple[Suite[Any], ...] = ()
+_SUITES: tuple[Suite[Any], ...] = (TaskSuite(),)
 
 
 def suite_of(kind: str) -> Suite[Any]:
