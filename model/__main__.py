@@ -7,23 +7,21 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
-from conf import ConfigError, suggestion
+from conf import ConfigError
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.passwords import without_passwords
-from conf.problems import local_folder
 from data_pipeline.errors import DataError, TokenizerError
+from model.command_settings import device_named, dtype_named, read_settings, refuse_url, tokenizer_path
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
     import torch
 
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-
-Settings = TypeVar("Settings")
 
 DESCRIBE_HELP = """\
 Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
@@ -249,7 +247,7 @@ def _generate(options: argparse.Namespace) -> int:
     # Texts are taken as they are, without a grammar of values.
     texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")] or [""]
     others = [setting for setting in options.settings if not setting.startswith("prompt=")]
-    settings = _settings(GenerateSettings, others, also=("prompt",))
+    settings = read_settings(GenerateSettings, others, also=("prompt",))
 
     import torch
 
@@ -263,10 +261,10 @@ def _generate(options: argparse.Namespace) -> int:
     from model.loading import load
     from model.locate import locate
 
-    device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device = device_named(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype_named(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     located = locate(settings.checkpoint)
-    tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
+    tokenizer = Tokenizer.load(tokenizer_path(settings.tokenizer, located.tokenizer))
     model = load(located.weights, device=device, dtype=dtype)
     # A text starts behind the end of another, as in training.
     prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
@@ -326,8 +324,8 @@ class _Printer:
 
 
 def _export(options: argparse.Namespace) -> int:
-    settings = _settings(ExportSettings, options.settings)
-    _refuse_url(settings.output)
+    settings = read_settings(ExportSettings, options.settings)
+    refuse_url(settings.output)
 
     from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.huggingface import OtherLogitsError, export_huggingface
@@ -343,7 +341,7 @@ def _export(options: argparse.Namespace) -> int:
             located.weights,
             settings.output,
             tokenizer,
-            dtype=_dtype(settings.dtype),
+            dtype=dtype_named(settings.dtype),
             verify=settings.verify,
             sequence_length=located.sequence_length,
         )
@@ -361,13 +359,13 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    settings = _settings(ImportSettings, options.settings)
+    settings = read_settings(ImportSettings, options.settings)
 
     from model.huggingface import import_huggingface
     from model.weights import save_state_dict
     from model.whole_tensors import refuse_taken
 
-    _refuse_url(settings.output)
+    refuse_url(settings.output)
     refuse_taken(output := Path(settings.output))
     config, state_dict = import_huggingface(settings.source)
     save_state_dict(state_dict, config, output)
@@ -383,7 +381,7 @@ def _import(options: argparse.Namespace) -> int:
 def _average(options: argparse.Namespace) -> int:
     # A path that exists may hold "=".
     names = [text for text in options.settings if "=" not in text or Path(text.rpartition("@")[0] or text).exists()]
-    settings = _settings(AverageSettings, [text for text in options.settings if text not in names])
+    settings = read_settings(AverageSettings, [text for text in options.settings if text not in names])
     problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
 
     from model.averaging import average, misfits, share_problems
@@ -438,63 +436,6 @@ def _common_tokenizer(paths: list[Path | None]) -> tuple[Tokenizer | None, list[
                 f"{first.path} and {tokenizer.path} are other tokenizers; ids mean other text to each model"
             )
     return first, problems
-
-
-def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:
-    """KEY=VALUE arguments as an instance of `schema`. Values are taken as they stand, so paths need no quoting."""
-    known = [field.name for field in fields(cast(Any, schema))]
-    optional = [field.name for field in fields(cast(Any, schema)) if field.default is None]
-    values: dict[str, str | None] = {}
-    problems = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        choices = [*known, *also]
-        if not separator:
-            problems.append(
-                f"'{argument}': no key is given; settings are typed KEY=VALUE, such as {known[0]}={argument}; they are "
-                f"{', '.join(choices)}"
-            )
-        elif key not in known:
-            problems.append(f"{argument}: no such setting{suggestion(key, choices)}; settings are {', '.join(choices)}")
-        elif key in optional and value.lower() in ("none", "true", "false"):
-            problems.append(f"{key}: a text or null is wanted, not {value}; write {key}=null for none")
-        values[key] = None if value == "null" else value
-    if problems:
-        raise ConfigError(problems)
-    from conf import to_dataclass
-
-    return to_dataclass(schema, values)
-
-
-def _refuse_url(output: str) -> None:
-    if problems := local_folder("output", output):
-        raise ConfigError(problems)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError([f"dtype: unknown value '{name}'; choose float32 or bfloat16"])
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        return torch.empty(0, device=name).device
-    # PyTorch without CUDA says so with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: '{name}' cannot be used here ({reason}); give cpu, cuda or cuda:1"]) from None
-
-
-def _tokenizer_path(given: str | None, found: Path | None) -> str | Path:
-    path = given or found
-    if path is None:
-        raise ConfigError(["tokenizer: the checkpoint has none beside it; give the file or folder, tokenizer=PATH"])
-    return path
 
 
 if __name__ == "__main__":

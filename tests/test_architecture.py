@@ -20,6 +20,7 @@ PACKAGES = set(MAY_IMPORT)
 READ_VALUES = {
     "train/__main__.py",
     "model/__main__.py",
+    "model/command_settings.py",
     "model/presets.py",
     "data_pipeline/__main__.py",
     "train/checkpoint.py",
