@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
-from conf import ConfigError, suggestion
+from conf import ConfigError
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.passwords import without_passwords
-from conf.problems import local_folder
 from data_pipeline.errors import DataError, TokenizerError
+from model import generate_command
+from model.command_settings import dtype_named, read_settings, refuse_url
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
-    import torch
-
     from data_pipeline.tokenizing.tokenizer import Tokenizer
-
-Settings = TypeVar("Settings")
 
 DESCRIBE_HELP = """\
 Parameters, FLOPs and memory of a model, from its configuration alone: nothing is allocated.
@@ -39,25 +35,6 @@ examples:
   python -m model describe exported
   python -m model describe model=xlstm_7b
   python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
-"""
-GENERATE_HELP = """\
-Continue text with a trained model.
-
-  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a weights
-                                directory or a Hugging Face directory
-  prompt=TEXT                   what to continue; give it several times for a batch; without it a document is begun
-  tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
-  max_new_tokens=100
-  temperature=0.8               0: always the most likely token
-  top_k=null                    draw from the k most likely tokens only
-  top_p=0.95                    draw from the most likely tokens that together have this probability
-  seed=0
-  device=null                   null (default): the GPU where there is one
-  dtype=null                    bfloat16 | float32; null (default): bfloat16 on a GPU, else float32
-
-examples:
-  python -m model generate checkpoint=runs/first prompt="The order" max_new_tokens=20
-  python -m model generate checkpoint=runs/first@1000 prompt="def f(" temperature=0
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
@@ -94,19 +71,6 @@ generate, export and a run's initialise_from take.
 example:
   python -m model average runs/first@1000 runs/first@2000 output=averaged
 """
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    checkpoint: str = "???"
-    tokenizer: str | None = None
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="CPU", metavar="NAME", help="GPU whose kernels count, such as 'NVIDIA H200' (default: CPU)"
     )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
-    command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
+    command("generate", "continue text with a trained model", generate_command.GENERATE_HELP, _generate)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
     average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
@@ -246,87 +210,12 @@ def _describe_weights(reference: str, options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    # Texts are taken as they are, without a grammar of values.
-    texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")] or [""]
-    others = [setting for setting in options.settings if not setting.startswith("prompt=")]
-    settings = _settings(GenerateSettings, others, also=("prompt",))
-
-    import torch
-
-    from model.generation import generate, sampling_problems
-
-    if problems := sampling_problems(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p):
-        raise ConfigError(problems)
-
-    from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.loading import load
-    from model.locate import locate
-
-    device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    located = locate(settings.checkpoint)
-    tokenizer = Tokenizer.load(_tokenizer_path(settings.tokenizer, located.tokenizer))
-    model = load(located.weights, device=device, dtype=dtype)
-    # A text starts behind the end of another, as in training.
-    prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
-    printer = _Printer(tokenizer, prompts)
-    generate(
-        model,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        stop_token=tokenizer.eod_id,
-        vocab_size=tokenizer.vocab_size,
-        on_token=printer.add,
-    )
-    printer.finish()
-    return 0
-
-
-class _Printer:
-    """Prints one text as it grows; several each as a whole at the end. Nothing before the first new token: until then
-    an error may come."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]):
-        self.tokenizer = tokenizer
-        self.ids = [list(prompt) for prompt in prompts]
-        self.shown = ""
-        self.streams = len(prompts) == 1
-        # A terminal or file in another encoding gets "?" for what it cannot say.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-
-    def add(self, tokens: torch.Tensor, active: torch.Tensor) -> None:
-        """The new token of each sequence [B], and which sequences had not ended before [B]."""
-        for ids, token, is_active in zip(self.ids, tokens.tolist(), active.tolist(), strict=True):
-            if is_active:
-                ids.append(token)
-        if self.streams:
-            self._show(complete=False)
-
-    def finish(self) -> None:
-        if self.streams:
-            self._show(complete=True)
-            print()
-            return
-        for number, ids in enumerate(self.ids, 1):
-            print(f"--- {number}\n{self.tokenizer.decode(ids)}")
-
-    def _show(self, complete: bool) -> None:
-        # Decoded from the start: what a token reads as may depend on those before it.
-        text = self.tokenizer.decode(self.ids[0])
-        # A character may take several tokens; until the last is there it reads as a replacement character.
-        if complete or not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+    return generate_command.run(options.settings)
 
 
 def _export(options: argparse.Namespace) -> int:
-    settings = _settings(ExportSettings, options.settings)
-    _refuse_url(settings.output)
+    settings = read_settings(ExportSettings, options.settings)
+    refuse_url(settings.output)
 
     from data_pipeline.tokenizing.tokenizer import Tokenizer
     from model.huggingface import OtherLogitsError, export_huggingface
@@ -342,7 +231,7 @@ def _export(options: argparse.Namespace) -> int:
             located.weights,
             settings.output,
             tokenizer,
-            dtype=_dtype(settings.dtype),
+            dtype=dtype_named(settings.dtype),
             verify=settings.verify,
             sequence_length=located.sequence_length,
         )
@@ -360,13 +249,13 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    settings = _settings(ImportSettings, options.settings)
+    settings = read_settings(ImportSettings, options.settings)
 
     from model.huggingface import import_huggingface
     from model.weights import save_state_dict
     from model.whole_tensors import refuse_taken
 
-    _refuse_url(settings.output)
+    refuse_url(settings.output)
     refuse_taken(output := Path(settings.output))
     config, state_dict = import_huggingface(settings.source)
     save_state_dict(state_dict, config, output)
@@ -382,7 +271,7 @@ def _import(options: argparse.Namespace) -> int:
 def _average(options: argparse.Namespace) -> int:
     # A path that exists may hold "=".
     names = [text for text in options.settings if "=" not in text or Path(text.rpartition("@")[0] or text).exists()]
-    settings = _settings(AverageSettings, [text for text in options.settings if text not in names])
+    settings = read_settings(AverageSettings, [text for text in options.settings if text not in names])
     problems = [] if len(names) > 1 else [f"name two models or more to average, not {len(names)}"]
 
     from model.averaging import average, misfits, share_problems
@@ -437,63 +326,6 @@ def _common_tokenizer(paths: list[Path | None]) -> tuple[Tokenizer | None, list[
                 f"{first.path} and {tokenizer.path} are other tokenizers; ids mean other text to each model"
             )
     return first, problems
-
-
-def _settings(schema: type[Settings], arguments: list[str], also: tuple[str, ...] = ()) -> Settings:
-    """KEY=VALUE arguments as an instance of `schema`. Values are taken as they stand, so paths need no quoting."""
-    known = [field.name for field in fields(cast(Any, schema))]
-    optional = [field.name for field in fields(cast(Any, schema)) if field.default is None]
-    values: dict[str, str | None] = {}
-    problems = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        choices = [*known, *also]
-        if not separator:
-            problems.append(
-                f"'{argument}': no key is given; settings are typed KEY=VALUE, such as {known[0]}={argument}; they are "
-                f"{', '.join(choices)}"
-            )
-        elif key not in known:
-            problems.append(f"{argument}: no such setting{suggestion(key, choices)}; settings are {', '.join(choices)}")
-        elif key in optional and value.lower() in ("none", "true", "false"):
-            problems.append(f"{key}: a text or null is wanted, not {value}; write {key}=null for none")
-        values[key] = None if value == "null" else value
-    if problems:
-        raise ConfigError(problems)
-    from conf import to_dataclass
-
-    return to_dataclass(schema, values)
-
-
-def _refuse_url(output: str) -> None:
-    if problems := local_folder("output", output):
-        raise ConfigError(problems)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError([f"dtype: unknown value '{name}'; choose float32 or bfloat16"])
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        return torch.empty(0, device=name).device
-    # PyTorch without CUDA says so with an AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: '{name}' cannot be used here ({reason}); give cpu, cuda or cuda:1"]) from None
-
-
-def _tokenizer_path(given: str | None, found: Path | None) -> str | Path:
-    path = given or found
-    if path is None:
-        raise ConfigError(["tokenizer: the checkpoint has none beside it; give the file or folder, tokenizer=PATH"])
-    return path
 
 
 if __name__ == "__main__":
