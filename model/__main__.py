@@ -1,4 +1,4 @@
-"""Command line: `python -m model describe|generate|export|import|average`."""
+"""Command line: `python -m model describe|generate|serve|export|import|average`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, TokenizerError
 from model.command_settings import device_named, dtype_named, read_settings, refuse_url, tokenizer_path
+from model.server.command import SERVE_HELP, serve
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
     command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
+    command("serve", "answer requests over HTTP, as OpenAI's interface does", SERVE_HELP, _serve)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
     average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
@@ -282,6 +284,10 @@ def _generate(options: argparse.Namespace) -> int:
     )
     printer.finish()
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    return serve(options.settings)
 
 
 class _Printer:
