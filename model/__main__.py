@@ -253,9 +253,10 @@ def _generate(options: argparse.Namespace) -> int:
 
     import torch
 
-    from model.generation import generate, sampling_problems
+    from model.generation import SamplingSettings, generate
 
-    if problems := sampling_problems(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p):
+    given = SamplingSettings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    if problems := given.problems():
         raise ConfigError(problems)
 
     from data_pipeline.tokenizing.tokenizer import Tokenizer

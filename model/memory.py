@@ -241,6 +241,20 @@ def _passed_states(
     return between_slices + copies * micro_batch_size * (4 * recurrent + compute_bytes * cached)
 
 
+def prefill_bytes_per_token(config: ModelConfig, context: int, hardware: Hardware) -> float:
+    """Bytes of activations for each token of a stretch that is read without gradients, behind at most `context` others.
+
+    The residual stream before and after a half of a block, and all of the largest half: what it would keep for a
+    backward pass is there at once without one too. The head's logits are those of one token.
+    """
+    largest = max(
+        half.others + half.chunk_states
+        for kind in dict.fromkeys(layer_kinds(config))
+        for half in _halves(config, kind, max(1, context), hardware)
+    )
+    return largest + 2 * hardware.compute_bytes * config.d_model
+
+
 def states_between_chunks_bytes(
     config: ModelConfig, micro_batch_size: int, sequence_length: int, time_chunk: int | None, compute_bytes: int
 ) -> float:

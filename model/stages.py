@@ -194,6 +194,19 @@ class Stage(nn.Module):
         assert new_state is not None
         return new_state
 
+    def predict(
+        self, inputs: Tensor, *, document_start: Tensor | None = None, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Logits [B, V] behind the last token of a stretch, and the state there; the head computes no others.
+
+        Arguments, dtypes and errors as for `forward`; of a stage with the head.
+        """
+        self._check_inputs(inputs, None, document_start, state)
+        x, new_state = self._run_blocks(inputs, document_start, state, return_state=True)
+        assert new_state is not None
+        logits: Tensor = self.lm_head(self.out_norm(x[:, -1:]), measures=False)
+        return logits[:, 0], new_state
+
     def _run_blocks(
         self, inputs: Tensor, document_start: Tensor | None, state: ModelState | None, return_state: bool
     ) -> tuple[Tensor, ModelState | None]:

@@ -54,20 +54,24 @@ class ModelState:
         """The same state on `device`."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def for_decoding(self) -> ModelState:
-        """A copy whose mLSTM memories single tokens without gradients update where they lie: continue it once only."""
-        return ModelState([for_decoding(block) for block in self.blocks])
+    def for_decoding(self, room: int | None = None) -> ModelState:
+        """A copy whose mLSTM memories single tokens without gradients update where they lie: continue it once only.
+
+        `room`: tokens that the caches of attention then have memory for, so that they too are updated where they lie;
+        None: they grow with every token.
+        """
+        return ModelState([for_decoding(block, room) for block in self.blocks])
 
 
 @functools.singledispatch
-def for_decoding(state: Any) -> Any:
+def for_decoding(state: Any, room: int | None = None) -> Any:
     """The state of one block as `ModelState.for_decoding` has it; a kind of layer registers its own way."""
     return state
 
 
 @for_decoding.register
-def _(state: ConvCellState) -> ConvCellState:
-    return ConvCellState(state.conv_tail, for_decoding(state.cell))
+def _(state: ConvCellState, room: int | None = None) -> ConvCellState:
+    return ConvCellState(state.conv_tail, for_decoding(state.cell, room))
 
 
 def map_tensors(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:

@@ -154,7 +154,7 @@ MAY_HAVE_MANY_PARAMETERS = {
     ("kernels/mlstm/__init__.py", "mlstm"),
     ("kernels/mlstm/__init__.py", "mlstm_state"),
     ("kernels/mlstm/step.py", "mlstm_step"),
-    ("model/generation/session.py", "generate"),
+    ("model/generation/generating.py", "generate"),
     ("data_pipeline/reading/stream.py", "__init__"),
     ("data_pipeline/reading/loader.py", "__init__"),
 }

@@ -6,7 +6,7 @@ import math
 
 from conf.problems import at_least, choice, exactly_one, local_folder
 from model.config import validate_model
-from model.generation import sampling_problems
+from model.generation import SamplingSettings
 from model.layers import layer_kinds, sequence_problems
 from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.alert_rules import validate_alerts
@@ -226,8 +226,8 @@ def _validate_samples(samples: SamplesConfig) -> list[str]:
     problems = at_least("logging.samples.interval", samples.interval, 0)
     if samples.interval and not samples.prompts:
         problems.append('logging.samples.prompts: there is none; give a text, or [""] to begin a document')
-    settings = sampling_problems(samples.max_new_tokens, samples.temperature, samples.top_k, samples.top_p)
-    return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings]
+    settings = SamplingSettings(samples.max_new_tokens, samples.temperature, samples.top_k, samples.top_p)
+    return problems + [f"logging.samples.{problem.replace(' ', ': ', 1)}" for problem in settings.problems()]
 
 
 def validate_evaluation(config: RunConfig) -> list[str]:

@@ -1,163 +1,194 @@
-"""Generation of text: prompts through the model once, then one token at a time on the recurrent state.
+"""Decoding on buffers that stay where they are: a step is one pass over rows, each with the state of one sequence.
 
-With recurrent blocks alone memory does not grow with the length of the prompt or of what is generated; attention blocks
-keep their cache. Axes: B batch, P prompt length, N generated length, V vocabulary.
+On a GPU a step is a CUDA graph, captured once for each number of rows that take part and played from then on: the host
+launches one graph in the place of every kernel. On a CPU the same function is called as it is.
+
+Axes: R rows of a session, B rows that take part in a step, K sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from model.language_model import LanguageModel, ModelOutput
-from model.state import ModelState
+from model.accounting import state_elements
+from model.language_model import LanguageModel
+from model.state import ModelState, named_tensors
 
-# Prompt tokens that go through the model at a time: bounds the logits in memory, of which only the last are used.
-PREFILL_TOKENS = 512
+# Tokens that caches of attention have memory for at least.
+_LEAST_ROOM = 128
+# Devices that compute a step by themselves, while the host waits for the tokens of the one before.
+RUNNING_AHEAD = ("cuda",)
+# Steps on a side stream before a capture: what is compiled, tuned or allocated at the first call then is.
+_WARM_UP_STEPS = 2
 
 
-@torch.inference_mode()
-def generate(
-    model: LanguageModel,
-    prompt_tokens: Tensor | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop_token: int | None = None,
-    vocab_size: int | None = None,
-    on_token: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """Continue a batch of prompts.
+class Session:
+    """A model and the states of up to R sequences, row by row in buffers that every step updates in place.
 
-    Prompts of different lengths are padded on the left, and their first token starts a document: the model begins there
-    from an empty state, so that nothing of the padding has any part in what is generated. A sequence draws its own
-    random numbers, so it is continued alike (up to rounding) whatever else is in the batch.
+    A row is given a sequence by `put`. A step takes the tokens that lie in `tokens` and leaves the logits behind them
+    in `logits`. One thread uses a session; its tensors live on the model's device.
 
-    Args:
-        model: on any device and in any dtype; the recurrent state is float32 at least.
-        prompt_tokens: [B, P] int64, or one sequence of ids for each prompt; no prompt may be empty.
-        max_new_tokens: N at most.
-        temperature: the logits are divided by it; 0 takes the most likely token.
-        top_k: draw from the k most likely tokens; None: from all.
-        top_p: draw from the most likely tokens that together have at least this probability (arXiv 1904.09751).
-        seed: the same seed, prompts and settings give the same tokens on the same device.
-        stop_token: ends a sequence; it is the last of its tokens, and fills its row from there on.
-        vocab_size: draw only ids below this, where the model has more rows than its tokenizer ids.
-        on_token: called after each step with the new tokens [B] int64 and active [B] bool, False for the sequences that
-            had ended before; both on the CPU.
-
-    Returns:
-        [B, N] int64 on the CPU, without the prompts; shorter than max_new_tokens when every sequence has ended.
-
-    Raises:
-        ValueError: a setting or a prompt that makes no sense.
+    Attributes:
+        tokens: [R] int64, the next token of each row.
+        logits: [R, V] float32 (float64 for a float64 model), behind the last token of each row.
+        room: tokens that caches of attention have memory for.
+        runs_ahead: a step should be launched before the host reads what the last one gave.
     """
-    prompts = [torch.as_tensor(prompt, dtype=torch.int64).cpu() for prompt in prompt_tokens]
-    allowed = vocab_size or model.config.vocab_size
-    _check(prompts, model.config.vocab_size, max_new_tokens, temperature, top_k, top_p, stop_token)
-    device = next(model.parameters()).device
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
-    logits, state = _prefill(model, prompts, device)
-    state = state.for_decoding()
-    active = torch.ones(len(prompts), dtype=torch.bool)
-    generated: list[Tensor] = []
-    while True:
-        draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        tokens = _choose(logits[:, :allowed], draws.to(device), temperature, top_k, top_p)
-        here = tokens.cpu()
-        if stop_token is not None:
-            here = torch.where(active, here, stop_token)
-        generated.append(here)
-        if on_token is not None:
-            on_token(here, active)
-        if stop_token is not None:
-            active = active & (here != stop_token)
-        if len(generated) == max_new_tokens or not active.any():
-            return torch.stack(generated, dim=1)
-        output = model(here.to(device)[:, None], state=state, return_state=True)
-        logits, state = output.logits[:, -1], output.state
 
+    @torch.inference_mode()
+    def __init__(self, model: LanguageModel, rows: int, *, batch_sizes: Sequence[int] | None = None):
+        """
+        Args:
+            model: nothing changes its weights or moves them while the session is used.
+            rows: R.
+            batch_sizes: the numbers of rows that a step may have, R among them; None: R and the powers of two below it.
+                A step has the smallest of them that suffices. With R alone all steps have one shape, so that rounding
+                too is the same whatever other rows hold.
+        """
+        self.model = model
+        self.rows = rows
+        self._batch_sizes = sorted(batch_sizes or {rows, *(2**power for power in range((rows - 1).bit_length()))})
+        assert self._batch_sizes[-1] == rows, f"the largest of {self._batch_sizes} is not {rows}"
+        self.device = next(model.parameters()).device
+        self.runs_ahead = self.device.type in RUNNING_AHEAD
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._has_caches = state_elements(model.config)["cache_per_token"] > 0
+        self.room = _LEAST_ROOM
+        self._state, self.logits = self._empty_buffers()
+        self._player: _GraphPlayer | None = _GraphPlayer(self) if self.device.type == "cuda" else None
 
-def _prefill(model: LanguageModel, prompts: list[Tensor], device: torch.device) -> tuple[Tensor, ModelState]:
-    """Logits [B, V] behind the last token of every prompt, and the state there."""
-    length = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
-    document_start = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        document_start[row, length - len(prompt)] = True
-    output: ModelOutput | None = None
-    for start in range(0, length, PREFILL_TOKENS):
-        part = slice(start, start + PREFILL_TOKENS)
-        output = model(
-            tokens[:, part].to(device),
-            document_start=document_start[:, part].to(device),
-            state=None if output is None else output.state,
-            return_state=True,
+    def _empty_buffers(self) -> tuple[ModelState, Tensor]:
+        """State and logits of R rows that hold nothing, in the form of what the model makes of any token."""
+        logits, state = self.model.predict(self.tokens[:1, None])
+        state = state.for_decoding(self.room)
+        return (
+            state.map(lambda tensor: tensor.new_zeros(self.rows, *tensor.shape[1:])),
+            logits.new_zeros(self.rows, logits.shape[1]),
         )
-    assert output is not None and output.logits is not None and output.state is not None
-    return output.logits[:, -1], output.state
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one row's state, with the room that it has now."""
+        return sum(tensor.nbytes for _, tensor in named_tensors(self._state)) // self.rows
+
+    @torch.inference_mode()
+    def put(self, row: int, state: ModelState, logits: Tensor) -> None:
+        """Give the K rows from `row` on the states of K sequences and the logits [K, V] behind them: a copy.
+
+        `fit` has made room for the longest of them.
+        """
+        rows = slice(row, row + logits.shape[0])
+        for (_, mine), (_, other) in zip(
+            named_tensors(self._state), named_tensors(state.for_decoding(self.room)), strict=True
+        ):
+            mine[rows].copy_(other)
+        self.logits[rows].copy_(logits)
+
+    @torch.inference_mode()
+    def take(self, row: int) -> ModelState:
+        """A copy of one row's state, as a batch of one."""
+        return self._state.map(lambda tensor: tensor[row : row + 1].clone())
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of row `source` go on in row `target`."""
+        for buffer in (self.tokens, self.logits, *(tensor for _, tensor in named_tensors(self._state))):
+            buffer[target].copy_(buffer[source])
+
+    @torch.inference_mode()
+    def fit(self, tokens: int) -> None:
+        """Have room for sequences of so many tokens, prompt included, and not much more; without caches nothing to do.
+
+        Buffers that change their size are new ones, and what was captured on the old ones is captured again.
+        """
+        if self.room // 8 < tokens <= self.room or tokens <= _LEAST_ROOM == self.room:
+            return
+        if self._has_caches:
+            self._state = self._state.for_decoding(room := max(_LEAST_ROOM, 2 ** (tokens - 1).bit_length()))
+            self.room = room
+            if self._player is not None:
+                self._player.forget()
+
+    @torch.inference_mode()
+    def step(self, rows: int) -> None:
+        """Run the model over `tokens` of the first rows, at least `rows` of them: their states and logits move on."""
+        size = next(size for size in self._batch_sizes if size >= rows)
+        if self._player is None or not self._player.play(size):
+            self.advance(size)
+
+    def advance(self, size: int) -> None:
+        """What a step launches."""
+        state = self.rows_of_state(size)
+        logits, new = self.model.predict(self.tokens[:size, None], state=state)
+        self.logits[:size].copy_(logits)
+        for (name, old), (_, tensor) in zip(named_tensors(state), named_tensors(new), strict=True):
+            # Layers whose states are made for decoding have updated them where they lie.
+            if tensor is not old:
+                if tensor.shape != old.shape:
+                    raise ValueError(
+                        f"the state {name} went from {tuple(old.shape)} to {tuple(tensor.shape)} in one step; a kind "
+                        "of layer whose state grows has to register how it lies in memory of a fixed size "
+                        "(model.state.for_decoding)"
+                    )
+                old.copy_(tensor)
+
+    def rows_of_state(self, size: int) -> ModelState:
+        """The first rows, in the same memory."""
+        return self._state.map(lambda tensor: tensor[:size])
 
 
-def _choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """One token [B] from logits [B, V], where draws [B] in [0, 1) picks among the candidates by their probability."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    scores, ids = logits.double().sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        scores, ids = scores[:, :top_k], ids[:, :top_k]
-    probabilities = torch.softmax(scores / temperature, dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    # A token is a candidate when those before it do not have top_p yet; the first always is.
-    candidate = cumulative - probabilities < top_p
-    candidate[:, 0] = True
-    total = (probabilities * candidate).sum(dim=-1, keepdim=True)
-    chosen = (cumulative < draws[:, None] * total).sum(dim=-1, keepdim=True)
-    chosen = torch.minimum(chosen, candidate.sum(dim=-1, keepdim=True) - 1)
-    return ids.gather(1, chosen).squeeze(1)
+class _GraphPlayer:
+    """The steps of a session as CUDA graphs, one for each number of rows, captured when it is first asked for."""
 
+    def __init__(self, session: Session):
+        self._session = session
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Graphs play one after the other and hand nothing on but by the session's buffers: they share their memory.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = True
 
-def sampling_problems(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> list[str]:
-    """What is wrong with settings of `generate`, one line each, whatever the model and its prompts are."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature must be 0 (most likely token) or positive, not {temperature}")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k must be at least 1 or null, not {top_k}")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
-    return problems
+    def forget(self) -> None:
+        """The buffers are others now."""
+        self._graphs.clear()
 
+    def play(self, size: int) -> bool:
+        """Play a step of `size` rows; False: this model cannot be captured, nothing has been done."""
+        if self._captures and size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        if not self._captures:
+            return False
+        self._graphs[size].replay()
+        return True
 
-def _check(
-    prompts: list[Tensor],
-    vocab_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    stop_token: int | None,
-) -> None:
-    if not prompts:
-        raise ValueError("prompt_tokens holds no prompt")
-    for row, prompt in enumerate(prompts):
-        if prompt.dim() != 1 or prompt.numel() == 0:
-            raise ValueError(
-                f"prompt {row} is empty; give it at least one token (the end-of-document token starts a text)"
-            )
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise ValueError(
-                f"prompt {row} holds ids {prompt.min()} to {prompt.max()}, the model has 0 to {vocab_size - 1}: it was "
-                "encoded with another tokenizer"
-            )
-    if problems := sampling_problems(max_new_tokens, temperature, top_k, top_p):
-        raise ValueError("; ".join(problems))
-    if stop_token is not None and not 0 <= stop_token < vocab_size:
-        raise ValueError(f"stop_token {stop_token} is not among the model's ids 0 to {vocab_size - 1}")
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        session = self._session
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(session.device):
+            # The steps before the capture are real ones.
+            kept, logits = session.rows_of_state(size).map(torch.clone), session.logits[:size].clone()
+            side = torch.cuda.Stream(session.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP_STEPS):
+                    session.advance(size)
+            torch.cuda.current_stream().wait_stream(side)
+            try:
+                # A server's other threads may call CUDA meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    session.advance(size)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._captures = False
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"decoding goes without CUDA graphs, more slowly: {reason}", stacklevel=2)
+            for (_, mine), (_, other) in zip(
+                named_tensors(session.rows_of_state(size)), named_tensors(kept), strict=True
+            ):
+                mine.copy_(other)
+            session.logits[:size].copy_(logits)
+        return graph

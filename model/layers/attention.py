@@ -20,6 +20,7 @@ from model.layers.base import CellForm, LayerKind, Parameter, StateElements, by_
 from model.problems import Problem, check_heads, check_positive
 from model.projections import Linear
 from model.sequence import LOCAL, SequenceContext
+from model.state import for_decoding
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -48,6 +49,75 @@ class AttentionState:
     position: Tensor
 
 
+@dataclass
+class AttentionDecodingState:
+    """A key/value cache with memory for T tokens, of which each row has the first `position`; steps add where it lies.
+
+    Whoever holds it sees to it that no row gets more than T tokens: then the last ones overwrite each other.
+    """
+
+    # [B, T, NKV, DH] each, keys with their rotary position applied.
+    keys: Tensor
+    values: Tensor
+    # [B] int64: the position of the next token within its document.
+    position: Tensor
+
+    @classmethod
+    def of(cls, state: AttentionState, room: int) -> AttentionDecodingState:
+        """A copy of `state`, which has at most `room` tokens in each row's open document, with T = room."""
+        cached = state.keys.shape[1]
+        index = torch.arange(room, device=state.keys.device)
+        held = index < state.position[:, None]
+        source = (cached - state.position[:, None] + index).clamp(max=cached - 1)
+        keys, values = (_picked(cache, source).masked_fill(~held[..., None, None], 0) for cache in _caches(state))
+        return cls(keys, values, state.position.clone())
+
+    def with_room(self, room: int) -> AttentionDecodingState:
+        """A copy with memory for `room` tokens, not fewer than the longest row has."""
+        kept = min(room, self.keys.shape[1])
+        keys, values = (cache.new_zeros(cache.shape[0], room, *cache.shape[2:]) for cache in _caches(self))
+        keys[:, :kept], values[:, :kept] = self.keys[:, :kept], self.values[:, :kept]
+        return AttentionDecodingState(keys, values, self.position.clone())
+
+    def as_attention_state(self) -> AttentionState:
+        """The same tokens in the form that stretches of several continue, in memory of their own."""
+        longest = int(self.position.max())
+        index = torch.arange(longest, device=self.keys.device)
+        source = (index - longest + self.position[:, None]).clamp(min=0)
+        keys, values = (_picked(cache, source) for cache in _caches(self))
+        return AttentionState(keys, values, self.position.clone())
+
+    def add(self, key: Tensor, value: Tensor) -> Tensor:
+        """Put key and value [B, NKV, DH] behind those of each row; [B, 1, 1, T] bool, True at all that it now has."""
+        rows, room = self.keys.shape[:2]
+        # Rows that nobody reads may go on past their end.
+        last = self.position.clamp(max=room - 1)
+        every_row = torch.arange(rows, device=last.device)
+        self.keys[every_row, last] = key.to(self.keys.dtype)
+        self.values[every_row, last] = value.to(self.values.dtype)
+        self.position += 1
+        return (torch.arange(room, device=last.device) <= last[:, None])[:, None, None]
+
+
+def _caches(state: AttentionState | AttentionDecodingState) -> tuple[Tensor, Tensor]:
+    return state.keys, state.values
+
+
+def _picked(cache: Tensor, source: Tensor) -> Tensor:
+    """Of each row of cache [B, T, NKV, DH] the tokens source [B, N] -> [B, N, NKV, DH]."""
+    return cache.gather(1, source[..., None, None].expand(-1, -1, *cache.shape[2:]))
+
+
+@for_decoding.register
+def _(state: AttentionState, room: int | None = None) -> AttentionState | AttentionDecodingState:
+    return state if room is None else AttentionDecodingState.of(state, room)
+
+
+@for_decoding.register
+def _(state: AttentionDecodingState, room: int | None = None) -> AttentionDecodingState:
+    return state if room is None else state.with_room(room)
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(DH)) v within each document, positions counted from the document's start.
 
@@ -68,15 +138,19 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         document_start: Tensor | None,
-        state: AttentionState | None,
+        state: AttentionState | AttentionDecodingState | None,
         return_state: bool,
         sequence: SequenceContext = LOCAL,
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, AttentionState | AttentionDecodingState | None]:
         """x [B, S, D], document_start [B, S] bool or None -> y [B, S, D] and the grown cache, if asked for."""
         q = sequence.time_to_heads(self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim)))
         k = sequence.time_to_heads(self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim)))
         v = sequence.time_to_heads(self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim)))
         document_start = sequence.whole_time(document_start)
+        if isinstance(state, AttentionDecodingState):
+            if x.shape[1] == 1 and document_start is None and not torch.is_grad_enabled():
+                return self._step(q, k, v, state), state
+            state = state.as_attention_state()
         position = document_positions(q, document_start, state)
         q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         mask = attention_mask(q.shape[1], document_start, state)
@@ -95,6 +169,21 @@ class Attention(nn.Module):
         if return_state:
             new_state = AttentionState(k, v, (position[:, -1] + 1).expand(x.shape[0]))
         return self.out_proj(sequence.heads_to_time(y.transpose(1, 2)).flatten(-2)), new_state
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionDecodingState) -> Tensor:
+        """One token of each row, q [B, 1, NH, DH], k and v [B, 1, NKV, DH] -> y [B, 1, D]; `state` has it then."""
+        position = state.position[:, None]
+        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        mask = state.add(k[:, 0], v[:, 0])
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            state.keys.to(q.dtype).transpose(1, 2),
+            state.values.to(q.dtype).transpose(1, 2),
+            attn_mask=mask,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
+        projected: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
+        return projected
 
 
 def document_positions(x: Tensor, document_start: Tensor | None, state: AttentionState | None) -> Tensor:

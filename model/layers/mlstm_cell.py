@@ -167,7 +167,7 @@ def _undecoded(state: CellState | None) -> MLSTMState:
 
 
 @for_decoding.register
-def _(state: MLSTMState) -> DecodingState:
+def _(state: MLSTMState, room: int | None = None) -> DecodingState:
     return DecodingState.of(state)
 
 

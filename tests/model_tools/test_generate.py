@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-import model.generation.session as generate_module
-from model.generation import generate
+from model.generation import generate, generating, session
+from model.language_model import LanguageModel
+from model.state import named_tensors
 from tests.model_tools.small_models import CONFIGS, random_model
 
 PROMPT = torch.randint(96, (2, 23), generator=torch.Generator().manual_seed(1))
+
+
+def in_pieces_of(monkeypatch, tokens):
+    """Let so many tokens, of all sequences together, be all that memory allows at once."""
+    monkeypatch.setattr(generating, "tokens_at_once", lambda _model, _context: tokens)
 
 
 def greedy_by_whole_texts(model, prompt, count):
@@ -21,7 +27,7 @@ def greedy_by_whole_texts(model, prompt, count):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("prefill", [8, 512])
 def test_greedy_is_the_most_likely_token_of_the_whole_text(monkeypatch, name, prefill):
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", prefill)
+    in_pieces_of(monkeypatch, 2 * prefill)
     model = random_model(CONFIGS[name])
     expected = greedy_by_whole_texts(model, PROMPT, 10)
     assert len(set(expected.flatten().tolist())) > 5
@@ -30,7 +36,7 @@ def test_greedy_is_the_most_likely_token_of_the_whole_text(monkeypatch, name, pr
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prompts_of_different_lengths_do_not_touch_each_other(monkeypatch, name):
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 8)
+    in_pieces_of(monkeypatch, 4 * 8)
     model = random_model(CONFIGS[name])
     prompts = [PROMPT[0, :3].tolist(), PROMPT[1].tolist(), [5], PROMPT[0, :17].tolist()]
     together = generate(model, prompts, max_new_tokens=6, temperature=0)
@@ -50,37 +56,10 @@ def test_sampling_follows_the_seed_and_the_row():
     assert not torch.equal(twice[0], twice[1])
 
 
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "temperature", "kept"),
-    [
-        (None, 1.0, 1.0, 4),
-        (3, 1.0, 1.0, 3),
-        (None, 0.75, 1.0, 2),
-        (1, 1.0, 2.0, 1),
-        (3, 0.01, 1.0, 1),
-        (9, 0.95, 0.5, 3),
-    ],
-)
-def test_choice_has_the_right_candidates_and_probabilities(top_k, top_p, temperature, kept):
-    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
-    expected = torch.softmax(probabilities.log() / temperature, dim=0)
-    smallest_kept = expected.sort(descending=True).values[kept - 1]
-    expected = torch.where(expected >= smallest_kept, expected, 0)
-    expected = expected / expected.sum()
-    draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    chosen = generate_module._choose(probabilities.log().expand(10_000, 4), draws, temperature, top_k, top_p)
-    shares = torch.bincount(chosen, minlength=4) / 10_000
-    assert torch.allclose(shares, expected.float(), atol=2e-4)
-
-
-def test_extreme_draws_stay_among_the_candidates():
-    logits = torch.tensor([[0.0, 3.0, 1.0, -torch.inf]]).expand(2, 4)
-    draws = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert generate_module._choose(logits, draws, 1.0, None, 1.0).tolist() == [1, 0]
-    assert generate_module._choose(logits, draws, 1.0, 2, 1.0).tolist() == [1, 2]
-
-
-def test_each_sequence_stops_by_itself():
+@pytest.mark.parametrize("running_ahead", [("cuda",), ("cpu", "cuda")])
+def test_each_sequence_stops_by_itself(monkeypatch, running_ahead):
+    # Also where the next step is launched before the last one's tokens are read.
+    monkeypatch.setattr(session, "RUNNING_AHEAD", running_ahead)
     model = random_model(CONFIGS["mlstm"])
     free = generate(model, PROMPT, max_new_tokens=20, temperature=0)
     stop = next(token for token in free[0].tolist() if token not in free[1].tolist())
@@ -106,24 +85,37 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_drawn():
 
 
 @pytest.mark.parametrize("name", ["mlstm", "neurips"])
-def test_memory_is_constant_and_the_state_is_fp32(monkeypatch, name):
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 8)
+def test_the_state_is_fp32_and_of_one_size_however_long_the_text(monkeypatch, name):
+    in_pieces_of(monkeypatch, 2 * 8)
     model = random_model(CONFIGS[name]).to(torch.bfloat16)
-    sizes, logits = [], []
+    sizes, lengths, logits = [], [], []
+    advance, predict = LanguageModel.advance, LanguageModel.predict
 
-    def measure(_module, _inputs, output):
-        tensors = []
-        output.state.map(lambda tensor: tensors.append(tensor) or tensor)
-        sizes.append(sum(tensor.nbytes for tensor in tensors))
+    def measure(state):
+        tensors = [tensor for _, tensor in named_tensors(state)]
         assert max(tensors, key=torch.numel).dtype == torch.float32
-        logits.append(output.logits.numel())
+        sizes.append(sum(tensor.nbytes for tensor in tensors))
+        return state
 
-    model.register_forward_hook(measure)
+    def measured_advance(self, inputs, **arguments):
+        lengths.append(inputs.shape[1])
+        return measure(advance(self, inputs, **arguments))
+
+    def measured_predict(self, inputs, **arguments):
+        lengths.append(inputs.shape[1])
+        behind, state = predict(self, inputs, **arguments)
+        logits.append(behind.shape)
+        return behind, measure(state)
+
+    monkeypatch.setattr(LanguageModel, "advance", measured_advance)
+    monkeypatch.setattr(LanguageModel, "predict", measured_predict)
     generate(model, PROMPT, max_new_tokens=30)
+    # The first is a token of the session's own, which it learns from how a state lies in memory.
+    assert lengths == [1, 8, 8, 7, *[1] * 29]
+    assert set(logits[1:]) == {(2, 96)}
     # The state that decoding overwrites has copies of the normalisers.
-    prefill, decoding = sizes[:3], sizes[3:]
+    prefill, decoding = sizes[1:4], sizes[4:]
     assert len(set(prefill)) == len(set(decoding)) == 1 and decoding[0] <= 1.05 * prefill[0]
-    assert max(logits) == 2 * 8 * 96
 
 
 @pytest.mark.parametrize(
@@ -133,6 +125,8 @@ def test_memory_is_constant_and_the_state_is_fp32(monkeypatch, name):
         ({"temperature": -1.0}, "temperature must be 0 .* or positive, not -1.0"),
         ({"top_k": 0}, "top_k must be at least 1 or null, not 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"min_p": -0.1}, "min_p must be from 0 to 1, not -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
         ({"stop_token": 96}, "stop_token 96 is not among the model's ids 0 to 95"),
         ({"prompt_tokens": [[1], []]}, "prompt 1 is empty"),
         ({"prompt_tokens": []}, "holds no prompt"),
