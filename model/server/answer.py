@@ -123,7 +123,9 @@ class Answer:
     async def changed(self, seconds: float | None = None) -> bool:
         """Wait until there is something new since the last call; False: `seconds` went by without."""
         try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            # Not wait_for, which loses a cancellation that comes with the event (Python issue 86296).
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
         except TimeoutError:
             return False
         self._changed.clear()

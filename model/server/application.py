@@ -185,7 +185,8 @@ async def _read_body(request: Request, most: int, stall_seconds: float) -> bytes
     body, parts = bytearray(), request.stream().__aiter__()
     while True:
         try:
-            body += await asyncio.wait_for(anext(parts), stall_seconds)
+            async with asyncio.timeout(stall_seconds):
+                body += await anext(parts)
         except StopAsyncIteration:
             return bytes(body)
         except TimeoutError:

@@ -77,4 +77,5 @@ class EventStream(Response):
 
     async def _patiently(self, send: Send, content: bytes, more: bool) -> None:
         message = {"type": "http.response.body", "body": content, "more_body": more}
-        await asyncio.wait_for(send(message), self._stall_seconds)
+        async with asyncio.timeout(self._stall_seconds):
+            await send(message)

@@ -19,6 +19,7 @@ from model.server.service import Service
 from model.server.worker import BatchWorker
 
 BACKLOG = 1024
+SEND_BUFFER = 2**17
 # After the last answer, for what the system still has to send.
 CLOSING_SECONDS = 1
 # How often a drain looks whether answers are left.
@@ -47,11 +48,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 def listen(listener: socket.socket, stall_seconds: float) -> None:
     """Let connections come. Raises ConfigError: another process was faster. Connections take over the options."""
+    # What the system holds of an answer that is not read; by itself it takes megabytes for each connection.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     # Clients that vanished without a word are found.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Where the system has it, it gives up connections whose client takes nothing.
+    # What is left of an answer that was given up: where the system can, it ends the connection, some time behind us.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        milliseconds = max(1, int(stall_seconds * 1000))
+        milliseconds = min(2**31 - 1, int((2 * stall_seconds + 1) * 1000))
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     host, port = listener.getsockname()[:2]
     try:

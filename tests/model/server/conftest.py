@@ -10,6 +10,7 @@ import pytest
 from tests.model.server.serving import Alone, Server, save_small_model, serving
 
 SLOTS = 4
+MAX_NEW_TOKENS = 500
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +24,16 @@ def alone(weights: Path) -> Alone:
 
 
 @pytest.fixture(scope="session")
+def endless(alone: Alone) -> list[int]:
+    """A prompt whose greedy continuation has as many tokens as the server of the tests gives."""
+    return alone.endless(MAX_NEW_TOKENS)
+
+
+@pytest.fixture(scope="session")
 def server(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "stderr"
-    limits = [f"slots={SLOTS}", "queue=12", "max_prompt_tokens=400", "max_new_tokens=2000", "max_body_bytes=20000"]
-    with serving(weights, log, *limits, "prefill_tokens=64") as server:
+    limits = [f"slots={SLOTS}", "queue=12", "max_prompt_tokens=400", "max_body_bytes=20000", "prefill_tokens=64"]
+    with serving(weights, log, *limits, f"max_new_tokens={MAX_NEW_TOKENS}") as server:
         yield server
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from model.server.event_stream import event
-from tests.model.server.conftest import SLOTS
+from tests.model.server.conftest import MAX_NEW_TOKENS, SLOTS
 from tests.model.server.serving import SECONDS, open_stream
 
 
@@ -84,20 +84,21 @@ def test_metrics_are_what_prometheus_reads(server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slots(server, stream):
-    connection = open_stream(server, {"prompt": "x", "n": SLOTS, "max_tokens": 2000, "stream": stream})
+def test_a_client_that_goes_away_frees_its_slots(server, endless, stream):
+    connection = open_stream(server, {"prompt": endless, "n": SLOTS, "max_tokens": MAX_NEW_TOKENS, "stream": stream})
     server.wait_until("xlstm_sequences_running", SLOTS)
     before = server.metric("xlstm_generated_tokens_total")
     connection.close()
     server.wait_until_idle(SLOTS)
-    assert server.metric("xlstm_generated_tokens_total") - before < SLOTS * 2000
+    assert server.metric("xlstm_generated_tokens_total") - before < SLOTS * MAX_NEW_TOKENS
 
 
-def test_a_client_that_is_killed_frees_its_slots(server):
+def test_a_client_that_is_killed_frees_its_slots(server, endless):
     code = (
         "import sys, openai\n"
         f"client = openai.OpenAI(base_url='{server.url}/v1', api_key='x')\n"
-        "for part in client.completions.create(model='small', prompt='x', n=4, max_tokens=2000, stream=True):\n"
+        f"given = dict(model='small', prompt={endless}, n={SLOTS}, max_tokens={MAX_NEW_TOKENS}, temperature=0, stream=True)\n"
+        "for part in client.completions.create(**given):\n"
         "    print('got', flush=True)\n"
     )
     client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -109,9 +110,9 @@ def test_a_client_that_is_killed_frees_its_slots(server):
     server.wait_until_idle(SLOTS)
 
 
-def test_a_reader_that_does_not_read_holds_up_nobody(server, alone):
+def test_a_reader_that_does_not_read_holds_up_nobody(server, alone, endless):
     """Its sequences end and free their slots; others are answered; what it reads later is whole."""
-    body = {"prompt": "x", "n": SLOTS, "max_tokens": 1500, "logprobs": 5}
+    body = {"prompt": endless, "n": SLOTS, "max_tokens": MAX_NEW_TOKENS, "logprobs": 20}
     with open_stream(server, body, receive_buffer=4096) as connection:
         server.wait_until("xlstm_sequences_admitted", SLOTS)
         server.wait_until("xlstm_sequences_admitted", 0)
@@ -121,7 +122,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody(server, alone):
         while b"data: [DONE]" not in received[-100:]:
             received += connection.recv(1 << 20)
     chunks = [json.loads(line[6:]) for line in received.decode().splitlines() if line.startswith("data: {")]
-    expected = alone.text("x", 1500)
+    expected = alone.text(endless, MAX_NEW_TOKENS)
     for index in range(SLOTS):
         choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(choice["text"] for choice in choices) == expected

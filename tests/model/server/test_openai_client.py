@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 
-from tests.model.server.conftest import SLOTS
+from tests.model.server.conftest import MAX_NEW_TOKENS, SLOTS
 from tests.model.server.serving import SECONDS, Alone, Server
 
 PROMPTS = ["def f(", "", "class Server:\n", "\u00e9\u4e2d\U0001f469"]
@@ -23,7 +23,7 @@ def test_the_model_is_listed_with_what_it_is(client):
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("small", "model", "xlstm-pretrain")
     assert model.parameters > 10_000 and model.state_bytes_per_sequence > 1000
-    assert (model.max_prompt_tokens, model.max_new_tokens) == (400, 2000)
+    assert (model.max_prompt_tokens, model.max_new_tokens) == (400, MAX_NEW_TOKENS)
     assert model.chat_template == "plain" and model.chat_note.startswith("no chat training is known")
     assert client.models.retrieve("small") == model
     with pytest.raises(openai.NotFoundError, match="there is no model 'other' here; it is small"):
@@ -82,13 +82,12 @@ def test_a_stop_string_ends_the_text_before_it(client, alone):
 
 
 def test_the_end_of_a_document_ends_an_answer_without_text(client, alone):
-    """Some prompt leads there: sampled at high temperature, one soon does."""
-    for seed in range(200):
-        answer = client.completions.create(model="small", prompt="x", max_tokens=100, temperature=1.5, seed=seed)
-        if answer.choices[0].finish_reason == "stop":
-            break
-    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens < 100
-    assert alone.tokenizer.eod_token not in answer.choices[0].text
+    ids = alone.ids("x", 300)
+    assert ids[-1] == alone.tokenizer.eod_id and len(ids) < 300
+    answer = client.completions.create(model="small", prompt="x", max_tokens=300, temperature=0, logprobs=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone.text("x", 300), "stop")
+    # The token that ended it was generated, and has neither text nor an entry.
+    assert answer.usage.completion_tokens == len(ids) == len(answer.choices[0].logprobs.tokens) + 1
 
 
 def test_a_seed_repeats_and_choices_differ(client):
@@ -185,8 +184,8 @@ def test_usage_may_come_with_every_chunk(client):
 def test_errors_are_those_that_the_client_knows(client, server):
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here; it is small"):
         client.completions.create(model="gpt-4", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="max_tokens: must be from 1 to 2000, not 2001") as refused:
-        client.completions.create(model="small", prompt="x", max_tokens=2001)
+    with pytest.raises(openai.BadRequestError, match="max_tokens: must be from 1 to 500, not 501") as refused:
+        client.completions.create(model="small", prompt="x", max_tokens=501)
     assert (refused.value.param, refused.value.type) == ("max_tokens", "invalid_request_error")
     with pytest.raises(openai.BadRequestError, match="prompt: has 401 tokens, more than the 400") as refused:
         client.completions.create(model="small", prompt=[3] * 401)
@@ -202,11 +201,9 @@ def test_errors_are_those_that_the_client_knows(client, server):
         client.completions.create(model="small", prompt="x", n=SLOTS + 12 + 1)
 
 
-def test_a_full_queue_is_said_with_when_to_come_again(client, server):
-    streams = [
-        client.completions.create(model="small", prompt="x", n=8, max_tokens=2000, temperature=0, stream=True)
-        for _ in range(2)
-    ]
+def test_a_full_queue_is_said_with_when_to_come_again(client, server, endless):
+    given = {"model": "small", "prompt": endless, "n": 8, "max_tokens": MAX_NEW_TOKENS, "temperature": 0, "stream": True}
+    streams = [client.completions.create(**given) for _ in range(2)]
     server.wait_until("xlstm_sequences_running", SLOTS)
     with pytest.raises(openai.RateLimitError, match="16 of 16 sequences are running or wait, no room for 1") as refused:
         client.completions.create(model="small", prompt="x")
