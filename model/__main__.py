@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -15,13 +14,12 @@ from conf import ConfigError
 from conf.command_line import exit_code, parse_arguments, refuse_undecodable
 from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, TokenizerError
-from model.command_settings import device_named, dtype_named, read_settings, refuse_url, tokenizer_path
-from model.server.command import SERVE_HELP, serve
+from model import generate_command
+from model.command_settings import dtype_named, read_settings, refuse_url
+from model.server import command as serve_command
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
-    import torch
-
     from data_pipeline.tokenizing.tokenizer import Tokenizer
 
 DESCRIBE_HELP = """\
@@ -38,25 +36,6 @@ examples:
   python -m model describe exported
   python -m model describe model=xlstm_7b
   python -m model describe model=xlstm_1b4 --sequence-length 4096 --micro-batch-size 4 --ranks 64 --json
-"""
-GENERATE_HELP = """\
-Continue text with a trained model.
-
-  checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint, a weights
-                                directory or a Hugging Face directory
-  prompt=TEXT                   what to continue; give it several times for a batch; without it a document is begun
-  tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
-  max_new_tokens=100
-  temperature=0.8               0: always the most likely token
-  top_k=null                    draw from the k most likely tokens only
-  top_p=0.95                    draw from the most likely tokens that together have this probability
-  seed=0
-  device=null                   null (default): the GPU where there is one
-  dtype=null                    bfloat16 | float32; null (default): bfloat16 on a GPU, else float32
-
-examples:
-  python -m model generate checkpoint=runs/first prompt="The order" max_new_tokens=20
-  python -m model generate checkpoint=runs/first@1000 prompt="def f(" temperature=0
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
@@ -93,19 +72,6 @@ generate, export and a run's initialise_from take.
 example:
   python -m model average runs/first@1000 runs/first@2000 output=averaged
 """
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    checkpoint: str = "???"
-    tokenizer: str | None = None
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="CPU", metavar="NAME", help="GPU whose kernels count, such as 'NVIDIA H200' (default: CPU)"
     )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
-    command("generate", "continue text with a trained model", GENERATE_HELP, _generate)
-    command("serve", "answer requests over HTTP, as OpenAI's interface does", SERVE_HELP, _serve)
+    command("generate", "continue text with a trained model", generate_command.GENERATE_HELP, _generate)
+    command("serve", "answer requests over HTTP, as OpenAI's interface does", serve_command.SERVE_HELP, _serve)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
     average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
@@ -246,87 +212,11 @@ def _describe_weights(reference: str, options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    # Texts are taken as they are, without a grammar of values.
-    texts = [setting.removeprefix("prompt=") for setting in options.settings if setting.startswith("prompt=")] or [""]
-    others = [setting for setting in options.settings if not setting.startswith("prompt=")]
-    settings = read_settings(GenerateSettings, others, also=("prompt",))
-
-    import torch
-
-    from model.generation import SamplingSettings, generate
-
-    given = SamplingSettings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
-    if problems := given.problems():
-        raise ConfigError(problems)
-
-    from data_pipeline.tokenizing.tokenizer import Tokenizer
-    from model.loading import load
-    from model.locate import locate
-
-    device = device_named(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype_named(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    located = locate(settings.checkpoint)
-    tokenizer = Tokenizer.load(tokenizer_path(settings.tokenizer, located.tokenizer))
-    model = load(located.weights, device=device, dtype=dtype)
-    # A text starts behind the end of another, as in training.
-    prompts = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in texts]
-    printer = _Printer(tokenizer, prompts)
-    generate(
-        model,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        stop_token=tokenizer.eod_id,
-        vocab_size=tokenizer.vocab_size,
-        on_token=printer.add,
-    )
-    printer.finish()
-    return 0
+    return generate_command.run(options.settings)
 
 
 def _serve(options: argparse.Namespace) -> int:
-    return serve(options.settings)
-
-
-class _Printer:
-    """Prints one text as it grows; several each as a whole at the end. Nothing before the first new token: until then
-    an error may come."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]):
-        self.tokenizer = tokenizer
-        self.ids = [list(prompt) for prompt in prompts]
-        self.shown = ""
-        self.streams = len(prompts) == 1
-        # A terminal or file in another encoding gets "?" for what it cannot say.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-
-    def add(self, tokens: torch.Tensor, active: torch.Tensor) -> None:
-        """The new token of each sequence [B], and which sequences had not ended before [B]."""
-        for ids, token, is_active in zip(self.ids, tokens.tolist(), active.tolist(), strict=True):
-            if is_active:
-                ids.append(token)
-        if self.streams:
-            self._show(complete=False)
-
-    def finish(self) -> None:
-        if self.streams:
-            self._show(complete=True)
-            print()
-            return
-        for number, ids in enumerate(self.ids, 1):
-            print(f"--- {number}\n{self.tokenizer.decode(ids)}")
-
-    def _show(self, complete: bool) -> None:
-        # Decoded from the start: what a token reads as may depend on those before it.
-        text = self.tokenizer.decode(self.ids[0])
-        # A character may take several tokens; until the last is there it reads as a replacement character.
-        if complete or not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+    return serve_command.serve(options.settings)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -191,7 +191,7 @@ class WeightsReader:
         self.pieces: dict[str, list[_Piece]] = {}
         # Of what is stored, as safetensors calls them.
         self.dtypes: set[str] = set()
-        self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(_open)
+        self._opened = functools.lru_cache(maxsize=_OPEN_FILES)(open_tensors)
         paths = _weights_files(directory)
         if not paths:
             raise WeightsError(f"{directory} holds no weights-*.safetensors file")
@@ -199,7 +199,7 @@ class WeightsReader:
             self._add(path)
 
     def _add(self, path: Path) -> None:
-        with _open(path) as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata.get("format_version"))
             shapes = _read_shapes(path, metadata.get("shapes"))
@@ -292,7 +292,8 @@ def _weights_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("weights-*.safetensors")) or sorted(directory.glob("model*.safetensors"))
 
 
-def _open(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, to read from. Raises WeightsError: it cannot be read as one."""
     if path.exists() and not path.is_file():
         # To open a pipe would wait for ever.
         raise WeightsError(f"{path} cannot be read: it is no regular file")

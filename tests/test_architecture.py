@@ -21,7 +21,9 @@ READ_VALUES = {
     "train/__main__.py",
     "model/__main__.py",
     "model/command_settings.py",
+    "model/generate_command.py",
     "model/presets.py",
+    "model/server/command.py",
     "data_pipeline/__main__.py",
     "train/checkpoint.py",
     "train/command.py",
@@ -62,7 +64,12 @@ SHARED = (
     "conf.slurm_variables",
 )
 # The command line of the model turns text into tokens and describes runs; the library does neither.
-EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
+EXCEPTIONS = {
+    ("model/__main__.py", "data_pipeline"),
+    ("model/__main__.py", "train"),
+    ("model/generate_command.py", "data_pipeline"),
+    ("model/server/command.py", "data_pipeline"),
+}
 # The rooms of data_pipeline, and which others each may import; all of them may import its `errors`.
 DATA_ROOMS = {
     "tokenizing": set(),

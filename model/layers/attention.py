@@ -68,7 +68,7 @@ class AttentionDecodingState:
         cached = state.keys.shape[1]
         index = torch.arange(room, device=state.keys.device)
         held = index < state.position[:, None]
-        source = (cached - state.position[:, None] + index).clamp(max=cached - 1)
+        source = (cached - state.position[:, None] + index).clamp(0, cached - 1)
         keys, values = (_picked(cache, source).masked_fill(~held[..., None, None], 0) for cache in _caches(state))
         return cls(keys, values, state.position.clone())
 

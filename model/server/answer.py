@@ -9,26 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from model.generation.batch import Token
 from model.generation.sampling import SamplingSettings
+from model.generation.text import TextStream
 from model.server.errors import ApiError
 
 
 class CancelledError(Exception):
     """Of a continuation that its client left."""
-
-
-class GrowingText(Protocol):
-    """Text from token ids, as model/generation/text.py makes it."""
-
-    @property
-    def stopped(self) -> bool: ...
-
-    def add(self, token: int) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 @dataclass
@@ -47,7 +37,7 @@ class Choice:
         index: int,
         prompt_tokens: Sequence[int],
         settings: SamplingSettings,
-        text: GrowingText,
+        text: TextStream,
         on_change: Callable[[Choice, int], None],
     ):
         """`on_change` is called, with the number of new tokens, when there is more to read or it has ended."""

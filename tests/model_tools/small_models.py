@@ -1,5 +1,7 @@
 """Small models of every block kind, with random weights everywhere so that every tensor matters."""
 
+import dataclasses
+
 import torch
 
 from model.config import AttentionConfig, MLSTMConfig, ModelConfig, PreUpMLSTMConfig, SLSTMConfig
@@ -49,6 +51,8 @@ CONFIGS = {
         slstm=SLSTMConfig(n_heads=4),
     ),
 }
+# With the ids of a small tokenizer.
+TEXT_CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:

@@ -1,6 +1,5 @@
 """`python -m model`: every command on real directories, and every mistake a user can make."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,41 +9,27 @@ import pytest
 import torch
 
 import model.describe
-from data_pipeline.tokenizing.config import TokenizerConfig
-from data_pipeline.tokenizing.tokenizer import Tokenizer, train_sentencepiece
+from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.__main__ import main
 from model.generation import generate
 from model.locate import locate
 from model.presets import preset
 from model.weights import WeightsError, load_weights, save_model
-from tests.marking import mark_checkpoint
-from tests.model_tools.small_models import CONFIGS, random_model
+from tests.model_tools.small_models import TEXT_CONFIG, random_model
 from tests.runs import PATIENCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG = dataclasses.replace(CONFIGS["mlstm"], vocab_size=384)
-
-
-@pytest.fixture(scope="module")
-def run_directory(tmp_path_factory):
-    """A run with two complete checkpoints and a newer one that was torn."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    for seed, step in enumerate((10, 20, 30)):
-        checkpoint = run / "checkpoints" / f"step-{step:08d}"
-        save_model(random_model(CONFIG, seed), CONFIG, checkpoint / "weights")
-        if step < 30:
-            mark_checkpoint(checkpoint)
-    model = train_sentencepiece([Path(__file__).read_text()], TokenizerConfig(vocab_size=370))
-    (run / "tokenizer").mkdir()
-    (run / "tokenizer" / "tokenizer.model").write_bytes(model)
-    return run
 
 
 def expected_text(run, model_seed, prompts, **settings):
     tokenizer = Tokenizer.load(run / "tokenizer")
     ids = [[tokenizer.eod_id, *tokenizer.encode(prompt)] for prompt in prompts]
     new = generate(
-        random_model(CONFIG, model_seed), ids, stop_token=tokenizer.eod_id, vocab_size=tokenizer.vocab_size, **settings
+        random_model(TEXT_CONFIG, model_seed),
+        ids,
+        stop_token=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        **settings,
     )
     return [tokenizer.decode([*prompt, *row.tolist()]) for prompt, row in zip(ids, new, strict=True)]
 
@@ -188,7 +173,7 @@ def test_mistakes_have_exit_codes_and_messages(run_directory, tmp_path, capsys):
     for device in ("cuda:77", "gpu"):
         assert main(["generate", f"checkpoint={run_directory}", f"device={device}"]) == 2
         assert f"device: '{device}' cannot be used here (" in capsys.readouterr().err
-    save_model(random_model(CONFIG), CONFIG, tmp_path / "bare")
+    save_model(random_model(TEXT_CONFIG), TEXT_CONFIG, tmp_path / "bare")
     assert main(["generate", f"checkpoint={tmp_path / 'bare'}"]) == 2
     assert "tokenizer: the checkpoint has none beside it" in capsys.readouterr().err
     assert main(["export", f"checkpoint={run_directory}", f"output={REPOSITORY}"]) == 2

@@ -170,7 +170,9 @@ def open_stream(server: Server, body: dict[str, Any], receive_buffer: int | None
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.settimeout(SECONDS)
     connection.connect(("127.0.0.1", server.port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
     connection.sendall(f"{head}\r\n\r\n".encode() + content)
     return connection
 

@@ -46,7 +46,9 @@ def test_other_types_of_content_are_refused(server):
 
 def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+        )
         connection.sendall(f"{head}\r\n\r\n".encode())
         connection.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
         for _ in range(4):
@@ -140,5 +142,3 @@ def test_one_connection_serves_many_requests(server):
 
 def test_events_are_one_line_whatever_is_in_them():
     assert event({"text": "a\n\n\u2028data: [DONE]\r"}).count(b"\n") == 2
-
-

@@ -104,7 +104,8 @@ def test_a_port_in_use_is_said_before_weights_are_read(weights, capsys):
         port = taken.getsockname()[1]
         assert main(["serve", f"checkpoint={weights}", f"port={port}"]) == 2
     assert (
-        f"port: {port} of 127.0.0.1 is in use by another process; give another one, or port=0" in capsys.readouterr().err
+        f"port: {port} of 127.0.0.1 is in use by another process; give another one, or port=0"
+        in capsys.readouterr().err
     )
 
 

@@ -202,7 +202,14 @@ def test_errors_are_those_that_the_client_knows(client, server):
 
 
 def test_a_full_queue_is_said_with_when_to_come_again(client, server, endless):
-    given = {"model": "small", "prompt": endless, "n": 8, "max_tokens": MAX_NEW_TOKENS, "temperature": 0, "stream": True}
+    given = {
+        "model": "small",
+        "prompt": endless,
+        "n": 8,
+        "max_tokens": MAX_NEW_TOKENS,
+        "temperature": 0,
+        "stream": True,
+    }
     streams = [client.completions.create(**given) for _ in range(2)]
     server.wait_until("xlstm_sequences_running", SLOTS)
     with pytest.raises(openai.RateLimitError, match="16 of 16 sequences are running or wait, no room for 1") as refused:
