@@ -1,4 +1,4 @@
-"""Command line: `python -m model describe|generate|export|import|average`."""
+"""Command line: `python -m model describe|generate|serve|export|import|average`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, TokenizerError
 from model import generate_command
 from model.command_settings import dtype_named, read_settings, refuse_url
+from model.server import command as serve_command
 
 # PyTorch takes a while to import: each command does so, the help does not.
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("--json", action="store_true", help="print JSON with bytes and FLOPs unrounded")
     command("generate", "continue text with a trained model", generate_command.GENERATE_HELP, _generate)
+    command("serve", "answer requests over HTTP, as OpenAI's interface does", serve_command.SERVE_HELP, _serve)
     command("export", "write a Hugging Face model directory", EXPORT_HELP, _export)
     command("import", "read a Hugging Face model directory", IMPORT_HELP, _import)
     average = command("average", "average the weights of several models", AVERAGE_HELP, _average)
@@ -211,6 +213,10 @@ def _describe_weights(reference: str, options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     return generate_command.run(options.settings)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    return serve_command.serve(options.settings)
 
 
 def _export(options: argparse.Namespace) -> int:

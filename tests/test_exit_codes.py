@@ -64,6 +64,8 @@ RUN = ["name=x", "model=tiny_mlstm", "precision=fp32", "training.total_steps=1"]
         (model_command, ["describe", "nowhere@3"]),
         (model_command, ["generate", "checkpoint=nowhere"]),
         (model_command, ["generate", "checkpoint=nowhere@3"]),
+        (model_command, ["serve", "checkpoint=nowhere"]),
+        (model_command, ["serve", "checkpoint=nowhere@3"]),
         (model_command, ["export", "checkpoint=nowhere", "output=x"]),
         (model_command, ["import", "source=nowhere", "output=x"]),
         (model_command, ["average", "nowhere", "nowhere@3", "output=x"]),

@@ -47,7 +47,8 @@ class Tokenizer(abc.ABC):
     """A tokenizer read from a file. `path`: that file. `eod_id`: the id that ends a document.
 
     `special_ids`: ids of control tokens, and the one for what has no piece. `added_tokens`: spellings of these and of
-    what else the file adds to its model. `rewritten_text`: text that `encode` treats on its own; empty: none.
+    what else the file adds to its model. `control_tokens`: spelling -> id of those that no text becomes.
+    `rewritten_text`: text that `encode` treats on its own; empty: none.
     `unknown_id`: the id of what has no piece; None: all has pieces, or what has none vanishes (`drops_characters`).
     `unknown_words`: an unknown token may stand for a word of characters that have pieces.
     `notes`: what was changed of what the file says, one line each.
@@ -62,6 +63,7 @@ class Tokenizer(abc.ABC):
     eod_token: str
     special_ids: list[int]
     added_tokens: list[str]
+    control_tokens: dict[str, int]
     rewritten_text: str = ""
     unknown_id: int | None = None
     drops_characters = False
@@ -217,6 +219,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = range(self.vocab_size)
         self.special_ids = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
         self.added_tokens = [self._model.id_to_piece(i) for i in self.special_ids]
+        self.control_tokens = {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
         if sum(map(self._model.is_byte, ids)) < 256:
             self.unknown_id = self._model.unk_id()
         self._meta_space_ids = self._find_meta_space_ids()
@@ -278,6 +281,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._model.get_added_tokens_decoder()
         self.special_ids = sorted(i for i, token in added.items() if token.special)
         self.added_tokens = [token.content for token in added.values()]
+        self.control_tokens = {token.content: i for i, token in added.items() if token.special}
         self._find_unknown()
         if len(self.eod_token) == 1 and self.eod_id in self._encode_plainly(self.eod_token):
             raise TokenizerError(

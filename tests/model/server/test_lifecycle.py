@@ -1,0 +1,173 @@
+"""How the server begins and ends: what it refuses to start with, signals, clients that stall."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model.__main__ import main
+from model.server.limits import Limits
+from tests.model.server.serving import SECONDS, Server, open_stream, serving
+from tests.runs import PATIENCE, ROOT, environment
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    while part := connection.recv(1 << 16):
+        received += part
+    return received
+
+
+def chunks_of(received: bytes) -> list[dict]:
+    return [json.loads(line[6:]) for line in received.decode().splitlines() if line.startswith("data: {")]
+
+
+def begun_stream(server: Server, prompt: list[int], tokens: int) -> socket.socket:
+    connection = open_stream(server, {"prompt": prompt, "max_tokens": tokens})
+    server.wait_until("xlstm_sequences_running", 1)
+    return connection
+
+
+@pytest.mark.slow
+def test_running_streams_end_and_new_ones_are_refused_after_sigterm(weights, alone, endless, tmp_path):
+    with serving(weights, tmp_path / "stderr", "slots=2") as server:
+        with begun_stream(server, endless, 500) as connection:
+            idle = socket.create_connection(("127.0.0.1", server.port))
+            server.process.send_signal(signal.SIGTERM)
+            while server.get("/health")[0] == 200:
+                time.sleep(0.01)
+            assert server.get("/health") == (503, b'{"status":"draining"}')
+            status, headers, answer = server.post("/v1/completions", {"model": "small", "prompt": "x"})
+            assert (status, answer["error"]["message"]) == (503, "the server is shutting down")
+            assert int(headers["retry-after"]) > 30 and headers["connection"] == "close"
+            received = read_all(connection)
+        idle.close()
+        assert server.process.wait(PATIENCE) == 0
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks_of(received))
+        assert received.count(b"data: [DONE]") == 1 and text == alone.text(endless, 500)
+        assert server.errors.read_text() == "draining: 1 requests are being answered\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "signals"),
+    [(["drain_seconds=0.1"], [signal.SIGTERM]), ([], [signal.SIGTERM, signal.SIGINT])],
+    ids=["after its time", "at a second signal"],
+)
+def test_what_does_not_end_is_broken_off_and_says_so(weights, endless, tmp_path, settings, signals):
+    limits = ["slots=2", "max_new_tokens=1000000", *settings]
+    with serving(weights, tmp_path / "stderr", *limits) as server:
+        with begun_stream(server, endless, 1_000_000) as connection:
+            for number in signals:
+                server.process.send_signal(number)
+                time.sleep(0.05)
+            received = read_all(connection)
+        assert server.process.wait(PATIENCE) == 0
+    *_, last = chunks_of(received)
+    assert last["error"]["message"] == "the server is shutting down; this answer is not whole"
+    assert last["error"]["type"] == "server_error" and b"[DONE]" not in received
+    assert "broke off 1 answers that had not ended" in server.errors.read_text()
+
+
+@pytest.mark.slow
+def test_clients_that_stall_are_given_up(weights, endless, tmp_path):
+    """One that sends half a body, one that reads nothing: of neither anything is left."""
+    with serving(weights, tmp_path / "stderr", "slots=2", "stall_seconds=0.5", "max_new_tokens=500") as server:
+        sender = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50"
+        sender.sendall(f"{head}\r\n\r\n{{".encode())
+        reader = open_stream(server, {"prompt": endless, "max_tokens": 500, "logprobs": 20}, receive_buffer=4096)
+        with sender, reader:
+            received = read_all(sender)
+            assert received.startswith(b"HTTP/1.1 408 ") and b"nothing of the body came for 0.5 seconds" in received
+            server.wait_until("xlstm_stalled_clients_total", 1)
+            server.wait_until_idle(2)
+            assert b"[DONE]" not in _what_is_left(reader)
+
+
+def _what_is_left(connection: socket.socket) -> bytes:
+    try:
+        return read_all(connection)
+    except ConnectionResetError:
+        return b""
+
+
+def test_a_port_in_use_is_said_before_weights_are_read(weights, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", f"checkpoint={weights}", f"port={port}"]) == 2
+    assert (
+        f"port: {port} of 127.0.0.1 is in use by another process; give another one, or port=0"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        (["host=256.0.0.1"], ["host: 256.0.0.1 is no address of this machine"]),
+        (["host=192.0.2.1"], ["host: cannot listen at 192.0.2.1, port 8000"]),
+        (["port=65536", "slots=0"], ["port: must be between 0 and 65535 (65536)", "slots: must be at least 1 (0)"]),
+        (["stall_seconds=0", "queue=-1"], ["stall_seconds: must be positive (0", "queue: must be at least 0 (-1)"]),
+        (["prefill_tokens=0"], ["prefill_tokens: must be at least 1 (0)"]),
+        (["prefix_cache_mib=-1"], ["prefix_cache_mib: must be at least 0 (-1)"]),
+        (["name= "], ["name: must not be empty"]),
+        (["slot=3"], ["slot=3: no such setting (did you mean 'slots'?)"]),
+        (["slots=many"], ["slots"]),
+        (["port=0", "dtype=float16"], ["dtype: unknown value 'float16'"]),
+        (["port=0", "device=abacus"], ["device: 'abacus' cannot be used here"]),
+        (["port=0", "tokenizer=nowhere"], ["nowhere: no such tokenizer file"]),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(weights, settings, messages, capsys):
+    assert main(["serve", f"checkpoint={weights}", *settings]) == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages), error
+
+
+def test_a_template_that_cannot_be_read_is_named(weights, tmp_path, capsys):
+    (tmp_path / "tokenizer.model").write_bytes((weights / "tokenizer" / "tokenizer.model").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    assert main(["serve", f"checkpoint={weights}", f"tokenizer={tmp_path}", "port=0"]) == 2
+    assert f"{tmp_path / 'chat_template.jinja'}: chat_template: line 1 cannot be read" in capsys.readouterr().err
+
+
+def test_without_the_extra_serve_says_what_to_install(weights, tmp_path):
+    """In a process that finds none of its packages."""
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name in ('starlette', 'uvicorn') else find(name, *rest)\n"
+        "from model.__main__ import main\n"
+        f"sys.exit(main(['serve', 'checkpoint={weights}']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 2
+    assert 'serve needs starlette, uvicorn, not installed here; run: pip install ".[serve]"' in done.stderr
+
+
+def test_limits_have_names_that_the_command_takes():
+    from model.server.command import ServeSettings
+
+    assert ServeSettings().limits == Limits() and ServeSettings().problems() == []
+
+
+def test_the_help_tells_the_defaults():
+    from dataclasses import fields
+
+    from model.server.command import SERVE_HELP, ServeSettings
+
+    for field in fields(ServeSettings):
+        shown = "NAME" if field.default == "???" else "PATH" if field.name == "tokenizer" else field.default
+        shown = "null" if shown is None else f"{shown:g}" if isinstance(shown, float) else shown
+        assert f"  {field.name}={shown} " in SERVE_HELP, field.name
+    assert Path(ROOT, "docs", "guides", "serving.md").is_file()
