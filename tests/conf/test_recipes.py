@@ -21,6 +21,7 @@ SCALING_LAWS = {
     "xlstm_80m": (3e-3, 128),
     "xlstm_160m": (3e-3, 128),
     "llama_160m": (3e-3, 128),
+    **dict.fromkeys(("hybrid_160m", "hybrid_400m", "parallel_160m", "parallel_400m"), (3e-3, 128)),
     "xlstm_400m": (3e-3, 128),
     "llama_400m": (3e-3, 128),
     "xlstm_830m": (1e-3, 256),

@@ -4,11 +4,10 @@ import torch
 
 from kernels.mlstm import MLSTMState
 from kernels.mlstm.step import DecodingState
-from model.state import ConvCellState
 
 
 def cells(state):
-    parts = [block.cell if isinstance(block, ConvCellState) else block for block in state.blocks]
+    parts = [getattr(block, "cell", getattr(block, "mlstm", block)) for block in state.blocks]
     return [part for part in parts if isinstance(part, (MLSTMState, DecodingState))]
 
 
@@ -26,7 +25,7 @@ def test_steps_on_a_decoding_state_equal_those_on_fresh_ones(config, make_model,
         torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-12, atol=1e-12)
         fresh, reused = expected.state, actual.state
     assert [part.C.data_ptr() for part in cells(reused)] == places
-    assert len(places) == sum(kind == "mlstm" for kind in config.block_kinds())
+    assert len(places) == sum(kind in ("mlstm", "mlstm_attention") for kind in config.block_kinds())
     for part, old in zip(cells(kept), before, strict=True):
         assert torch.equal(part.C, old)
 

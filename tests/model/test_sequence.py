@@ -19,7 +19,7 @@ LENGTH = 48
 STARTS = ((0, 3, 12, 13, 31), (0, 24))
 SIZES = {
     **{name: (2, 3, 4) for name in CONFIGS if "slstm" not in name},
-    "attention": (2, 4),
+    **dict.fromkeys(("attention", "attention_window", "attention_nope", "mlstm_attention"), (2, 4)),
     **{name: (2,) for name in CONFIGS if "slstm" in name or name == "hybrid"},
 }
 CASES = [(name, size) for name, sizes in sorted(SIZES.items()) for size in sizes]
