@@ -4,9 +4,9 @@
 blocks of queries: each sees its own block of keys and the one before (arXiv 2004.05150 §3.1), so that time and memory
 grow with S times the window.
 
-A sink is a number per head that takes part in the softmax as the score of one more token whose value is zero: "a learned
-bias in the denominator of the softmax" (gpt-oss model card, arXiv 2508.10925 §2.1). At zero it is the softmax off by
-one. It lets a head attend to nothing.
+A sink is a number per head that takes part in the softmax as the score of one more token whose value is zero: "a
+learned bias in the denominator of the softmax" (gpt-oss model card, arXiv 2508.10925 §2.1). At zero it is the softmax
+off by one. It lets a head attend to nothing.
 
 Axes: B batch, S queries, T cached tokens before them, NH query heads, NKV key/value heads, DH dimension of a head,
 L queries of a block, K keys that a block sees, N blocks.
@@ -66,14 +66,23 @@ def attention(
     q = _padded(q, 0, blocks * block - length).reshape(batch * blocks, block, heads, width)
     k, v = (_overlapping(_padded(x, before - cached, blocks * block - length), before, block) for x in (k, v))
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
-    scale = None
+    y = masked_attention(q, k, v, mask, sinks)
+    return y.reshape(batch, blocks * block, heads, width)[:, :length]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
+    """Fused attention of q [B, L, NH, DH] over k and v [B, K, NKV, DH], where mask [B or 1, L, K] is True.
+
+    `sinks`: [NH] or None. Every query sees a key. Returns [B, L, NH, DH].
+    """
+    width, scale = q.shape[-1], None
     if sinks is not None:
         scale = width**-0.5
         q, k, v, mask = _with_sinks(q, k, v, mask, sinks, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    is_grouped = k.shape[1] != heads
+    is_grouped = k.shape[1] != q.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=is_grouped)
-    return y.transpose(1, 2)[..., :width].reshape(batch, blocks * block, heads, width)[:, :length]
+    return y.transpose(1, 2)[..., :width]
 
 
 def attention_reference(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import SINK_FEATURES, attention, keys_per_query
+from kernels.attention import SINK_FEATURES, attention, keys_per_query, masked_attention
 from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
 from model.initial_values import constant, reads_stream, writes_stream
@@ -51,16 +51,18 @@ class AttentionConfig:
 
 @dataclass
 class AttentionState:
-    """A key/value cache. Of its T tokens only the last `position` belong to the document that is still open.
-
-    Of a window W, T is W - 1 however long the text is, with zeros in front of the first tokens.
-    """
+    """A key/value cache. Of its T tokens only the last `position` belong to the document that is still open."""
 
     # [B, T, NKV, DH] each, keys with their rotary position applied.
     keys: Tensor
     values: Tensor
     # [B] int64: the position of the next token within its document.
     position: Tensor
+
+
+@dataclass
+class WindowState(AttentionState):
+    """Of a window W: T is W - 1 however long the text is, with zeros in front of the first tokens."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ class AttentionDecodingState:
         return AttentionState(keys, values, self.position.clone())
 
     def add(self, key: Tensor, value: Tensor) -> Tensor:
-        """Put key and value [B, NKV, DH] behind those of each row; [B, 1, 1, T] bool, True at all that it now has."""
+        """Put key and value [B, NKV, DH] behind those of each row; [B, 1, T] bool, True at all that it now has."""
         rows, room = self.keys.shape[:2]
         # Rows that nobody reads may go on past their end.
         last = self.position.clamp(max=room - 1)
@@ -110,7 +112,7 @@ class AttentionDecodingState:
         self.keys[every_row, last] = key.to(self.keys.dtype)
         self.values[every_row, last] = value.to(self.values.dtype)
         self.position += 1
-        return (torch.arange(room, device=last.device) <= last[:, None])[:, None, None]
+        return (torch.arange(room, device=last.device) <= last[:, None])[:, None]
 
 
 def _caches(state: AttentionState | AttentionDecodingState) -> tuple[Tensor, Tensor]:
@@ -125,6 +127,12 @@ def _picked(cache: Tensor, source: Tensor) -> Tensor:
 @for_decoding.register
 def _(state: AttentionState, room: int | None = None) -> AttentionState | AttentionDecodingState:
     return state if room is None else AttentionDecodingState.of(state, room)
+
+
+@for_decoding.register
+def _(state: WindowState, room: int | None = None) -> WindowState:
+    # It does not grow.
+    return state
 
 
 @for_decoding.register
@@ -183,33 +191,32 @@ class Attention(nn.Module):
             window=self.window,
             sinks=None if self.sinks is None else sequence.own_heads(self.sinks),
         )
-        new_state = None
+        new_state: AttentionState | None = None
         if return_state:
-            kept = (k, v) if self.window is None else (last_tokens(k, self.window - 1), last_tokens(v, self.window - 1))
-            new_state = AttentionState(*kept, (position[:, -1] + 1).expand(x.shape[0]))
+            next_position = (position[:, -1] + 1).expand(x.shape[0])
+            if self.window is None:
+                new_state = AttentionState(k, v, next_position)
+            else:
+                kept = self.window - 1
+                new_state = WindowState(last_tokens(k, kept), last_tokens(v, kept), next_position)
         out: Tensor = self.out_proj(sequence.heads_to_time(y).flatten(-2))
         return out, new_state
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionDecodingState) -> Tensor:
+        """One token of each row, q [B, 1, NH, DH], k and v [B, 1, NKV, DH] -> y [B, 1, D]; `state` has it then."""
+        if self.rope_theta is not None:
+            position = state.position[:, None]
+            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        mask = state.add(k[:, 0], v[:, 0])
+        y = masked_attention(q, state.keys.to(q.dtype), state.values.to(q.dtype), mask, self.sinks)
+        projected: Tensor = self.out_proj(y.flatten(-2))
+        return projected
 
 
 def last_tokens(x: Tensor, tokens: int) -> Tensor:
     """The last `tokens` of x [B, S, NKV, DH], with zeros in front where x has fewer."""
     missing = tokens - x.shape[1]
     return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else x[:, -missing:]
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionDecodingState) -> Tensor:
-        """One token of each row, q [B, 1, NH, DH], k and v [B, 1, NKV, DH] -> y [B, 1, D]; `state` has it then."""
-        position = state.position[:, None]
-        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
-        mask = state.add(k[:, 0], v[:, 0])
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            state.keys.to(q.dtype).transpose(1, 2),
-            state.values.to(q.dtype).transpose(1, 2),
-            attn_mask=mask,
-            enable_gqa=k.shape[2] != q.shape[2],
-        )
-        projected: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
-        return projected
 
 
 def document_positions(x: Tensor, document_start: Tensor | None, state: AttentionState | None) -> Tensor:

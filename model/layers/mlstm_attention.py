@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model.hardware import Hardware
 from model.initial_values import constant, writes_stream
 from model.layers import attention, base, mlstm
-from model.layers.attention import Attention, AttentionConfig, AttentionState
+from model.layers.attention import Attention, AttentionConfig, AttentionDecodingState, AttentionState
 from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements
 from model.layers.mlstm import MLSTM, MLSTMConfig
 from model.layers.mlstm_cell import CellState
@@ -53,12 +53,12 @@ class MLSTMAttentionState:
     """The states of both sides."""
 
     mlstm: CellState
-    attention: AttentionState
+    attention: AttentionState | AttentionDecodingState
 
 
 @for_decoding.register
-def _(state: MLSTMAttentionState) -> MLSTMAttentionState:
-    return MLSTMAttentionState(for_decoding(state.mlstm), state.attention)
+def _(state: MLSTMAttentionState, room: int | None = None) -> MLSTMAttentionState:
+    return MLSTMAttentionState(for_decoding(state.mlstm, room), for_decoding(state.attention, room))
 
 
 class MLSTMAttention(nn.Module):

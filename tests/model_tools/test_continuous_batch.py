@@ -1,16 +1,20 @@
 """Sequences that join and leave a running batch, each against what it is continued with alone."""
 
+import dataclasses
 import itertools
 import random
 
 import pytest
 import torch
 
+from model.config import AttentionConfig
 from model.generation import ContinuousBatch, SamplingSettings, generate, read
 from model.generation import session as session_module
 from tests.model_tools.small_models import CONFIGS, random_model
 
 VOCABULARY = 96
+_NO_POSITIONS = AttentionConfig(n_heads=4, n_kv_heads=2, positions="none", sinks=True)
+MODELS = {**CONFIGS, "no_positions": dataclasses.replace(CONFIGS["hybrid"], attention=_NO_POSITIONS)}
 
 
 def prompts(count, seed=0, longest=60):
@@ -40,9 +44,9 @@ def order(request, monkeypatch):
         monkeypatch.setattr(session_module, "RUNNING_AHEAD", ("cpu", "cuda"))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_256_greedy_tokens_are_those_of_the_uncached_forward_pass(name):
-    model = random_model(CONFIGS[name])
+    model = random_model(MODELS[name])
     given = prompts(3, seed=4, longest=90)
     batch = ContinuousBatch(model, 2, prefill_tokens=32)
     handles = [batch.add(prompt, SamplingSettings(256, temperature=0)) for prompt in given]
@@ -59,10 +63,10 @@ def test_256_greedy_tokens_are_those_of_the_uncached_forward_pass(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [*((name, "in_step") for name in CONFIGS), ("hybrid", "ahead")], indirect=["order"]
+    ("name", "order"), [*((name, "in_step") for name in MODELS), ("hybrid", "ahead")], indirect=["order"]
 )
 def test_joining_leaving_and_cancelling_at_random_change_nothing(name, order):
-    model, chooser = random_model(CONFIGS[name]), random.Random(7)
+    model, chooser = random_model(MODELS[name]), random.Random(7)
     asked = []
     for prompt in prompts(11, seed=1, longest=40):
         temperature = chooser.choice([0, 0, 1.2])
