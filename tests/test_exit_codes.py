@@ -55,6 +55,7 @@ RUN = ["name=x", "model=tiny_mlstm", "precision=fp32", "training.total_steps=1"]
         (checkpoint_command, ["verify", "nowhere", "--all"]),
         (checkpoint_command, ["describe", "nowhere@3"]),
         (checkpoint_command, ["consolidate", "nowhere", "--output", "x"]),
+        (checkpoint_command, ["fetch", "nowhere", "run", "--output", "x"]),
         (checkpoint_command, ["prune", "nowhere"]),
         (checkpoint_command, ["keep", "nowhere@3"]),
         (checkpoint_command, ["release", "nowhere"]),

@@ -1,4 +1,4 @@
-"""Command line: `python -m train.checkpoint list|verify|describe|consolidate|prune|keep|release`."""
+"""Command line: `python -m train.checkpoint list|verify|describe|consolidate|fetch|prune|keep|release`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,17 @@ take a model (generate, export, initialise_from) take the result; for transforme
 examples:
   python -m train.checkpoint consolidate runs/first --output whole
   python -m train.checkpoint consolidate runs/first@1000 --output whole --dtype bfloat16 --file-gib 0
+"""
+FETCH_HELP = """\
+Bring a checkpoint from a mirror (checkpoint.mirror of a run) to this machine: every byte is compared with the checksums
+of the checkpoint. Commands then take the folder as a run's: resume_from=DIR, `python -m train.evaluate DIR`.
+
+  MIRROR          a path or a URL, as in checkpoint.mirror
+  NAME@STEP       the run's name and completed steps; NAME alone: its newest checkpoint there
+
+examples:
+  python -m train.checkpoint fetch s3://bucket/runs first --output fetched/first
+  python -m train.checkpoint fetch /backup/runs first@1000 --output fetched/first
 """
 PRUNE_HELP = """\
 Delete old checkpoints of a run that is not under way. What stays: the newest that are whole, so many of them; those at
@@ -125,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument(
         "--file-gib", type=_not_negative, default=4.0, metavar="N", help="of one file; 0: one file (default: 4)"
     )
+    fetch = command("fetch", "bring a checkpoint from a mirror", FETCH_HELP, _fetch)
+    fetch.add_argument("mirror", metavar="MIRROR", help="a path or a URL")
+    fetch.add_argument("checkpoint", metavar="NAME@STEP", help="a run's checkpoint there, see above")
+    fetch.add_argument("--output", required=True, metavar="DIR", help="gets the folder checkpoints")
     prune = command("prune", "delete old checkpoints", PRUNE_HELP, _prune)
     prune.add_argument("run_directory", metavar="RUN", type=Path, help="a run's directory")
     prune.add_argument(
@@ -278,6 +293,31 @@ def _consolidate(options: argparse.Namespace) -> int:
     print(f"wrote {output}: {parameters:,} parameters in {options.dtype}, in {', '.join(files)}")
     if tokenizer is None:
         print("note: no tokenizer lies beside the checkpoint, and so none beside these weights")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from conf import ConfigError
+    from conf.problems import local_folder
+    from train.checkpoints.fetching import fetch
+    from train.checkpoints.mirror_store import MirrorStore
+
+    name, at, step = options.checkpoint.rpartition("@") if "@" in options.checkpoint else (options.checkpoint, "", "")
+    problems = local_folder("--output", options.output)
+    if not name or bool(at) != step.isdecimal():
+        problems.append(f"{options.checkpoint}: name a run, or RUN@STEP with its completed steps")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        store = MirrorStore(options.mirror, name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError([without_passwords(f"{options.mirror}: {error}")]) from None
+    try:
+        print(fetch(store, int(step) if at else None, Path(options.output)))
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        raise OSError(f"{store.url}: {store.shown(error)}") from None
     return 0
 
 

@@ -11,14 +11,8 @@ from pathlib import Path
 from data_pipeline.corpus.files import sync
 from model.locate import step_folder
 from model.marker import LaterMarkerError, MarkerError, read_marker
-from train.checkpoints.layout import (
-    MARKER,
-    CheckpointError,
-    LaterCheckpointError,
-    begin_staging,
-    put_in_place,
-    staging_folder,
-)
+from train.checkpoints.fetching import download_files
+from train.checkpoints.layout import MARKER, LaterCheckpointError, begin_staging, put_in_place, staging_folder
 from train.checkpoints.mirror import VoidNote
 from train.checkpoints.mirror_store import MirrorStore
 from train.errors import RunError
@@ -100,10 +94,8 @@ class Restorer:
     def _fetch_share(self, staged: Path, step: int) -> str:
         """Copy this rank's files; returns what is wrong with the first that is not as the marker says."""
         try:
-            files = read_marker(staged).files
-            for name in sorted(files)[self._mesh.rank :: self._mesh.size]:
-                if self._store.download(step, name, staged / name) != files[name]["xxh3_128"]:
-                    raise CheckpointError(f"{name} was altered: its checksum is not that of {MARKER}")
+            names = sorted(read_marker(staged).files)
+            download_files(self._store, step, staged, names[self._mesh.rank :: self._mesh.size])
         except Exception as error:  # noqa: BLE001 - each file system has errors of its own
             return self._shown(error)
         return ""

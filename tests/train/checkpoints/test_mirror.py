@@ -298,6 +298,42 @@ def test_a_url_of_any_file_system_will_do(place, whole):
     system.rm("/backup", recursive=True)
 
 
+def test_a_checkpoint_at_a_url_is_brought_here_to_branch_from(place, whole, tmp_path, capsys):
+    mirror = "memory://fetch/runs"
+    assert place.start(4, f"checkpoint.mirror={mirror}", "checkpoint.mirror_keep_last=4") == 0
+    fetched = tmp_path / "fetched"
+    assert main(["fetch", mirror, "run@3", "--output", str(fetched)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(fetched / "checkpoints" / "step-00000003")
+    assert main(["verify", str(fetched)]) == 0
+    more = ["name=branch", f"resume_from={fetched}", "checkpoint.mirror=null"]
+    assert place.start(6, *more) == 0
+    branch = train_losses(place.run.parent / "branch")
+    assert branch == {step: loss for step, loss in whole.items() if step > 3}
+    assert main(["fetch", mirror, "run", "--output", str(fetched)]) == 0
+    assert sorted(path.name for path in (fetched / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    fsspec.filesystem("memory").rm("/fetch", recursive=True)
+
+
+def test_what_cannot_be_fetched_is_named_and_leaves_nothing(place, tmp_path, capsys):
+    assert place.start(2) == 0
+    fetched = tmp_path / "fetched"
+
+    def refused(code, *arguments):
+        assert main(["fetch", *arguments, "--output", str(fetched)]) == code
+        return capsys.readouterr().err
+
+    assert "run has no complete checkpoint of 7 steps, but of 1, 2" in refused(2, str(place.mirror), "run@7")
+    assert "other has no complete checkpoint" in refused(2, str(place.mirror), "other")
+    assert "run@newest: name a run, or RUN@STEP" in refused(2, str(place.mirror), "run@newest")
+    assert "nonsense://x: Protocol not known" in refused(2, "nonsense://x", "run")
+    (shard,) = (place.folder(2) / "weights").glob("*.safetensors")
+    flip(shard)
+    assert "was altered" in refused(1, str(place.mirror), "run")
+    assert not list((fetched / "checkpoints").iterdir())
+    text = refused(1, "ftp://me:geheim@127.0.0.1:9/x", "run")
+    assert "ftp://me:***@127.0.0.1:9/x/run: " in text and "geheim" not in text
+
+
 def test_a_password_is_shown_nowhere(place, capsys):
     assert place.start(2, "checkpoint.mirror=null") == 0
     # Nobody listens there.
