@@ -11,6 +11,7 @@ from conf import ConfigError, compose
 from conf.problems import at_least, choice
 from train.command import Command, compose_run
 from train.config import RunConfig
+from train.estimate.calibration import shipped
 
 CONTINUATIONS = ("requeue", "chain")
 CONTAINERS = ("pyxis", "apptainer")
@@ -55,6 +56,9 @@ class LaunchConfig:
 
     # That one attempt may take, as Slurm writes it: `days-hours:minutes:seconds`.
     time: str
+    # What kind of GPU the nodes have, for the plan that is shown: a calibration of this name comes with the package
+    # (train/estimate/calibrations); null: not known, so the plan has no time.
+    gpu: str | None
     # Before the end of the time, when the run is told to save. More than a step and two checkpoints take.
     signal_seconds: int
     # How a run goes on that has been stopped or has failed. requeue: Slurm queues its job again. chain: for clusters
@@ -189,6 +193,7 @@ def validate_machines(config: SubmitConfig) -> list[str]:
         *at_least("gpus_per_node", config.gpus_per_node, 0),
         *at_least("processes_per_node", config.processes_per_node, 1),
         *choice("launch.continuation", launch.continuation, CONTINUATIONS),
+        *([] if launch.gpu is None else choice("launch.gpu", launch.gpu, shipped(), "calibration")),
         *at_least("launch.chain", launch.chain, 1),
         *at_least("launch.attempts_without_progress", launch.attempts_without_progress, 1),
         *at_least("launch.exclude_after", launch.exclude_after, 0),

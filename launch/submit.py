@@ -16,9 +16,13 @@ from launch import slurm
 from launch.folder import LaunchFolder
 from launch.job import Job, read_job
 from launch.script import TEMPLATES, Place, render
+from model.hardware import CPU
 from train.config import RunConfig
 from train.data import describe_data
+from train.estimate.calibration import SHIPPED, read_calibration
+from train.estimate.machine import Machine
 from train.interpreter import python_name
+from train.plan import ANY_GPU
 from train.requirements import open_requirements
 from train.run_directory import COPIED_REVISION, RunDirectory, code_revision, write_atomically
 from train.stored_configuration import as_json, as_yaml, configuration_before, differences, written
@@ -46,7 +50,7 @@ def submit(given: Submission) -> int:
         raise ConfigError(
             ["launch: the configuration holds a password, and what a job reads is a file; name the place without it"]
         )
-    found = open_requirements(config, job.processes, computes_here=False)
+    found = open_requirements(config, job.processes, elsewhere=computed_by(job, config))
     place = Place(LaunchFolder(found.directory.path.resolve()), Path.cwd())
     script = render(job, config.name, place)
     _say(f"{found.plan.describe()}\n{describe_data(config, found.plan, found.stream)}")
@@ -68,6 +72,20 @@ def submit(given: Submission) -> int:
     _say(_next_commands(numbers, found.directory.path))
     print(numbers[0])
     return 0
+
+
+def computed_by(job: Job, config: RunConfig) -> Machine | str:
+    """What the plan of a job is made for: the machine that submits it may be none of the cluster's nodes."""
+    machines = job.machines
+    if machines.gpus_per_node == 0:
+        return CPU
+    if machines.launch.gpu is None:
+        return ANY_GPU
+    calibration = read_calibration(SHIPPED / f"{machines.launch.gpu}.json")
+    # Its products were measured in bf16.
+    if not config.precision.is_bf16:
+        return calibration.device
+    return Machine(calibration, machines.nodes, job.processes)
 
 
 def _say(text: str) -> None:

@@ -33,6 +33,8 @@ from train.parallel.mesh import MeshShape
 from train.parallel.time_chunks import TimeChunks
 from train.schedule import ScheduleConfig, describe_schedule
 
+# The device of a plan for GPUs of a kind that is not known.
+ANY_GPU = "GPU"
 # Of plan.json.
 FORMAT_VERSION = 1
 # Dense bf16 matrix peak in FLOP/s by a part of the device's name, from the vendor's data sheets. A device that is not

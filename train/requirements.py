@@ -36,6 +36,7 @@ from train.data import (
     too_little_data,
 )
 from train.errors import UnfitDataError
+from train.estimate.machine import Machine
 from train.evaluate import open_evaluation_corpora
 from train.later_formats import later_formats
 from train.origin import Origin, misfits_of_position, misfits_of_tokenizer, open_origin
@@ -61,12 +62,13 @@ class Requirements:
 
 
 def open_requirements(
-    config: RunConfig, world_size: int, corpus_check: str = "size", computes_here: bool = True
+    config: RunConfig, world_size: int, corpus_check: str = "size", elsewhere: Machine | str | None = None
 ) -> Requirements:
     """Check `config` on `world_size` processes against the files that it names.
 
-    `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). `computes_here`: the run is computed
-    on this machine, which must then have what that takes. Raises ConfigError with every problem of the configuration, a
+    `corpus_check`: how far shards are compared with the manifest (`Corpus.open`). `elsewhere`: what
+    computes the run, GPUs that were calibrated or a device's name; None: this machine, which must then have what that
+    takes. Raises ConfigError with every problem of the configuration, a
     corpus that is missing or cannot be used among them; ReadingError where the machine fails.
     """
     directory = RunDirectory(Path(config.run_root) / config.name)
@@ -85,13 +87,14 @@ def open_requirements(
         ]
     )
     mirror_store, misfits_of_mirror = open_mirror(config, directory)
-    plan = make_plan(config, world_size, state=state)
+    device, machine = (elsewhere, None) if isinstance(elsewhere, str) else (None, elsewhere)
+    plan = make_plan(config, world_size, device, state, machine)
     with data_as_configured():
         corpus = open_run_corpus(config, corpus_check)
         evaluation_corpora = open_evaluation_corpora(config, corpus, corpus_check)
     _refuse(
         [
-            *([*_misfits_of_backends(config), *_misfits_of_cuda_graphs(config)] if computes_here else []),
+            *([*_misfits_of_backends(config), *_misfits_of_cuda_graphs(config)] if elsewhere is None else []),
             *changes_of_run(config, directory),
             *misfits_of_mirror,
             *misfits_of_origin,

@@ -27,6 +27,7 @@ from launch.sweep.manifest import (
 )
 from launch.sweep.prediction import Predict, predictor
 from train.config import RunConfig
+from train.plan import ANY_GPU
 from train.requirements import open_requirements
 
 _HEADS = ("run", "parameters", "tokens", "FLOPs", "steps", "batch", "rate", "processes", "hours")
@@ -141,7 +142,7 @@ def _problems_of_files(grid: Grid, folder: SweepFolder) -> list[tuple[str, str]]
             # Before, where it begins is not there; else a branch is like any other run.
             config = dataclasses.replace(config, resume_from=folder.origin(row))
         try:
-            open_requirements(config, row.processes, computes_here=False)
+            open_requirements(config, row.processes, elsewhere=ANY_GPU)
         except ConfigError as error:
             problems += [(row.name, problem) for problem in error.problems]
     return problems

@@ -75,6 +75,7 @@ def test_settings_of_machines_are_told_from_those_of_the_run():
         (["launch.continuation=pray"], "launch.continuation: no such choice"),
         (["launch.partiton=gpu"], "launch.partiton: no such key .did you mean 'launch.partition'"),
         (["launch=nowhere"], "conf/launch/ has no such file"),
+        (["launch.gpu=h300"], "launch.gpu: no such calibration .*h100.*h200"),
         (["launch.container.kind=pyxis"], "launch.container.image: null, and pyxis needs one"),
         ([*PYXIS, "launch.container.mounts=[data]"], r"launch.container.mounts: HOST:CONTAINER is wanted \(data\)"),
         (["launch.account=two words"], "launch.account: a word without spaces is wanted"),
@@ -181,11 +182,27 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tiny_run, tmp_path, monk
     )
     printed = capsys.readouterr()
     assert printed.out.startswith("#!/bin/bash\n#SBATCH --job-name=run\n")
-    assert "8 replicas" in printed.err and "nothing was written or submitted" in printed.err
+    assert "8 x GPU, 8 replicas" in printed.err and "time  " not in printed.err
+    assert "nothing was written or submitted" in printed.err
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="sinfo is not on this machine; log in where jobs are submitted"):
         submit(Submission([*MACHINES, *tiny_run, "training.total_steps=4", "training.micro_batch_size=1"]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "has_time"),
+    [
+        (["launch.gpu=h200", "precision=bf16"], "8 x NVIDIA H200", True),
+        (["launch.gpu=h200"], "8 x NVIDIA H200", False),
+        (["gpus_per_node=0", "processes_per_node=4"], "8 x CPU", False),
+    ],
+)
+def test_the_plan_is_for_the_machines_that_compute_the_run(tiny_run, capsys, settings, device, has_time):
+    run = [*tiny_run, "training.total_steps=4", "training.micro_batch_size=1", *settings]
+    assert submit(Submission([*MACHINES, *run], dry_run=True)) == 0
+    told = capsys.readouterr().err
+    assert f"layout     {device}" in told and ("tokens/s a GPU" in told) == has_time
 
 
 @pytest.mark.parametrize(
