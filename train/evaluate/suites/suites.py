@@ -9,8 +9,10 @@ import yaml
 
 from conf import CONF_DIR, ConfigError, compose, suggestion
 from train.evaluate.suites.base import Suite
+from train.evaluate.suites.downstream import DownstreamSuite
+from train.evaluate.suites.length import LengthSuite
 
-_SUITES: tuple[Suite[Any], ...] = ()
+_SUITES: tuple[Suite[Any], ...] = (DownstreamSuite(), LengthSuite())
 
 
 def suite_of(kind: str) -> Suite[Any]:
