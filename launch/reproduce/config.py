@@ -119,7 +119,7 @@ def validate_reproduction(config: Reproduction) -> list[str]:
         ]
     if found.published is not None and found.published not in PUBLISHED:
         problems.append(
-            f"reproduce.published: no such results ({found.published!r}); choose one of {', '.join(PUBLISHED)}, or null"
+            f"reproduce.published: no such results ({found.published!r}); choose one of {', '.join(PUBLISHED)}"
         )
     settings = [("reproduce.base", found.base)]
     settings += [(f"reproduce.models.{name}.overrides", model.overrides) for name, model in found.models.items()]
