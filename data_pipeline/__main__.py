@@ -220,7 +220,7 @@ def _order_of_run(directory: Path) -> tuple[OrderConfig, int, int, int, int | No
         raise ConfigError([f"--run: {path}: is no configuration of a run, it lacks 'seed', 'corpus' or 'training'"])
     seed, corpus, training = (cast(Any, run[key]) for key in kinds)
     if corpus.get("directory") is None:
-        raise ConfigError([f"--run: {path}: the run tokenizes what it reads (corpus.live) and has no corpus"])
+        raise ConfigError([f"--run: {path}: the run reads no prepared corpus (corpus.directory is null)"])
     keys = {field.name for field in fields(OrderConfig)}
     order = to_dataclass(OrderConfig, {key: value for key, value in corpus.items() if key in keys})
     windows = training.get("carry_windows") if training.get("carry_state", False) else None

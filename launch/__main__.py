@@ -14,6 +14,7 @@ from conf.passwords import without_passwords
 from data_pipeline.errors import DataError, MachineError
 from launch.arguments import positive
 from launch.queue_commands import QUEUE_COMMANDS, add_queue_commands, run_queue_command
+from launch.reproduce.arguments import add_reproduce_command
 from launch.scaling.command import add_sweep_commands, run_sweep_command
 from train.stop_requests import OUTSIDE_TRAINING, SignalListener, answered_signals
 
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.add_argument("--config", metavar="FILE", help="a run's config.yaml: its values, with overrides on top")
     plan.add_argument("overrides", nargs="*", help="what `python -m train` takes, and the keys of conf/plan.yaml")
+    add_reproduce_command(commands)
     add_queue_commands(commands)
     add_sweep_commands(commands)
     options = parse_arguments(parser, arguments)
@@ -45,6 +47,9 @@ def main(arguments: list[str]) -> int:
         return exit_code(
             lambda: run_sweep_command(options), (MachineError, OSError), interrupted, (DataError, ValueError)
         )
+    if options.command == "reproduce":
+        interrupted = "launch: interrupted; the same command goes on"
+        return exit_code(lambda: _reproduce(options), (MachineError, OSError), interrupted, (DataError, ValueError))
     if options.command in QUEUE_COMMANDS:
         interrupted = "launch: interrupted; jobs that are in the queue stay there"
         return exit_code(
@@ -82,6 +87,12 @@ def _calibrate(overrides: list[str]) -> int:
     from launch.calibrate import calibrate
 
     return calibrate(overrides)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from launch.reproduce.command import reproduce
+
+    return reproduce(options)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.settings import build_settings, settings_problems
 from model import layers
 from model.layers.attention import AttentionConfig
 from model.layers.mlstm import MLSTMConfig
@@ -22,7 +23,6 @@ from model.problems import (
     check_size,
     check_soft_cap,
 )
-from model.settings import build_settings, settings_problems
 
 __all__ = [
     "AttentionConfig",

@@ -42,6 +42,8 @@ READ_VALUES = {
     "launch/job.py",
     "launch/logs.py",
     "launch/planner/command.py",
+    "launch/reproduce/command.py",
+    "launch/reproduce/plan.py",
     "launch/scaling/collect.py",
     "launch/slurm.py",
     "launch/status.py",
@@ -63,6 +65,7 @@ SHARED = (
     "conf.stored_values",
     "conf.passwords",
     "conf.slurm_variables",
+    "conf.settings",
 )
 # The command line of the model turns text into tokens and describes runs; the library does neither.
 EXCEPTIONS = {("model/__main__.py", "data_pipeline"), ("model/__main__.py", "train")}
@@ -73,7 +76,8 @@ DATA_ROOMS = {
     "corpus": {"tokenizing"},
     "ordering": {"corpus"},
     "preparing": {"tokenizing", "sources", "corpus", "ordering"},
-    "reading": {"tokenizing", "sources", "corpus", "ordering"},
+    "tasks": {"ordering"},
+    "reading": {"tokenizing", "sources", "corpus", "ordering", "tasks"},
 }
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from model.stored import what_is_computed
 from train.checkpoints.state import TrainState
-from train.config import RunConfig, TrainingConfig
+from train.config import CorpusConfig, RunConfig, TrainingConfig
 from train.data import changes_of_data, describe_changes
 from train.length import learning_rate_of_next_step
 from train.optimizer import OptimizerConfig
@@ -23,8 +23,8 @@ _FIXED = ("seed", "model")
 _ORDER = ("training.sequence_length", "corpus.split", "corpus.packing", "corpus.window_shards")
 # Part of the data's identity -> keys that may change it.
 _KEYS_OF_PART = {
-    "corpus": ("corpus.directory", "corpus.live"),
-    "tokenizer": ("corpus.directory", "corpus.live"),
+    "corpus": ("corpus.directory", "corpus.live", "corpus.task"),
+    "tokenizer": ("corpus.directory", "corpus.live", "corpus.task"),
     "split": ("corpus.split",),
     "sequence_length": ("training.sequence_length",),
     "mixture": ("corpus.weights", "corpus.temperature", "corpus.epoch_caps", "corpus.phases"),
@@ -81,14 +81,20 @@ def refused_changes_of_data(config: RunConfig, state: TrainState, identity: dict
     keys = {key: change for key, change in changes_since(config, state).items() if _is_within(key, may_be_why)}
     other_text = "corpus" in changes or "tokenizer" in changes
     if not keys or (other_text and not any(_is_within(key, _KEYS_OF_PART["corpus"]) for key in keys)):
-        live = config.corpus.live
-        key, place = ("corpus.directory", config.corpus.directory) if live is None else ("corpus.live", live.data.path)
+        key, place = _place(config.corpus)
         keys[key] = [place, place]
     found = f" ({describe_changes(changes)})"
     return [
         _other_data(key, change, found if _is_within(key, _KEYS_OF_PART["corpus"]) else "")
         for key, change in keys.items()
     ]
+
+
+def _place(corpus: CorpusConfig) -> tuple[str, str | None]:
+    """The key that says where the data come from, and what it says."""
+    if corpus.task is not None:
+        return "corpus.task", corpus.task.name
+    return ("corpus.directory", corpus.directory) if corpus.live is None else ("corpus.live", corpus.live.data.path)
 
 
 def _other_data(key: str, change: list[Any], found: str = "") -> str:

@@ -9,6 +9,7 @@ import torch
 from data_pipeline.network import NetworkConfig
 from data_pipeline.ordering.config import OrderConfig
 from data_pipeline.sources.config import DataConfig
+from data_pipeline.tasks.config import TaskConfig
 from data_pipeline.tokenizing.config import TokenizerConfig
 from model.accounting import count_parameters
 from model.compilation import CAPTURED, COMPILED, WRITTEN
@@ -88,6 +89,8 @@ class CorpusConfig(OrderConfig):
     directory: str | None = "???"
     # Text to tokenize while the run reads it, when nothing is prepared (then directory is null).
     live: LiveConfig | None = None
+    # A synthetic task whose examples are made while the run goes on (then directory is null).
+    task: TaskConfig | None = None
     # Where the shards of a corpus at a URL (s3://..., gs://...) are kept on this machine.
     cache_directory: str | None = None
     # GiB that all corpora in cache_directory may take together.

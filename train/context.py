@@ -24,8 +24,6 @@ from conf.lasting_output import LastingOutput
 from conf.passwords import without_passwords
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import TokenizerError
-from data_pipeline.reading.live import LiveStream
-from data_pipeline.reading.stream import SampleStream
 from data_pipeline.tokenizing.tokenizer import SIDECAR, Tokenizer
 from model.locate import complete_checkpoints, step_folder, step_of
 from train.callbacks.base import Callback
@@ -36,7 +34,7 @@ from train.checkpoints.reader import newest_usable
 from train.checkpoints.restoring import Restorer, refuse_unknown
 from train.checkpoints.state import TrainState, read_state
 from train.config import RunConfig
-from train.data import changes_of_data, data_identity, describe_data
+from train.data import RunStream, changes_of_data, data_identity, describe_data
 from train.errors import RunError
 from train.length import steps_left
 from train.memory_check import Room, memory_warnings
@@ -71,7 +69,7 @@ class RunContext:
     directory: RunDirectory
     mesh: Mesh
     events: EventLog
-    stream: SampleStream | LiveStream
+    stream: RunStream
     evaluation_corpora: dict[str, Corpus]
     # What a position in the data is a position of (`train.data.data_identity`).
     data_identity: dict[str, Any]

@@ -17,15 +17,21 @@ from data_pipeline.reading.batch import ON_CORRUPT
 from data_pipeline.reading.live import LiveCorpus, LiveStream
 from data_pipeline.reading.run_order import mixture_of, open_order
 from data_pipeline.reading.stream import Lanes, SampleStream
+from data_pipeline.reading.task_stream import TRAIN, TaskCorpus, TaskStream
 from data_pipeline.sources.config import validate_data
+from data_pipeline.tasks.tasks import validate_task
 from data_pipeline.tokenizing.config import validate_tokenizer
-from train.config import CorpusConfig, RunConfig
+from train.config import CorpusConfig, LiveConfig, RunConfig
 from train.plan import Plan
+
+# Prepared, tokenized while it is read, or made.
+RunCorpus = Corpus | LiveCorpus | TaskCorpus
+RunStream = SampleStream | LiveStream | TaskStream
 
 
 def validate_corpus(config: CorpusConfig) -> list[str]:
     """Every problem of the keys under `corpus` that shows without the corpus, one line each."""
-    problems = _validate_live(config)
+    problems = _validate_place(config)
     if config.directory is not None and is_remote(config.directory) and config.cache_directory is None:
         problems.append(
             f"corpus.cache_directory: a corpus at a URL ({config.directory}) is read through a cache; set it to a "
@@ -43,39 +49,60 @@ def validate_corpus(config: CorpusConfig) -> list[str]:
     return problems
 
 
-def _validate_live(config: CorpusConfig) -> list[str]:
-    if (config.live is None) == (config.directory is None):
+def _validate_place(config: CorpusConfig) -> list[str]:
+    if sum(place is not None for place in (config.directory, config.live, config.task)) != 1:
         return [
-            f"corpus.directory: set exactly one of corpus.directory ({config.directory}) and corpus.live, the other to "
-            "null"
+            f"corpus.directory: set exactly one of corpus.directory ({config.directory}), corpus.live and corpus.task, "
+            "the others to null"
         ]
-    if config.live is None:
-        return []
-    problems = validate_data(config.live.data, "corpus.live.data")
-    problems += validate_tokenizer(config.live.tokenizer, "corpus.live.tokenizer")
-    if config.live.tokenizer.kind != "file":
+    if config.task is not None:
+        usual = {"split": TRAIN, "max_epochs": CorpusConfig.max_epochs, "allow_changed_data": None}
+        return _not_of_a_corpus(config, "examples of a task are made one after another", usual)
+    return [] if config.live is None else _validate_live(config, config.live)
+
+
+def _validate_live(config: CorpusConfig, live: LiveConfig) -> list[str]:
+    problems = validate_data(live.data, "corpus.live.data")
+    problems += validate_tokenizer(live.tokenizer, "corpus.live.tokenizer")
+    if live.tokenizer.kind != "file":
         problems.append(
-            f"corpus.live.tokenizer.kind: a run does not train its tokenizer ({config.live.tokenizer.kind}); set it to "
-            "file"
+            f"corpus.live.tokenizer.kind: a run does not train its tokenizer ({live.tokenizer.kind}); set it to file"
         )
     if config.max_epochs > 0 and not float(config.max_epochs).is_integer():
         problems.append(
             "corpus.max_epochs: text that is tokenized while it is read is read in whole passes "
             f"({config.max_epochs}); set it to a whole number"
         )
-    asked: dict[str, Any] = {"weights": None, "temperature": None, "epoch_caps": None, "phases": []}
-    asked |= {"packing": "concatenate", "window_shards": None, "on_corrupt": "fail"}
-    asked |= {"cache_directory": None, "workers": 1}
-    return problems + [
-        f"corpus.{key}: text that is tokenized while it is read is taken as it comes ({getattr(config, key)}); set "
-        f"corpus.{key}={'null' if usual is None else usual}, or prepare a corpus"
-        for key, usual in asked.items()
-        if getattr(config, key) != usual
+    return problems + _not_of_a_corpus(config, "text that is tokenized while it is read is taken as it comes", {})
+
+
+def _not_of_a_corpus(config: CorpusConfig, why: str, usual: dict[str, Any]) -> list[str]:
+    """Keys that only a prepared corpus has a use for, and those of `usual`, where they are set to something else."""
+    usual = {"weights": None, "temperature": None, "epoch_caps": None, "phases": []} | usual
+    usual |= {"packing": "concatenate", "window_shards": None, "on_corrupt": "fail"}
+    usual |= {"cache_directory": None, "workers": 1}
+    return [
+        f"corpus.{key}: {why} ({getattr(config, key)}); set corpus.{key}={'null' if value is None else value}, or "
+        "prepare a corpus"
+        for key, value in usual.items()
+        if getattr(config, key) != value
     ]
 
 
-def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
+def validate_task_of_run(config: RunConfig) -> list[str]:
+    """Every problem of the run's task, one line each."""
+    if config.corpus.task is None:
+        return []
+    problems = validate_task(config.corpus.task, config.training.sequence_length, "corpus.task")
+    if config.training.carry_state:
+        problems.append("training.carry_state: each example of a task is a sample of its own (true); set it to false")
+    return problems
+
+
+def open_run_corpus(config: RunConfig, check: str) -> RunCorpus:
     """What the run is trained on. Raises DataError."""
+    if config.corpus.task is not None:
+        return TaskCorpus(config.corpus.task)
     live = config.corpus.live
     if live is not None:
         return LiveCorpus(live.data, live.tokenizer, config.corpus.split, config.corpus.network)
@@ -86,7 +113,7 @@ def open_run_corpus(config: RunConfig, check: str) -> Corpus | LiveCorpus:
 def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
     """Open the prepared corpus in a folder or at a URL, through the run's cache. Raises CorpusError."""
     if directory is None:
-        raise CorpusError("corpus.directory: this needs a prepared corpus; the run tokenizes while it reads")
+        raise CorpusError("corpus.directory: this needs a prepared corpus; the run has none")
     cache = None
     if config.corpus.cache_directory is not None:
         limit = int(config.corpus.cache_gib * 2**30)
@@ -94,18 +121,20 @@ def open_corpus(config: RunConfig, directory: str | None, check: str) -> Corpus:
     return Corpus.open(directory, check, cache)
 
 
-def misfits_of_mixture(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[str]:
+def misfits_of_mixture(config: RunConfig, corpus: RunCorpus) -> list[str]:
     """What the mixture asks of the corpus that it lacks, one line each."""
-    if isinstance(corpus, LiveCorpus):
+    if not isinstance(corpus, Corpus):
         return []
     sources = dict.fromkeys(corpus.sources(config.corpus.split), 1)
     mixture = mixture_of(config.corpus, config.training.global_batch_size)
     return [f"corpus.{problem}" for problem in check_mixture(mixture, sources)]
 
 
-def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = False) -> SampleStream | LiveStream:
+def open_stream(config: RunConfig, corpus: RunCorpus, pin: bool = False) -> RunStream:
     """The run's order of samples. Raises ValueError for settings that the corpus cannot serve, CorpusError."""
     training = config.training
+    if isinstance(corpus, TaskCorpus):
+        return TaskStream(corpus, config.corpus.split, training.sequence_length, config.seed)
     if isinstance(corpus, LiveCorpus):
         lanes = training.global_batch_size
         return LiveStream(corpus, training.sequence_length, config.seed, lanes, config.corpus.max_epochs)
@@ -121,9 +150,9 @@ def open_stream(config: RunConfig, corpus: Corpus | LiveCorpus, pin: bool = Fals
     )
 
 
-def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> list[str]:
+def too_little_data(config: RunConfig, plan: Plan, stream: RunStream) -> list[str]:
     """Where the run is longer than its data allow, one line each; of text tokenized on the way it shows later."""
-    if isinstance(stream, LiveStream):
+    if not isinstance(stream, SampleStream):
         return []
     samples = plan.total_samples
     length = "training.total_tokens" if config.training.total_steps is None else "training.total_steps"
@@ -140,11 +169,13 @@ def too_little_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveSt
     ]
 
 
-def describe_data(config: RunConfig, plan: Plan, stream: SampleStream | LiveStream) -> str:
+def describe_data(config: RunConfig, plan: Plan, stream: RunStream) -> str:
     """What the run reads, as the lines that it prints at its start."""
     samples = plan.total_samples
     left = f" left of {samples:,}" if plan.completed_steps else ""
     shown = f"{plan.steps_left * plan.global_batch_size:,} samples{left}"
+    if isinstance(stream, TaskStream):
+        return f"data       {shown} of {stream.corpus.directory}, order {stream.fingerprint[:16]}"
     if isinstance(stream, LiveStream):
         lines = [f"data       {shown}, tokenized while they are read, order {stream.fingerprint[:16]}"]
         lines += [f"           {note}" for note in stream.corpus.notes]
@@ -206,7 +237,7 @@ def _describe_cache(config: RunConfig, stream: SampleStream) -> list[str]:
     return [f"cache      {sizes}: {warning}Windows of {window} shards hold up to {held / 2**30:.3g} GiB"]
 
 
-def data_identity(stream: SampleStream | LiveStream) -> dict[str, Any]:
+def data_identity(stream: RunStream) -> dict[str, Any]:
     """What `next_sample` of a checkpoint counts: equal identities mean that every sample is the same."""
     return {**stream.identity, "order": stream.fingerprint}
 

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.corpus.files import hash_file, sync
 from data_pipeline.errors import TokenizerError
-from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.tokenizing.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.loading import StoredModel, open_stored
@@ -37,6 +35,7 @@ from train.checkpoints.layout import (
 from train.checkpoints.reader import check
 from train.checkpoints.state import TrainState, read_state, write_state
 from train.config import RunConfig
+from train.data import RunCorpus
 from train.length import steps_left
 from train.parallel.mesh import Mesh
 from train.run_directory import Attempt, RunDirectory, read_events
@@ -127,14 +126,14 @@ def _misfits_of_model(origin: Origin, name: str, wanted: ModelConfig) -> list[st
     ]
 
 
-def misfits_of_tokenizer(origin: Origin | None, corpus: Corpus | LiveCorpus) -> list[str]:
+def misfits_of_tokenizer(origin: Origin | None, corpus: RunCorpus) -> list[str]:
     """Where the ids of the corpus mean other text to the weights."""
     if origin is None or origin.stored.located.tokenizer is None:
         return []
     return other_tokenizer(origin.key, origin.stored.located.tokenizer, corpus)
 
 
-def other_tokenizer(model: str, path: Path, corpus: Corpus | LiveCorpus) -> list[str]:
+def other_tokenizer(model: str, path: Path, corpus: RunCorpus) -> list[str]:
     """Where the tokenizer at `path`, that of a model, gives other ids than the corpus has; `model`: what names it."""
     ours = corpus.tokenizer()
     try:

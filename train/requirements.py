@@ -20,15 +20,21 @@ from conf.passwords import has_hidden_password, without_passwords
 from data_pipeline.corpus import file_systems
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.errors import DataError, ReadingError
-from data_pipeline.reading.live import LiveCorpus, LiveStream
-from data_pipeline.reading.stream import SampleStream
 from kernels.backend_choice import triton_runs_on
 from train.callbacks.tensorboard_logger import missing_tensorboard
 from train.changes import changes_of_order, changes_of_run, refused_changes_of_data
 from train.checkpoints.mirror_store import MirrorStore
 from train.checkpoints.reader import newest_state
 from train.config import RunConfig
-from train.data import data_identity, misfits_of_mixture, open_run_corpus, open_stream, too_little_data
+from train.data import (
+    RunCorpus,
+    RunStream,
+    data_identity,
+    misfits_of_mixture,
+    open_run_corpus,
+    open_stream,
+    too_little_data,
+)
 from train.errors import UnfitDataError
 from train.evaluate import open_evaluation_corpora
 from train.later_formats import later_formats
@@ -45,9 +51,9 @@ class Requirements:
 
     plan: Plan
     directory: RunDirectory
-    corpus: Corpus | LiveCorpus
+    corpus: RunCorpus
     evaluation_corpora: dict[str, Corpus]
-    stream: SampleStream | LiveStream
+    stream: RunStream
     # What the run begins with; None: its seed, or it has begun.
     origin: Origin | None
     # Where its checkpoints are copied to; None: nowhere.
@@ -159,7 +165,7 @@ def _refuse(problems: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def _misfits_of_corpus(config: RunConfig, corpus: Corpus | LiveCorpus) -> list[str]:
+def _misfits_of_corpus(config: RunConfig, corpus: RunCorpus) -> list[str]:
     problems = []
     if corpus.vocab_size > config.model.vocab_size:
         problems.append(
@@ -191,5 +197,5 @@ def misfits_of_evaluation(config: RunConfig, evaluation_corpora: dict[str, Corpu
     return problems
 
 
-def _no_such_split(key: str, split: str, corpus: Corpus | LiveCorpus) -> str:
+def _no_such_split(key: str, split: str, corpus: RunCorpus) -> str:
     return f"{key}: no split '{split}' in {corpus.directory}; it has {', '.join(corpus.splits)}"

@@ -12,7 +12,7 @@ from model.recomputation import ACTIVATION_CHECKPOINTING
 from train.alert_rules import validate_alerts
 from train.checkpoints.state import TrainState
 from train.config import PRECISIONS, NumbersConfig, RunConfig, SamplesConfig
-from train.data import ON_CORRUPT, validate_corpus
+from train.data import ON_CORRUPT, validate_corpus, validate_task_of_run
 from train.health.config import validate_health
 from train.length import schedule_length, taken_over
 from train.optimizer import validate_optimizer
@@ -34,6 +34,7 @@ def validate(config: RunConfig, world_size: int, state: TrainState | None = None
         *_validate_training(config, world_size),
         *validate_optimizer(config.optimizer, "optimizer"),
         *validate_corpus(config.corpus),
+        *validate_task_of_run(config),
         *_validate_parallel(config),
         *_validate_pipeline(config, world_size),
         *_validate_sequence_ranks(config, world_size),
@@ -242,6 +243,11 @@ def validate_evaluation(config: RunConfig) -> list[str]:
             problems.append(
                 f"evaluation.sets.{name}.directory: a run that tokenizes while it reads holds nothing out; name a "
                 "prepared corpus, or set evaluation=none"
+            )
+        if config.corpus.task is not None:
+            problems.append(
+                f"evaluation.sets.{name}: held-out text says nothing of a task; set evaluation=none, and score the "
+                "model by a suite when it is trained: python -m train.evaluate RUN suite=task"
             )
         if evaluation_set.by_source and evaluation_set.source is not None:
             problems.append(

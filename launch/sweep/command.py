@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.arguments import positive
+from launch.arguments import minutes, positive
 
 if TYPE_CHECKING:
     from launch.sweep.manifest import Manifest
@@ -39,7 +38,7 @@ def add_run_commands(parts: Any) -> None:
     text = "with --local: of each run (default: as many as it was planned for)"
     submit.add_argument("--processes", type=positive, metavar="N", help=text)
     text = "with --local: save and end after so long; the same command goes on"
-    submit.add_argument("--minutes", type=_minutes, metavar="N", help=text)
+    submit.add_argument("--minutes", type=minutes, metavar="N", help=text)
     submit.add_argument("--at-once", type=positive, metavar="N", help="on a cluster: runs of an array at the same time")
     submit.add_argument("--dry-run", action="store_true", help="print the batch scripts and write nothing")
     submit.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start the jobs")
@@ -124,13 +123,3 @@ def _status(options: argparse.Namespace) -> int:
         if not options.watch:
             return 0
         time.sleep(_WATCH_SECONDS)
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number of minutes")
-    return value

@@ -12,10 +12,9 @@ import torch
 
 from data_pipeline.corpus.corpus import Corpus
 from data_pipeline.reading.batch import Batch, Columns
-from data_pipeline.reading.live import LiveCorpus
 from data_pipeline.reading.stream import WindowStream
 from train.config import EvaluationSetConfig, RunConfig
-from train.data import open_corpus
+from train.data import RunCorpus, open_corpus
 from train.parallel.mesh import Mesh
 from train.watch.whereabouts import EVALUATE
 
@@ -39,7 +38,7 @@ class EvaluationResult:
     tokens: int
 
 
-def open_evaluation_corpora(config: RunConfig, corpus: Corpus | LiveCorpus, check: str = "size") -> dict[str, Corpus]:
+def open_evaluation_corpora(config: RunConfig, corpus: RunCorpus, check: str = "size") -> dict[str, Corpus]:
     """The corpus of every evaluation set by set name. Raises ValueError when one cannot be read by the run's model."""
     corpora = {}
     for name, evaluation_set in config.evaluation.sets.items():

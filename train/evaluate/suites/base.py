@@ -88,7 +88,7 @@ class CaseResult:
     Attributes:
         figures: numbers by name, such as accuracy, perplexity or loss.
         examples: how many examples (or tokens) they are means of.
-        chance: the accuracy that the best guess without the input has; None: there is none, or no accuracy.
+        chance: the accuracy of a guess among the answers that there may be; None: there is none, or no accuracy.
     """
 
     figures: dict[str, float]

@@ -58,6 +58,7 @@ def run_suite(target: Target, overrides: list[str], output: Path | None) -> None
 
 
 def _configuration(target: Target, overrides: list[str]) -> RunConfig:
+    """Of the run, or the defaults; only what suites read of it matters, so nothing else is looked at."""
     if target.run is None and not any(override.startswith("corpus.directory=") for override in overrides):
         overrides = ["corpus.directory=null", *overrides]
     return compose_for(target, overrides, lambda config: [])

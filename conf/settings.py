@@ -1,4 +1,5 @@
-"""Settings of a plugin's kind of layer: from the plain values of a configuration to the kind's own dataclass."""
+"""Settings of what a name chooses, such as a plugin's kind of layer: from the plain values of a configuration to the
+dataclass that belongs to the name. Imports no package."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Synthetic tasks: examples that are made, not read, each a pure function of the seed and its number."""

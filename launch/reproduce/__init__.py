@@ -1,0 +1,1 @@
+"""`python -m launch reproduce`: published comparisons of architectures, done again in small."""
