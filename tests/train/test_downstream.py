@@ -92,7 +92,7 @@ def of_harness(directory, tasks) -> dict[str, list]:
     return asked(model, tasks)
 
 
-def of_ours(path, tasks, folder) -> dict[str, list]:
+def of_ours(path, tasks, folder, seed=0) -> dict[str, list]:
     from train.evaluate.suites.answers import Answers
     from train.evaluate.suites.harness_model import HarnessModel
 
@@ -100,8 +100,9 @@ def of_ours(path, tasks, folder) -> dict[str, list]:
     try:
         located = locate(path)
         subject = Subject(load(path).eval(), located, RunConfig(name="x"), mesh, False)
+        folder.mkdir(exist_ok=True)
         answers = Answers(folder / "answers.jsonl", str(path), mesh)
-        return asked(HarnessModel(subject, answers, MAX_LENGTH, batch_size=5), tasks)
+        return asked(HarnessModel(subject, answers, MAX_LENGTH, 5, seed), tasks)
     finally:
         mesh.close()
 
@@ -149,6 +150,26 @@ def test_the_command_asks_tasks_and_appends_the_result(folders, tasks, capsys, t
     assert "suite.tasks: lm-eval has no task no_such_task" in capsys.readouterr().err
     assert main([*command, "suite.tasks=[local_writing]", "suite.max_length=6"]) == 2
     assert "suite.max_length: 6 tokens have no room for the 6" in capsys.readouterr().err
+
+
+@needs_harness
+@pytest.mark.slow
+def test_texts_that_are_drawn_follow_the_seed_and_settings_that_are_not_known_are_refused(folders, tmp_path, capsys):
+    folder = tmp_path / "drawn"
+    write_tasks(folder)
+    task = (folder / "local_writing.yaml").read_text()
+    (folder / "local_writing.yaml").write_text(task.replace("do_sample: false", "do_sample: true\n  temperature: 1.0"))
+    (folder / "local_text.yaml").write_text(
+        task.replace("local_writing", "beams").replace("do_sample:", "num_beams: 3 #")
+    )
+    found = {
+        seed: of_ours(folders["xlstm"][1], (folder, ["local_writing"]), tmp_path / str(seed), seed) for seed in (0, 1)
+    }
+    again = of_ours(folders["xlstm"][1], (folder, ["local_writing"]), tmp_path / "again", 1)
+    assert found[0] != found[1] == again
+    command = [str(folders["xlstm"][1]), "suite=downstream", f"suite.task_folder={folder}", "suite.tasks=[beams]"]
+    assert main([*command, "--output", str(tmp_path / "found.jsonl")]) == 2
+    assert "suite.tasks: a task asks to generate with num_beams, which is not known here" in capsys.readouterr().err
 
 
 @needs_harness

@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.corpus.corpus import open_corpus
 from model.locate import Located
+from model.state import named_tensors
 from model.weights import save_model
 from tests.model.conftest import CONFIGS, model_in_play
 from tests.runs import ROOT, prepared_corpus, run_script
@@ -64,6 +65,18 @@ def test_losses_of_pieces_are_those_of_whole_texts(corpus, name):
         expected += [float(losses[low:high].sum()) for low, high in zip(borders[:-1], borders[1:], strict=True)]
     # fp32 at the loss, fp64 else.
     np.testing.assert_allclose(pieces, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "grows"), [("mlstm_and_slstm", False), ("neurips_mlstm", False), ("hybrid", True)])
+def test_what_is_carried_grows_with_attention_alone(corpus, name, grows):
+    subject = subject_of(name)
+    sizes = []
+    subject.model.register_forward_hook(
+        lambda module, inputs, output: sizes.append(sum(x.nbytes for _, x in named_tensors(output.state)))
+    )
+    texts = find_long_texts(open_corpus(corpus), "train", None, "joined", 401, 2)
+    losses_between(subject, texts, [0, 400], piece=50)
+    assert len(sizes) == 8 and (len(set(sizes)) > 1) == grows
 
 
 def test_texts_are_documents_from_their_beginning_or_all_text(corpus):
@@ -125,4 +138,4 @@ def test_the_command_reads_long_texts_on_one_process_and_on_two(corpus, tmp_path
         assert two[name] == pytest.approx(one[name], rel=1e-6)
     assert main([*command[:2], "suite.contexts=[64]"]) == 2
     assert "corpus.directory: names no corpus to read" in capsys.readouterr().err
-    assert json.dumps(results[0]["notes"]) == '["3 texts (documents), the same ones at every length"]'
+    assert json.dumps(results[0]["notes"]) == '["3 texts (documents), the same at every length"]'

@@ -1,7 +1,8 @@
 """Answers that a suite has had of a model, kept as they come: what is done is not done again after a kill.
 
 One JSON object a line, `{"key": ..., "answer": ...}`; the first says of what, `{"kind": "header", "format_version": 1,
-"identity": ...}`. Answers of another identity (model, precision, settings) are put away.
+"identity": ...}`. Answers of another identity (model, precision, settings), or in another format, are
+thrown away.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class DownstreamSuite(Suite[DownstreamSettings]):
 
         max_length = settings.max_length or _trained_length(subject)
         answers = Answers(folder / "answers.jsonl", _identity(subject, settings, max_length), subject.mesh)
-        model = HarnessModel(subject, answers, max_length, settings.batch_size)
+        model = HarnessModel(subject, answers, max_length, settings.batch_size, settings.seed)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
             model=model,

@@ -21,6 +21,8 @@ from model.generation import generate
 from train.evaluate.suites.answers import Answers
 from train.evaluate.suites.base import Subject
 
+_GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
 
 @dataclass(frozen=True)
 class _Scored:
@@ -45,14 +47,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     Texts become tokens as in training: without a token before them. The end-of-document token stands for no context.
     """
 
-    def __init__(self, subject: Subject, answers: Answers, max_length: int, batch_size: int):
-        """`max_length`: tokens that the model reads at most, older ones are left out."""
+    def __init__(self, subject: Subject, answers: Answers, max_length: int, batch_size: int, seed: int = 0):
+        """`max_length`: tokens that the model reads at most, older ones are left out. `seed`: of what is drawn."""
         super().__init__()
         self._subject = subject
         self._answers = answers
         self._tokens: Tokenizer = subject.tokenizer()
         self.max_length = max_length
         self._batch_size = batch_size
+        self._seed = seed
 
     @property
     def eot_token_id(self) -> int:
@@ -118,7 +121,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         questions = []
         for request in requests:
             text, settings = request.args
-            settings = dict(normalize_gen_kwargs(settings))
+            settings = _known(dict(normalize_gen_kwargs(settings)))
             room = self.max_length - settings["max_gen_toks"]
             if room < 1:
                 raise ValueError(
@@ -150,9 +153,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                     self._subject.model,
                     [one.prompt for one in questions],
                     max_new_tokens=settings["max_gen_toks"],
-                    temperature=float(settings["temperature"]),
+                    temperature=float(settings.get("temperature") or 0.0),
                     top_k=settings.get("top_k"),
                     top_p=settings.get("top_p", 1.0),
+                    seed=self._seed,
                     stop_token=self.eot_token_id,
                     vocab_size=self._tokens.vocab_size,
                     on_token=writing.add,
@@ -202,6 +206,16 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[float, bool]:
     scores = torch.log_softmax(logits.float(), dim=-1)
     of_targets = scores.gather(-1, targets[:, None]).double().sum()
     return float(of_targets), bool((scores.argmax(-1) == targets).all())
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings. Raises ValueError where there are some that would be ignored."""
+    if unknown := sorted(settings.keys() - _GENERATION_SETTINGS):
+        raise ValueError(
+            f"suite.tasks: a task asks to generate with {', '.join(unknown)}, which is not known here; leave the task "
+            f"out, or give a copy of it with none but {', '.join(sorted(_GENERATION_SETTINGS))}"
+        )
+    return settings
 
 
 def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ class LengthSuite(Suite[LengthSettings]):
             f"context {context:,}": _case(sums[: borders.index(context)].sum(), len(texts) * context)
             for context in contexts
         }
-        notes.append(f"{len(texts):,} texts ({settings.text}), the same ones at every length")
+        count = "1 text" if len(texts) == 1 else f"{len(texts):,} texts"
+        notes.append(f"{count} ({settings.text}), the same at every length")
         if subject.mesh.is_main:
             (folder / PICTURE).write_bytes(as_png(length_figure(subject, borders, positions, contexts, up_to)))
         return SuiteResult(up_to | positions, notes)
@@ -184,7 +185,9 @@ def length_figure(
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     between = [case.figures["perplexity"] for case in positions.values()]
-    axes.stairs(between, [max(border, borders[1] / 2) for border in borders], color=BLUE, label="between positions")
+    # A logarithmic axis has no 0.
+    places = [max(border, borders[1] / 2) for border in borders]
+    axes.stairs(between, places, baseline=None, color=BLUE, label="between positions")
     upto = [case.figures["perplexity"] for case in up_to.values()]
     axes.plot(contexts, upto, color=ORANGE, marker="o", label="all up to a context")
     if subject.has_run:
