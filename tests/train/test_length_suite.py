@@ -1,7 +1,6 @@
 """The suite `length`: its perplexities are those of one pass over whole texts, in memory that does not grow."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -113,29 +112,38 @@ def test_settings_that_make_no_sense_are_refused():
     assert LengthSuite().validate(LengthSettings("length")) == []
 
 
-@pytest.mark.slow
-def test_the_command_reads_long_texts_on_one_process_and_on_two(corpus, tmp_path, capsys):
+@pytest.fixture
+def command(corpus, tmp_path) -> list[str]:
     config = dataclasses.replace(CONFIGS["mlstm_and_slstm"], vocab_size=320)
     save_model(model_in_play(config, torch.float32), config, tmp_path / "weights")
-    command = [str(tmp_path / "weights"), "suite=length", f"corpus.directory={corpus}", "suite.contexts=[256,1024]"]
-    command += ["suite.split=train", "suite.texts=3", "suite.piece=300", "precision=fp32"]
-    results = []
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}" / "found.jsonl"
-        done = run_script(ROOT / "train" / "evaluate" / "__main__.py", [*command, "--output", str(output)], processes)
-        assert done.returncode == 0, done.stderr
-        results.append(read_results(output)[0])
-        picture = output.parent / "evaluations" / "length" / "perplexity.png"
-        assert picture.stat().st_size > 10_000
-    one, two = (result["results"] for result in results)
-    assert list(one) == ["context 256", "context 1,024", "position 0 to 128", "position 128 to 256",
-                         "position 256 to 1,024"]  # fmt: skip
-    assert one["context 1,024"]["examples"] == 3 * 1024
-    assert one["context 1,024"]["perplexity"] == pytest.approx(math.exp(one["context 1,024"]["loss"]))
-    whole = sum(one[name]["loss"] * one[name]["examples"] for name in one if name.startswith("position"))
-    assert whole / 3072 == pytest.approx(one["context 1,024"]["loss"], rel=1e-6)
-    for name in one:
-        assert two[name] == pytest.approx(one[name], rel=1e-6)
+    chosen = [str(tmp_path / "weights"), "suite=length", f"corpus.directory={corpus}", "suite.contexts=[256,1024]"]
+    return [*chosen, "suite.split=train", "suite.texts=3", "suite.piece=300", "precision=fp32"]
+
+
+def test_the_command_reads_long_texts(command, tmp_path, capsys):
+    assert main([*command, "--output", str(tmp_path / "found.jsonl")]) == 0
+    (line,) = read_results(tmp_path / "found.jsonl")
+    assert (tmp_path / "evaluations" / "length" / "perplexity.png").stat().st_size > 10_000
+    cases = line["results"]
+    assert list(cases) == ["context 256", "context 1,024", "position 0 to 128", "position 128 to 256",
+                           "position 256 to 1,024"]  # fmt: skip
+    assert cases["context 1,024"]["examples"] == 3 * 1024
+    assert cases["context 1,024"]["perplexity"] == pytest.approx(math.exp(cases["context 1,024"]["loss"]))
+    whole = sum(cases[name]["loss"] * cases[name]["examples"] for name in cases if name.startswith("position"))
+    assert whole / 3072 == pytest.approx(cases["context 1,024"]["loss"], rel=1e-6)
+    assert line["notes"] == ["3 texts (documents), the same at every length"]
+    capsys.readouterr()
     assert main([*command[:2], "suite.contexts=[64]"]) == 2
     assert "corpus.directory: names no corpus to read" in capsys.readouterr().err
-    assert json.dumps(results[0]["notes"]) == '["3 texts (documents), the same at every length"]'
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_processes_give_the_result_of_one(command, tmp_path):
+    assert main([*command, "--output", str(tmp_path / "one.jsonl")]) == 0
+    arguments = [*command, "--output", str(tmp_path / "two.jsonl")]
+    done = run_script(ROOT / "train" / "evaluate" / "__main__.py", arguments, 2)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_results(tmp_path / name)[0]["results"] for name in ("one.jsonl", "two.jsonl"))
+    for name in one:
+        assert two[name] == pytest.approx(one[name], rel=1e-6)
