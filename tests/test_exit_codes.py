@@ -50,6 +50,8 @@ RUN = ["name=x", "model=tiny_mlstm", "precision=fp32", "training.total_steps=1"]
         (launch_command, ["sweep", "predict", "nowhere", "--flops", "1e20"]),
         (evaluate_command, ["nowhere"]),
         (evaluate_command, ["nowhere@3"]),
+        (evaluate_command, ["nowhere", "suite=task"]),
+        (launch_command, ["reproduce", "nowhere"]),
         (checkpoint_command, ["list", "nowhere"]),
         (checkpoint_command, ["verify", "nowhere"]),
         (checkpoint_command, ["verify", "nowhere", "--all"]),
