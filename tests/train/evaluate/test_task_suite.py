@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.reading.batch import MASKED
-from tests.runs import run_train
+from tests.runs import PATIENCE, ROOT, environment, run_train, train_command
+from tests.train.wandb_files import records
 from train.callbacks.metrics_file import read_metrics
 from train.evaluate.__main__ import main
 from train.evaluate.suites.base import CaseResult, SuiteResult, SuiteSettings
@@ -25,8 +27,8 @@ SHORT_PARITY = [
     "training.sequence_length=12",
     "training.global_batch_size=64",
     "optimizer.learning_rate=1e-2",
-    "training.total_steps=200",
-    "logging.interval=50",
+    "training.total_steps=120",
+    "logging.interval=30",
     "logging.progress=false",
 ]
 
@@ -46,7 +48,7 @@ def test_an_slstm_learns_parity_and_carries_it_beyond_the_trained_length(run, ca
     assert printed[0].split() == ["case", "accuracy", "loss", "chance", "scaled", "examples"]
     assert printed[1].startswith("parity/12") and printed[-1] == f"appended to {run / 'evaluations.jsonl'}"
     (line,) = read_results(run / "evaluations.jsonl")
-    assert (line["suite"], line["step"], line["trained_tokens"]) == ("task", 200, 200 * 64 * 12)
+    assert (line["suite"], line["step"], line["trained_tokens"]) == ("task", 120, 120 * 64 * 12)
     assert line["settings"]["lengths"] == [12, 40] and line["settings"]["scored"] == "answer"
     found = line["results"]
     assert found["parity/12"]["accuracy"] >= 0.99 and found["parity/40"]["accuracy"] >= 0.95
@@ -80,6 +82,30 @@ def test_a_run_goes_on_with_the_next_example(run, tmp_path):
     assert (
         refused.returncode == 2 and "corpus.task.name: even_pairs gives other data than parity gave" in refused.stderr
     )
+
+
+def test_what_was_found_stands_in_the_summary_at_wandb(run, tmp_path):
+    assert not (run / "wandb").exists() and not (run / "evaluations").exists()
+    (run / "wandb_id.txt").write_text("abcd1234\n")
+    command = [str(run), "suite=task", "suite.lengths=[12]", "suite.examples=20", "logging.wandb.mode=offline"]
+    done = subprocess.run(
+        train_command([*command, "--output", str(tmp_path / "found.jsonl")], module="train.evaluate"),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    (run / "wandb_id.txt").unlink()
+    assert done.returncode == 0, done.stderr
+    (line,) = read_results(tmp_path / "found.jsonl")
+    (file,) = (run / "wandb").glob("offline-run-*-abcd1234/run-abcd1234.wandb")
+    sent = {}
+    for one in records(file):
+        if one.WhichOneof("record_type") == "summary":
+            sent |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one.summary.update}
+    assert sent["suite/task/parity/12/accuracy"] == line["results"]["parity/12"]["accuracy"]
+    assert sent["suite/task/step"] == 120
 
 
 def test_scores_count_words_and_whole_examples():
