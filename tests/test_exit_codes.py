@@ -52,6 +52,8 @@ RUN = ["name=x", "model=tiny_mlstm", "precision=fp32", "training.total_steps=1"]
         (evaluate_command, ["nowhere@3"]),
         (evaluate_command, ["nowhere", "suite=length"]),
         (evaluate_command, ["nowhere", "suite=downstream"]),
+        (evaluate_command, ["nowhere", "suite=task"]),
+        (launch_command, ["reproduce", "nowhere"]),
         (checkpoint_command, ["list", "nowhere"]),
         (checkpoint_command, ["verify", "nowhere"]),
         (checkpoint_command, ["verify", "nowhere", "--all"]),

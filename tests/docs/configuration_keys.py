@@ -12,9 +12,11 @@ from data_pipeline.preparing.config import PrepareConfig
 from launch.calibrate import CalibrateConfig
 from launch.job import SubmitConfig
 from launch.planner.command import PlanConfig
+from launch.reproduce.config import Reproduction
 from launch.sweep.config import SweepPlanConfig
 from tests.runs import ROOT
 from train.config import RunConfig
+from train.evaluate.suites.suites import compose_suite, schema_of, suite_names
 
 
 @functools.cache
@@ -47,8 +49,12 @@ def all_keys() -> tuple[str, ...]:
         SweepPlanConfig: ("sweep", []),
         PlanConfig: ("plan", []),
         CalibrateConfig: ("calibrate", []),
+        Reproduction: ("reproduce", []),
     }
-    return run_keys() + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
+    suites = {schema_of(compose_suite(name, [])[0]): ("suite", [f"suite={name}"]) for name in suite_names()}
+    return run_keys() + tuple(
+        key for schema, given in {**others, **suites}.items() for key in _keys(compose(schema, *given))
+    )
 
 
 def _keys(tree: object) -> tuple[str, ...]:

@@ -57,9 +57,7 @@ def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
         schema_of(suite), "suite", [f"suite={name}", *overrides], lambda built: suite.validate(built.suite)
     ).suite
     if settings.kind != suite.kind:
-        raise ConfigError(
-            [f"suite.kind: conf/suite/{name}.yaml is of kind {suite.kind}; choose another file with suite="]
-        )
+        raise ConfigError([f"suite.kind: conf/suite/{name}.yaml is of kind {suite.kind}; set suite=NAME for another"])
     if problems := suite.validate(settings):
         raise ConfigError(problems)
     return suite, settings
