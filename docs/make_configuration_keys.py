@@ -18,15 +18,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from conf import CONF_DIR, compose
 from data_pipeline.preparing.config import PrepareConfig, validate_prepare
+from data_pipeline.tasks.config import TaskConfig
 from launch.calibrate import CalibrateConfig, validate_calibration
 from launch.job import SubmitConfig, validate_machines
 from launch.planner.command import PlanConfig
 from launch.planner.command import validate_machines as validate_planned_machines
+from launch.reproduce.config import Reproduction, validate_reproduction
 from launch.sweep.config import SweepPlanConfig, validate_sweep
 from model.layers import further_kinds
 from train.config import RunConfig
+from train.evaluate.suites.base import Suite
+from train.evaluate.suites.suites import all_suites, schema_of
 from train.validate import validate
 
 PAGE = Path(__file__).with_name("configuration_keys.md")
@@ -70,12 +76,18 @@ def page() -> str:
     submission = compose(SubmitConfig, "submit")
     sweep = compose(SweepPlanConfig, "sweep")
     planning, calibration = compose(PlanConfig, "plan"), compose(CalibrateConfig, "calibrate")
+    reproduction = compose(Reproduction, "reproduce")
+    suites = {suite.kind: _suite(suite) for suite in all_suites()}
     required = {"name", "corpus.directory", "output"}
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
     of_preparation = {section.schema for section in sections(preparation)} - {PrepareConfig}
     in_trees = [
-        section for tree in (run, preparation, submission, sweep, planning, calibration) for section in sections(tree)
+        section
+        for tree in (run, preparation, submission, sweep, planning, calibration, reproduction, *suites.values())
+        for section in sections(tree)
+        # That of a suite has nothing but the suite.
+        if section.path or tree not in suites.values()
     ]
     missing = [
         problem
@@ -112,7 +124,28 @@ def page() -> str:
     lines.append("## A calibration: `python -m launch calibrate`\n")
     for section in sections(calibration):
         lines += _render(section, set(), lambda key: _choices(calibration, key, validate_calibration))
+    lines.append("## A reproduction: `python -m launch reproduce`\n")
+    for section in sections(reproduction):
+        if section.path:
+            lines += _render(section, set(), lambda key: _choices(reproduction, key, validate_reproduction))
+    lines.append("## A suite: `python -m train.evaluate MODEL suite=NAME`\n")
+    for kind, settings in suites.items():
+        lines.append(f"### A suite of kind `{kind}`\n")
+        of_suite = [section for section in sections(settings) if section.path]
+        for section in of_suite:
+            if section.schema is not TaskConfig:
+                lines += _render(section, set(), lambda key: [])[1:]
+        if any(section.schema is TaskConfig for section in of_suite):
+            lines.append("The keys below `suite.task` are those of [`corpus.task`](#corpustask).\n")
     return "\n".join(lines)
+
+
+def _suite(suite: Suite[Any]) -> Any:
+    """The settings of a suite as its file in conf/suite has them, below `suite`; that of its kind, where it has one."""
+    for path in sorted((CONF_DIR / "suite").glob("*.yaml"), key=lambda path: (path.stem != suite.kind, path.stem)):
+        if yaml.safe_load(path.read_text())["kind"] == suite.kind:
+            return compose(schema_of(suite), "suite", [f"suite={path.stem}"])
+    raise ValueError(f"conf/suite/ has no file of kind {suite.kind}")
 
 
 def sections(tree: Any) -> list[Section]:

@@ -45,6 +45,8 @@ READ_VALUES = {
     "launch/job.py",
     "launch/logs.py",
     "launch/planner/command.py",
+    "launch/reproduce/command.py",
+    "launch/reproduce/plan.py",
     "launch/scaling/collect.py",
     "launch/slurm.py",
     "launch/status.py",

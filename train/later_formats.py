@@ -17,6 +17,7 @@ from train.callbacks.metrics_file import FORMAT_VERSION as METRICS_FORMAT
 from train.callbacks.samples import FORMAT_VERSION as SAMPLES_FORMAT
 from train.checkpoints.layout import FORMAT_VERSION as CHECKPOINT_FORMAT
 from train.checkpoints.layout import STATE_JSON
+from train.evaluate.suites.results import FORMAT_VERSION as SUITES_FORMAT
 from train.plan import FORMAT_VERSION as PLAN_FORMAT
 from train.run_directory import EVENTS_FORMAT_VERSION, RunDirectory
 
@@ -38,6 +39,7 @@ def _versioned_files(directory: RunDirectory) -> Iterator[tuple[Path, int]]:
     yield directory.events, EVENTS_FORMAT_VERSION
     yield directory.metrics, METRICS_FORMAT
     yield directory.samples, SAMPLES_FORMAT
+    yield directory.evaluations, SUITES_FORMAT
     for folder in complete_checkpoints(directory.checkpoints):
         yield folder / COMPLETE, CHECKPOINT_FORMAT
         yield folder / STATE_JSON, CHECKPOINT_FORMAT

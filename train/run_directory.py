@@ -49,6 +49,8 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.samples = path / "samples.jsonl"
+        # What `python -m train.evaluate RUN suite=NAME` found.
+        self.evaluations = path / "evaluations.jsonl"
         self.logs = path / "logs"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"

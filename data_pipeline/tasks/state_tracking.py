@@ -15,7 +15,7 @@ from data_pipeline.tasks.draws import Draws
 
 EVEN, ODD = "even", "odd"
 # The largest count that majority_count answers with.
-LARGEST_COUNT = 63
+LARGEST_COUNT = 50
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Majority(TrackingTask[Alphabet]):
 
 
 class MajorityCount(Majority):
-    """How often the symbol that occurs most often does; 63 stands for all larger counts too."""
+    """How often the symbol that occurs most often does; 50 stands for all larger counts too."""
 
     name = "majority_count"
 

@@ -10,7 +10,7 @@ from data_pipeline.tasks.base import ASK, END, Example, Problem, Task, asked, sy
 from data_pipeline.tasks.draws import Draws
 from data_pipeline.tasks.state_tracking import Alphabet, check_size
 
-BETWEEN, GAP = "|", "_"
+BETWEEN, GAP = ";", "_"
 PUSH, POP = "push", "pop"
 
 

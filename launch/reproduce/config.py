@@ -44,6 +44,8 @@ class TaskOfReproduction:
     overrides: list[str]
     # Of the suite that scores them, such as suite.lengths=[40,64].
     suite: list[str] = field(default_factory=list)
+    # Optimizer steps of its runs; null: those of the reproduction.
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class ReproduceConfig:
     learning_rates: list[float]
     # Every run with each of them.
     seeds: list[int]
-    # Optimizer steps of every run.
+    # Optimizer steps of every run whose task says nothing else.
     steps: int
     # Published results to compare with, of launch/reproduce/published.py; null: none.
     published: str | None
@@ -93,6 +95,11 @@ def validate_reproduction(config: Reproduction) -> list[str]:
     problems = [
         *local_folder("reproduce.root", found.root),
         *at_least("reproduce.steps", found.steps, 1),
+        *(
+            problem
+            for name, task in found.tasks.items()
+            for problem in at_least(f"reproduce.tasks.{name}.steps", task.steps, 1)
+        ),
         *(problem for rate in found.learning_rates for problem in positive("reproduce.learning_rates", rate)),
     ]
     for key, names in (("name", [found.name]), ("models", list(found.models)), ("tasks", list(found.tasks))):
@@ -119,7 +126,7 @@ def validate_reproduction(config: Reproduction) -> list[str]:
         ]
     if found.published is not None and found.published not in PUBLISHED:
         problems.append(
-            f"reproduce.published: no such results ({found.published!r}); choose one of {', '.join(PUBLISHED)}, or null"
+            f"reproduce.published: no such results ({found.published!r}); choose one of {', '.join(PUBLISHED)}"
         )
     settings = [("reproduce.base", found.base)]
     settings += [(f"reproduce.models.{name}.overrides", model.overrides) for name, model in found.models.items()]

@@ -40,8 +40,8 @@ def _head(config: ReproduceConfig) -> str:
     return (
         f"<p>{config.steps:,} steps a run, experiment <code>{escape(config.experiment)}</code>, learning rates "
         f"{rates}, seeds {seeds}. Of the rates, the best of each model and task. Numbers are accuracies by the length "
-        "of the examples, means over the seeds, with the least and the most in brackets; scaled: the mean over the lengths of "
-        "(accuracy − chance) / (1 − chance).</p>"
+        "of the examples, means over the seeds, with the least and the most in brackets; scaled: the mean over the "
+        "lengths of (accuracy − chance) / (1 − chance).</p>"
     )
 
 

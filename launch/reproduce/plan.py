@@ -72,7 +72,7 @@ def trials_of(config: ReproduceConfig, further: Sequence[str]) -> list[Trial]:
     problems: list[tuple[str, str]] = []
     for name, model, task_name, task in _pairs(config):
         shared = [f"experiment={config.experiment}", f"model={model.preset}", *config.base, *task.overrides]
-        shared += [*model.overrides, *further, f"training.total_steps={config.steps}"]
+        shared += [*model.overrides, *further, f"training.total_steps={task.steps or config.steps}"]
         for rate in config.learning_rates:
             for seed in config.seeds:
                 row_name = f"{name}-{task_name}-{rate:g}-s{seed}"

@@ -119,7 +119,7 @@ def test_every_yaml_file_belongs_to_a_tested_group():
     tested = {*GROUPS, "experiment"}
     others = {path.parent.name for path in CONF_DIR.rglob("*.yaml")} - tested - {"conf"}
     # A recipe is composed with its model; the groups of `prepare` in tests/data_pipeline, those of `launch` in
-    # tests/launch.
-    assert others == {"recipe", "data", "tokenizer", "launch", "sweep"}
+    # tests/launch, suites in tests/train/evaluate.
+    assert others == {"recipe", "data", "tokenizer", "launch", "sweep", "suite", "reproduce"}
     for path in CONF_DIR.rglob("*.yaml"):
         OmegaConf.load(path)

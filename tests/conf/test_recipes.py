@@ -49,6 +49,11 @@ EXPECTED = {
     # Not published: the peak of the smallest of arXiv 2510.02228, and that of the demonstration.
     **dict.fromkeys(["tiny", "tiny_mlstm", "tiny_llama"], (3e-3, 1e-8, 0.5, "cosine", 0.01, None, 256, 32)),
     "tiny_neurips": (5e-3, 1e-8, 0.5, "cosine", 0.01, None, 256, 32),
+    # arXiv 2405.04517, appendix B.1, where the peak is one of three.
+    **{
+        f"synthetic_{name}": (1e-3, 1e-8, 1.0, "cosine", 0.01, None, 40, 256)
+        for name in ("1_0", "1_1", "0_1", "llama")
+    },
 }  # fmt: skip
 
 
@@ -74,14 +79,15 @@ def test_every_model_has_its_recipe_here_and_in_a_file_of_its_name():
     assert preset_names() == sorted(EXPECTED)
     # Beside them: what several share, and no recipe at all.
     files = {path.stem for path in (CONF_DIR / "recipe").glob("*.yaml")}
-    assert files - set(EXPECTED) == {"scaling_laws", "neurips", "none"} and set(EXPECTED) <= files
+    assert files - set(EXPECTED) == {"scaling_laws", "neurips", "synthetic", "none"} and set(EXPECTED) <= files
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_model_brings_the_recipe_of_its_source(name):
     config = composed(f"model={name}")
     assert recipe_of(config) == EXPECTED[name]
-    assert (config.optimizer.betas, config.optimizer.weight_decay) == ([0.9, 0.95], 0.1)
+    second = 0.99 if name.startswith("synthetic") else 0.95
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ([0.9, second], 0.1)
     assert config.schedule.final_factor == 0.1
     assert config.schedule.decay == (495_000 if config.schedule.kind == "exponential" else None)
     # A pass on one GPU has at most 16,384 tokens, whatever the recipe.
@@ -200,8 +206,25 @@ def test_an_experiment_is_the_run_of_its_paper(name):
     assert config.name == name and config.model == preset(name if size == name else f"{size}_7_1")
 
 
+# Of one task by itself, another one's name or size in its place; arXiv 2405.04517, appendices B.1 and B.2.
+SYNTHETIC = {
+    "formal": (100_000, 256, 40, "answer"),
+    "parity": (1000, 128, 40, "every"),
+    "mqar": (12_500, 512, 64, "answer"),
+}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_an_experiment_of_a_task_has_its_protocol(name):
+    config = compose(RunConfig, "train", [f"experiment={name}"])
+    training = config.training
+    found = (training.total_steps, training.global_batch_size, training.sequence_length)
+    assert (*found, config.corpus.task.scored) == SYNTHETIC[name] and config.evaluation.sets == {}
+
+
 def test_every_experiment_of_a_paper_is_one_of_these():
-    assert {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} == {*EXPERIMENTS, "demo"}
+    files = {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")}
+    assert files == {*EXPERIMENTS, "demo", *SYNTHETIC}
 
 
 def test_the_second_phase_of_the_7b_has_the_shares_of_its_paper():

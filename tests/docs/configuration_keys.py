@@ -12,10 +12,12 @@ from data_pipeline.preparing.config import PrepareConfig
 from launch.calibrate import CalibrateConfig
 from launch.job import SubmitConfig
 from launch.planner.command import PlanConfig
+from launch.reproduce.config import Reproduction
 from launch.sweep.config import SweepPlanConfig
 from model.layers import further_kinds
 from tests.runs import ROOT
 from train.config import RunConfig
+from train.evaluate.suites.suites import compose_suite, schema_of, suite_names
 
 
 @functools.cache
@@ -48,12 +50,16 @@ def all_keys() -> tuple[str, ...]:
         SweepPlanConfig: ("sweep", []),
         PlanConfig: ("plan", []),
         CalibrateConfig: ("calibrate", []),
+        Reproduction: ("reproduce", []),
     }
     of_kinds = tuple(
         key for kind in further_kinds() for key in _keys(kind.settings_class(), f"model.layers.{kind.name}.")
     )
+    suites = {schema_of(compose_suite(name, [])[0]): ("suite", [f"suite={name}"]) for name in suite_names()}
     return (
-        run_keys() + of_kinds + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
+        run_keys()
+        + of_kinds
+        + tuple(key for schema, given in {**others, **suites}.items() for key in _keys(compose(schema, *given)))
     )
 
 

@@ -7,13 +7,13 @@ import io
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch.multiprocessing as multiprocessing
 
+from tests.train.wandb_files import records
 from train.callbacks.metrics_file import MetricsFile, is_measurement, read_metrics
 from train.callbacks.progress import Progress
 from train.callbacks.wandb_logger import WandbLogger, panel_name
@@ -308,24 +308,8 @@ def test_statistics_of_a_block_stand_in_one_section(tmp_path):
 
 
 def _rows(file: Path) -> list[int]:
-    """W&B's own row numbers in a .wandb file: LevelDB's log format behind 7 bytes of W&B's, each record a protobuf."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts, rows = file.read_bytes(), 7, b"", []
-    while position < len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            entry = wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
-            if entry.WhichOneof("record_type") == "history":
-                rows.append(entry.history.step.num)
-    return rows
+    """W&B's own row numbers in a .wandb file."""
+    return [one.history.step.num for one in records(file) if one.WhichOneof("record_type") == "history"]
 
 
 def test_the_wandb_id_comes_from_the_folder_then_the_checkpoint(tmp_path):

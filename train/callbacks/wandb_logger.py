@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from train.evaluate import EvaluationResult
     from train.trainer import Trainer
 
-_ID_FILE = "wandb_id.txt"
+ID_FILE = "wandb_id.txt"
 # W&B draws no open bins: the outer ones as wide as the others.
 _HISTOGRAM_BORDERS = (
     2 * HISTOGRAM_EDGES[0] - HISTOGRAM_EDGES[1],
@@ -182,7 +182,7 @@ class WandbLogger(Callback):
 
     def _find_id(self, run_directory: Path, is_branch: bool = False) -> str:
         """The id of this run: from its folder, else from the checkpoint, else a new one, kept in the folder."""
-        path = run_directory / _ID_FILE
+        path = run_directory / ID_FILE
         if path.is_file() and (kept := path.read_text(encoding="utf-8").strip()):
             return kept
         # The first checkpoint of a branch has the id of its parent.

@@ -15,6 +15,7 @@ from data_pipeline.tasks.base import Example
 from data_pipeline.tasks.draws import Draws
 from data_pipeline.tasks.state_tracking import Alphabet, Modulus
 from data_pipeline.tasks.tasks import FORMAL, TASKS
+from tests.documented import quoted, table
 
 LENGTHS = (2, 3, 4, 5, 9, 18, 40, 41, 97)
 
@@ -41,7 +42,7 @@ def majority(words: list[str]) -> str:
 
 
 def majority_count(words: list[str]) -> str:
-    return str(min(63, Counter(words).most_common(1)[0][1]))
+    return str(min(50, Counter(words).most_common(1)[0][1]))
 
 
 def s3(words: list[str]) -> str:
@@ -162,7 +163,7 @@ def test_chance_is_a_guess_among_the_answers_that_occur(name):
         known = [answer for answer in task.example(Draws("chance", number), 24, settings).answers if answer]
         seen.update(known[-1:] if task.tracks else known)
     if name == "majority_count":
-        assert task.chance(settings) == 1 / 63 and {int(count) for count in seen} <= set(range(1, 64))
+        assert task.chance(settings) == 1 / 50 and {int(count) for count in seen} <= set(range(1, 51))
         return
     assert len(seen) == task.answers(settings) and task.chance(settings) == 1 / len(seen)
     if name in UNIFORM:
@@ -192,3 +193,24 @@ def test_settings_change_the_words():
     example = TASKS["bucket_sort"].example(Draws(1), 200, Alphabet(symbols=40))
     known = [answer for answer in example.answers if answer is not None]
     assert known == sorted(known, key=lambda word: (len(word) > 1, word))
+
+
+def test_the_examples_and_the_chances_of_the_page_are_right():
+    rows = table("guides/evaluation.md", "task")
+    assert [quoted(row[0])[0] for row in rows] == list(TASKS)
+    for name, example, answer, chance in ((quoted(row[0])[0], *(cell for cell in row[1:])) for row in rows):
+        task = TASKS[name]
+        settings = task.settings_class()
+        words, expected = quoted(example)[0].split(), quoted(answer)[0].split()
+        assert set(words) | set(expected) - {"..."} <= {*task.vocabulary(settings), "..."}, name
+        if task.tracks:
+            assert ("*" in row_of(rows, name)) and task.tracked(words, settings)[-1] == expected[0], name
+        elif words[-1] == "=":
+            assert ASKED[name](words[:-1]) == expected, name
+        counts = {"2/`vocabulary` (8192)": 2 / 8192}
+        fraction = counts.get(chance) or int(chance.split("/")[0]) / int(chance.split("/")[1])
+        assert task.chance(settings) == fraction, name
+
+
+def row_of(rows: list[list[str]], name: str) -> str:
+    return next(row[0] for row in rows if quoted(row[0])[0] == name)

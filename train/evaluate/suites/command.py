@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from model.loading import load
 from train.checkpoints.state import read_state
 from train.config import RunConfig
 from train.evaluate.suites.base import Subject, SuiteResult
-from train.evaluate.suites.results import FILE, append_result, result_line
+from train.evaluate.suites.results import FILE, append_result, read_results, result_line
 from train.evaluate.suites.suites import compose_suite
+from train.evaluate.suites.wandb_results import send_to_wandb
 from train.evaluate.target import Target, compose_for
 from train.parallel.mesh import join_mesh
 
@@ -38,23 +41,39 @@ def run_suite(target: Target, overrides: list[str], output: Path | None) -> None
     others = [one for one in overrides if one not in of_suite and not one.startswith("suite=")]
     config = _configuration(target, others)
     file = output or (target.run or target.located.weights) / FILE
+    # Before the work: a file of a later version is not added to.
+    read_results(file)
     mesh = join_mesh(timedelta(seconds=config.parallel.collective_timeout_seconds))
     try:
         dtype = config.precision.weight_dtype(config.parallel.zero_stage)
         model = load(target.path, device=mesh.device, dtype=dtype).eval()
         subject = Subject(model, target.located, config, mesh, target.run is not None)
-        folder = file.parent / "evaluations" / name
+        with _folder(file.parent / "evaluations" / name, mesh.is_main) as folder:
+            result = suite.run(subject, settings, folder)
         if mesh.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-        result = suite.run(subject, settings, folder)
-        if mesh.is_main:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-            append_result(file, result_line(name, settings, result, **_about(target)))
+            line = result_line(name, settings, result, **_about(target))
+            append_result(file, line)
             print(table(result))
             print(f"appended to {file}")
+            if target.run is not None:
+                send_to_wandb(target.run, config.logging.wandb, line)
     finally:
         mesh.close()
+
+
+@contextlib.contextmanager
+def _folder(path: Path, is_main: bool) -> Iterator[Path]:
+    """`path`, made by rank 0, for what a suite leaves; what is empty behind it goes."""
+    if not is_main:
+        yield path
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+            path.parent.rmdir()
 
 
 def _configuration(target: Target, overrides: list[str]) -> RunConfig:

@@ -9,9 +9,11 @@ import yaml
 
 from conf import CONF_DIR, ConfigError, compose, suggestion
 from train.evaluate.suites.base import Suite
+from train.evaluate.suites.downstream import DownstreamSuite
+from train.evaluate.suites.length import LengthSuite
 from train.evaluate.suites.task import TaskSuite
 
-_SUITES: tuple[Suite[Any], ...] = (TaskSuite(),)
+_SUITES: tuple[Suite[Any], ...] = (TaskSuite(), LengthSuite(), DownstreamSuite())
 
 
 def suite_of(kind: str) -> Suite[Any]:
@@ -21,6 +23,16 @@ def suite_of(kind: str) -> Suite[Any]:
             return suite
     kinds = [suite.kind for suite in _SUITES]
     raise ConfigError([f"suite.kind: no such suite ({kind!r}){suggestion(kind, kinds)}; choose one of {kinds}"])
+
+
+def all_suites() -> tuple[Suite[Any], ...]:
+    """Every kind."""
+    return _SUITES
+
+
+def schema_of(suite: Suite[Any]) -> Any:
+    """What conf/suite.yaml composes for one of its kind: each has settings of its own."""
+    return dataclasses.make_dataclass("SuiteConfig", [("suite", suite.settings_class)], frozen=True)
 
 
 def suite_names() -> list[str]:
@@ -41,13 +53,11 @@ def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
             ]
         )
     suite = suite_of(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text())["kind"])
-    # Each kind has settings of its own; a tree of them is composed as any other configuration.
-    schema: Any = dataclasses.make_dataclass("SuiteConfig", [("suite", suite.settings_class)], frozen=True)
-    settings = compose(schema, "suite", [f"suite={name}", *overrides], lambda built: suite.validate(built.suite)).suite
+    settings = compose(
+        schema_of(suite), "suite", [f"suite={name}", *overrides], lambda built: suite.validate(built.suite)
+    ).suite
     if settings.kind != suite.kind:
-        raise ConfigError(
-            [f"suite.kind: conf/suite/{name}.yaml is of kind {suite.kind}; choose another file with suite="]
-        )
+        raise ConfigError([f"suite.kind: conf/suite/{name}.yaml is of kind {suite.kind}; set suite=NAME for another"])
     if problems := suite.validate(settings):
         raise ConfigError(problems)
     return suite, settings
