@@ -17,7 +17,7 @@ from launch.sweep.config import SweepPlanConfig
 from model.layers import further_kinds
 from tests.runs import ROOT
 from train.config import RunConfig
-from train.evaluate.suites.suites import compose_suite, schema_of, suite_names
+from train.evaluate.suites.suites import schema_of, suite_named, suite_names
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def all_keys() -> tuple[str, ...]:
     of_kinds = tuple(
         key for kind in further_kinds() for key in _keys(kind.settings_class(), f"model.layers.{kind.name}.")
     )
-    suites = {schema_of(compose_suite(name, [])[0]): ("suite", [f"suite={name}"]) for name in suite_names()}
+    suites = {schema_of(suite_named(name)): ("suite", [f"suite={name}"]) for name in suite_names()}
     return (
         run_keys()
         + of_kinds
