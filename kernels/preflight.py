@@ -202,10 +202,13 @@ class LinearRecurrenceCase(Case):
         return {"y": linear_recurrence(of_tokens, document_start=document_start, backend=backend)[0]}
 
     def limit(self, tensor: str) -> float:
-        """What one rounding of every product to the dtype, or to TensorFloat32, leaves."""
+        """Not measured on a GPU yet: what roundings of the products, and of the memory between chunks, may leave.
+
+        The gradient of a decay is the difference of two sums over all later tokens.
+        """
         if self.dtype == torch.float32:
-            return 2e-3
-        return 6e-3 if tensor == "y" else 1e-2
+            return 3e-3 if tensor == "log_decay" else 2e-3
+        return {"y": 1e-2, "log_decay": 3e-2}.get(tensor, 2e-2)
 
 
 @dataclass(frozen=True)

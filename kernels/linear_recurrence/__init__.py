@@ -4,8 +4,7 @@
     S[t] = a[t] (S[t - 1] - b[t] k[t] (S[t - 1]^T k[t])^T) + b[t] k[t] v[t]^T         with the delta rule
 
 a = exp(log_decay) is one number of a head (RetNet, arXiv 2307.08621; Mamba-2, arXiv 2405.21060, where it comes of the
-step size; Gated DeltaNet, arXiv 2412.06464, equation 10, with b) or one of each key feature (GLA, arXiv 2312.06635,
-equation 3).
+step size; Gated DeltaNet, arXiv 2412.06464, equation 10, with b) or one of each key feature (GLA, arXiv 2312.06635).
 
 Backends: "reference" goes token by token (`reference`), "fla" calls the kernels of flash-linear-attention on a GPU
 (`fla_kernels`).

@@ -1,7 +1,7 @@
 """Mamba-2 (arXiv 2405.21060): a state-space layer as linear attention with one decay of each head.
 
 Keys and queries are what that paper calls B and C, values are inputs times their step size, and a decay is the
-exponential of minus a rate times the step size (its section 7.1 and equation 16).
+exponential of minus a rate times the step size (its section 7).
 
 Axes: B batch, S sequence, D model width, E inner width, NH heads, P inner width of a head, N state width, G groups of
 heads that share keys and queries.

@@ -1,4 +1,4 @@
-"""Hybrids and rivals through the real command line: trained with carried states, interrupted, resumed, generated from."""
+"""Hybrids and rivals by the real command line: trained with carried states, interrupted, resumed, generated from."""
 
 import json
 import subprocess
