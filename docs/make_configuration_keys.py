@@ -25,6 +25,7 @@ from launch.job import SubmitConfig, validate_machines
 from launch.planner.command import PlanConfig
 from launch.planner.command import validate_machines as validate_planned_machines
 from launch.sweep.config import SweepPlanConfig, validate_sweep
+from model.layers import further_kinds
 from train.config import RunConfig
 from train.validate import validate
 
@@ -73,13 +74,12 @@ def page() -> str:
     # A run's length has no default either, but either of two keys gives it.
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, total_steps=None))
     of_preparation = {section.schema for section in sections(preparation)} - {PrepareConfig}
+    in_trees = [
+        section for tree in (run, preparation, submission, sweep, planning, calibration) for section in sections(tree)
+    ]
     missing = [
         problem
-        for schema in {
-            section.schema: None
-            for tree in (run, preparation, submission, sweep, planning, calibration)
-            for section in sections(tree)
-        }
+        for schema in {section.schema: None for section in (*in_trees, *_further_kinds())}
         for problem in undocumented(schema)
     ]
     if missing:
@@ -92,6 +92,9 @@ def page() -> str:
             lines += _heading(section), f"The keys of [`{_name_in(preparation, section)}`](#a-preparation).\n"
         elif not _is_below(section.path, shared):
             lines += _render(section, required, lambda key: _choices_of_run(run, key))
+        if section.path == "model.attention.":
+            for further in _further_kinds():
+                lines += _render(further, set(), lambda key: [])
     lines.append("## A preparation\n")
     for section in sections(preparation):
         lines += _render(section, required, lambda key: _choices_of_preparation(preparation, key))
@@ -115,6 +118,12 @@ def page() -> str:
 def sections(tree: Any) -> list[Section]:
     """Every section of a configuration, in the order of its fields."""
     return list(_walk(type(tree), "", tree))
+
+
+def _further_kinds() -> list[Section]:
+    """The settings of the kinds of layers that have no section of ModelConfig, at their places."""
+    found = [(f"model.layers.{kind.name}.", kind.settings_class) for kind in further_kinds()]
+    return [section for path, schema in found for section in _walk(schema, path, schema())]
 
 
 def _walk(schema: type, path: str, values: Any) -> Iterator[Section]:

@@ -13,6 +13,8 @@ total query and value widths, DK and DV those of a head, E the inner width of th
     sLSTM           kernels: ((4 + k) c + 4K + 4 + u') D, k = 8 with a soft cap, else 7: numbers of each unit;
                     u' = 8 for bf16, else 0: fp32 gate inputs; reference and loop: (4 c + 4K + 48) D
     attention       c (4D + 2 KV) + 8 D / NH + c S        KV: total width of the keys; the last term: the document mask
+      in a window W c (4D + 4 KV) + 8 D / NH + 2 c W      where it is shorter than S: blocks of queries, keys twice
+      with sinks    c D + 8 c (2 NH + 2 NKV) more                       (4 NKV in a window)
     SwiGLU          c (2D + 4F), compiled c (2D + 3F);    gated GELU: the same
     head            kernels: 3 c D, and once the larger of c V for each of at most 4096 tokens + 4 V D, the chunk of
                     logits in work and the gradient of the weight, and (8 + c) V D, that gradient as it is scaled;
@@ -236,7 +238,7 @@ def _passed_states(
     between_slices = 4 * micro_batch_size * recurrent * in_work.micro_batches if in_work.sequence_ranks > 1 else 0
     if cut_length is None:
         return between_slices
-    cached = sum(state.convolution + cut_length * state.cache_per_token for state in states)
+    cached = sum(state.convolution + state.window + cut_length * state.cache_per_token for state in states)
     copies = in_work.micro_batches + 2
     return between_slices + copies * micro_batch_size * (4 * recurrent + compute_bytes * cached)
 
@@ -264,16 +266,17 @@ def states_between_chunks_bytes(
     """
     chunks = 1 if time_chunk is None else -(-sequence_length // time_chunk)
     elements = state_elements(config)
-    of_one = 4 * elements["recurrent"] + compute_bytes * elements["convolution"]
+    of_one = 4 * elements["recurrent"] + compute_bytes * (elements["convolution"] + elements["window"])
     return float(max(0, chunks - 2) * micro_batch_size * of_one)
 
 
 def state_bytes(config: ModelConfig, context: int = 0, state_dtype_bytes: int = 4, cache_dtype_bytes: int = 2) -> int:
     """Bytes that one sequence needs while it is decoded: recurrent states and, for attention, `context` cached tokens.
 
-    The convolutions' last inputs count with the cache's dtype, that of the activations. The copies of the normaliser in
-    a state that decoding overwrites (kernels.mlstm.step), about 3 % of the memory, are not in it.
+    Of attention in a window its whole cache counts, which is there from the first token. The convolutions' last inputs
+    count with the cache's dtype, that of the activations. The copies of the normaliser in a state that decoding
+    overwrites (kernels.mlstm.step), about 3 % of the memory, are not in it.
     """
     elements = state_elements(config)
-    cached = elements["convolution"] + context * elements["cache_per_token"]
+    cached = elements["convolution"] + elements["window"] + context * elements["cache_per_token"]
     return state_dtype_bytes * elements["recurrent"] + cache_dtype_bytes * cached

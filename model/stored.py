@@ -33,12 +33,7 @@ def what_is_computed(stored: Mapping[str, Any], first_values: bool = True) -> di
     Two runs compute the same function of their weights where this is equal. `first_values`: False leaves out, too, what
     only chooses the weights' first values, which mean nothing where there are weights already.
     """
-    current = with_current_keys(stored)
-    for field in dataclasses.fields(ModelConfig):
-        if field.name not in current and field.default_factory is not dataclasses.MISSING:
-            current[field.name] = field.default_factory()
-        elif field.name not in current:
-            current[field.name] = field.default
+    current = {**_defaults(ModelConfig), **with_current_keys(stored)}
     # Where a kind is found, not what it is.
     del current["plugins"]
     left_out = {
@@ -46,15 +41,41 @@ def what_is_computed(stored: Mapping[str, Any], first_values: bool = True) -> di
         for kind in layers.registered_kinds()
     }
 
-    def without(name: str, section: Any) -> Any:
+    def without(name: str, section: Any, prefix: str = "") -> Any:
         if not isinstance(section, Mapping):
             return section
-        return {key: value for key, value in section.items() if key not in left_out.get(name, ())}
+        return {
+            key: without(name, value, f"{prefix}{key}.")
+            for key, value in section.items()
+            if f"{prefix}{key}" not in left_out.get(name, ())
+        }
 
     for kind in layers.built_in_kinds():
-        current[kind.name] = without(kind.name, current[kind.name])
-    current["layers"] = {name: without(name, section) for name, section in current["layers"].items()}
+        section = current[kind.name]
+        if isinstance(section, Mapping):
+            section = {**_defaults(kind.settings_class), **section}
+        current[kind.name] = without(kind.name, section)
+    defaults = {kind.name: dataclasses.asdict(kind.settings_class()) for kind in layers.further_kinds()}
+    current["layers"] = {
+        name: without(name, _filled(section, defaults.get(name, {}))) for name, section in current["layers"].items()
+    }
     return current
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    """What the fields of a dataclass, all of which have defaults, are where nothing is said of them."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(schema)
+    }
+
+
+def _filled(section: Any, defaults: Mapping[str, Any]) -> Any:
+    """`section` with the values, and those in its sections, that it leaves out."""
+    if not isinstance(section, Mapping):
+        return section
+    given = {key: _filled(value, defaults[key]) if key in defaults else value for key, value in section.items()}
+    return {**defaults, **given}
 
 
 def differences(wanted: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import attention_mask
 from kernels.mlstm import mlstm
 from kernels.slstm import slstm
-from model.layers.attention import attention_mask
 from train.estimate.calibration import CellPoint, ProductPoint
 
 # torch.cuda._sleep counts cycles; no GPU here runs faster than this.

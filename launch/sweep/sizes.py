@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,13 +104,23 @@ def scaled(model: ModelConfig, d_model: int, n_blocks: int, shape: ShapeConfig) 
             settings[f"{kind}_at"] = scaled_positions(positions, model.n_blocks, n_blocks)
     for kind, positions in model.other_at.items():
         settings[f"other_at.{kind}"] = scaled_positions(positions, model.n_blocks, n_blocks)
-    for name in ("mlstm", "preup_mlstm", "slstm", "attention"):
-        if (section := getattr(model, name)) is not None:
-            heads = _heads(d_model, shape.head_width or model.d_model / section.n_heads)
-            settings[f"{name}.n_heads"] = heads
-            if name == "attention":
-                settings[f"{name}.n_kv_heads"] = max(1, heads * section.n_kv_heads // section.n_heads)
+    own = {name: getattr(model, name) for name in ("mlstm", "preup_mlstm", "slstm", "attention")}
+    sections = {name: asdict(section) for name, section in own.items() if section is not None}
+    for name, section in _with_heads({**sections, "layers": model.layers}):
+        heads = _heads(d_model, shape.head_width or model.d_model / section["n_heads"])
+        settings[f"{name}.n_heads"] = heads
+        if "n_kv_heads" in section:
+            settings[f"{name}.n_kv_heads"] = max(1, heads * section["n_kv_heads"] // section["n_heads"])
     return settings
+
+
+def _with_heads(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(key, section) of those, and of the sections in them, that say how many heads a layer has."""
+    for name, section in sections.items():
+        if isinstance(section, Mapping):
+            if "n_heads" in section:
+                yield f"{prefix}{name}", section
+            yield from _with_heads(section, f"{prefix}{name}.")
 
 
 def _heads(d_model: int, width: float) -> int:

@@ -42,9 +42,17 @@ class LlamaFormat(Format):
         return set(config.block_kinds()) == {"attention"}
 
     def inexpressible(self, config: ModelConfig) -> list[str]:
-        if config.logit_soft_cap is None:
-            return []
-        return [f"model.logit_soft_cap={config.logit_soft_cap}: the logits have no soft cap there"]
+        attention, reasons = config.attention, []
+        assert attention is not None
+        if config.logit_soft_cap is not None:
+            reasons.append(f"model.logit_soft_cap={config.logit_soft_cap}: the logits have no soft cap there")
+        if attention.positions != "rotary":
+            reasons.append(f"model.attention.positions={attention.positions}: positions are always rotary there")
+        if attention.window is not None:
+            reasons.append(f"model.attention.window={attention.window}: attention sees all earlier tokens there")
+        if attention.sinks:
+            reasons.append("model.attention.sinks=true: the softmax has no sinks there")
+        return reasons
 
     def config_json(self, config: ModelConfig, dtype: torch.dtype, sequence_length: int | None) -> dict[str, Any]:
         attention = config.attention

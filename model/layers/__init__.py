@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from model.layers import attention, mlstm, preup_mlstm, slstm
+from model.layers import (
+    attention,
+    gated_deltanet,
+    gla,
+    mamba2,
+    mlstm,
+    mlstm_attention,
+    preup_mlstm,
+    retnet,
+    slstm,
+)
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ __all__ = [
     "StateElements",
     "block_names",
     "built_in_kinds",
+    "further_kinds",
     "import_plugins",
     "layer_kind",
     "layer_kinds",
@@ -30,7 +41,9 @@ __all__ = [
 ]
 
 _BUILT_IN: tuple[LayerKind, ...] = (mlstm.KIND, preup_mlstm.KIND, slstm.KIND, attention.KIND)
-_registered: dict[str, LayerKind] = {kind.name: kind for kind in _BUILT_IN}
+# Of this package too; their settings are in `model.layers`, as those of plugins.
+_FURTHER: tuple[LayerKind, ...] = (mlstm_attention.KIND, gla.KIND, retnet.KIND, mamba2.KIND, gated_deltanet.KIND)
+_registered: dict[str, LayerKind] = {kind.name: kind for kind in (*_BUILT_IN, *_FURTHER)}
 
 
 def register(kind: LayerKind) -> None:
@@ -57,6 +70,11 @@ def registered_kinds() -> list[LayerKind]:
 def built_in_kinds() -> list[LayerKind]:
     """Those whose settings are sections of ModelConfig."""
     return list(_BUILT_IN)
+
+
+def further_kinds() -> list[LayerKind]:
+    """Those of this package whose settings are in `ModelConfig.layers`."""
+    return list(_FURTHER)
 
 
 def block_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Causal multi-head attention with rotary positions: the mixer of the Llama baselines and of hybrids.
+"""Causal multi-head attention: the mixer of the Llama baselines, and of hybrids in a window or without positions.
 
 Axes: B batch, S sequence, D model width, T cached tokens, NH query heads, NKV key/value heads, DH head dimension.
 """
@@ -6,18 +6,19 @@ Axes: B batch, S sequence, D model width, T cached tokens, NH query heads, NKV k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import SINK_FEATURES, attention, keys_per_query, with_sinks
 from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
-from model.initial_values import reads_stream, writes_stream
+from model.initial_values import constant, reads_stream, writes_stream
 from model.layers import base
 from model.layers.base import CellForm, LayerKind, Parameter, StateElements, by_heads_problem
-from model.problems import Problem, check_heads, check_positive
+from model.problems import LARGEST_WIDTH, Problem, check_choice, check_heads, check_positive, check_size
 from model.projections import Linear
 from model.sequence import LOCAL, SequenceContext
 from model.state import for_decoding
@@ -26,16 +27,33 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 
+# How tokens know their places.
+POSITIONS = ("rotary", "none")
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Causal multi-head attention with rotary positions, as in Llama."""
+    """Causal multi-head attention with rotary positions, as in Llama; or in a window, without positions, with sinks."""
 
     # Query heads.
     n_heads: int = 32
     # Key and value heads; fewer than n_heads share them (grouped queries).
     n_kv_heads: int = 32
+    # "rotary", or "none": nothing but the causal order tells where a token stands (NoPE, arXiv 2305.19466).
+    positions: str = "rotary"
     # Base of the rotary frequencies.
     rope_theta: float = 500000.0
+    # Tokens that a query sees, itself included; null: all of its document. Decoding keeps no more of them.
+    window: int | None = None
+    # A learned number per head in the softmax's denominator lets it attend to nothing (arXiv 2508.10925).
+    sinks: bool = False
+
+
+class HasPosition(Protocol):
+    """A state that knows where in its document each sequence is."""
+
+    # [B] int64: the position of the next token within its document.
+    position: Tensor
 
 
 @dataclass
@@ -47,6 +65,11 @@ class AttentionState:
     values: Tensor
     # [B] int64: the position of the next token within its document.
     position: Tensor
+
+
+@dataclass
+class WindowState(AttentionState):
+    """Of a window W: T is W - 1 however long the text is, with zeros in front of the first tokens."""
 
 
 @dataclass
@@ -114,6 +137,11 @@ def _(state: AttentionState, room: int | None = None) -> AttentionState | Attent
 
 
 @for_decoding.register
+def _(state: WindowState, room: int | None = None) -> WindowState:
+    return state
+
+
+@for_decoding.register
 def _(state: AttentionDecodingState, room: int | None = None) -> AttentionDecodingState:
     return state if room is None else state.with_room(room)
 
@@ -121,18 +149,21 @@ def _(state: AttentionDecodingState, room: int | None = None) -> AttentionDecodi
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(DH)) v within each document, positions counted from the document's start.
 
-    Llama 2 (arXiv 2307.09288) with rotary positions (arXiv 2104.09864); the baseline of arXiv 2510.02228.
+    Llama 2 (arXiv 2307.09288) with rotary positions (arXiv 2104.09864); the baseline of arXiv 2510.02228. The window
+    is that of arXiv 2004.05150 and 2310.06825; kernels.attention has the sinks.
     """
 
     def __init__(self, d_model: int, settings: AttentionConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = settings.n_heads, settings.n_kv_heads
         self.head_dim = d_model // settings.n_heads
-        self.rope_theta = settings.rope_theta
+        self.rope_theta = settings.rope_theta if settings.positions == "rotary" else None
+        self.window = settings.window
         self.q_proj = Linear(d_model, self.n_heads * self.head_dim)
         self.k_proj = Linear(d_model, self.n_kv_heads * self.head_dim)
         self.v_proj = Linear(d_model, self.n_kv_heads * self.head_dim)
-        self.out_proj = Linear(self.n_heads * self.head_dim, d_model)
+        self.sinks = nn.Parameter(torch.empty(self.n_heads)) if settings.sinks else None
+        self.out_proj: nn.Module = Linear(self.n_heads * self.head_dim, d_model)
 
     def forward(
         self,
@@ -152,41 +183,60 @@ class Attention(nn.Module):
                 return self._step(q, k, v, state), state
             state = state.as_attention_state()
         position = document_positions(q, document_start, state)
-        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
-        mask = attention_mask(q.shape[1], document_start, state)
+        if self.rope_theta is not None:
+            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         if state is not None:
             k = torch.cat([state.keys.to(k.dtype), k], dim=1)
             v = torch.cat([state.values.to(v.dtype), v], dim=1)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=k.shape[2] != q.shape[2],
+        y = attention(
+            q,
+            k,
+            v,
+            document_start=document_start,
+            carried=None if state is None else state.position,
+            window=self.window,
+            sinks=None if self.sinks is None else sequence.own_heads(self.sinks),
         )
         new_state = None
         if return_state:
-            new_state = AttentionState(k, v, (position[:, -1] + 1).expand(x.shape[0]))
-        return self.out_proj(sequence.heads_to_time(y.transpose(1, 2)).flatten(-2)), new_state
+            next_position = (position[:, -1] + 1).expand(x.shape[0])
+            if self.window is None:
+                new_state = AttentionState(k, v, next_position)
+            else:
+                kept = self.window - 1
+                new_state = WindowState(last_tokens(k, kept), last_tokens(v, kept), next_position)
+        out: Tensor = self.out_proj(sequence.heads_to_time(y).flatten(-2))
+        return out, new_state
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionDecodingState) -> Tensor:
         """One token of each row, q [B, 1, NH, DH], k and v [B, 1, NKV, DH] -> y [B, 1, D]; `state` has it then."""
-        position = state.position[:, None]
-        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        if self.rope_theta is not None:
+            position = state.position[:, None]
+            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         mask = state.add(k[:, 0], v[:, 0])
+        keys, values, scale = state.keys.to(q.dtype), state.values.to(q.dtype), None
+        if self.sinks is not None:
+            scale = self.head_dim**-0.5
+            q, keys, values, mask = with_sinks(q, keys, values, mask, self.sinks, scale)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            state.keys.to(q.dtype).transpose(1, 2),
-            state.values.to(q.dtype).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=mask,
+            scale=scale,
             enable_gqa=k.shape[2] != q.shape[2],
         )
-        projected: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
-        return projected
+        out: Tensor = self.out_proj(y[..., : self.head_dim].transpose(1, 2).flatten(-2))
+        return out
 
 
-def document_positions(x: Tensor, document_start: Tensor | None, state: AttentionState | None) -> Tensor:
+def last_tokens(x: Tensor, tokens: int) -> Tensor:
+    """The last `tokens` of x [B, S, NKV, DH], with zeros in front where x has fewer."""
+    missing = tokens - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else x[:, -missing:]
+
+
+def document_positions(x: Tensor, document_start: Tensor | None, state: HasPosition | None) -> Tensor:
     """The position of each token of x [B, S, ...] in its document: [B, S] int64, or [1, S] where all rows agree."""
     index = torch.arange(x.shape[1], device=x.device)[None]
     continued = index if state is None else index + state.position[:, None]
@@ -194,27 +244,6 @@ def document_positions(x: Tensor, document_start: Tensor | None, state: Attentio
         return continued
     last_start = torch.where(document_start, index, -1).cummax(dim=1).values
     return torch.where(last_start >= 0, index - last_start, continued)
-
-
-def attention_mask(length: int, document_start: Tensor | None, state: AttentionState | None) -> Tensor | None:
-    """[B, 1, S, T + S] bool, True where a query of this call may look; None: plain causal attention suffices."""
-    if document_start is None and state is None:
-        return None
-    given = document_start if state is None else state.keys
-    assert given is not None
-    device = given.device
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    # Number 0 is the document that is open when this call begins.
-    documents = torch.zeros(1, length, dtype=torch.int64, device=device)
-    if document_start is not None:
-        documents = document_start.cumsum(dim=1)
-    mask = causal & (documents[:, :, None] == documents[:, None, :])
-    if state is not None:
-        cached = state.keys.shape[1]
-        open_document = torch.arange(cached, device=device)[None] >= cached - state.position[:, None]
-        seen = open_document[:, None, :] & (documents == 0)[:, :, None]
-        mask = torch.cat([seen, mask.expand(seen.shape[0], -1, -1)], dim=2)
-    return mask[:, None]
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -243,11 +272,14 @@ class AttentionKind(LayerKind):
     def validate(self, config: ModelConfig, problem: Problem) -> None:
         attention: AttentionConfig = self.settings(config)
         heads, kv_heads = attention.n_heads, attention.n_kv_heads
+        check_choice(problem, "positions", attention.positions, POSITIONS)
         check_positive(problem, "rope_theta", attention.rope_theta)
+        if attention.window is not None:
+            check_size(problem, "window", attention.window, LARGEST_WIDTH)
         if not check_heads(problem, heads, config.d_model, "d_model"):
             return
         head_dim = config.d_model // heads
-        if head_dim % 2:
+        if head_dim % 2 and attention.positions == "rotary":
             problem(
                 "n_heads",
                 f"{heads} heads of d_model {config.d_model} are {head_dim} wide, and rotary positions need an even "
@@ -262,7 +294,10 @@ class AttentionKind(LayerKind):
     def parameters(self, config: ModelConfig, block_index: int) -> dict[str, Parameter]:
         d_model, kv_width = config.d_model, self._kv_width(config)
         reads, writes = reads_stream(config), writes_stream(config)
-        return {
+        heads = (self.settings(config).n_heads,)
+        sinks = {"sinks": Parameter(heads, base.SINKS, constant(0.0))} if self.settings(config).sinks else {}
+        # A module's own parameters come before those of its parts.
+        return sinks | {
             "q_proj.weight": Parameter((d_model, d_model), base.QUERY_AND_KEY, reads, base.PROJECTIONS),
             "k_proj.weight": Parameter((kv_width, d_model), base.QUERY_AND_KEY, reads, base.PROJECTIONS),
             "v_proj.weight": Parameter((kv_width, d_model), base.VALUE_AND_OUTPUT, reads, base.PROJECTIONS),
@@ -270,24 +305,41 @@ class AttentionKind(LayerKind):
         }
 
     def forward_flops(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> dict[str, float]:
-        # Scores and values: half of 2 S^2 each; softmax: half of 5 S^2 per head.
-        per_pair = 2.0 * config.d_model + 2.5 * self.settings(config).n_heads
-        return {"attention": sequence_length**2 * per_pair}
+        # Scores and values 4 DH and softmax 5 FLOPs a head and pair: half of S^2 pairs, less those out of the window.
+        settings: AttentionConfig = self.settings(config)
+        unseen = 0 if settings.window is None else max(0, sequence_length - settings.window)
+        pairs = (sequence_length**2 - unseen**2) / 2
+        return {"attention": pairs * (4.0 * config.d_model + 5.0 * settings.n_heads)}
 
     def decoding_flops(self, config: ModelConfig, context: int) -> float:
-        return (context + 1) * (4.0 * config.d_model + 5.0 * self.settings(config).n_heads)
+        settings: AttentionConfig = self.settings(config)
+        seen = context + 1 if settings.window is None else min(context + 1, settings.window)
+        return seen * (4.0 * config.d_model + 5.0 * settings.n_heads)
 
     def activation_bytes(self, config: ModelConfig, sequence_length: int, hardware: Hardware) -> float:
-        c, heads = hardware.compute_bytes, self.settings(config).n_heads
-        mask = c * sequence_length
-        return c * (4 * config.d_model + 2 * self._kv_width(config)) + 8 * config.d_model / heads + mask
+        c, settings = hardware.compute_bytes, self.settings(config)
+        keys, kv_width = keys_per_query(sequence_length, settings.window), self._kv_width(config)
+        kept = c * (4 * config.d_model + 2 * kv_width + keys) + 8 * config.d_model / settings.n_heads
+        in_blocks = settings.window is not None and settings.window < sequence_length
+        if in_blocks:
+            # Blocks of queries have the keys and values of their window each, every token's twice.
+            kept += c * 2 * kv_width
+        if settings.sinks:
+            # Heads are wider inside, and their outputs are copied out.
+            heads = 2 * settings.n_heads + 2 * settings.n_kv_heads * (2 if in_blocks else 1)
+            kept += c * (SINK_FEATURES * heads + config.d_model)
+        return kept
 
     def cell(self, config: ModelConfig) -> CellForm:
-        heads = self.settings(config).n_heads
-        return CellForm("attention", heads, config.d_model // heads, config.d_model // heads)
+        settings: AttentionConfig = self.settings(config)
+        width = config.d_model // settings.n_heads
+        return CellForm("attention", settings.n_heads, width, width, settings.window)
 
     def state_elements(self, config: ModelConfig) -> StateElements:
-        return StateElements(cache_per_token=2 * self._kv_width(config))
+        window, of_token = self.settings(config).window, 2 * self._kv_width(config)
+        if window is None:
+            return StateElements(cache_per_token=of_token)
+        return StateElements(window=(window - 1) * of_token)
 
     def sequence_problem(self, config: ModelConfig, ranks: int) -> str | None:
         attention: AttentionConfig = self.settings(config)

@@ -41,6 +41,7 @@ GATES = "gates"
 SLSTM_GATES = "sLSTM gates"
 RECURRENT_KERNEL = "sLSTM recurrent kernel"
 CONVOLUTION = "convolution and skip"
+SINKS = "attention sinks"
 HEAD = "head"
 GROUPS = (
     EMBEDDING,
@@ -53,6 +54,7 @@ GROUPS = (
     SLSTM_GATES,
     RECURRENT_KERNEL,
     CONVOLUTION,
+    SINKS,
     HEAD,
 )
 
@@ -87,11 +89,13 @@ class StateElements:
     Attributes:
         recurrent: memories, in float32 at least.
         convolution: last inputs of a convolution, in the activations' dtype.
+        window: keys and values of the last tokens of a window, in the activations' dtype.
         cache_per_token: of a cache that grows with every token of the context.
     """
 
     recurrent: int = 0
     convolution: int = 0
+    window: int = 0
     cache_per_token: int = 0
 
 
@@ -102,12 +106,14 @@ class CellForm:
     Attributes:
         kind: mlstm, slstm or attention.
         heads, key_dim, value_dim: as many, and so wide each; of the sLSTM and of attention both are the head's width.
+        window: tokens that a query of attention sees; None: all before it.
     """
 
     kind: str
     heads: int
     key_dim: int
     value_dim: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,8 @@ class LayerKind(ABC):
         loops_on_cpu: whether it goes token by token in PyTorch there. torch.compile would write out every one of them,
             for minutes, so that blocks of this kind are not compiled on a CPU.
         settings_class: frozen dataclass of its settings.
-        speed_settings: settings that choose how fast the same is computed; a run may resume with others.
+        speed_settings: settings that choose how fast the same is computed; a run may resume with others. A dot leads
+            into a section of them.
         first_value_settings: settings that choose the parameters' first values and nothing else.
     """
 

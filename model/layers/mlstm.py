@@ -105,7 +105,7 @@ class MLSTM(nn.Module):
         self.igate = GateLinear(d_model, heads)
         self.fgate = GateLinear(d_model, heads)
         self.head_norm = GatedHeadNorm(v_width, settings.head_norm_eps, settings.backend)
-        self.out_proj = Linear(v_width, d_model)
+        self.out_proj: nn.Module = Linear(v_width, d_model)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from launch.calibrate import CalibrateConfig
 from launch.job import SubmitConfig
 from launch.planner.command import PlanConfig
 from launch.sweep.config import SweepPlanConfig
+from model.layers import further_kinds
 from tests.runs import ROOT
 from train.config import RunConfig
 
@@ -48,13 +49,22 @@ def all_keys() -> tuple[str, ...]:
         PlanConfig: ("plan", []),
         CalibrateConfig: ("calibrate", []),
     }
-    return run_keys() + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
+    of_kinds = tuple(
+        key for kind in further_kinds() for key in _keys(kind.settings_class(), f"model.layers.{kind.name}.")
+    )
+    return (
+        run_keys() + of_kinds + tuple(key for schema, given in others.items() for key in _keys(compose(schema, *given)))
+    )
 
 
-def _keys(tree: object) -> tuple[str, ...]:
+def _keys(tree: object, prefix: str = "") -> tuple[str, ...]:
     return tuple(
-        f"{section.path}{field}"
+        f"{prefix}{section.path}{field}"
         for section in generator().sections(tree)
         for field, annotation in generator().field_types(section.schema).items()
         if generator().section_type(annotation) is None
-    ) + tuple(section.path.rstrip(".").removesuffix("[I]") for section in generator().sections(tree) if section.path)
+    ) + tuple(
+        f"{prefix}{section.path}".rstrip(".").removesuffix("[I]")
+        for section in generator().sections(tree)
+        if f"{prefix}{section.path}"
+    )

@@ -28,6 +28,12 @@ CONFIGS = {
     "slstm": ModelConfig(**SEVEN_B, block="slstm", slstm=CAPPED_SLSTM),
     "mlstm_and_slstm": ModelConfig(**SEVEN_B, slstm_at=[1], mlstm=MLSTM, slstm=CAPPED_SLSTM),
     "attention": ModelConfig(**SEVEN_B, block="attention", attention=AttentionConfig(n_heads=4, n_kv_heads=2)),
+    "attention_window": ModelConfig(
+        **SEVEN_B, block="attention", attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=5, sinks=True)
+    ),
+    "attention_nope": ModelConfig(
+        **SEVEN_B, attention_at=[1], mlstm=MLSTM, attention=AttentionConfig(n_heads=4, n_kv_heads=4, positions="none")
+    ),
     "hybrid": ModelConfig(
         **{**SEVEN_B, "n_blocks": 3, "tie_embeddings": True},
         slstm_at=[1],
@@ -35,6 +41,16 @@ CONFIGS = {
         mlstm=MLSTM,
         slstm=CAPPED_SLSTM,
         attention=AttentionConfig(n_heads=4, n_kv_heads=4),
+    ),
+    "mlstm_attention": ModelConfig(
+        **SEVEN_B,
+        block="mlstm_attention",
+        layers={
+            "mlstm_attention": {
+                "mlstm": {"n_heads": 2, "reference_chunk_size": 8},
+                "attention": {"n_heads": 4, "n_kv_heads": 2, "window": 5},
+            }
+        },
     ),
     "neurips_mlstm": ModelConfig(**NEURIPS, n_blocks=2, ffn_dim=None, preup_mlstm=PREUP),
     "neurips_mlstm_and_slstm": ModelConfig(

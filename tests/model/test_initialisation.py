@@ -123,6 +123,11 @@ def test_attention_starts_like_the_other_mixers(small_configs):
     assert_normal(values["blocks.0.mixer.out_proj.weight"], WANG_STD)
 
 
+def test_sinks_start_at_the_softmax_off_by_one(small_configs):
+    sinks = initialised(small_configs["attention_window"])["blocks.0.mixer.sinks"]
+    assert torch.equal(sinks, torch.zeros(4))
+
+
 def test_a_parameter_is_a_pure_function_of_name_and_seed(config):
     torch.manual_seed(0)
     first = initialised(config, seed=3)

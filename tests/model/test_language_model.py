@@ -170,7 +170,7 @@ def test_bfloat16_parameters_keep_gates_states_and_losses_in_float32(config, mak
     assert len(outputs) == 2 * len(gated) and set(outputs.values()) <= {torch.float32}
     for kind, state in zip(config.block_kinds(), output.state.blocks, strict=True):
         if kind != "attention":
-            cell = getattr(state, "cell", state)
+            cell = getattr(state, "cell", getattr(state, "mlstm", state))
             assert all(getattr(cell, field.name).dtype == torch.float32 for field in dataclasses.fields(cell))
     output.token_losses.mean().backward()
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())

@@ -1,4 +1,5 @@
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,20 @@ from model.config import (
     validate_model,
 )
 from model.language_model import LanguageModel
+from model.layers import further_kinds
 
 # Parameters and tensors. The ladder, the 7B and the NeurIPS models with a published count have exactly that one.
 COUNTS = {
+    "mamba2_400m": (406_672_192, 417),
+    "mamba2_160m": (163_870_072, 210),
+    "gated_deltanet_400m": (405_732_640, 363),
+    "gated_deltanet_160m": (164_296_152, 183),
+    "retnet_400m": (408_257_536, 267),
+    "retnet_160m": (164_008_704, 135),
+    "gla_400m": (407_262_208, 339),
+    "gla_160m": (164_225_280, 171),
+    "hybrid_160m": (164_726_184, 231),
+    "hybrid_400m": (406_829_224, 345),
     "llama_160m": (163_990_272, 111),
     "llama_1b4": (1_420_396_544, 219),
     "llama_400m": (406_635_520, 219),
@@ -31,6 +43,8 @@ COUNTS = {
     "neurips_350m_7_1": (408_436_048, 669),
     "neurips_760m_1_0": (840_427_392, 675),
     "neurips_760m_7_1": (839_736_144, 669),
+    "parallel_160m": (164_119_440, 231),
+    "parallel_400m": (406_881_472, 459),
     "tiny": (3_300_882, 62),
     "tiny_llama": (3_344_064, 39),
     "tiny_mlstm": (2_332_056, 93),
@@ -70,12 +84,40 @@ def test_a_preset_states_every_value_and_its_count(name):
     tree = OmegaConf.load(path)
     defaults = OmegaConf.load(Path(CONF_DIR, "model_defaults.yaml"))
     assert set(tree) | set(defaults) == {field.name for field in dataclasses.fields(ModelConfig)}
-    assert not set(tree) & set(defaults)
+    # Kinds without a section of their own have their settings in `layers`.
+    assert set(tree) & set(defaults) <= {"layers", "other_at"}
+    for name_of_kind, section in tree.get("layers", {}).items():
+        (kind,) = [kind for kind in further_kinds() if kind.name == name_of_kind]
+        assert_states_every_value(section, kind.settings_class)
     for key, schema in SECTIONS.items():
         if tree[key] is not None:
             assert set(tree[key]) == {field.name for field in dataclasses.fields(schema)}, key
     comment = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"{COUNTS[name][0]:,} parameters" in comment
+
+
+def assert_states_every_value(section, schema):
+    types = typing.get_type_hints(schema)
+    assert set(section) == {field.name for field in dataclasses.fields(schema)}
+    for key, annotation in types.items():
+        if dataclasses.is_dataclass(annotation):
+            assert_states_every_value(section[key], annotation)
+
+
+PEERS = ["hybrid", "parallel", "llama", "gla", "retnet", "mamba2", "gated_deltanet"]
+
+
+@pytest.mark.parametrize("size", ["160m", "400m"])
+@pytest.mark.parametrize("name", PEERS)
+def test_what_is_compared_with_an_xlstm_has_its_size_within_2_percent(name, size):
+    ours, theirs = COUNTS[f"xlstm_{size}"][0], COUNTS[f"{name}_{size}"][0]
+    assert theirs == pytest.approx(ours, rel=0.02)
+
+
+def test_hybrids_have_seven_mlstm_blocks_for_each_one_of_attention():
+    for name in ("hybrid_160m", "hybrid_400m"):
+        kinds = preset(name).block_kinds()
+        assert [kind == "attention" for kind in kinds] == [index % 8 == 7 for index in range(len(kinds))]
 
 
 def test_what_presets_leave_out_has_the_defaults_of_the_dataclass():

@@ -19,7 +19,7 @@ LENGTH = 48
 STARTS = ((0, 3, 12, 13, 31), (0, 24))
 SIZES = {
     **{name: (2, 3, 4) for name in CONFIGS if "slstm" not in name},
-    "attention": (2, 4),
+    **dict.fromkeys(("attention", "attention_window", "attention_nope", "mlstm_attention"), (2, 4)),
     **{name: (2,) for name in CONFIGS if "slstm" in name or name == "hybrid"},
 }
 CASES = [(name, size) for name, sizes in sorted(SIZES.items()) for size in sizes]
@@ -181,6 +181,10 @@ def test_a_degree_that_a_kind_cannot_take_is_named():
     assert sequence_problems(grouped, 4) == []
     assert sequence_problems(grouped, 3) == [
         "model.attention.n_heads=4 heads do not divide among 3 sequence ranks; choose a divisor of 4"
+    ]
+    assert sequence_problems(CONFIGS["mlstm_attention"], 3) == [
+        "model.layers.mlstm_attention.attention.n_heads=4 heads do not divide among 3 sequence ranks; choose a "
+        "divisor of 4"
     ]
     six = dataclasses.replace(grouped.attention, n_heads=12, n_kv_heads=4)
     config: ModelConfig = dataclasses.replace(grouped, attention=six, slstm_at=[1], slstm=SLSTMConfig(n_heads=6))

@@ -145,6 +145,13 @@ CASES = [
         {"attention__n_kv_heads": 5},
         "model.attention.n_kv_heads: 5 do not divide n_heads 32; choose a divisor",
     ),
+    (
+        LLAMA,
+        {"attention__positions": "alibi"},
+        "model.attention.positions: unknown value 'alibi'; choose one of rotary, none",
+    ),
+    (LLAMA, {"attention__window": 0}, "model.attention.window: is 0; it must be a positive number"),
+    (LLAMA, {"attention__window": 2**31}, "model.attention.window: is 2147483648; it must be at most 2147483647"),
     (LLAMA, {"attention__rope_theta": 0.0}, "model.attention.rope_theta: is 0.0; it must be a positive number"),
 ]
 
@@ -169,6 +176,10 @@ def test_all_problems_come_at_once_under_the_given_prefix():
         "experiment.model.mlstm.n_heads",
         "experiment.model.slstm.n_heads",
     ]
+
+
+def test_without_rotary_positions_heads_may_be_of_any_width():
+    assert validate_model(changed(LLAMA, attention__n_heads=4096, attention__positions="none")) == []
 
 
 def test_a_block_kind_that_positions_replace_everywhere_needs_no_section():

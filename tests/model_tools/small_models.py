@@ -38,6 +38,27 @@ CONFIGS = {
         tie_embeddings=True,
         attention=AttentionConfig(n_heads=4, n_kv_heads=4),
     ),
+    "window": ModelConfig(
+        vocab_size=96,
+        d_model=128,
+        n_blocks=2,
+        block="attention",
+        ffn_dim=192,
+        attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=16, sinks=True),
+    ),
+    "mlstm_attention": ModelConfig(
+        vocab_size=96,
+        d_model=128,
+        n_blocks=2,
+        block="mlstm_attention",
+        ffn_dim=192,
+        layers={
+            "mlstm_attention": {
+                "mlstm": {"n_heads": 4, "reference_chunk_size": 16},
+                "attention": {"n_heads": 4, "n_kv_heads": 2, "window": 16},
+            }
+        },
+    ),
     "neurips": ModelConfig(
         family="neurips",
         vocab_size=96,

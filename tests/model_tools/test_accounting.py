@@ -1,5 +1,7 @@
 """Counts from the configuration against published numbers, against the modules, and against what PyTorch counts."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,6 +106,8 @@ def test_flops_of_matrices_are_those_that_pytorch_counts(config):
     for kind in config.block_kinds():
         if kind == "mlstm" and config.family == "neurips":
             gating += 4 * config.preup_mlstm.width(config.d_model)
+        elif kind == "mlstm_attention":
+            gating += 2 * config.ffn_dim + config.d_model
         else:
             gating += 2 * config.ffn_dim + (config.mlstm.v_width(config.d_model) if kind == "mlstm" else 0)
     assert flops["projections"] + flops["feed-forward"] == in_blocks + gating * length
@@ -143,7 +147,22 @@ def test_state_is_as_large_as_the_one_that_the_model_carries(config):
     numels = []
     state.map(lambda tensor: numels.append(tensor.numel() if tensor.is_floating_point() else 0) or tensor)
     elements = state_elements(config)
-    assert sum(numels) == elements["recurrent"] + elements["convolution"] + length * elements["cache_per_token"]
+    fixed = elements["recurrent"] + elements["convolution"] + elements["window"]
+    assert sum(numels) == fixed + length * elements["cache_per_token"]
+
+
+def test_a_window_bounds_what_attention_computes_and_keeps():
+    config, length = CONFIGS["window"], 64
+    free = dataclasses.replace(config, attention=dataclasses.replace(config.attention, window=None))
+    per_pair = config.n_blocks * (4 * config.d_model + 5 * config.attention.n_heads)
+    pairs = sum(min(query + 0.5, 16) for query in range(length))
+    assert forward_flops(config, length)["attention"] == pytest.approx(pairs * per_pair, rel=0.01)
+    assert forward_flops(config, 16) == forward_flops(free, 16)
+    decoded = [decoding_flops_per_token(config, context) for context in (0, 15, 16, 1000)]
+    assert decoded[0] < decoded[1] == decoded[2] == decoded[3] == decoding_flops_per_token(free, 15)
+    assert decoding_bytes_per_step(config, context=1000) == decoding_bytes_per_step(config)
+    assert decoding_bytes_per_step(config) - decoding_bytes_per_step(free) == 2 * config.n_blocks * 15 * 2 * 64
+    assert (state_elements(config)["window"], state_elements(free)["window"]) == (config.n_blocks * 15 * 2 * 64, 0)
 
 
 def test_7b_decoding_moves_weights_once_and_the_state_twice():

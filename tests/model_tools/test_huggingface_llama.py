@@ -69,6 +69,18 @@ def test_export_decodes_in_llama_with_its_cache(tmp_path):
     assert torch.equal(generated[:, 9:], whole[:, 8:])
 
 
+def test_attention_that_a_llama_has_not_is_refused_with_every_reason(tmp_path):
+    attention = dataclasses.replace(CONFIG.attention, positions="none", window=16, sinks=True)
+    with pytest.raises(HuggingFaceError) as refused:
+        export_huggingface(random_model(dataclasses.replace(CONFIG, attention=attention)), tmp_path / "out")
+    assert refused.value.reasons == [
+        "model.attention.positions=none: positions are always rotary there",
+        "model.attention.window=16: attention sees all earlier tokens there",
+        "model.attention.sinks=true: the softmax has no sinks there",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("config", [CONFIG, CONFIGS["attention"]], ids=["untied", "tied"])
 def test_a_round_trip_is_bitwise_and_loads(tmp_path, config):
     model = random_model(config)

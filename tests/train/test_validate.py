@@ -49,6 +49,11 @@ def test_a_sound_configuration_has_no_problem():
             "row; set parallel.sequence=1",
         ),
         (
+            ["training.carry_state=true", "model=hybrid_160m"],
+            "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without "
+            "them, or with training.carry_state=false",
+        ),
+        (
             ["training.carry_state=true", "model=llama_160m"],
             "training.carry_state: attention blocks carry all earlier tokens, more with every step; train without "
             "them, or with training.carry_state=false",

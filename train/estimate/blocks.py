@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kernels.attention import keys_per_query
 from model.config import ModelConfig
 from model.hardware import Hardware
 from model.layers import feed_forward, layer_kinds
@@ -68,7 +69,7 @@ def block_works(
             kept += feed_forward.activation_bytes(config, hardware)
         if form is not None and form.kind == "attention":
             # The mask of documents is read by the cell.
-            kept -= hardware.compute_bytes * length
+            kept -= hardware.compute_bytes * keys_per_query(length, form.window)
         found[kind.name] = BlockWork(
             products=products,
             cell_forward=cell[0],

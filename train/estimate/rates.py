@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
+from kernels.attention import keys_per_query
 from model.layers.base import CellForm
 from train.estimate.calibration import Calibration, CellPoint, ProductPoint
 
@@ -93,7 +94,7 @@ def _cell_work(form: CellForm, batch: int, length: int) -> float:
         # One token after another, of all rows and heads at once while there is room.
         return length * max(1.0, batch * form.heads * value_dim / _SLSTM_ROOM)
     if form.kind == "attention":
-        return batch * form.heads * float(length) ** 2 * value_dim
+        return batch * form.heads * float(length) * keys_per_query(length, form.window) * value_dim
     return batch * length * form.heads * (4.0 * key_dim * value_dim + _CHUNK * (key_dim + value_dim))
 
 

@@ -13,7 +13,18 @@ from model import preset
 from model.accounting import count_parameters
 from model.config import validate_model
 
-PRESETS = ("xlstm_160m", "llama_160m", "neurips_125m_7_1", "neurips_350m_1_0", "tiny", "xlstm_7b_mixed")
+PRESETS = (
+    "xlstm_160m",
+    "llama_160m",
+    "neurips_125m_7_1",
+    "neurips_350m_1_0",
+    "tiny",
+    "xlstm_7b_mixed",
+    "hybrid_160m",
+    "parallel_160m",
+    "gated_deltanet_160m",
+    "mamba2_160m",
+)
 
 
 @pytest.mark.parametrize("name", PRESETS)
