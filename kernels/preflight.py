@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.backend_choice import HAS_TRITON
 from kernels.cross_entropy import MASKED, linear_cross_entropy, linear_cross_entropy_sum
 from kernels.head_norm import gated_head_norm, head_norm
+from kernels.linear_recurrence import RecurrenceInputs, linear_recurrence
 from kernels.mlstm import mlstm
 from kernels.slstm import slstm
 
@@ -157,6 +158,57 @@ class SLSTMCase(Case):
     def limit(self, tensor: str) -> float:
         output, gradient = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 2e-3)}.get(self.dtype, (4e-3, 1e-2))
         return output if tensor == "h" else gradient
+
+
+@dataclass(frozen=True)
+class LinearRecurrenceCase(Case):
+    """kernels.linear_recurrence with documents, without states. The decays are float32.
+
+    Attributes:
+        per_feature: a decay of each key feature.
+        delta_rule: with the delta rule, whose keys have length 1.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    per_feature: bool = False
+    delta_rule: bool = False
+    backend: str = "auto"
+
+    def __str__(self) -> str:
+        decay = "decay of each feature" if self.per_feature else "decay of each head"
+        rule = ", delta rule" if self.delta_rule else ""
+        dims = _heads(self.heads, self.key_dim, self.value_dim)
+        return f"linear recurrence ({dims}, {decay}{rule}, {_name(self.dtype)})"
+
+    def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Decays from 0.9 to 1: memory passes from chunk to chunk."""
+        normal, tokens = _Normal(generator), (BATCH, LENGTH, self.heads)
+        values = {name: normal(*tokens, self.key_dim) for name in ("q", "k")}
+        if self.delta_rule:
+            values = {name: x / x.norm(dim=-1, keepdim=True) for name, x in values.items()}
+        values["v"] = normal(*tokens, self.value_dim)
+        values = {name: x.to(self.dtype) for name, x in values.items()}
+        decays = (*tokens, self.key_dim) if self.per_feature else tokens
+        values["log_decay"] = -0.1 * torch.sigmoid(normal(*decays))
+        if self.delta_rule:
+            values["beta"] = torch.sigmoid(normal(*tokens)).to(self.dtype)
+        return values
+
+    def output(self, document_start: Tensor, backend: str, **inputs: Tensor) -> dict[str, Tensor]:
+        of_tokens = RecurrenceInputs(**inputs, scale=self.key_dim**-0.5)
+        return {"y": linear_recurrence(of_tokens, document_start=document_start, backend=backend)[0]}
+
+    def limit(self, tensor: str) -> float:
+        """Not measured on a GPU yet: what roundings of the products, and of the memory between chunks, may leave.
+
+        The gradient of a decay is the difference of two sums over all later tokens.
+        """
+        if self.dtype == torch.float32:
+            return 3e-3 if tensor == "log_decay" else 2e-3
+        return {"y": 1e-2, "log_decay": 3e-2}.get(tensor, 2e-2)
 
 
 @dataclass(frozen=True)

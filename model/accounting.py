@@ -126,7 +126,7 @@ def decoding_bytes_per_step(
 
     Every weight is read once (of the embedding, one row per sequence; a tied one is read whole, as the head); of every
     sequence the recurrent state is read and written, as are the convolutions' last inputs, and the key/value cache is
-    read. The latter two have the dtype of the activations, which is that of the weights. A window is read whole.
+    read, that of a window whole. The latter two have the dtype of the activations, which is that of the weights.
     """
     read_whole = count_parameters(config).total
     if not config.tie_embeddings:
@@ -141,9 +141,9 @@ def decoding_bytes_per_step(
 def state_elements(config: ModelConfig) -> dict[str, int]:
     """Elements that one sequence carries from token to token.
 
-    "recurrent": C, n and m of the mLSTM; h, c, n and m of the sLSTM. "convolution": the last K - 1 inputs of each
-    convolution. "window": keys and values of attention in a window. "cache_per_token": those of attention without, for
-    each token of the context.
+    "recurrent": C, n and m of the mLSTM; h, c, n and m of the sLSTM; the memory of a linear recurrence. "convolution":
+    the last K - 1 inputs of each convolution. "window": keys and values of attention in a window. "cache_per_token":
+    keys and values of attention without one, for each token of the context.
     """
     elements = {"recurrent": 0, "convolution": 0, "window": 0, "cache_per_token": 0}
     for kind in layer_kinds(config):

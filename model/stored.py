@@ -55,7 +55,10 @@ def what_is_computed(stored: Mapping[str, Any], first_values: bool = True) -> di
         if isinstance(section, Mapping):
             section = {**_defaults(kind.settings_class), **section}
         current[kind.name] = without(kind.name, section)
-    current["layers"] = {name: without(name, section) for name, section in current["layers"].items()}
+    defaults = {kind.name: dataclasses.asdict(kind.settings_class()) for kind in layers.further_kinds()}
+    current["layers"] = {
+        name: without(name, _filled(section, defaults.get(name, {}))) for name, section in current["layers"].items()
+    }
     return current
 
 
@@ -65,6 +68,14 @@ def _defaults(schema: type) -> dict[str, Any]:
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(schema)
     }
+
+
+def _filled(section: Any, defaults: Mapping[str, Any]) -> Any:
+    """`section` with the values, and those in its sections, that it leaves out."""
+    if not isinstance(section, Mapping):
+        return section
+    given = {key: _filled(value, defaults[key]) if key in defaults else value for key, value in section.items()}
+    return {**defaults, **given}
 
 
 def differences(wanted: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:

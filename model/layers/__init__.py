@@ -8,7 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from model.layers import attention, mlstm, mlstm_attention, preup_mlstm, slstm
+from model.layers import (
+    attention,
+    gated_deltanet,
+    gla,
+    mamba2,
+    mlstm,
+    mlstm_attention,
+    preup_mlstm,
+    retnet,
+    slstm,
+)
 from model.layers.base import KernelUse, LayerKind, Parameter, StateElements
 
 if TYPE_CHECKING:
@@ -32,7 +42,7 @@ __all__ = [
 
 _BUILT_IN: tuple[LayerKind, ...] = (mlstm.KIND, preup_mlstm.KIND, slstm.KIND, attention.KIND)
 # Of this package too; their settings are in `model.layers`, as those of plugins.
-_FURTHER: tuple[LayerKind, ...] = (mlstm_attention.KIND,)
+_FURTHER: tuple[LayerKind, ...] = (mlstm_attention.KIND, gla.KIND, retnet.KIND, mamba2.KIND, gated_deltanet.KIND)
 _registered: dict[str, LayerKind] = {kind.name: kind for kind in (*_BUILT_IN, *_FURTHER)}
 
 

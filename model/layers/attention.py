@@ -6,7 +6,7 @@ Axes: B batch, S sequence, D model width, T cached tokens, NH query heads, NKV k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,13 @@ class AttentionConfig:
     window: int | None = None
     # A learned number per head in the softmax's denominator lets it attend to nothing (arXiv 2508.10925).
     sinks: bool = False
+
+
+class HasPosition(Protocol):
+    """A state that knows where in its document each sequence is."""
+
+    # [B] int64: the position of the next token within its document.
+    position: Tensor
 
 
 @dataclass
@@ -131,7 +138,6 @@ def _(state: AttentionState, room: int | None = None) -> AttentionState | Attent
 
 @for_decoding.register
 def _(state: WindowState, room: int | None = None) -> WindowState:
-    # It does not grow.
     return state
 
 
@@ -219,7 +225,7 @@ def last_tokens(x: Tensor, tokens: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else x[:, -missing:]
 
 
-def document_positions(x: Tensor, document_start: Tensor | None, state: AttentionState | None) -> Tensor:
+def document_positions(x: Tensor, document_start: Tensor | None, state: HasPosition | None) -> Tensor:
     """The position of each token of x [B, S, ...] in its document: [B, S] int64, or [1, S] where all rows agree."""
     index = torch.arange(x.shape[1], device=x.device)[None]
     continued = index if state is None else index + state.position[:, None]

@@ -1,6 +1,6 @@
 """mLSTM and attention beside each other in one layer: both read the same input, and one projection reads both.
 
-As in Hymba (arXiv 2411.13676 §2.1, equation 3) each side's output is normalised by itself and scaled by a learned
+As in Hymba (arXiv 2411.13676) each side's output is normalised by itself and scaled by a learned
 vector, and the two are added before the one output projection. Chosen here: the mLSTM in the place of Mamba, the head
 norm of this package as the normalisation on both sides, whose weights are the learned vectors, and the sum in the place
 of the mean, which those weights can make of it. There are no meta tokens, and no keys are shared between layers.

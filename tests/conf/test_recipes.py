@@ -21,7 +21,11 @@ SCALING_LAWS = {
     "xlstm_80m": (3e-3, 128),
     "xlstm_160m": (3e-3, 128),
     "llama_160m": (3e-3, 128),
-    **dict.fromkeys(("hybrid_160m", "hybrid_400m", "parallel_160m", "parallel_400m"), (3e-3, 128)),
+    **{
+        f"{name}_{size}": (3e-3, 128)
+        for name in ("hybrid", "parallel", "gla", "retnet", "mamba2", "gated_deltanet")
+        for size in ("160m", "400m")
+    },
     "xlstm_400m": (3e-3, 128),
     "llama_400m": (3e-3, 128),
     "xlstm_830m": (1e-3, 256),

@@ -34,7 +34,7 @@ def test_a_preset_is_its_file_with_values_of_ones_own():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("xlstm_7",), "no preset 'xlstm_7' (did you mean 'xlstm_7b'?); there are hybrid_160m"),
+        (("xlstm_7",), "no preset 'xlstm_7' (did you mean 'xlstm_7b'?); there are gated_deltanet_160m"),
         (("tiny", {"n_block": 3}), "n_block: no such key (did you mean 'n_blocks'?)"),
         (("tiny", {"mlstm": {"n_heads": 5}}), "model.mlstm.n_heads: 5 heads do not divide the width 96"),
     ],

@@ -21,6 +21,14 @@ from model.layers import further_kinds
 
 # Parameters and tensors. The ladder, the 7B and the NeurIPS models with a published count have exactly that one.
 COUNTS = {
+    "mamba2_400m": (406_672_192, 417),
+    "mamba2_160m": (163_870_072, 210),
+    "gated_deltanet_400m": (405_732_640, 363),
+    "gated_deltanet_160m": (164_296_152, 183),
+    "retnet_400m": (408_257_536, 267),
+    "retnet_160m": (164_008_704, 135),
+    "gla_400m": (407_262_208, 339),
+    "gla_160m": (164_225_280, 171),
     "hybrid_160m": (164_726_184, 231),
     "hybrid_400m": (406_829_224, 345),
     "llama_160m": (163_990_272, 111),
@@ -100,7 +108,7 @@ def assert_states_every_value(section, schema):
             assert_states_every_value(section[key], annotation)
 
 
-PEERS = ["hybrid", "parallel", "llama"]
+PEERS = ["hybrid", "parallel", "llama", "gla", "retnet", "mamba2", "gated_deltanet"]
 
 
 @pytest.mark.parametrize("size", ["160m", "400m"])

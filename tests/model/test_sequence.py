@@ -182,6 +182,10 @@ def test_a_degree_that_a_kind_cannot_take_is_named():
     assert sequence_problems(grouped, 3) == [
         "model.attention.n_heads=4 heads do not divide among 3 sequence ranks; choose a divisor of 4"
     ]
+    assert sequence_problems(CONFIGS["mlstm_attention"], 3) == [
+        "model.layers.mlstm_attention.attention.n_heads=4 heads do not divide among 3 sequence ranks; choose a "
+        "divisor of 4"
+    ]
     six = dataclasses.replace(grouped.attention, n_heads=12, n_kv_heads=4)
     config: ModelConfig = dataclasses.replace(grouped, attention=six, slstm_at=[1], slstm=SLSTMConfig(n_heads=6))
     assert sequence_problems(config, 6) == [

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from model.config import MLSTMConfig, ModelConfig, PreUpMLSTMConfig
+from model.config import AttentionConfig, MLSTMConfig, ModelConfig, PreUpMLSTMConfig
 from model.stored import what_is_computed, with_current_keys
 from model.weights import WeightsError, read_model_json, write_model_json
 
@@ -62,3 +62,25 @@ def test_settings_of_a_plugin_count_and_where_it_is_found_does_not():
 
     assert what_is_computed(stored(3, "a")) == what_is_computed(stored(3, "b.c"))
     assert what_is_computed(stored(3, "a")) != what_is_computed(stored(4, "a"))
+
+
+def test_what_a_stored_section_leaves_out_has_its_default():
+    """As in runs of versions before a setting was added."""
+    llama = ModelConfig(block="attention", attention=AttentionConfig())
+    old = dataclasses.asdict(llama)
+    for key in ("positions", "window", "sinks"):
+        del old["attention"][key]
+    assert what_is_computed(old) == what_is_computed(dataclasses.asdict(llama))
+    windowed = dataclasses.replace(llama, attention=AttentionConfig(window=8))
+    assert what_is_computed(old) != what_is_computed(dataclasses.asdict(windowed))
+
+
+def test_of_a_kind_in_layers_what_only_chooses_the_speed_does_not_count():
+    def stored(**of_mlstm) -> dict:
+        layers = {"mlstm_attention": {"mlstm": of_mlstm}}
+        return dataclasses.asdict(ModelConfig(block="mlstm_attention", layers=layers))
+
+    assert what_is_computed(stored()) == what_is_computed(stored(backend="reference", n_heads=8))
+    assert what_is_computed(stored()) != what_is_computed(stored(n_heads=4))
+    begun = [what_is_computed(stored(igate_bias_init=value), first_values=False) for value in (-10.0, -3.0)]
+    assert begun[0] == begun[1] and what_is_computed(stored()) != what_is_computed(stored(igate_bias_init=-3.0))

@@ -22,6 +22,8 @@ PRESETS = (
     "xlstm_7b_mixed",
     "hybrid_160m",
     "parallel_160m",
+    "gated_deltanet_160m",
+    "mamba2_160m",
 )
 
 
