@@ -99,8 +99,8 @@ def test_a_client_that_is_killed_frees_its_slots(server, endless):
     code = (
         "import sys, openai\n"
         f"client = openai.OpenAI(base_url='{server.url}/v1', api_key='x')\n"
-        f"given = dict(model='small', prompt={endless}, n={SLOTS}, max_tokens={MAX_NEW_TOKENS}, temperature=0, stream=True)\n"
-        "for part in client.completions.create(**given):\n"
+        f"given = dict(prompt={endless}, n={SLOTS}, max_tokens={MAX_NEW_TOKENS}, temperature=0)\n"
+        "for part in client.completions.create(model='small', stream=True, **given):\n"
         "    print('got', flush=True)\n"
     )
     client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
