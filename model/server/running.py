@@ -83,8 +83,12 @@ def run(service: Service, worker: BatchWorker, listener: socket.socket, announce
     `announce` is called when requests are answered. SIGTERM and SIGINT end it gracefully: requests are refused from
     then on, running answers may end within `drain_seconds`. A second signal ends these at once.
     """
+    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    return asyncio.run(_run(service, worker, listener, announce))
+    try:
+        return asyncio.run(_run(service, worker, listener, announce))
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def _run(service: Service, worker: BatchWorker, listener: socket.socket, announce: Callable[[], None]) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from model.__main__ import main
 from model.server.limits import Limits
-from tests.model.server.serving import SECONDS, Server, open_stream, serving
+from tests.model.server.serving import SECONDS, Server, head, open_stream, serving
 from tests.runs import PATIENCE, ROOT, environment
 
 
@@ -55,40 +55,43 @@ def test_running_streams_end_and_new_ones_are_refused_after_sigterm(weights, alo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "signals"),
-    [(["drain_seconds=0.1"], [signal.SIGTERM]), ([], [signal.SIGTERM, signal.SIGINT])],
-    ids=["after its time", "at a second signal"],
-)
-def test_what_does_not_end_is_broken_off_and_says_so(weights, endless, tmp_path, settings, signals):
-    limits = ["slots=2", "max_new_tokens=1000000", *settings]
+def test_clients_that_stall_are_given_up_and_what_does_not_end_is_broken_off(weights, endless, tmp_path):
+    """One that sends half a body, one that reads nothing: of neither anything is left. Then one outlasts a drain."""
+    limits = ["slots=2", "stall_seconds=0.5", "max_new_tokens=1000000", "drain_seconds=0.1"]
     with serving(weights, tmp_path / "stderr", *limits) as server:
-        with begun_stream(server, endless, 1_000_000) as connection:
-            for number in signals:
-                server.process.send_signal(number)
-                time.sleep(0.05)
-            received = read_all(connection)
-        assert server.process.wait(PATIENCE) == 0
-    *_, last = chunks_of(received)
-    assert last["error"]["message"] == "the server is shutting down; this answer is not whole"
-    assert last["error"]["type"] == "server_error" and b"[DONE]" not in received
-    assert "broke off 1 answers that had not ended" in server.errors.read_text()
-
-
-@pytest.mark.slow
-def test_clients_that_stall_are_given_up(weights, endless, tmp_path):
-    """One that sends half a body, one that reads nothing: of neither anything is left."""
-    with serving(weights, tmp_path / "stderr", "slots=2", "stall_seconds=0.5", "max_new_tokens=500") as server:
         sender = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50"
-        sender.sendall(f"{head}\r\n\r\n{{".encode())
-        reader = open_stream(server, {"prompt": endless, "max_tokens": 500, "logprobs": 20}, receive_buffer=4096)
+        sender.sendall(head("Content-Length: 50") + b"{")
+        body = {"prompt": endless, "max_tokens": 1_000_000}
+        reader = open_stream(server, body, receive_buffer=4096)
         with sender, reader:
             received = read_all(sender)
             assert received.startswith(b"HTTP/1.1 408 ") and b"nothing of the body came for 0.5 seconds" in received
             server.wait_until("xlstm_stalled_clients_total", 1)
             server.wait_until_idle(2)
             assert b"[DONE]" not in _what_is_left(reader)
+        _broken_off(server, endless, [signal.SIGTERM])
+    assert "broke off 1 answers that had not ended" in server.errors.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(weights, endless, tmp_path, second):
+    with serving(weights, tmp_path / "stderr", "slots=2", "max_new_tokens=1000000") as server:
+        _broken_off(server, endless, [signal.SIGINT, second])
+    assert "broke off 1 answers that had not ended" in server.errors.read_text()
+
+
+def _broken_off(server: Server, prompt: list[int], signals: list[signal.Signals]) -> None:
+    """Send signals while a stream runs that does not end by itself; it ends with an error, the process with 0."""
+    with begun_stream(server, prompt, 1_000_000) as connection:
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(0.05)
+        received = read_all(connection)
+    assert server.process.wait(PATIENCE) == 0
+    *_, last = chunks_of(received)
+    assert last["error"]["message"] == "the server is shutting down; this answer is not whole"
+    assert last["error"]["type"] == "server_error" and b"[DONE]" not in received
 
 
 def _what_is_left(connection: socket.socket) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.model.server.serving import Alone, Server, resident_bytes, serving
 
-SLOTS, QUEUE, MAX_PROMPT = 8, 128, 200
+SLOTS, QUEUE, MAX_PROMPT = 8, 48, 200
 MIB = 2**20
 
 
@@ -180,7 +180,7 @@ def hammer(weights, alone, log, requests: int, clients: int, prompts: int) -> tu
 
 @pytest.mark.slow
 def test_hundreds_of_requests_at_once(weights, alone, tmp_path):
-    tally, _, _ = hammer(weights, alone, tmp_path / "stderr", requests=240, clients=24, prompts=12)
+    tally, _, _ = hammer(weights, alone, tmp_path / "stderr", requests=200, clients=20, prompts=12)
     assert tally.wrong == []
     assert {"whole", "stream", "slow reader", "left", "malformed", "too long"} <= tally.outcomes.keys()
 

@@ -66,9 +66,9 @@ def test_text_comes_with_its_speed(page, alone):
     assert text(page, "error") == ""
     assert text(page, "output") == "def f(" + alone.text("def f(", 60)
     shown = text(page, "speed")
-    prompt_tokens = 1 + len(alone.tokenizer.encode("def f("))
+    new, prompt_tokens = len(alone.ids("def f(", 60)), 1 + len(alone.tokenizer.encode("def f("))
     assert re.fullmatch(
-        rf"60 tokens, [\d.]+ tokens/s, first after \d+ ms\. The prompt had {prompt_tokens} tokens; "
+        rf"{new} tokens, [\d.]+ tokens/s, first after \d+ ms\. The prompt had {prompt_tokens} tokens; "
         r"the state is [\d.]+ kB\.",
         shown,
     ), shown
