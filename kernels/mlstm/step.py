@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels import backend_choice
+from kernels.mlstm.gates import bounded_below, log_gates, read_out
 from kernels.mlstm.inputs import CellInputs, CellSettings, StepInputs, cell_inputs, check
-from kernels.mlstm.reference import mlstm_recurrent
 from kernels.mlstm.state import MLSTMState
+from kernels.precision import autocast_disabled, compute_dtype
 
 # The largest DK that one Triton program holds, with 16 columns of the memory.
 MAX_KEY_DIM = 2048
@@ -104,12 +105,23 @@ def mlstm_step(
 
 
 def mlstm_step_reference(inputs: StepInputs, settings: CellSettings) -> Tensor:
-    """The specification: the recurrent form of one token, and its state written over the old one."""
-    h, new = mlstm_recurrent(inputs.q[:, None], _as_sequence(inputs), settings, return_state=True)
-    assert new is not None
-    for old, value in ((inputs.C, new.C), (inputs.n, new.n[:, :, None]), (inputs.m, new.m[:, :, None])):
-        old.copy_(value)
-    return h[:, 0]
+    """The specification: one token of kernels.mlstm.reference.mlstm_recurrent, with the state changed where it lies."""
+    q, k, v, igate_preact, fgate_preact, C, n, m = inputs
+    with autocast_disabled(q):
+        dtype = compute_dtype(q, k, v, igate_preact, fgate_preact)
+        log_input, log_forget = log_gates(igate_preact.to(dtype), fgate_preact.to(dtype), settings.gate)
+        # The copies of each group of columns stay equal.
+        carried = log_forget[..., None] + m
+        if settings.gate == "exp":
+            m.copy_(bounded_below(torch.maximum(carried, log_input[..., None])))
+        forget = torch.exp(carried - m)[..., :1]
+        key = k.to(dtype) * torch.exp(log_input[..., None] - m[..., :1])
+        C.mul_(forget[..., None]).addcmul_(key[..., None].to(C.dtype), v[:, :, None].to(C.dtype))
+        n.mul_(forget[..., None]).add_(key[:, :, None])
+        query = q.to(dtype) * q.shape[-1] ** -0.5
+        numerator = (query[:, :, None] @ C.to(dtype)).squeeze(2)
+        query_normaliser = (n[:, :, 0] * query).sum(-1)
+        return read_out(numerator, query_normaliser, m[..., 0], settings.normaliser, settings.eps).to(v.dtype)
 
 
 def _as_sequence(inputs: StepInputs) -> CellInputs:

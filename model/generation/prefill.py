@@ -19,7 +19,7 @@ from model.state import ModelState
 
 # Bytes of activations that a piece may have on a CPU, where larger pieces are no faster, and as a share of what is free
 # on a GPU.
-CPU_PIECE_BYTES = 2**27
+CPU_PIECE_BYTES = 2**25
 GPU_PIECE_SHARE = 0.25
 # Larger pieces are no faster anywhere; so the numbers do not depend on the memory of large GPUs either.
 LARGEST_PIECE = 16384

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,23 @@ class Drawn:
     top_logprobs: Tensor | None = None
 
 
+class _Rows(NamedTuple):
+    """Of every row of a sampler, or of the first: [R] each, `seen` [R, V]."""
+
+    is_greedy: Tensor
+    # 1 where the row is greedy.
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    penalty: Tensor
+    # Its random numbers, and how many of them it has drawn.
+    stream: Tensor
+    position: Tensor
+    # Tokens that the prompt or the sequence holds; kept where the row has a penalty.
+    seen: Tensor
+
+
 class Sampler:
     """Draws for sequences that come and go, each in a row of its own with its own settings."""
 
@@ -100,79 +118,70 @@ class Sampler:
         """`rows`: R. `vocab_size`: ids below it can be drawn."""
         self._vocab_size = vocab_size
         self._settings: list[SamplingSettings | None] = [None] * rows
-        # What decides of each row: on the device, where one draw is for all of them.
-        self._temperature = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._top_k = torch.full((rows,), vocab_size, dtype=torch.int64, device=device)
-        self._top_p = torch.ones(rows, dtype=torch.float64, device=device)
-        self._min_p = torch.zeros(rows, dtype=torch.float64, device=device)
-        self._penalty = torch.ones(rows, dtype=torch.float32, device=device)
-        self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
-        # Tokens that the row has drawn.
-        self._position = torch.zeros(rows, dtype=torch.int64, device=device)
-        # [R, V]: tokens that the prompt or the sequence holds.
-        self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
-        self._every_row = torch.arange(rows, device=device)
-
-    @property
-    def _of_rows(self) -> tuple[Tensor, ...]:
-        return (
-            self._temperature,
-            self._top_k,
-            self._top_p,
-            self._min_p,
-            self._penalty,
-            self._seed,
-            self._position,
-            self._seen,
+        # What decides of each row, on the device: one draw is for all of them.
+        self._rows = _Rows(
+            is_greedy=torch.ones(rows, dtype=torch.bool, device=device),
+            temperature=torch.ones(rows, dtype=torch.float64, device=device),
+            top_k=torch.full((rows,), vocab_size, dtype=torch.int64, device=device),
+            top_p=torch.ones(rows, dtype=torch.float64, device=device),
+            min_p=torch.zeros(rows, dtype=torch.float64, device=device),
+            penalty=torch.ones(rows, dtype=torch.float32, device=device),
+            stream=torch.zeros(rows, dtype=torch.int64, device=device),
+            position=torch.zeros(rows, dtype=torch.int64, device=device),
+            seen=torch.zeros(rows, vocab_size, dtype=torch.bool, device=device),
         )
+        self._first_rows: dict[int, _Rows] = {}
 
     @torch.inference_mode()
     def begin(self, row: int, settings: SamplingSettings, prompt: Sequence[int] | Tensor) -> None:
         """Give `row` to a sequence that continues the ids of `prompt`."""
+        rows = self._rows
         self._settings[row] = settings
-        self._temperature[row] = settings.temperature
-        self._top_k[row] = min(settings.top_k or self._vocab_size, self._vocab_size)
-        self._top_p[row] = settings.top_p
-        self._min_p[row] = settings.min_p
-        self._penalty[row] = settings.repetition_penalty
-        self._seed[row] = (settings.seed + _INT64) % (2 * _INT64) - _INT64
-        self._position[row] = 0
-        self._seen[row] = False
+        rows.is_greedy[row] = settings.temperature == 0
+        rows.temperature[row] = settings.temperature or 1.0
+        rows.top_k[row] = min(settings.top_k or self._vocab_size, self._vocab_size)
+        rows.top_p[row] = settings.top_p
+        rows.min_p[row] = settings.min_p
+        rows.penalty[row] = settings.repetition_penalty
+        rows.stream[row] = stream_of(settings.seed)
+        rows.position[row] = 0
+        rows.seen[row] = False
         if settings.repetition_penalty != 1:
             ids = torch.as_tensor(prompt, dtype=torch.int64)
             # Ids that cannot be drawn need no penalty.
-            self._seen[row, ids[ids < self._vocab_size].to(self._seen.device)] = True
+            rows.seen[row, ids[ids < self._vocab_size].to(rows.seen.device)] = True
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Let the sequence in row `source` go on in row `target`."""
         self._settings[target] = self._settings[source]
-        for values in self._of_rows:
+        for values in self._rows:
             values[target] = values[source]
 
     @torch.inference_mode()
     def draw(self, logits: Tensor) -> Drawn:
         """The next token of each of the first B rows from logits [B, V or more], float32 or float64."""
-        rows = logits.shape[0]
-        settings = [kept for kept in self._settings[:rows] if kept is not None]
-        logits = logits[:, : self._vocab_size]
-        scores = logits
-        if any(kept.repetition_penalty != 1 for kept in settings):
-            scores = penalised(logits, self._seen[:rows], self._penalty[:rows])
-        tokens = scores.argmax(dim=-1)
-        if any(kept.temperature != 0 for kept in settings):
-            temperature = self._temperature[:rows]
-            drawn = choose(
-                scores,
-                uniform(self._seed[:rows], self._position[:rows]),
-                temperature=temperature.where(temperature != 0, 1),
-                top_k=self._top_k[:rows],
-                top_p=self._top_p[:rows],
-                min_p=self._min_p[:rows],
-            )
-            tokens = drawn.where(temperature != 0, tokens)
-        self._position[:rows] += 1
-        self._seen[self._every_row[:rows], tokens] = True
+        count = logits.shape[0]
+        settings = [kept for kept in self._settings[:count] if kept is not None]
+        if count not in self._first_rows:
+            self._first_rows[count] = _Rows(*(values[:count] for values in self._rows))
+        rows = self._first_rows[count]
+        scores = logits = logits[:, : self._vocab_size]
+        # What no row asks for is left out: on a CPU each operation takes as long as a large one.
+        penalises = any(kept.repetition_penalty != 1 for kept in settings)
+        n_greedy = sum(kept.temperature == 0 for kept in settings)
+        if penalises:
+            scores = penalised(logits, rows.seen, rows.penalty)
+        if n_greedy == len(settings):
+            tokens = scores.argmax(dim=-1)
+        else:
+            limits = Limits(rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+            tokens = choose(scores, uniform(rows.stream, rows.position), limits)
+            if n_greedy:
+                tokens = torch.where(rows.is_greedy, scores.argmax(dim=-1), tokens)
+        rows.position.add_(1)
+        if penalises:
+            rows.seen.scatter_(1, tokens[:, None], True)
         return _with_logprobs(tokens, logits, [kept.logprobs for kept in settings if kept.logprobs is not None])
 
 
@@ -182,35 +191,47 @@ def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, less_likely, logits)
 
 
-def choose(
-    scores: Tensor, draws: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
+class Limits(NamedTuple):
+    """Of each row, all [B] float64 but for top_k, which is int64."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+def choose(scores: Tensor, draws: Tensor, limits: Limits) -> Tensor:
     """One token [B] from scores [B, V], where draws [B] in [0, 1) picks among the candidates by their probability.
 
-    `temperature`, `top_p` and `min_p` are [B] float64, `top_k` [B] int64; the probabilities are computed in float64.
+    The probabilities are computed in float64.
     """
+    temperature, top_k, top_p, min_p = (values[:, None] for values in limits)
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    ordered = (ordered.double() / temperature[:, None]).masked_fill(rank >= top_k[:, None], -torch.inf)
+    is_among_k = torch.arange(scores.shape[1], device=scores.device) < top_k
+    ordered = (ordered.double() / temperature).masked_fill(~is_among_k, -torch.inf)
     probabilities = torch.softmax(ordered, dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # A token is a candidate when those before it do not have top_p yet; the first always is.
-    candidate = (cumulative - probabilities < top_p[:, None]) & (probabilities >= min_p[:, None] * probabilities[:, :1])
+    candidate = is_among_k & (cumulative - probabilities < top_p) & (probabilities >= min_p * probabilities[:, :1])
     candidate[:, 0] = True
-    candidate &= rank < top_k[:, None]
     total = (probabilities * candidate).sum(dim=-1, keepdim=True)
     chosen = (cumulative < draws[:, None] * total).sum(dim=-1, keepdim=True)
     chosen = torch.minimum(chosen, candidate.sum(dim=-1, keepdim=True) - 1)
     return ids.gather(1, chosen).squeeze(1)
 
 
-def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """Random numbers in [0, 1), [B] float64, each a function of seed [B] and position [B], both int64.
+def stream_of(seed: int) -> int:
+    """Where SplitMix64 begins for a seed: near seeds begin far from each other."""
+    return int(_scrambled(torch.tensor(_signed(seed % (2 * _INT64)))))
 
-    Number `position` of the sequence that SplitMix64 begins at the scrambled seed (Steele, Lea and Flood, OOPSLA 2014,
-    figure 15): its increment is odd, so that no position has the number of another.
+
+def uniform(stream: Tensor, position: Tensor) -> Tensor:
+    """Random numbers in [0, 1), [B] float64, each a function of `stream_of` a seed and of a position, both [B] int64.
+
+    Number `position` of the sequence that SplitMix64 begins there (Steele, Lea and Flood, OOPSLA 2014, figure 15): its
+    increment is odd, so that no position has the number of another.
     """
-    state = _scrambled(seed) + (position + 1) * _signed(0x9E3779B97F4A7C15)
+    state = stream + (position + 1) * _signed(0x9E3779B97F4A7C15)
     return _shifted(_scrambled(state), 11).double() * 2.0**-53
 
 

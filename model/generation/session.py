@@ -59,6 +59,7 @@ class Session:
         self._has_caches = state_elements(model.config)["cache_per_token"] > 0
         self.room = _LEAST_ROOM
         self._state, self.logits = self._empty_buffers()
+        self._views: dict[int, tuple[ModelState, list[Tensor]]] = {}
         self._player: _GraphPlayer | None = _GraphPlayer(self) if self.device.type == "cuda" else None
 
     def _empty_buffers(self) -> tuple[ModelState, Tensor]:
@@ -110,6 +111,7 @@ class Session:
         if self._has_caches:
             self._state = self._state.for_decoding(room := max(_LEAST_ROOM, 2 ** (tokens - 1).bit_length()))
             self.room = room
+            self._views.clear()
             if self._player is not None:
                 self._player.forget()
 
@@ -122,10 +124,10 @@ class Session:
 
     def advance(self, size: int) -> None:
         """What a step launches."""
-        state = self.rows_of_state(size)
+        state, mine = self._first_rows(size)
         logits, new = self.model.predict(self.tokens[:size, None], state=state)
         self.logits[:size].copy_(logits)
-        for (name, old), (_, tensor) in zip(named_tensors(state), named_tensors(new), strict=True):
+        for (name, tensor), old in zip(named_tensors(new), mine, strict=True):
             # Layers whose states are made for decoding have updated them where they lie.
             if tensor is not old:
                 if tensor.shape != old.shape:
@@ -136,9 +138,16 @@ class Session:
                     )
                 old.copy_(tensor)
 
+    def _first_rows(self, size: int) -> tuple[ModelState, list[Tensor]]:
+        """The states of the first rows, in the same memory, and their tensors."""
+        if size not in self._views:
+            state = self._state.map(lambda tensor: tensor[:size])
+            self._views[size] = state, [tensor for _, tensor in named_tensors(state)]
+        return self._views[size]
+
     def rows_of_state(self, size: int) -> ModelState:
-        """The first rows, in the same memory."""
-        return self._state.map(lambda tensor: tensor[:size])
+        """The states of the first rows, in the same memory."""
+        return self._first_rows(size)[0]
 
 
 class _GraphPlayer:

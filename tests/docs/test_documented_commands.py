@@ -41,7 +41,7 @@ MODULES = OUR_MODULES | {"pip", "pytest", "torch.distributed.run"}
 LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png", "exported/config.json"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
-    "docs/model.md": ["weights/first/model.json"],
+    "docs/model.md": ["once.safetensors", "weights/first/model.json"],
     "docs/scaling_laws.md": ["scaling/runs.csv", "scaling/fit/scaling.html", "scaling/fit/fit.json"],
     "docs/guides/weights.md": [
         "runs/tuned/checkpoints/step-00000002",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.generation.sampling import Sampler, SamplingSettings, choose, penalised, uniform
+from model.generation.sampling import Limits, Sampler, SamplingSettings, choose, penalised, stream_of, uniform
 
 
 def choose_plainly(scores, draw, temperature, top_k, top_p, min_p):
@@ -32,14 +32,8 @@ def chosen(scores, draws, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     def of_rows(value):
         return torch.full((rows,), value, dtype=torch.float64)
 
-    return choose(
-        scores,
-        draws,
-        temperature=of_rows(temperature),
-        top_k=torch.full((rows,), top_k or scores.shape[1]),
-        top_p=of_rows(top_p),
-        min_p=of_rows(min_p),
-    )
+    k = torch.full((rows,), top_k or scores.shape[1])
+    return choose(scores, draws, Limits(of_rows(temperature), k, of_rows(top_p), of_rows(min_p)))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +70,7 @@ def test_choice_is_what_the_rules_say_row_by_row():
     top_k = torch.randint(1, 31, (200,), generator=generator)
     top_p = 0.05 + 0.95 * torch.rand(200, generator=generator, dtype=torch.float64)
     min_p = 0.3 * torch.rand(200, generator=generator, dtype=torch.float64)
-    tokens = choose(scores, draws, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens = choose(scores, draws, Limits(temperature, top_k, top_p, min_p))
     rows = zip(*(values.tolist() for values in (scores, draws, temperature, top_k, top_p, min_p)), strict=True)
     assert tokens.tolist() == [choose_plainly(*row) for row in rows]
     assert len(set(tokens.tolist())) > 10
@@ -98,8 +92,8 @@ def splitmix64(state):
 
 
 def test_random_numbers_are_those_of_splitmix64():
-    seeds, positions = [0, 1, -1, 2**63 - 1, 1234567], [0, 1, 2, 10**6, 2**40]
-    actual = uniform(torch.tensor(seeds), torch.tensor(positions))
+    seeds, positions = [0, 1, -1, 2**64 - 2, 3 * 2**64 + 7], [0, 1, 2, 10**6, 2**40]
+    actual = uniform(torch.tensor([stream_of(seed) for seed in seeds]), torch.tensor(positions))
     for number, seed, position in zip(actual.tolist(), seeds, positions, strict=True):
         expected = splitmix64(splitmix64(seed) + (position + 1) * 0x9E3779B97F4A7C15)
         assert number == (expected >> 11) / 2**53
@@ -109,7 +103,7 @@ def test_random_numbers_are_those_of_splitmix64():
 
 def test_random_numbers_are_even_and_those_of_near_seeds_have_nothing_in_common():
     positions = torch.arange(50_000)
-    streams = [uniform(torch.full_like(positions, seed), positions) for seed in (0, 1, 2)]
+    streams = [uniform(torch.full_like(positions, stream_of(seed)), positions) for seed in (0, 1, 2)]
     for stream in streams:
         counts = torch.histc(stream.float(), 10, 0, 1)
         assert (counts - 5000).abs().max() < 5 * 5000**0.5
