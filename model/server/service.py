@@ -96,7 +96,8 @@ class Service:
         texts: list[str] = []
         if chat:
             prompts = [tuple(self.chat.encode(request.messages))]
-            stop_tokens += self.chat.stop_tokens
+            # One that is never drawn ends nothing.
+            stop_tokens += tuple(token for token in self.chat.stop_tokens if 0 <= token < self.model.vocab_size)
             request = replace(request, stop=request.stop + self.chat.stop_strings)
         else:
             prompts = [self._tokens(prompt) for prompt in request.prompts]
@@ -118,6 +119,8 @@ class Service:
         return self._tokenizer.decode([token for token in prompt if 0 <= token < self.model.vocab_size])
 
     def _check(self, prompt: tuple[int, ...], key: str) -> None:
+        if not prompt:
+            raise ApiError(400, f"{key}: has no token", parameter=key)
         if len(prompt) > self.limits.max_prompt_tokens:
             raise ApiError(
                 400,
