@@ -201,6 +201,7 @@ class Stage(nn.Module):
 
         Arguments, dtypes and errors as for `forward`; of a stage with the head.
         """
+        assert self.part.head, "a stage without the head predicts nothing"
         self._check_inputs(inputs, None, document_start, state)
         x, new_state = self._run_blocks(inputs, document_start, state, return_state=True)
         assert new_state is not None

@@ -22,6 +22,8 @@ from model.state import ModelState, named_tensors
 _LEAST_ROOM = 128
 # Devices that compute a step by themselves, while the host waits for the tokens of the one before.
 RUNNING_AHEAD = ("cuda",)
+# Devices on which steps are played from CUDA graphs.
+PLAYING_GRAPHS = ("cuda",)
 # Steps on a side stream before a capture: what is compiled, tuned or allocated at the first call then is.
 _WARM_UP_STEPS = 2
 
@@ -60,7 +62,7 @@ class Session:
         self.room = _LEAST_ROOM
         self._state, self.logits = self._empty_buffers()
         self._views: dict[int, tuple[ModelState, list[Tensor]]] = {}
-        self._player: _GraphPlayer | None = _GraphPlayer(self) if self.device.type == "cuda" else None
+        self._player: _GraphPlayer | None = _GraphPlayer(self) if self.device.type in PLAYING_GRAPHS else None
 
     def _empty_buffers(self) -> tuple[ModelState, Tensor]:
         """State and logits of R rows that hold nothing, in the form of what the model makes of any token."""
@@ -162,7 +164,10 @@ class _GraphPlayer:
 
     def forget(self) -> None:
         """The buffers are others now."""
+        # None of them may be playing.
+        torch.cuda.synchronize(self._session.device)
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def play(self, size: int) -> bool:
         """Play a step of `size` rows; False: this model cannot be captured, nothing has been done."""
