@@ -12,7 +12,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 128
 # Log probabilities of one answer, which lie in memory until it is read: about 100 bytes each.
-MAX_LOGPROB_ENTRIES = 2**20
+MAX_LOGPROB_ENTRIES = 2**18
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_chat_fields_that_ask_for_nothing_are_taken():
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options: must be an object whose fields"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation is not supported"),
         ({"logprobs": 21}, "logprobs: must be from 0 to 20, not 21"),
-        ({"logprobs": 20, "n": 8, "max_tokens": 10_000}, "logprobs: 1680000 of them are more than the 1048576 of one"),
+        ({"logprobs": 20, "n": 8, "max_tokens": 10_000}, "logprobs: 1680000 of them are more than the 262144 of one"),
         ({"logprobs": 1, "echo": True}, "echo: goes without logprobs"),
         ({"best_of": 2}, "best_of: every continuation is given"),
         ({"suffix": "x"}, "suffix: text is continued, not filled in"),
