@@ -137,7 +137,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="auto",
+                http="h11",
                 ws="none",
                 lifespan="off",
                 backlog=BACKLOG,

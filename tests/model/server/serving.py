@@ -143,9 +143,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, log: Path, *settings: str) -> Iterator[Server]:
-    """The server of the weights in `folder`, called "small", once it answers; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "model", "serve", f"checkpoint={folder}", "name=small", "port=0", *settings]
+def serving(folder: Path, log: Path, *settings: str, program: Sequence[str] = ("-m", "model")) -> Iterator[Server]:
+    """The server of the weights in `folder`, called "small", once it answers; killed at the end if it still runs.
+
+    `program`: what Python is to run in the place of our command.
+    """
+    command = [sys.executable, *program, "serve", f"checkpoint={folder}", "name=small", "port=0", *settings]
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -103,6 +103,33 @@ def _what_is_left(connection: socket.socket) -> bytes:
         return b""
 
 
+# A step fails as it does where a GPU is out of memory.
+FAILING = """
+import sys
+from model.__main__ import main
+from model.generation.batch import ContinuousBatch
+step = ContinuousBatch.step
+def failing(batch):
+    if batch.running == 2:
+        raise RuntimeError("CUDA error: out of memory")
+    return step(batch)
+ContinuousBatch.step = failing
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_fails_ends_every_answer_and_the_server_with_1(weights, endless, tmp_path):
+    with serving(weights, tmp_path / "stderr", "slots=2", program=("-c", FAILING)) as server:
+        with begun_stream(server, endless, MAX_NEW_TOKENS) as connection:
+            status, _, answer = server.post("/v1/completions", {"model": "small", "prompt": endless})
+            assert (status, answer["error"]["message"]) == (500, "the model failed: RuntimeError")
+            *_, last = chunks_of(read_all(connection))
+            assert last["error"]["message"] == "the model failed: RuntimeError"
+        assert server.process.wait(PATIENCE) == 1
+    assert "CUDA error: out of memory" in server.errors.read_text()
+
+
 def test_a_port_in_use_is_said_before_weights_are_read(weights, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
