@@ -7,6 +7,7 @@ reader who is slow costs the bytes of an answer and no slot.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from model.server.errors import ApiError
 
 class CancelledError(Exception):
     """Of a continuation that its client left."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,10 +63,15 @@ class Choice:
 
     def take(self, tokens: Sequence[Token]) -> None:
         before = self.generated
-        for token in tokens:
-            # What the batch made before it heard of the end.
-            if not self.has_ended:
-                self._add(token)
+        try:
+            for token in tokens:
+                # What the batch made before it heard of the end.
+                if not self.has_ended:
+                    self._add(token)
+        except Exception as error:
+            # The others of the batch get their tokens all the same.
+            log.exception("the text of a sequence cannot be made")
+            self.error = error
         self._on_change(self, self.generated - before)
 
     def _add(self, token: Token) -> None:

@@ -57,8 +57,8 @@ class PlainChat:
     """The form above, for a model of which no chat training is known."""
 
     name = "plain"
-    stop_strings = (PLAIN_STOP,)
-    stop_tokens = ()
+    stop_strings: tuple[str, ...] = (PLAIN_STOP,)
+    stop_tokens: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: ChatTokenizer):
         self._tokenizer = tokenizer
@@ -72,7 +72,7 @@ class TemplateChat:
     """The template of the tokenizer's folder."""
 
     name = "tokenizer"
-    stop_strings = ()
+    stop_strings: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: ChatTokenizer, template: str, names: Mapping[str, str], stop_tokens: tuple[int, ...]):
         """`names`: what the template may call the special tokens, such as bos_token. Raises ValueError."""

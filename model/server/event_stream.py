@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -64,10 +63,8 @@ class EventStream(Response):
         finally:
             for task in (sending, watching):
                 task.cancel()
-            for task in (sending, watching):
-                with contextlib.suppress(asyncio.CancelledError, TimeoutError):
-                    await task
             self._on_end(stalled)
+            await asyncio.gather(sending, watching, return_exceptions=True)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -8,8 +8,11 @@ from conf.problems import at_least, positive
 
 # What OpenAI's interface allows of likeliest tokens beside each token.
 MAX_LOGPROBS = 20
+# Looked for behind every token.
 MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 1000
+MAX_STOP_CHARACTERS = 128
+# Log probabilities of one answer, which lie in memory until it is read: about 100 bytes each.
+MAX_LOGPROB_ENTRIES = 2**18
 
 
 @dataclass(frozen=True)

@@ -111,5 +111,4 @@ def _kind(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | float):
         return str(value) if isinstance(value, float) or value.bit_length() < 100 else "a very large number"
-    names = {str: "a text", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"

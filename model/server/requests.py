@@ -13,7 +13,7 @@ from typing import Any
 
 from model.generation.sampling import SamplingSettings
 from model.server.errors import ApiError
-from model.server.limits import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, Limits
+from model.server.limits import MAX_LOGPROB_ENTRIES, MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, Limits
 from model.server.request_fields import RequestFields
 
 # OpenAI's default for /v1/completions.
@@ -121,6 +121,9 @@ def _finished(
     n = fields.integer("n", 1, most) or 1
     if len(prompts) * n > most:
         fields.problem("prompt", f"{len(prompts)} prompts, each continued {n} times, are more than {most} sequences")
+    entries = max(1, len(prompts)) * n * max_new_tokens * (1 + (logprobs or 0))
+    if logprobs is not None and entries > MAX_LOGPROB_ENTRIES:
+        fields.problem("logprobs", f"{entries} of them are more than the {MAX_LOGPROB_ENTRIES} of one answer")
     _ignore_labels(fields, "user")
     for key in ("presence_penalty", "frequency_penalty"):
         fields.only(key, [0, 0.0], "is not supported; repetition_penalty is")

@@ -52,7 +52,8 @@ def listen(listener: socket.socket, stall_seconds: float) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     # Clients that vanished without a word are found.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # What is left of an answer that was given up: where the system can, it ends the connection, some time behind us.
+    # A client that takes nothing while what it is sent still fits into the buffer, or after it was given up: where the
+    # system can, it ends the connection, some time behind us.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         milliseconds = min(2**31 - 1, int((2 * stall_seconds + 1) * 1000))
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -83,8 +84,12 @@ def run(service: Service, worker: BatchWorker, listener: socket.socket, announce
     `announce` is called when requests are answered. SIGTERM and SIGINT end it gracefully: requests are refused from
     then on, running answers may end within `drain_seconds`. A second signal ends these at once.
     """
+    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    return asyncio.run(_run(service, worker, listener, announce))
+    try:
+        return asyncio.run(_run(service, worker, listener, announce))
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def _run(service: Service, worker: BatchWorker, listener: socket.socket, announce: Callable[[], None]) -> int:
@@ -132,7 +137,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="auto",
+                http="h11",
                 ws="none",
                 lifespan="off",
                 backlog=BACKLOG,

@@ -46,7 +46,7 @@ class ServedModel:
     parameters: int
     # Of the text that one sequence has read, in memory.
     state_bytes: int
-    # Its ids are the ones that the model can be given.
+    # Ids below it are both the model's and the tokenizer's.
     vocab_size: int
 
 
@@ -77,6 +77,7 @@ class Service:
         self.metrics = Metrics(self._gauges)
         self._answers: set[Answer] = set()
         self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="reader")
+        self._control_spellings = {token: spelling for spelling, token in tokenizer.control_tokens.items()}
         self.spell = functools.lru_cache(maxsize=None)(self._spell)
 
     @property
@@ -90,12 +91,13 @@ class Service:
     def _prepare(self, body: bytes, chat: bool) -> PreparedRequest:
         values = parse_json(body)
         read = read_chat if chat else read_completion
-        request = read(values, self.model.name, self.limits, self._tokenizer.vocab_size)
+        request = read(values, self.model.name, self.limits, self.model.vocab_size)
         stop_tokens: tuple[int, ...] = (self._tokenizer.eod_id,)
         texts: list[str] = []
         if chat:
             prompts = [tuple(self.chat.encode(request.messages))]
-            stop_tokens += self.chat.stop_tokens
+            # One that is never drawn ends nothing.
+            stop_tokens += tuple(token for token in self.chat.stop_tokens if 0 <= token < self.model.vocab_size)
             request = replace(request, stop=request.stop + self.chat.stop_strings)
         else:
             prompts = [self._tokens(prompt) for prompt in request.prompts]
@@ -114,9 +116,11 @@ class Service:
         if isinstance(prompt, str):
             return prompt
         # Other ids are refused where the prompt is checked.
-        return self._tokenizer.decode([token for token in prompt if 0 <= token < self._tokenizer.vocab_size])
+        return self._tokenizer.decode([token for token in prompt if 0 <= token < self.model.vocab_size])
 
     def _check(self, prompt: tuple[int, ...], key: str) -> None:
+        if not prompt:
+            raise ApiError(400, f"{key}: has no token", parameter=key)
         if len(prompt) > self.limits.max_prompt_tokens:
             raise ApiError(
                 400,
@@ -124,9 +128,8 @@ class Service:
                 parameter=key,
                 code="context_length_exceeded",
             )
-        known = min(self.model.vocab_size, self._tokenizer.vocab_size)
-        if not 0 <= min(prompt) <= max(prompt) < known:
-            raise ApiError(400, f"{key}: token ids must be from 0 to {known - 1}", parameter=key)
+        if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
+            raise ApiError(400, f"{key}: token ids must be from 0 to {self.model.vocab_size - 1}", parameter=key)
 
     def begin(self, prepared: PreparedRequest) -> Answer:
         """Take a request on. Raises ApiError (429, 503)."""
@@ -190,11 +193,8 @@ class Service:
 
     def _spell(self, token: int) -> str:
         """The text of one token alone; of a control token, its name; of a part of a character, its id."""
-        names = {number: spelling for spelling, number in self._tokenizer.control_tokens.items()}
-        if token in names:
-            return names[token]
-        if token >= self._tokenizer.vocab_size:
-            return f"token_id:{token}"
+        if token in self._control_spellings:
+            return self._control_spellings[token]
         # Some tokenizers take a space from the first token of a text.
         before = self._tokenizer.encode("a")
         text = self._tokenizer.decode([*before, token])[len(self._tokenizer.decode(before)) :]

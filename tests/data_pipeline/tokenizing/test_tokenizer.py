@@ -44,6 +44,13 @@ def test_special_tokens_in_text_never_become_the_end_of_a_document(tokenizer):
     assert tokenizer.decode([*ids, tokenizer.eod_id]) == SPECIALS
 
 
+def test_control_tokens_are_what_no_text_becomes(tokenizer):
+    assert tokenizer.control_tokens[tokenizer.eod_token] == tokenizer.eod_id and "<unk>" not in tokenizer.control_tokens
+    assert set(tokenizer.control_tokens.values()) <= set(tokenizer.special_ids)
+    ids = tokenizer.encode("".join(tokenizer.control_tokens))
+    assert not set(ids) & set(tokenizer.control_tokens.values())
+
+
 def test_saved_copy_is_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save_to(tmp_path / "copy")
     copy = Tokenizer.load(tmp_path / "copy")

@@ -24,9 +24,20 @@ def alone(weights: Path) -> Alone:
 
 
 @pytest.fixture(scope="session")
-def endless(alone: Alone) -> list[int]:
+def endless_and_ending(alone: Alone) -> tuple[list[int], list[int]]:
+    return alone.prompts(MAX_NEW_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def endless(endless_and_ending: tuple[list[int], list[int]]) -> list[int]:
     """A prompt whose greedy continuation has as many tokens as the server of the tests gives."""
-    return alone.endless(MAX_NEW_TOKENS)
+    return endless_and_ending[0]
+
+
+@pytest.fixture(scope="session")
+def ending(endless_and_ending: tuple[list[int], list[int]]) -> list[int]:
+    """A prompt whose greedy continuation comes to the end of a document before that."""
+    return endless_and_ending[1]
 
 
 @pytest.fixture(scope="session")

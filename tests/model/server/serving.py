@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -25,7 +26,6 @@ from tests.runs import PATIENCE, ROOT, environment
 
 # A model of 64 numbers a token, so that a step takes about a millisecond.
 CONFIG = dataclasses.replace(CONFIGS["mlstm"], d_model=64, n_blocks=2, ffn_dim=96, vocab_size=384)
-TEXT = Path(__file__).read_text(encoding="utf-8")
 # A request to a server that answers takes less, whatever else this machine does.
 SECONDS = 120.0
 
@@ -34,7 +34,10 @@ def save_small_model(folder: Path) -> Path:
     """Weights with a SentencePiece tokenizer beside them; the model has more ids than the tokenizer."""
     save_model(random_model(CONFIG), CONFIG, folder)
     (folder / "tokenizer").mkdir()
-    content = train_sentencepiece([TEXT], TokenizerConfig(vocab_size=370))
+    drawn = random.Random(0)
+    words = ["".join(drawn.choices("abcdefghijklmnop", k=drawn.randint(2, 6))) for _ in range(200)]
+    text = "\n".join(" ".join(drawn.choices(words, k=8)) for _ in range(300))
+    content = train_sentencepiece([text], TokenizerConfig(vocab_size=370))
     (folder / "tokenizer" / "tokenizer.model").write_bytes(content)
     return folder
 
@@ -62,14 +65,14 @@ class Alone:
         settings = {"temperature": 0, "stop_token": self.tokenizer.eod_id, "vocab_size": self.tokenizer.vocab_size}
         return generate(self.model, prompts, max_new_tokens=count, **settings).tolist()
 
-    def endless(self, count: int) -> list[int]:
-        """A prompt that is continued by `count` tokens without an end of the document."""
-        prompts = [(token,) for token in range(20, 36)]
+    def prompts(self, count: int) -> tuple[list[int], list[int]]:
+        """A prompt that `count` tokens continue without an end of the document, and one that such an end follows."""
+        end, prompts = self.tokenizer.eod_id, [(token,) for token in range(20, 52)]
+        found: dict[bool, tuple[int, ...]] = {}
         for prompt, new in zip(prompts, self._continued(prompts, count), strict=True):
-            if self.tokenizer.eod_id not in new:
-                self._known[prompt] = new
-                return list(prompt)
-        raise AssertionError("every prompt leads to the end of a document")
+            self._known[prompt] = new[: new.index(end) + 1] if end in new else new
+            found.setdefault(end in new, prompt)
+        return list(found[False]), list(found[True])
 
     def text(self, prompt: str | Sequence[int], count: int) -> str:
         """The text that they add."""
@@ -140,9 +143,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, log: Path, *settings: str) -> Iterator[Server]:
-    """The server of the weights in `folder`, called "small", once it answers; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "model", "serve", f"checkpoint={folder}", "name=small", "port=0", *settings]
+def serving(folder: Path, log: Path, *settings: str, program: Sequence[str] = ("-m", "model")) -> Iterator[Server]:
+    """The server of the weights in `folder`, called "small", once it answers; killed at the end if it still runs.
+
+    `program`: what Python is to run in the place of our command.
+    """
+    command = [sys.executable, *program, "serve", f"checkpoint={folder}", "name=small", "port=0", *settings]
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -170,11 +176,14 @@ def open_stream(server: Server, body: dict[str, Any], receive_buffer: int | None
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.settimeout(SECONDS)
     connection.connect(("127.0.0.1", server.port))
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
-    connection.sendall(f"{head}\r\n\r\n".encode() + content)
+    connection.sendall(head(f"Content-Length: {len(content)}") + content)
     return connection
+
+
+def head(length: str) -> bytes:
+    """Of a POST to /v1/completions; `length`: the header that says how long the body is."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", length, "", ""]
+    return "\r\n".join(lines).encode()
 
 
 def resident_bytes(pid: int) -> int:

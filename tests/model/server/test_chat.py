@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
     made.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<|endoftext|>"},
+        "bos_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
         "eos_token": "<|im_end|>",
         "chat_template": TEMPLATE,
     }

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from model.__main__ import main
 from model.server.limits import Limits
-from tests.model.server.serving import SECONDS, Server, open_stream, serving
+from tests.model.server.conftest import MAX_NEW_TOKENS
+from tests.model.server.serving import SECONDS, Server, head, open_stream, serving
 from tests.runs import PATIENCE, ROOT, environment
 
 
@@ -38,7 +38,7 @@ def begun_stream(server: Server, prompt: list[int], tokens: int) -> socket.socke
 @pytest.mark.slow
 def test_running_streams_end_and_new_ones_are_refused_after_sigterm(weights, alone, endless, tmp_path):
     with serving(weights, tmp_path / "stderr", "slots=2") as server:
-        with begun_stream(server, endless, 500) as connection:
+        with begun_stream(server, endless, MAX_NEW_TOKENS) as connection:
             idle = socket.create_connection(("127.0.0.1", server.port))
             server.process.send_signal(signal.SIGTERM)
             while server.get("/health")[0] == 200:
@@ -51,45 +51,49 @@ def test_running_streams_end_and_new_ones_are_refused_after_sigterm(weights, alo
         idle.close()
         assert server.process.wait(PATIENCE) == 0
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks_of(received))
-        assert received.count(b"data: [DONE]") == 1 and text == alone.text(endless, 500)
+        assert received.count(b"data: [DONE]") == 1 and text == alone.text(endless, MAX_NEW_TOKENS)
         assert server.errors.read_text() == "draining: 1 requests are being answered\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "signals"),
-    [(["drain_seconds=0.1"], [signal.SIGTERM]), ([], [signal.SIGTERM, signal.SIGINT])],
-    ids=["after its time", "at a second signal"],
-)
-def test_what_does_not_end_is_broken_off_and_says_so(weights, endless, tmp_path, settings, signals):
-    limits = ["slots=2", "max_new_tokens=1000000", *settings]
+def test_clients_that_stall_are_given_up_and_what_does_not_end_is_broken_off(weights, endless, tmp_path):
+    """One that sends half a body, one that reads nothing: of neither anything is left. Then one outlasts a drain."""
+    limits = ["slots=2", "stall_seconds=0.5", "max_new_tokens=1000000", "drain_seconds=0.1"]
     with serving(weights, tmp_path / "stderr", *limits) as server:
-        with begun_stream(server, endless, 1_000_000) as connection:
-            for number in signals:
-                server.process.send_signal(number)
-                time.sleep(0.05)
-            received = read_all(connection)
-        assert server.process.wait(PATIENCE) == 0
-    *_, last = chunks_of(received)
-    assert last["error"]["message"] == "the server is shutting down; this answer is not whole"
-    assert last["error"]["type"] == "server_error" and b"[DONE]" not in received
-    assert "broke off 1 answers that had not ended" in server.errors.read_text()
-
-
-@pytest.mark.slow
-def test_clients_that_stall_are_given_up(weights, endless, tmp_path):
-    """One that sends half a body, one that reads nothing: of neither anything is left."""
-    with serving(weights, tmp_path / "stderr", "slots=2", "stall_seconds=0.5", "max_new_tokens=500") as server:
         sender = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50"
-        sender.sendall(f"{head}\r\n\r\n{{".encode())
-        reader = open_stream(server, {"prompt": endless, "max_tokens": 500, "logprobs": 20}, receive_buffer=4096)
+        sender.sendall(head("Content-Length: 50") + b"{")
+        body = {"prompt": endless, "max_tokens": MAX_NEW_TOKENS, "logprobs": 20, "n": 2}
+        reader = open_stream(server, body, receive_buffer=4096)
         with sender, reader:
             received = read_all(sender)
             assert received.startswith(b"HTTP/1.1 408 ") and b"nothing of the body came for 0.5 seconds" in received
-            server.wait_until("xlstm_stalled_clients_total", 1)
+            server.wait_until("xlstm_prompt_tokens_total", 1)
+            # Either the server sees first that nothing is taken, or the system does.
             server.wait_until_idle(2)
             assert b"[DONE]" not in _what_is_left(reader)
+        _broken_off(server, endless, [signal.SIGTERM])
+    assert "broke off 1 answers that had not ended" in server.errors.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(weights, endless, tmp_path, second):
+    with serving(weights, tmp_path / "stderr", "slots=2", "max_new_tokens=1000000") as server:
+        _broken_off(server, endless, [signal.SIGINT, second])
+    assert "broke off 1 answers that had not ended" in server.errors.read_text()
+
+
+def _broken_off(server: Server, prompt: list[int], signals: list[signal.Signals]) -> None:
+    """Send signals while a stream runs that does not end by itself; it ends with an error, the process with 0."""
+    with begun_stream(server, prompt, 1_000_000) as connection:
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(0.05)
+        received = read_all(connection)
+    assert server.process.wait(PATIENCE) == 0
+    *_, last = chunks_of(received)
+    assert last["error"]["message"] == "the server is shutting down; this answer is not whole"
+    assert last["error"]["type"] == "server_error" and b"[DONE]" not in received
 
 
 def _what_is_left(connection: socket.socket) -> bytes:
@@ -97,6 +101,33 @@ def _what_is_left(connection: socket.socket) -> bytes:
         return read_all(connection)
     except ConnectionResetError:
         return b""
+
+
+# A step fails as it does where a GPU is out of memory.
+FAILING = """
+import sys
+from model.__main__ import main
+from model.generation.batch import ContinuousBatch
+step = ContinuousBatch.step
+def failing(batch):
+    if batch.running == 2:
+        raise RuntimeError("CUDA error: out of memory")
+    return step(batch)
+ContinuousBatch.step = failing
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_fails_ends_every_answer_and_the_server_with_1(weights, endless, tmp_path):
+    with serving(weights, tmp_path / "stderr", "slots=2", program=("-c", FAILING)) as server:
+        with begun_stream(server, endless, MAX_NEW_TOKENS) as connection:
+            status, _, answer = server.post("/v1/completions", {"model": "small", "prompt": endless})
+            assert (status, answer["error"]["message"]) == (500, "the model failed: RuntimeError")
+            *_, last = chunks_of(read_all(connection))
+            assert last["error"]["message"] == "the model failed: RuntimeError"
+        assert server.process.wait(PATIENCE) == 1
+    assert "CUDA error: out of memory" in server.errors.read_text()
 
 
 def test_a_port_in_use_is_said_before_weights_are_read(weights, capsys):
@@ -144,7 +175,8 @@ def test_without_the_extra_serve_says_what_to_install(weights, tmp_path):
     code = (
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name in ('starlette', 'uvicorn') else find(name, *rest)\n"
+        "absent = ('starlette', 'uvicorn')\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)\n"
         "from model.__main__ import main\n"
         f"sys.exit(main(['serve', 'checkpoint={weights}']))\n"
     )
@@ -170,4 +202,3 @@ def test_the_help_tells_the_defaults():
         shown = "NAME" if field.default == "???" else "PATH" if field.name == "tokenizer" else field.default
         shown = "null" if shown is None else f"{shown:g}" if isinstance(shown, float) else shown
         assert f"  {field.name}={shown} " in SERVE_HELP, field.name
-    assert Path(ROOT, "docs", "guides", "serving.md").is_file()

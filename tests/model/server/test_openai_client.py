@@ -34,30 +34,33 @@ def test_the_model_is_listed_with_what_it_is(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_greedy_text_is_what_the_model_gives_alone(client, alone, prompt, stream):
     given = {"model": "small", "prompt": prompt, "max_tokens": 30, "temperature": 0}
+    ids = alone.ids(prompt, 30)
+    expected_end = "stop" if ids[-1] == alone.tokenizer.eod_id else "length"
     if stream:
         chunks = list(client.completions.create(**given, stream=True, stream_options={"include_usage": True}))
         assert len({chunk.id for chunk in chunks}) == 1 and chunks[-1].choices == []
         assert all(chunk.usage is None for chunk in chunks[:-1])
         usage, ends = chunks[-1].usage, [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
-        assert ends == [None] * (len(ends) - 1) + ["length"]
+        assert ends == [None] * (len(ends) - 1) + [expected_end]
         text = "".join(chunk.choices[0].text for chunk in chunks[:-1])
     else:
         answer = client.completions.create(**given)
         usage, text, end = answer.usage, answer.choices[0].text, answer.choices[0].finish_reason
-        assert end == "length"
+        assert end == expected_end
     assert text == alone.text(prompt, 30)
     read = 1 + len(alone.tokenizer.encode(prompt))
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (read, 30, read + 30)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (read, len(ids), read + len(ids))
 
 
-def test_prompts_may_be_ids_and_several(client, alone):
-    ids = [[5, 9, 300], [7] * 70]
+def test_prompts_may_be_ids_and_several(client, alone, endless):
+    ids = [endless, [7] * 70]
     answer = client.completions.create(model="small", prompt=ids, max_tokens=8, temperature=0, n=2, echo=True)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     for choice in answer.choices:
         prompt = ids[choice.index // 2]
         assert choice.text == alone.tokenizer.decode(prompt) + alone.text(prompt, 8)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (73, 32)
+    new = [len(alone.ids(prompt, 8)) for prompt in ids]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (71, 2 * sum(new))
 
 
 def test_echo_gives_the_prompt_first_also_in_a_stream(client, alone):
@@ -68,11 +71,11 @@ def test_echo_gives_the_prompt_first_also_in_a_stream(client, alone):
     assert chunks[0].choices[0].text == "import os" and "".join(chunk.choices[0].text for chunk in chunks) == expected
 
 
-def test_a_stop_string_ends_the_text_before_it(client, alone):
-    whole = alone.text("def f(", 60)
+def test_a_stop_string_ends_the_text_before_it(client, alone, endless):
+    whole = alone.text(endless, 60)
     stop = whole[20:23]
     expected = whole[: whole.index(stop)]
-    given = {"model": "small", "prompt": "def f(", "max_tokens": 60, "temperature": 0, "stop": ["no such text", stop]}
+    given = {"model": "small", "prompt": endless, "max_tokens": 60, "temperature": 0, "stop": ["no such text", stop]}
     answer = client.completions.create(**given)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
     assert 0 < answer.usage.completion_tokens < 60
@@ -81,11 +84,12 @@ def test_a_stop_string_ends_the_text_before_it(client, alone):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_the_end_of_a_document_ends_an_answer_without_text(client, alone):
-    ids = alone.ids("x", 300)
-    assert ids[-1] == alone.tokenizer.eod_id and len(ids) < 300
-    answer = client.completions.create(model="small", prompt="x", max_tokens=300, temperature=0, logprobs=0)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone.text("x", 300), "stop")
+def test_the_end_of_a_document_ends_an_answer_without_text(client, alone, ending):
+    count = MAX_NEW_TOKENS
+    ids = alone.ids(ending, count)
+    assert ids[-1] == alone.tokenizer.eod_id and len(ids) <= count
+    answer = client.completions.create(model="small", prompt=ending, max_tokens=count, temperature=0, logprobs=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (alone.text(ending, count), "stop")
     # The token that ended it was generated, and has neither text nor an entry.
     assert answer.usage.completion_tokens == len(ids) == len(answer.choices[0].logprobs.tokens) + 1
 
@@ -109,11 +113,11 @@ def test_sampling_settings_reach_the_model(client, alone):
     assert client.completions.create(**given, extra_body={"repetition_penalty": 50}).choices[0].text != greedy
 
 
-def test_logprobs_of_a_completion_are_those_of_the_model(client, alone):
-    answer = client.completions.create(model="small", prompt="def f(", max_tokens=12, temperature=0, logprobs=3)
+def test_logprobs_of_a_completion_are_those_of_the_model(client, alone, endless):
+    answer = client.completions.create(model="small", prompt=endless, max_tokens=12, temperature=0, logprobs=3)
     given = answer.choices[0].logprobs
-    ids = alone.ids("def f(", 12)
-    expected, likeliest = _logprobs(alone, "def f(", ids)
+    ids = alone.ids(endless, 12)
+    expected, likeliest = _logprobs(alone, endless, ids)
     assert given.token_logprobs == pytest.approx(expected, abs=1e-4)
     assert len(given.tokens) == len(given.text_offset) == 12
     for entry, best in zip(given.top_logprobs, likeliest, strict=True):
@@ -125,7 +129,9 @@ def test_logprobs_of_a_chat_are_those_of_the_model(client, alone):
     chat = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "temperature": 0}
     answer = client.chat.completions.create(**chat, logprobs=True, top_logprobs=2)
     ids = alone.ids("User: hi\n\nAssistant:", 9)
-    expected, likeliest = _logprobs(alone, "User: hi\n\nAssistant:", ids)
+    ids = ids[:-1] if ids[-1] == alone.tokenizer.eod_id else ids
+    before = [alone.tokenizer.eod_id, *alone.tokenizer.encode("User: hi\n\nAssistant:")]
+    expected, likeliest = _logprobs(alone, before, ids)
     entries = answer.choices[0].logprobs.content
     assert [entry.logprob for entry in entries] == pytest.approx(expected, abs=1e-4)
     for entry, best in zip(entries, likeliest, strict=True):
@@ -141,9 +147,8 @@ class _NONE:
     content = ()
 
 
-def _logprobs(alone: Alone, prompt: str, ids: list[int]) -> tuple[list[float], list[list[float]]]:
+def _logprobs(alone: Alone, before: list[int], ids: list[int]) -> tuple[list[float], list[list[float]]]:
     """Of each new token, and the three highest at its place, from the whole text at once."""
-    before = [alone.tokenizer.eod_id, *alone.tokenizer.encode(prompt)]
     with torch.no_grad():
         logits = alone.model(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1]
     of_all = torch.log_softmax(logits[:, : alone.tokenizer.vocab_size].double(), dim=-1)
@@ -174,9 +179,9 @@ def test_a_chat_goes_on_with_the_plain_form(client, alone, stream):
         assert answer.usage.prompt_tokens == 1 + len(alone.tokenizer.encode(prompt))
 
 
-def test_usage_may_come_with_every_chunk(client):
+def test_usage_may_come_with_every_chunk(client, endless):
     options = {"continuous_usage_stats": True}
-    given = {"model": "small", "prompt": "a", "max_tokens": 40, "temperature": 0, "stream": True}
+    given = {"model": "small", "prompt": endless, "max_tokens": 40, "temperature": 0, "stream": True}
     counts = [c.usage.completion_tokens for c in client.completions.create(**given, stream_options=options)]
     assert counts == sorted(counts) and counts[-1] == 40 and len(counts) > 3
 
@@ -218,8 +223,8 @@ def test_a_full_queue_is_said_with_when_to_come_again(client, server, endless):
     assert refused.value.type == "rate_limit_error" and refused.value.code == "rate_limit_exceeded"
     streams[0].close()
     server.wait_until("xlstm_sequences_admitted", 8)
-    assert client.completions.create(model="small", prompt="x", max_tokens=1).choices[0].finish_reason == "length"
     streams[1].close()
+    assert client.completions.create(model="small", prompt="x", max_tokens=1).choices[0].finish_reason == "length"
 
 
 def test_least_logprobs_are_numbers_of_json():

@@ -12,7 +12,7 @@ from model.server.limits import Limits
 from model.server.request_fields import parse_json
 from model.server.requests import CompletionRequest, Message, read_chat, read_completion
 
-LIMITS = Limits(slots=2, queue=6, max_new_tokens=50)
+LIMITS = Limits(slots=2, queue=6, max_new_tokens=10_000)
 TURN = [{"role": "user", "content": "hi"}]
 
 
@@ -30,7 +30,7 @@ def test_defaults_are_those_of_openai():
         ("x",), (), 1, SamplingSettings(16, temperature=1.0, seed=1), (), False, False, False, False
     )
     read = chat(seed=1)
-    assert (read.settings.max_new_tokens, read.is_chat, read.messages) == (50, True, (Message("user", "hi"),))
+    assert (read.settings.max_new_tokens, read.is_chat, read.messages) == (10_000, True, (Message("user", "hi"),))
 
 
 def test_without_a_seed_each_request_draws_anew():
@@ -108,8 +108,8 @@ def test_chat_fields_that_ask_for_nothing_are_taken():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens: must be from 1 to 50, not 0"),
-        ({"max_tokens": 51}, "max_tokens: must be from 1 to 50, not 51"),
+        ({"max_tokens": 0}, "max_tokens: must be from 1 to 10000, not 0"),
+        ({"max_tokens": 10_001}, "max_tokens: must be from 1 to 10000, not 10001"),
         ({"max_tokens": 1.5}, "max_tokens: must be a whole number, not 1.5"),
         ({"max_tokens": True}, "max_tokens: must be a whole number, not true"),
         ({"temperature": -1}, "temperature: must be 0"),
@@ -124,7 +124,7 @@ def test_chat_fields_that_ask_for_nothing_are_taken():
         ({"n": 9}, "n: must be from 1 to 8, not 9"),
         ({"n": 3, "prompt": ["a", "b", "c"]}, "prompt: 3 prompts, each continued 3 times, are more than 8 sequences"),
         ({"stop": [1]}, "stop: must be a text or a list of texts"),
-        ({"stop": ""}, "stop: a text must have from 1 to 1000 characters"),
+        ({"stop": ""}, "stop: a text must have from 1 to 128 characters"),
         ({"stop": ["a"] * 17}, "stop: at most 16 texts are taken, not 17"),
         ({"stop": "\ud800"}, "stop: holds half a surrogate pair"),
         ({"prompt": "\ud800"}, "prompt: holds half a surrogate pair"),
@@ -133,6 +133,7 @@ def test_chat_fields_that_ask_for_nothing_are_taken():
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options: must be an object whose fields"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation is not supported"),
         ({"logprobs": 21}, "logprobs: must be from 0 to 20, not 21"),
+        ({"logprobs": 20, "n": 8, "max_tokens": 10_000}, "logprobs: 1680000 of them are more than the 262144 of one"),
         ({"logprobs": 1, "echo": True}, "echo: goes without logprobs"),
         ({"best_of": 2}, "best_of: every continuation is given"),
         ({"suffix": "x"}, "suffix: text is continued, not filled in"),
