@@ -5,8 +5,8 @@ blocks of queries: each sees its own block of keys and the one before (arXiv 200
 grow with S times the window.
 
 A sink is a learned number per head that takes part in the softmax as the score of one more token, whose value is zero
-(the model card of gpt-oss, arXiv 2508.10925 §2.1). It lets a head attend to nothing; at zero it makes the softmax off by
-one.
+(the model card of gpt-oss, arXiv 2508.10925 §2.1). It lets a head attend to nothing; at zero it makes the softmax off
+by one.
 
 Axes: B batch, S queries, T cached tokens before them, NH query heads, NKV key/value heads, DH dimension of a head,
 L queries of a block, K keys that a block sees, N blocks.

@@ -31,6 +31,7 @@ from launch.sweep.manifest import (
 )
 from model.accounting import count_parameters
 from train.config import RunConfig
+from train.plan import ANY_GPU
 from train.requirements import open_requirements
 from train.validate import validate
 
@@ -79,7 +80,9 @@ def trials_of(config: ReproduceConfig, further: Sequence[str]) -> list[Trial]:
                 overrides = [*shared, f"optimizer.learning_rate={rate!r}", f"seed={seed}"]
                 try:
                     run = compose(RunConfig, "train", [*overrides, f"name={row_name}"])
-                    open_requirements(dataclasses.replace(run, run_root=str(folder_of(config).runs)), 1, "size", False)
+                    open_requirements(
+                        dataclasses.replace(run, run_root=str(folder_of(config).runs)), 1, elsewhere=ANY_GPU
+                    )
                 except ConfigError as error:
                     problems += [(row_name, problem) for problem in error.problems]
                     continue
