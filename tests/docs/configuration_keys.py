@@ -16,7 +16,7 @@ from launch.reproduce.config import Reproduction
 from launch.sweep.config import SweepPlanConfig
 from tests.runs import ROOT
 from train.config import RunConfig
-from train.evaluate.suites.suites import compose_suite, schema_of, suite_names
+from train.evaluate.suites.suites import schema_of, suite_named, suite_names
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def all_keys() -> tuple[str, ...]:
         CalibrateConfig: ("calibrate", []),
         Reproduction: ("reproduce", []),
     }
-    suites = {schema_of(compose_suite(name, [])[0]): ("suite", [f"suite={name}"]) for name in suite_names()}
+    suites = {schema_of(suite_named(name)): ("suite", [f"suite={name}"]) for name in suite_names()}
     return run_keys() + tuple(
         key for schema, given in {**others, **suites}.items() for key in _keys(compose(schema, *given))
     )

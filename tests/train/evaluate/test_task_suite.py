@@ -17,7 +17,7 @@ from train.callbacks.metrics_file import read_metrics
 from train.evaluate.__main__ import main
 from train.evaluate.suites.base import CaseResult, SuiteResult, SuiteSettings
 from train.evaluate.suites.results import append_result, newest_results, read_results, result_line
-from train.evaluate.suites.suites import all_suites, compose_suite, suite_names
+from train.evaluate.suites.suites import all_suites, suite_named, suite_names
 from train.evaluate.suites.task import scores
 
 # An sLSTM that learns parity in seconds, on examples of up to 12 words.
@@ -139,7 +139,7 @@ def test_what_cannot_be_scored_ends_with_2_and_writes_nothing(run, arguments, me
 
 
 def test_every_file_of_the_group_is_of_a_known_kind_and_every_kind_has_a_file():
-    kinds = {name: compose_suite(name, [])[0].kind for name in suite_names()}
+    kinds = {name: suite_named(name).kind for name in suite_names()}
     assert set(kinds.values()) == {suite.kind for suite in all_suites()}
 
 

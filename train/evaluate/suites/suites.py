@@ -40,11 +40,8 @@ def suite_names() -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / "suite").glob("*.yaml"))
 
 
-def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
-    """The suite of conf/suite/`name`.yaml, and its settings with `overrides` of keys below `suite`.
-
-    Raises ConfigError with every problem of both.
-    """
+def suite_named(name: str) -> Suite[Any]:
+    """The suite of conf/suite/`name`.yaml. Raises ConfigError."""
     if name not in suite_names():
         raise ConfigError(
             [
@@ -52,7 +49,15 @@ def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
                 f"{', '.join(suite_names())}"
             ]
         )
-    suite = suite_of(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text())["kind"])
+    return suite_of(yaml.safe_load((CONF_DIR / "suite" / f"{name}.yaml").read_text())["kind"])
+
+
+def compose_suite(name: str, overrides: list[str]) -> tuple[Suite[Any], Any]:
+    """The suite of conf/suite/`name`.yaml, and its settings with `overrides` of keys below `suite`.
+
+    Raises ConfigError with every problem of both.
+    """
+    suite = suite_named(name)
     settings = compose(
         schema_of(suite), "suite", [f"suite={name}", *overrides], lambda built: suite.validate(built.suite)
     ).suite
