@@ -11,9 +11,10 @@ from conf import CONF_DIR, ConfigError, compose, suggestion
 from train.evaluate.suites.base import Suite
 from train.evaluate.suites.downstream import DownstreamSuite
 from train.evaluate.suites.length import LengthSuite
+from train.evaluate.suites.needle import NeedleSuite
 from train.evaluate.suites.task import TaskSuite
 
-_SUITES: tuple[Suite[Any], ...] = (TaskSuite(), LengthSuite(), DownstreamSuite())
+_SUITES: tuple[Suite[Any], ...] = (TaskSuite(), NeedleSuite(), LengthSuite(), DownstreamSuite())
 
 
 def suite_of(kind: str) -> Suite[Any]:
@@ -41,7 +42,7 @@ def suite_names() -> list[str]:
 
 
 def suite_named(name: str) -> Suite[Any]:
-    """The suite of conf/suite/`name`.yaml. Raises ConfigError."""
+    """The suite that conf/suite/`name`.yaml is for. Raises ConfigError."""
     if name not in suite_names():
         raise ConfigError(
             [
