@@ -229,7 +229,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     found = "\n".join(DownstreamSuite().validate(settings))
     for key in ("tasks: ", "task_folder: ", "num_fewshot: ", "limit: ", "batch_size: ", "max_length: "):
         assert f"suite.{key}" in found
-    assert "suite.tasks: names no task" in "\n".join(DownstreamSuite().validate(DownstreamSettings("downstream")))
+    assert "suite.tasks: names no task" in "\n".join(DownstreamSuite().validate(DownstreamSettings("downstream", [])))
 
 
 @pytest.mark.skipif(IS_INSTALLED, reason="lm-eval is installed")

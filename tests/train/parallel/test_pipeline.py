@@ -76,6 +76,13 @@ class Curves:
             # As for sequence ranks: AdamW's steps at a high rate enlarge the rounding of small gradients.
             expected_values = {key: whole["values"][key] for key in names}
             assert {key: mine["values"][key] for key in names} == pytest.approx(expected_values, rel=1e-3, abs=1e-5)
+        ours, theirs = (self.lines(run, "profiles") for run in (name, expected))
+        for mine, whole in zip(ours, theirs, strict=True):
+            assert mine["values"].keys() == whole["values"].keys()
+            for key in whole["values"]:
+                # Of all tokens: those of an mLSTM.
+                if key.startswith("blocks.00.") and "norm" not in key:
+                    assert mine["values"][key] == pytest.approx(whole["values"][key], rel=1e-3, abs=1e-5), key
 
 
 @pytest.fixture(scope="module")

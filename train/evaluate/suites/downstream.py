@@ -14,6 +14,8 @@ from train.evaluate.suites.answers import Answers
 from train.evaluate.suites.base import CaseResult, Subject, Suite, SuiteResult, SuiteSettings
 
 _PACKAGE = "lm_eval"
+# Those whose mean arXiv 2405.04517 reports.
+_PAPERS_TASKS = ("lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande")
 # Of models that have no run beside them, as lm-eval takes it for those that do not say.
 _MAX_LENGTH = 2048
 
@@ -23,7 +25,7 @@ class DownstreamSettings(SuiteSettings):
     """Which tasks are asked, and how."""
 
     # Tasks of lm-eval-harness by their names, and files of tasks of your own (task.yaml).
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: list(_PAPERS_TASKS))
     # A folder of further task files, whose names `tasks` may then have.
     task_folder: str | None = None
     # Solved examples before each question; null: as many as a task asks for.

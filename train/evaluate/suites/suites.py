@@ -14,7 +14,7 @@ from train.evaluate.suites.length import LengthSuite
 from train.evaluate.suites.needle import NeedleSuite
 from train.evaluate.suites.task import TaskSuite
 
-_SUITES: tuple[Suite[Any], ...] = (TaskSuite(), LengthSuite(), NeedleSuite(), DownstreamSuite())
+_SUITES: tuple[Suite[Any], ...] = (TaskSuite(), NeedleSuite(), LengthSuite(), DownstreamSuite())
 
 
 def suite_of(kind: str) -> Suite[Any]:
