@@ -56,7 +56,7 @@ def _validate_place(config: CorpusConfig) -> list[str]:
             "the others to null"
         ]
     if config.task is not None:
-        usual = {"split": TRAIN, "max_epochs": CorpusConfig.max_epochs, "allow_changed_data": None}
+        usual = {"split": TRAIN, "max_epochs": CorpusConfig.max_epochs}
         return _not_of_a_corpus(config, "examples of a task are made one after another", usual)
     return [] if config.live is None else _validate_live(config, config.live)
 

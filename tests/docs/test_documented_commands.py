@@ -14,6 +14,7 @@ from data_pipeline.preparing.config import PrepareConfig
 from launch.calibrate import CalibrateConfig, validate_calibration
 from launch.job import read_job
 from launch.planner.command import read_arguments
+from launch.reproduce.plan import read_reproduction
 from model.config import ModelOnlyConfig, validate_model
 from tests.docs.documentation import (
     NEEDS,
@@ -29,6 +30,7 @@ from tests.docs.documentation import (
 )
 from tests.runs import ROOT
 from train.config import RunConfig
+from train.evaluate.suites.suites import schema_of, suite_named
 from train.validate import validate
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -44,6 +46,7 @@ LEFT = {
     "docs/model.md": ["once.safetensors", "weights/first/model.json"],
     "docs/guides/downstream.md": ["runs/first/evaluations.jsonl", "runs/first/evaluations/length/perplexity.png"],
     "docs/guides/compare.md": ["comparison.html", "comparison.png"],
+    "docs/guides/evaluation.md": ["runs/bits/evaluations.jsonl", "runs/first/evaluations.jsonl"],
     "docs/scaling_laws.md": ["scaling/runs.csv", "scaling/fit/scaling.html", "scaling/fit/fit.json"],
     "docs/guides/weights.md": [
         "runs/tuned/checkpoints/step-00000002",
@@ -185,6 +188,12 @@ def _check(module, arguments):
         assert validate(config, job.processes) == []
     elif module == "launch" and arguments[0] == "plan" and overrides and "..." not in arguments:
         read_arguments(overrides)
+    elif module == "launch" and arguments[0] == "reproduce" and re.match("[a-z]", "".join(arguments[1:2])):
+        read_reproduction(arguments[1], overrides)
+    # NAME stands for any.
+    elif module == "train.evaluate" and (chosen := [word for word in overrides if re.match("suite=[a-z]", word)]):
+        schema = schema_of(suite_named(chosen[0].removeprefix("suite=")))
+        compose(schema, "suite", [word for word in overrides if word.startswith("suite")])
     elif module == "launch" and arguments[0] == "calibrate":
         assert validate_calibration(compose(CalibrateConfig, "calibrate", overrides)) == []
     elif module == "data_pipeline" and arguments[0] == "prepare" and overrides:
@@ -200,6 +209,10 @@ def test_keys_of_commands_that_are_not_run_are_checked():
         _check("train", ["name=a", "corpus.directory=b", "training.total_step=1"])
     with pytest.raises(AssertionError, match="do not fit into the run's 10 steps"):
         _check("train", ["name=a", "corpus.directory=b", "model=xlstm_7b", "training.total_steps=10"])
+    with pytest.raises(ValueError, match="no such key"):
+        _check("train.evaluate", ["runs/a", "suite=task", "suite.length=[3]"])
+    with pytest.raises(ValueError, match="no such key"):
+        _check("launch", ["reproduce", "parity", "reproduce.step=3"])
     for command in (
         "python -m model explain",
         "python -m model describe --fast",

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf import compose
 from data_pipeline.reading.batch import MASKED
 from tests.runs import PATIENCE, ROOT, environment, run_train, train_command
 from tests.train.wandb_files import records
 from train.callbacks.metrics_file import read_metrics
+from train.config import RunConfig
 from train.evaluate.__main__ import main
 from train.evaluate.suites.base import CaseResult, SuiteResult, SuiteSettings
 from train.evaluate.suites.results import append_result, newest_results, read_results, result_line
 from train.evaluate.suites.suites import all_suites, suite_named, suite_names
 from train.evaluate.suites.task import scores
+from train.validate import validate
 
 # An sLSTM that learns parity in seconds, on examples of up to 12 words.
 SHORT_PARITY = [
@@ -79,9 +82,19 @@ def test_a_run_goes_on_with_the_next_example(run, tmp_path):
     )
     assert stopped == whole and len(whole) == 8
     refused = run_train([*shortened, "corpus.task.name=even_pairs", "training.total_steps=9"])
-    assert (
-        refused.returncode == 2 and "corpus.task.name: even_pairs gives other data than parity gave" in refused.stderr
-    )
+    assert refused.returncode == 2, refused.stderr
+    assert "corpus.task.name: even_pairs gives other data than parity gave" in refused.stderr
+
+
+def test_what_a_task_has_no_use_for_is_refused():
+    many = ["corpus.packing=best_fit", "corpus.split=test", "evaluation=validation", "training.carry_state=true"]
+    config = compose(RunConfig, "train", ["experiment=parity", *many])
+    keys = [problem.split(":")[0] for problem in validate(config, 1)]
+    for key in ("corpus.packing", "corpus.split", "evaluation.sets.validation", "training.carry_state"):
+        assert key in keys, keys
+    both = compose(RunConfig, "train", ["experiment=parity", "corpus.directory=x"])
+    (problem,) = [line for line in validate(both, 1) if line.startswith("corpus.directory: ")]
+    assert "set exactly one of corpus.directory (x), corpus.live and corpus.task, the others to null" in problem
 
 
 def test_what_was_found_stands_in_the_summary_at_wandb(run, tmp_path):
