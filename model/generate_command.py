@@ -106,7 +106,8 @@ def run(arguments: list[str]) -> int:
         save_prefix(settings.save_state, behind, model)
         prompts = [[]]
     slots = min(len(prompts), _MOST_SLOTS)
-    batch = ContinuousBatch(model, slots, prefill_tokens=piece, vocab_size=tokenizer.vocab_size)
+    n_ids = min(tokenizer.vocab_size, model.config.vocab_size)
+    batch = ContinuousBatch(model, slots, prefill_tokens=piece, vocab_size=n_ids)
     for row, prompt in enumerate(prompts):
         batch.add(prompt, _sampling(settings, row, tokenizer.eod_id), behind=behind)
     shown.follow(batch)

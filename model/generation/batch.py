@@ -60,6 +60,7 @@ class _Request:
     # Of the prompt: the state behind the first `n_read` tokens.
     state: ModelState | None = None
     n_read: int = 0
+    begun: bool = False
     n_new: int = 0
     ended: bool = False
     # The tokens before the prompt count too.
@@ -213,7 +214,7 @@ class ContinuousBatch:
         left = self._prefill_tokens
         while self._waiting and self.free_slots:
             request = self._waiting[0]
-            if request.n_read == 0:
+            if not request.begun:
                 self._begin(request)
             logits = None if request.behind is None else request.behind.logits
             if request.n_read < len(request.prompt):
@@ -231,6 +232,7 @@ class ContinuousBatch:
 
     def _begin(self, request: _Request) -> None:
         """Find what has been read of the prompt already, all but its last token at most."""
+        request.begun = True
         if request.behind is not None:
             request.state = request.behind.state
             return

@@ -73,10 +73,11 @@ def generate(
         )
         for row in range(len(prompts))
     ]
-    _check(prompts, model.config.vocab_size, settings, stop_token)
+    n_ids = model.config.vocab_size
+    _check(prompts, n_ids, settings, stop_token)
     rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
     session = Session(model, rows, batch_sizes=[rows])
-    sampler = Sampler(rows, vocab_size or model.config.vocab_size, session.device)
+    sampler = Sampler(rows, min(vocab_size or n_ids, n_ids), session.device)
     session.fit(longest)
     session.put(0, *_read(model, prompts, longest))
     for row, prompt in enumerate(prompts):

@@ -258,3 +258,13 @@ def test_senseless_requests_are_refused_with_all_problems():
         batch.add([1, 96], SamplingSettings(1))
     assert batch.waiting == 0
     batch.cancel(77)
+
+
+def test_a_prompt_that_waits_for_its_turn_is_looked_up_once():
+    model = random_model(CONFIGS["mlstm"])
+    batch = ContinuousBatch(model, 2, prefill_tokens=16, prefix_cache_bytes=2**20)
+    for token in (1, 2):
+        batch.add([token] * 20, SamplingSettings(9, temperature=0))
+    # The second prompt's piece does not fit behind the last four tokens of the first.
+    assert [len(batch.step()) for _ in range(4)] == [0, 1, 1, 2]
+    assert batch.prefix_cache.lookups == 2
