@@ -141,12 +141,12 @@ class Service:
         choices: list[Choice] = []
         answer = Answer(choices, sum(map(len, prepared.prompts)))
         self._answers.add(answer)
-        for number, prompt in enumerate(prepared.prompts):
+        for prompt in prepared.prompts:
             for _ in range(request.n):
                 index = len(choices)
                 # Others for each continuation, and the same when the request comes again.
                 settings = replace(request.settings, seed=_wrapped(request.settings.seed + index))
-                text = TextStream(self._tokenizer.decode, prepared.prompts[number], request.stop)
+                text = TextStream(self._tokenizer.decode, prompt, request.stop)
                 follow = functools.partial(self._follow, answer, began)
                 choices.append(Choice(index, prompt, settings, text, follow))
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
