@@ -44,8 +44,6 @@ class ServedModel:
     name: str
     created: int
     parameters: int
-    # Of the text that one sequence has read, in memory.
-    state_bytes: int
     # Ids below it are both the model's and the tokenizer's.
     vocab_size: int
 
@@ -209,7 +207,7 @@ class Service:
             "sequences_running": ("Sequences in a slot.", occupancy.running),
             "slots": ("Sequences that can be continued at the same time.", self.limits.slots),
             "slots_free": ("Slots without a sequence.", occupancy.free_slots),
-            "state_bytes_per_sequence": ("Memory of what a sequence has read.", self.model.state_bytes),
+            "state_bytes_per_sequence": ("Memory of what a sequence has read.", self._worker.state_bytes),
             "draining": ("1 once no request is taken on any more.", float(self.admission.draining)),
         }
 
@@ -226,7 +224,7 @@ class Service:
             "created": self.model.created,
             "owned_by": "xlstm-pretrain",
             "parameters": self.model.parameters,
-            "state_bytes_per_sequence": self.model.state_bytes,
+            "state_bytes_per_sequence": self._worker.state_bytes,
             "max_prompt_tokens": self.limits.max_prompt_tokens,
             "max_new_tokens": self.limits.max_new_tokens,
             "chat_template": self.chat.name,
