@@ -147,7 +147,6 @@ def _load(settings: ServeSettings, weights: Path, tokenizer: Path) -> tuple[Serv
         name=settings.name or Path(settings.checkpoint).absolute().name,
         created=int(time.time()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        state_bytes=batch.state_bytes_per_slot,
         vocab_size=vocab_size,
     )
     worker = BatchWorker(batch)

@@ -44,8 +44,6 @@ class ServedModel:
     name: str
     created: int
     parameters: int
-    # Of the text that one sequence has read, in memory.
-    state_bytes: int
     # Ids below it are both the model's and the tokenizer's.
     vocab_size: int
 
@@ -141,12 +139,12 @@ class Service:
         choices: list[Choice] = []
         answer = Answer(choices, sum(map(len, prepared.prompts)))
         self._answers.add(answer)
-        for number, prompt in enumerate(prepared.prompts):
+        for prompt in prepared.prompts:
             for _ in range(request.n):
                 index = len(choices)
                 # Others for each continuation, and the same when the request comes again.
                 settings = replace(request.settings, seed=_wrapped(request.settings.seed + index))
-                text = TextStream(self._tokenizer.decode, prepared.prompts[number], request.stop)
+                text = TextStream(self._tokenizer.decode, prompt, request.stop)
                 follow = functools.partial(self._follow, answer, began)
                 choices.append(Choice(index, prompt, settings, text, follow))
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
@@ -209,7 +207,7 @@ class Service:
             "sequences_running": ("Sequences in a slot.", occupancy.running),
             "slots": ("Sequences that can be continued at the same time.", self.limits.slots),
             "slots_free": ("Slots without a sequence.", occupancy.free_slots),
-            "state_bytes_per_sequence": ("Memory of what a sequence has read.", self.model.state_bytes),
+            "state_bytes_per_sequence": ("Memory of what a sequence has read.", self._worker.state_bytes),
             "draining": ("1 once no request is taken on any more.", float(self.admission.draining)),
         }
 
@@ -226,7 +224,7 @@ class Service:
             "created": self.model.created,
             "owned_by": "xlstm-pretrain",
             "parameters": self.model.parameters,
-            "state_bytes_per_sequence": self.model.state_bytes,
+            "state_bytes_per_sequence": self._worker.state_bytes,
             "max_prompt_tokens": self.limits.max_prompt_tokens,
             "max_new_tokens": self.limits.max_new_tokens,
             "chat_template": self.chat.name,

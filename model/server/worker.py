@@ -59,8 +59,7 @@ class BatchWorker:
         # Of the batch's thread alone.
         self._handles: dict[Job, int] = {}
         self._jobs: dict[int, Job] = {}
-        # Replaced as a whole, so that any thread may read it.
-        self.occupancy = self._look()
+        self._publish()
         # What ended the thread before it was told to.
         self.failure: Exception | None = None
 
@@ -86,7 +85,7 @@ class BatchWorker:
             while self._take_commands():
                 if self._jobs:
                     self._hand_over(self._batch.step())
-                self.occupancy = self._look()
+                self._publish()
         except Exception as error:
             log.exception("the batch failed; every sequence in it is lost")
             self._give_up(error)
@@ -148,8 +147,11 @@ class BatchWorker:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _look(self) -> Occupancy:
-        return Occupancy(self._batch.waiting, self._batch.running, self._batch.free_slots)
+    def _publish(self) -> None:
+        """Tell other threads how the batch is; each value is replaced as a whole."""
+        self.occupancy = Occupancy(self._batch.waiting, self._batch.running, self._batch.free_slots)
+        # Of one sequence. It does not grow with the text but for attention, whose caches get more room when they must.
+        self.state_bytes = self._batch.state_bytes_per_slot
 
 
 def _deliver(by_job: dict[Job, list[Token]]) -> None:

@@ -131,6 +131,22 @@ def test_a_step_that_fails_ends_every_job_and_tells(batch, monkeypatch, caplog):
     assert "the batch failed" in caplog.text
 
 
+def test_the_size_of_a_state_is_what_it_is_now():
+    """Attention's caches get more room with the text; recurrent states do not."""
+    for name, grows in (("mlstm", False), ("hybrid", True)):
+        batch = ContinuousBatch(random_model(CONFIGS[name]), 2, prefill_tokens=64)
+
+        async def scenario(worker: BatchWorker) -> None:
+            job = Job([3] * 600)
+            worker.submit(job)
+            await job.ended.wait()
+
+        before = batch.state_bytes_per_slot
+        worker = with_worker(batch, scenario)
+        assert before > 0 and worker.state_bytes == batch.state_bytes_per_slot
+        assert (worker.state_bytes > before) == grows
+
+
 def test_a_worker_with_nothing_to_do_ends_when_told(batch):
     async def scenario(worker: BatchWorker) -> None:
         await asyncio.sleep(0)
