@@ -4,6 +4,8 @@ dataclass that belongs to the name. Imports no package."""
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import typing
 from typing import Any
 
@@ -42,8 +44,16 @@ def settings_problems(schema: type, values: Any) -> list[tuple[str, str]]:
 
 def build_settings(schema: type, values: dict[str, Any]) -> Any:
     """The instance of the dataclass `schema` with `values`, in which `settings_problems` finds nothing."""
+    return _built(schema, json.dumps(values))
+
+
+# Each parameter of a model asks for the settings of its layer, and building them takes milliseconds.
+@functools.lru_cache(maxsize=256)
+def _built(schema: type, stored: str) -> Any:
+    """As `build_settings`, of values in JSON; instances are frozen, so that all may share them."""
     from omegaconf import OmegaConf
 
+    values = json.loads(stored)
     nested = _sections(schema)
     plain = {key: value for key, value in values.items() if key not in nested}
     settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))

@@ -146,7 +146,7 @@ class MLSTMAttentionKind(LayerKind):
         return mlstm.KIND.chunk_state_bytes(self._sides(config), sequence_length, hardware)
 
     def cell(self, config: ModelConfig) -> CellForm:
-        """The mLSTM's; with a short window the attention beside it takes little."""
+        """The mLSTM's alone: plans leave the time of the attention beside it out, as a layer has one cell there."""
         return mlstm.KIND.cell(self._sides(config))
 
     def state_elements(self, config: ModelConfig) -> StateElements:

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import pytest
 import torch
 
+from model.config import validate_model
 from model.generation import generate
 from model.layers.attention import last_tokens
 from tests.model.conftest import CONFIGS, model_in_play
@@ -58,3 +60,24 @@ def test_the_last_tokens_of_a_short_text_have_zeros_in_front():
     x = torch.ones(1, 2, 1, 1)
     assert last_tokens(x, 3).flatten().tolist() == [0, 1, 1]
     assert last_tokens(x, 1).shape[1] == 1 and last_tokens(x, 0).shape[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ({"attention": {"windw": 3}}, "attention.windw: no such key (did you mean 'window'?)"),
+        ({"attention": 3}, "attention: a section with keys is expected, not 3"),
+        ({"mlstm": {"n_heads": "two"}}, "mlstm.n_heads: Value 'two' of type 'str' could not be converted to Integer"),
+        ({"attention": {"n_heads": 4, "n_kv_heads": 3}}, "attention.n_kv_heads: 3 do not divide n_heads 4"),
+        (
+            {"mlstm": {"n_heads": 2, "v_dim_factor": 2.0}},
+            "mlstm.v_dim_factor: is 2.0; both sides are added, so it must",
+        ),
+    ],
+    ids=["unknown", "no section", "type", "attention", "mlstm"],
+)
+def test_what_is_wrong_on_a_side_is_named_with_its_key(sides, expected):
+    right = {"mlstm": {"n_heads": 2}, "attention": {"n_heads": 4, "n_kv_heads": 4}}
+    config = dataclasses.replace(CONFIGS["mlstm_attention"], layers={"mlstm_attention": {**right, **sides}})
+    problems = validate_model(config)
+    assert len(problems) == 1 and problems[0].startswith(f"model.layers.mlstm_attention.{expected}"), problems
