@@ -32,7 +32,8 @@ class Session:
     """A model and the states of up to R sequences, row by row in buffers that every step updates in place.
 
     A row is given a sequence by `put`. A step takes the tokens that lie in `tokens` and leaves the logits behind them
-    in `logits`. One thread uses a session; its tensors live on the model's device.
+    in `logits`. One thread uses a session; its tensors live on the model's device, and are written in
+    torch.inference_mode alone.
 
     Attributes:
         tokens: [R] int64, the next token of each row.
