@@ -101,7 +101,7 @@ def test_several_samples_are_shown_one_after_the_other(corpus, capsys):
             ["--sample", "0", "--run", "live", "--seed", "0", "--window-shards", "2"],
             "--seed, --window-shards: --run live says it already; leave out one of the two",
         ),
-        (["--sample", "0", "--run", "live"], "the run tokenizes what it reads (corpus.live) and has no corpus"),
+        (["--sample", "0", "--run", "live"], "the run reads no prepared corpus (corpus.directory is null)"),
         (["--sample", "0", "--window-shards", "0"], "window_shards: needs at least 1 shard"),
         (["--sample", "0", "--weight", "RedPajamaC4"], "--weight: needs SOURCE=W with a number W (RedPajamaC4)"),
         (["--sample", "0", "--weight", "RedPajamaX=1"], "weights.RedPajamaX: the corpus has no such source"),
