@@ -67,11 +67,15 @@ def image(picture: bytes, description: str) -> str:
     return f'<img alt="{escape(" ".join(description.split()))}" src="data:image/png;base64,{encoded}">'
 
 
-def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Texts under headings. A cell that begins with a digit is a number and stands at the right."""
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> str:
+    """Texts under headings. A cell that begins with a digit is a number and stands at the right.
+
+    `marks`: of each row, a class that the page's style knows; none: rows look alike.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "\n".join(
-        "<tr>" + "".join(_cell(name, text) for name, text in zip(heads, row, strict=True)) + "</tr>" for row in rows
+        f"<tr{mark}>" + "".join(_cell(name, text) for name, text in zip(heads, row, strict=True)) + "</tr>"
+        for mark, row in zip([f' class="{escape(mark)}"' for mark in marks] or [""] * len(rows), rows, strict=True)
     )
     kind = ' class="stacked"' if len(heads) > _MOST_COLUMNS else ""
     return f"<table{kind}>\n<tr>{head}</tr>\n{body}\n</table>"
