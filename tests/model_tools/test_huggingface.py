@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import transformers.initialization
+from transformers import initialization as transformers_initialization
 from safetensors.torch import load_file, save_file
 
 import model.huggingface.exporting as exporting
@@ -56,7 +56,7 @@ def random_transformers_model(**settings):
         }
     )
     # Its own initialisation fails for fused weights, and leaves the feed-forward layers at zero.
-    with transformers.initialization.no_init_weights():
+    with transformers_initialization.no_init_weights():
         model = transformers.xLSTMForCausalLM(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
