@@ -178,7 +178,9 @@ def planned_experiment(name):
     return read_arguments(command.split())
 
 
-EXPERIMENTS = sorted({path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} - {"demo", "formal", "mqar", "parity"})
+EXPERIMENTS = sorted(
+    {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")} - {"demo", "formal", "mqar", "parity"}
+)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

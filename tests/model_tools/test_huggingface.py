@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import initialization as transformers_initialization
 from safetensors.torch import load_file, save_file
+from transformers import initialization as transformers_initialization
 
 import model.huggingface.exporting as exporting
 from model.config import MLSTMConfig, ModelConfig
