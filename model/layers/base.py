@@ -6,7 +6,7 @@ costs, the state, and whether the Hugging Face format can hold it. Accounting, m
 generation, the check of the kernels and the export ask it.
 
 A kind from outside of this package is registered by its own module (`model.layers.register`), which a configuration
-names in `model.plugins`; its settings are `model.layers.<name>`. tests/model/toy_kind.py is a whole one.
+names in `model.plugins`; its settings are `model.layers.<name>`. docs/adding_a_layer.md writes a whole one.
 
 Axes: B batch, S sequence, D model width.
 """

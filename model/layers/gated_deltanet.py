@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.linear_recurrence import RecurrenceInputs, linear_recurrence
 from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
-from model.initial_values import constant, reads_stream, uniform, writes_stream
+from model.initial_values import constant, uniform, writes_stream
 from model.layers import base
 from model.layers.base import Parameter, StateElements
 from model.layers.linear_recurrence import (
@@ -25,8 +25,11 @@ from model.layers.linear_recurrence import (
     LinearRecurrenceKind,
     RMSHeadNorm,
     check_backend,
-    check_width,
+    check_factored_heads,
+    check_taps,
+    factored_heads,
     log_rates,
+    projection,
     step_sizes,
 )
 from model.problems import Problem, check_positive
@@ -130,20 +133,12 @@ class GatedDeltaNetKind(LinearRecurrenceKind):
     settings_class = GatedDeltaNetConfig
 
     def heads(self, config: ModelConfig) -> Heads:
-        settings: GatedDeltaNetConfig = self.settings(config)
-        heads = settings.n_heads
-        key_dim = round(config.d_model * settings.qk_dim_factor) // heads
-        value_dim = round(config.d_model * settings.v_dim_factor) // heads
-        return Heads(heads, key_dim, value_dim, delta_rule=True, backend=settings.backend)
+        return factored_heads(self.settings(config), config.d_model, delta_rule=True)
 
     def validate(self, config: ModelConfig, problem: Problem) -> None:
         settings: GatedDeltaNetConfig = self.settings(config)
-        if settings.n_heads < 1:
-            problem("n_heads", f"is {settings.n_heads}; it must be a positive number")
-        check_width(problem, "qk_dim_factor", settings.qk_dim_factor, settings.n_heads, config.d_model)
-        check_width(problem, "v_dim_factor", settings.v_dim_factor, settings.n_heads, config.d_model)
-        if settings.conv_kernel_size < 2:
-            problem("conv_kernel_size", f"is {settings.conv_kernel_size}; a convolution needs at least 2 taps")
+        check_factored_heads(problem, settings, config.d_model)
+        check_taps(problem, settings.conv_kernel_size)
         check_positive(problem, "norm_eps", settings.norm_eps)
         check_backend(problem, settings.backend)
 
@@ -152,22 +147,19 @@ class GatedDeltaNetKind(LinearRecurrenceKind):
 
     def parameters(self, config: ModelConfig, block_index: int) -> dict[str, Parameter]:
         heads, d_model, taps = self.heads(config), config.d_model, self.settings(config).conv_kernel_size
-        reads, channels = reads_stream(config), 2 * heads.key_width + heads.value_width
+        channels = 2 * heads.key_width + heads.value_width
         # As PyTorch's own convolutions begin.
         near_zero = uniform(taps**-0.5)
-
-        def matrix(width: int, group: str) -> Parameter:
-            return Parameter((width, d_model), group, reads, base.PROJECTIONS)
 
         return {
             "log_rate": Parameter((heads.count,), DECAYS, log_rates(1.0, 16.0)),
             "step_bias": Parameter((heads.count,), DECAYS, step_sizes),
-            "qkv_proj.weight": matrix(channels, base.QUERY_AND_KEY),
+            "qkv_proj.weight": projection(config, channels, base.QUERY_AND_KEY),
             "conv.weight": Parameter((channels, 1, taps), base.CONVOLUTION, near_zero, base.CONVOLUTION_FLOPS),
             "conv.bias": Parameter((channels,), base.CONVOLUTION, near_zero),
-            "step_proj.weight": matrix(heads.count, DECAYS),
-            "beta_proj.weight": matrix(heads.count, DECAYS),
-            "output_gate.weight": matrix(heads.value_width, base.VALUE_AND_OUTPUT),
+            "step_proj.weight": projection(config, heads.count, DECAYS),
+            "beta_proj.weight": projection(config, heads.count, DECAYS),
+            "output_gate.weight": projection(config, heads.value_width, base.VALUE_AND_OUTPUT),
             "norm.weight": Parameter((heads.value_dim,), base.NORMS, constant(1.0)),
             "out_proj.weight": Parameter(
                 (d_model, heads.value_width), base.VALUE_AND_OUTPUT, writes_stream(config), base.PROJECTIONS

@@ -17,14 +17,16 @@ from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
 from model.initial_values import constant, reads_stream, writes_stream
 from model.layers import base
-from model.layers.base import KernelUse, Parameter
+from model.layers.base import Parameter
 from model.layers.linear_recurrence import (
     DECAYS,
+    HeadNormedKind,
     Heads,
-    LinearRecurrenceKind,
     RecurrentState,
     check_backend,
-    check_width,
+    check_factored_heads,
+    factored_heads,
+    projection,
 )
 from model.norms import HeadNorm
 from model.problems import LARGEST_WIDTH, Problem, check_positive, check_size
@@ -32,7 +34,6 @@ from model.projections import Linear
 from model.sequence import LOCAL, SequenceContext
 
 if TYPE_CHECKING:
-    from kernels.preflight import Case
     from model.config import ModelConfig
 
 
@@ -102,24 +103,17 @@ class GLA(nn.Module):
             return F.logsigmoid(preact) / self.settings.decay_temperature
 
 
-class GLAKind(LinearRecurrenceKind):
+class GLAKind(HeadNormedKind):
     name = "gla"
     block = "gla"
     settings_class = GLAConfig
 
     def heads(self, config: ModelConfig) -> Heads:
-        settings: GLAConfig = self.settings(config)
-        heads = settings.n_heads
-        key_dim = round(config.d_model * settings.qk_dim_factor) // heads
-        value_dim = round(config.d_model * settings.v_dim_factor) // heads
-        return Heads(heads, key_dim, value_dim, per_feature=True, backend=settings.backend)
+        return factored_heads(self.settings(config), config.d_model, per_feature=True)
 
     def validate(self, config: ModelConfig, problem: Problem) -> None:
         settings: GLAConfig = self.settings(config)
-        if settings.n_heads < 1:
-            problem("n_heads", f"is {settings.n_heads}; it must be a positive number")
-        check_width(problem, "qk_dim_factor", settings.qk_dim_factor, settings.n_heads, config.d_model)
-        check_width(problem, "v_dim_factor", settings.v_dim_factor, settings.n_heads, config.d_model)
+        check_factored_heads(problem, settings, config.d_model)
         check_size(problem, "decay_rank", settings.decay_rank, LARGEST_WIDTH)
         check_positive(problem, "decay_temperature", settings.decay_temperature)
         check_positive(problem, "head_norm_eps", settings.head_norm_eps)
@@ -132,17 +126,14 @@ class GLAKind(LinearRecurrenceKind):
         heads, d_model, rank = self.heads(config), config.d_model, self.settings(config).decay_rank
         reads = reads_stream(config)
 
-        def matrix(width: int, group: str) -> Parameter:
-            return Parameter((width, d_model), group, reads, base.PROJECTIONS)
-
         return {
             "decay_up": Parameter((heads.key_width, rank), DECAYS, reads, base.PROJECTIONS),
             "decay_bias": Parameter((heads.key_width,), DECAYS, constant(0.0)),
-            "q_proj.weight": matrix(heads.key_width, base.QUERY_AND_KEY),
-            "k_proj.weight": matrix(heads.key_width, base.QUERY_AND_KEY),
-            "v_proj.weight": matrix(heads.value_width, base.VALUE_AND_OUTPUT),
-            "decay_down.weight": matrix(rank, DECAYS),
-            "output_gate.weight": matrix(heads.value_width, base.VALUE_AND_OUTPUT),
+            "q_proj.weight": projection(config, heads.key_width, base.QUERY_AND_KEY),
+            "k_proj.weight": projection(config, heads.key_width, base.QUERY_AND_KEY),
+            "v_proj.weight": projection(config, heads.value_width, base.VALUE_AND_OUTPUT),
+            "decay_down.weight": projection(config, rank, DECAYS),
+            "output_gate.weight": projection(config, heads.value_width, base.VALUE_AND_OUTPUT),
             "head_norm.weight": Parameter((heads.value_width,), base.NORMS, constant(1.0)),
             "out_proj.weight": Parameter(
                 (d_model, heads.value_width), base.VALUE_AND_OUTPUT, writes_stream(config), base.PROJECTIONS
@@ -154,15 +145,7 @@ class GLAKind(LinearRecurrenceKind):
         # x and its norm; the recurrence's output, the gate before and behind its silu, the head norm's output, the
         # output projection's input; the decays' map and its results in float32.
         around = c * (2 * config.d_model + 5 * heads.value_width + settings.decay_rank) + 4 * heads.key_width
-        in_norm = 0 if hardware.runs_kernels("auto") else 8 * heads.value_width
-        return around + in_norm + self.recurrence_bytes(config, hardware)
-
-    def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
-        from kernels.preflight import HeadNormCase
-
-        heads, eps = self.heads(config), self.settings(config).head_norm_eps
-        norm = HeadNormCase(heads.count, heads.value_dim, use.dtype, use.weight_dtype, eps, False)
-        return [*super().kernel_cases(config, use), norm]
+        return around + self.norm_bytes(config, hardware) + self.recurrence_bytes(config, hardware)
 
 
 KIND = GLAKind()

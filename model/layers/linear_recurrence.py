@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch import Generator, Tensor, nn
 from kernels.linear_recurrence import BACKENDS
 from kernels.precision import autocast_disabled, compute_dtype
 from model.hardware import Hardware
-from model.initial_values import InitialValue, Shape, empty
-from model.layers.base import CellForm, KernelUse, LayerKind, StateElements
+from model.initial_values import InitialValue, Shape, empty, reads_stream
+from model.layers import base
+from model.layers.base import CellForm, KernelUse, LayerKind, Parameter, StateElements
 from model.problems import Problem, check_choice, check_factor, check_heads
 
 if TYPE_CHECKING:
@@ -82,6 +83,34 @@ class Heads:
         return self.count * self.value_dim
 
 
+class FactoredHeads(Protocol):
+    """Settings that give the heads by shares of d_model."""
+
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def qk_dim_factor(self) -> float: ...
+    @property
+    def v_dim_factor(self) -> float: ...
+    @property
+    def backend(self) -> str: ...
+
+
+def factored_heads(
+    settings: FactoredHeads, d_model: int, *, per_feature: bool = False, delta_rule: bool = False
+) -> Heads:
+    """The heads of settings that `check_factored_heads` found right."""
+    key_dim, value_dim = (
+        round(d_model * factor) // settings.n_heads for factor in (settings.qk_dim_factor, settings.v_dim_factor)
+    )
+    return Heads(settings.n_heads, key_dim, value_dim, per_feature, delta_rule, settings.backend)
+
+
+def projection(config: ModelConfig, width: int, group: str) -> Parameter:
+    """The weight of a projection of the residual stream to `width`."""
+    return Parameter((width, config.d_model), group, reads_stream(config), base.PROJECTIONS)
+
+
 class LinearRecurrenceKind(LayerKind):
     """A kind whose cell is kernels.linear_recurrence."""
 
@@ -139,6 +168,21 @@ class LinearRecurrenceKind(LayerKind):
         return [LinearRecurrenceCase(*shape, heads.per_feature, heads.delta_rule, heads.backend)]
 
 
+class HeadNormedKind(LinearRecurrenceKind):
+    """A kind with a HeadNorm (kernels.head_norm) behind the recurrence, whose epsilon is the setting head_norm_eps."""
+
+    def norm_bytes(self, config: ModelConfig, hardware: Hardware) -> float:
+        """Bytes per token that the head norm keeps in float32 where no kernel computes it."""
+        return 0.0 if hardware.runs_kernels("auto") else 8.0 * self.heads(config).value_width
+
+    def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
+        from kernels.preflight import HeadNormCase
+
+        heads, eps = self.heads(config), self.settings(config).head_norm_eps
+        norm = HeadNormCase(heads.count, heads.value_dim, use.dtype, use.weight_dtype, eps, False)
+        return [*super().kernel_cases(config, use), norm]
+
+
 class RMSHeadNorm(nn.Module):
     """RMS normalisation over the last axis with a weight, in float32 at least."""
 
@@ -159,7 +203,21 @@ def check_backend(problem: Problem, backend: str) -> None:
     check_choice(problem, "backend", backend, BACKENDS)
 
 
-def check_width(problem: Problem, key: str, factor: float, n_heads: int, d_model: int) -> None:
+def check_taps(problem: Problem, kernel_size: int) -> None:
+    """These layers are not without their convolution."""
+    if kernel_size < 2:
+        problem("conv_kernel_size", f"is {kernel_size}; a convolution needs at least 2 taps")
+
+
+def check_factored_heads(problem: Problem, settings: FactoredHeads, d_model: int) -> None:
+    """There must be heads, and they must divide both widths."""
+    if settings.n_heads < 1:
+        problem("n_heads", f"is {settings.n_heads}; it must be a positive number")
+    for key in ("qk_dim_factor", "v_dim_factor"):
+        _check_width(problem, key, getattr(settings, key), settings.n_heads, d_model)
+
+
+def _check_width(problem: Problem, key: str, factor: float, n_heads: int, d_model: int) -> None:
     """`factor`, the setting `key`, times d_model must be a width that n_heads divide."""
     if not check_factor(problem, key, factor):
         return

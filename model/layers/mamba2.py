@@ -29,6 +29,7 @@ from model.layers.linear_recurrence import (
     LinearRecurrenceKind,
     RMSHeadNorm,
     check_backend,
+    check_taps,
     log_rates,
     step_sizes,
 )
@@ -137,8 +138,7 @@ class Mamba2Kind(LinearRecurrenceKind):
         settings: Mamba2Config = self.settings(config)
         for key in ("head_dim", "state_dim", "n_groups"):
             check_size(problem, key, getattr(settings, key), LARGEST_WIDTH)
-        if settings.conv_kernel_size < 2:
-            problem("conv_kernel_size", f"is {settings.conv_kernel_size}; a convolution needs at least 2 taps")
+        check_taps(problem, settings.conv_kernel_size)
         check_positive(problem, "norm_eps", settings.norm_eps)
         check_backend(problem, settings.backend)
         if not check_factor(problem, "expand", settings.expand) or min(settings.head_dim, settings.n_groups) < 1:

@@ -15,18 +15,24 @@ from torch import Tensor, nn
 from kernels.linear_recurrence import RecurrenceInputs, linear_recurrence
 from kernels.precision import compute_dtype
 from model.hardware import Hardware
-from model.initial_values import constant, reads_stream, writes_stream
+from model.initial_values import constant, writes_stream
 from model.layers import base
 from model.layers.attention import document_positions, rotate
-from model.layers.base import KernelUse, Parameter
-from model.layers.linear_recurrence import Heads, LinearRecurrenceKind, check_backend, check_width
+from model.layers.base import Parameter
+from model.layers.linear_recurrence import (
+    HeadNormedKind,
+    Heads,
+    check_backend,
+    check_factored_heads,
+    factored_heads,
+    projection,
+)
 from model.norms import HeadNorm
 from model.problems import Problem, check_positive
 from model.projections import Linear
 from model.sequence import LOCAL, SequenceContext
 
 if TYPE_CHECKING:
-    from kernels.preflight import Case
     from model.config import ModelConfig
 
 # A head h keeps the share 1 - 2^(-5 - h) of its memory at each token (equation 8).
@@ -108,24 +114,17 @@ def log_decays(heads: int, like: Tensor) -> Tensor:
     return torch.log1p(-(2.0**-exponent))
 
 
-class RetNetKind(LinearRecurrenceKind):
+class RetNetKind(HeadNormedKind):
     name = "retnet"
     block = "retnet"
     settings_class = RetNetConfig
 
     def heads(self, config: ModelConfig) -> Heads:
-        settings: RetNetConfig = self.settings(config)
-        heads = settings.n_heads
-        key_dim = round(config.d_model * settings.qk_dim_factor) // heads
-        value_dim = round(config.d_model * settings.v_dim_factor) // heads
-        return Heads(heads, key_dim, value_dim, backend=settings.backend)
+        return factored_heads(self.settings(config), config.d_model)
 
     def validate(self, config: ModelConfig, problem: Problem) -> None:
         settings: RetNetConfig = self.settings(config)
-        if settings.n_heads < 1:
-            problem("n_heads", f"is {settings.n_heads}; it must be a positive number")
-        check_width(problem, "qk_dim_factor", settings.qk_dim_factor, settings.n_heads, config.d_model)
-        check_width(problem, "v_dim_factor", settings.v_dim_factor, settings.n_heads, config.d_model)
+        check_factored_heads(problem, settings, config.d_model)
         if settings.n_heads > 0 and settings.qk_dim_factor > 0 and self.heads(config).key_dim % 2:
             problem("n_heads", "rotary positions need an even width of keys; choose another number of heads")
         for key in ("rope_theta", "head_norm_eps"):
@@ -137,16 +136,12 @@ class RetNetKind(LinearRecurrenceKind):
 
     def parameters(self, config: ModelConfig, block_index: int) -> dict[str, Parameter]:
         heads, d_model = self.heads(config), config.d_model
-        reads = reads_stream(config)
-
-        def matrix(width: int, group: str) -> Parameter:
-            return Parameter((width, d_model), group, reads, base.PROJECTIONS)
 
         return {
-            "q_proj.weight": matrix(heads.key_width, base.QUERY_AND_KEY),
-            "k_proj.weight": matrix(heads.key_width, base.QUERY_AND_KEY),
-            "v_proj.weight": matrix(heads.value_width, base.VALUE_AND_OUTPUT),
-            "output_gate.weight": matrix(heads.value_width, base.VALUE_AND_OUTPUT),
+            "q_proj.weight": projection(config, heads.key_width, base.QUERY_AND_KEY),
+            "k_proj.weight": projection(config, heads.key_width, base.QUERY_AND_KEY),
+            "v_proj.weight": projection(config, heads.value_width, base.VALUE_AND_OUTPUT),
+            "output_gate.weight": projection(config, heads.value_width, base.VALUE_AND_OUTPUT),
             "head_norm.weight": Parameter((heads.value_width,), base.NORMS, constant(1.0)),
             "out_proj.weight": Parameter(
                 (d_model, heads.value_width), base.VALUE_AND_OUTPUT, writes_stream(config), base.PROJECTIONS
@@ -157,15 +152,7 @@ class RetNetKind(LinearRecurrenceKind):
         heads, c = self.heads(config), hardware.compute_bytes
         # As gated linear attention without its map of decays, and cosines and sines in float32.
         around = c * (2 * config.d_model + 5 * heads.value_width) + 8 * heads.key_dim
-        in_norm = 0 if hardware.runs_kernels("auto") else 8 * heads.value_width
-        return around + in_norm + self.recurrence_bytes(config, hardware)
-
-    def kernel_cases(self, config: ModelConfig, use: KernelUse) -> list[Case]:
-        from kernels.preflight import HeadNormCase
-
-        heads, eps = self.heads(config), self.settings(config).head_norm_eps
-        norm = HeadNormCase(heads.count, heads.value_dim, use.dtype, use.weight_dtype, eps, False)
-        return [*super().kernel_cases(config, use), norm]
+        return around + self.norm_bytes(config, hardware) + self.recurrence_bytes(config, hardware)
 
 
 KIND = RetNetKind()

@@ -92,6 +92,7 @@ def test_samples_are_kept_once_a_step_and_told_to_callbacks(watched):
     assert [(line["step"], line["prompt"]) for line in lines] == [
         (step, prompt) for step in range(2, STEPS + 3, 2) for prompt in ("", "ab c")
     ]
+    # A model may end a text at once.
     assert any(line["text"] for line in lines) and all(set(line) == {"step", "prompt", "text"} for line in lines)
     # Step 6 came twice, with other weights each time.
     assert [step for step, _ in callback.told] == [2, 4, 6, 6, 8]

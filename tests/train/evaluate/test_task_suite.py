@@ -141,7 +141,8 @@ def test_scores_count_words_and_whole_examples():
         (["suite=task", "+suite.task.name=s3"], "the model was trained with another tokenizer than the words of s3"),
         (["suite=task", "+suite.task.name=party"], "suite.task.name: no such task ('party') (did you mean 'parity'?)"),
         (["suite=task", "suite=task"], "suite: name one at a time, not task and task"),
-        (["suite=task", "model.d_model=3"], "model.d_model=3: the model is evaluated as it is; leave this out"),
+        (["suite=task", "model.d_model=3"], "model.d_model=3: suites do not read it"),
+        (["suite=task", "evaluation.batch_size=3"], "evaluation.batch_size=3: suites do not read it; leave it out"),
     ],
 )
 def test_what_cannot_be_scored_ends_with_2_and_writes_nothing(run, arguments, message, capsys):

@@ -20,6 +20,10 @@ from train.evaluate.target import Target, compose_for
 from train.parallel.mesh import join_mesh
 
 
+# What suites read of a run's configuration, beside their own settings.
+_READ = ("precision", "corpus.", "training.sequence_length", "parallel.collective_timeout_seconds", "logging.wandb")
+
+
 def names_suite(overrides: list[str]) -> bool:
     """Whether a suite is asked for, not held-out text."""
     return any(override.startswith("suite=") for override in overrides)
@@ -39,6 +43,10 @@ def run_suite(target: Target, overrides: list[str], output: Path | None) -> None
     of_suite = [override for override in overrides if override.lstrip("+~").startswith("suite.")]
     suite, settings = compose_suite(name, of_suite)
     others = [one for one in overrides if one not in of_suite and not one.startswith("suite=")]
+    if strange := [one for one in others if not one.lstrip("+~").startswith(_READ)]:
+        raise ConfigError(
+            [f"{one}: suites do not read it; leave it out, or see the keys below suite" for one in strange]
+        )
     config = _configuration(target, others)
     file = output or (target.run or target.located.weights) / FILE
     # Before the work: a file of a later version is not added to.

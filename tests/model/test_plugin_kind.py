@@ -1,4 +1,4 @@
-"""A kind of layer that one file adds goes through everything that the built-in ones go through."""
+"""The kind that docs/adding_a_layer.md adds by one file goes through everything that the built-in ones go through."""
 
 import dataclasses
 import json
@@ -18,21 +18,21 @@ from model.locate import locate
 from model.parameters import parameter_shapes
 from tests.runs import PATIENCE, ROOT, environment, run_train
 
-PLUGIN = "tests.model.toy_kind"
+PLUGIN = "docs.examples.leaky_average"
 CONFIG = ModelConfig(
     d_model=32,
     vocab_size=61,
     n_blocks=2,
     ffn_dim=48,
     mlstm=MLSTMConfig(n_heads=2),
-    other_at={"toy": [1]},
-    layers={"toy": {"width": 3}},
+    other_at={"leaky_average": [1]},
+    layers={"leaky_average": {"width": 3}},
     plugins=[PLUGIN],
 )
 MODEL_OVERRIDES = [
     f"model.plugins=[{PLUGIN}]",
-    "+model.other_at.toy=[0]",
-    "+model.layers.toy.width=3",
+    "+model.other_at.leaky_average=[0]",
+    "+model.layers.leaky_average.width=3",
     "model.slstm_at=[]",
     "model.slstm=null",
 ]
@@ -54,11 +54,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def toy_run(small_corpus, tmp_path_factory):
-    """A run of 5 steps by the real command line, whose first block is a toy."""
+def plugin_run(small_corpus, tmp_path_factory):
+    """A run of 5 steps by the real command line, whose first block is the plugin's."""
     from tests.runs import TINY_RUN
 
-    root = tmp_path_factory.mktemp("toy")
+    root = tmp_path_factory.mktemp("plugin")
     tiny = [setting for setting in TINY_RUN if not setting.startswith(("model.slstm", "checkpoint.interval"))]
     names = ["name=run", f"run_root={root}", f"corpus.directory={small_corpus}"]
     done = run_train([*names, *tiny, *MODEL_OVERRIDES, "training.total_steps=5", "checkpoint.interval=2"])
@@ -67,13 +67,13 @@ def toy_run(small_corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_is_trained_checkpointed_and_loaded(toy_run):
-    lines = [json.loads(line) for line in (toy_run / "metrics.jsonl").read_text().splitlines()]
+def test_it_is_trained_checkpointed_and_loaded(plugin_run):
+    lines = [json.loads(line) for line in (plugin_run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == [1, 2, 3, 4, 5] and losses[5] < losses[1]
-    assert OmegaConf.load(toy_run / "config.yaml").model.layers.toy.width == 3
-    model = load(toy_run)
-    assert model.config.plugins == [PLUGIN] and model.blocks[0].kind == "toy"
+    assert OmegaConf.load(plugin_run / "config.yaml").model.layers.leaky_average.width == 3
+    model = load(plugin_run)
+    assert model.config.plugins == [PLUGIN] and model.blocks[0].kind == "leaky_average"
     start = LanguageModel(model.config)
     initialise(start, seed=0)
     trained = model.blocks[0].mixer.decay
@@ -81,8 +81,8 @@ def test_it_is_trained_checkpointed_and_loaded(toy_run):
 
 
 @pytest.mark.slow
-def test_it_resumes_and_refuses_other_settings(toy_run):
-    stored = OmegaConf.load(toy_run / "config.yaml")
+def test_it_resumes_and_refuses_other_settings(plugin_run):
+    stored = OmegaConf.load(plugin_run / "config.yaml")
     overrides = [f"{key}={stored[key]}" for key in ("name", "run_root")]
     from tests.runs import TINY_RUN
 
@@ -96,20 +96,20 @@ def test_it_resumes_and_refuses_other_settings(toy_run):
 
 
 @pytest.mark.slow
-def test_it_is_accounted_generated_from_and_refused_by_the_export(toy_run, tmp_path):
+def test_it_is_accounted_generated_from_and_refused_by_the_export(plugin_run, tmp_path):
     described = command("describe", "model=tiny", *MODEL_OVERRIDES, "--json")
     assert described.returncode == 0, described.stderr
     description = json.loads(described.stdout)
-    assert description["model"]["blocks"] == {"mlstm": 3, "toy": 1}
+    assert description["model"]["blocks"] == {"mlstm": 3, "leaky_average": 1}
     assert description["parameters"]["groups"]["averages"] == 2 * 3 * 192
     assert description["parameters"]["groups"]["decays"] == 3
     assert list(description["parameters"]["groups"])[-1] == "head"
-    assert description["training_flops"]["forward_per_sequence"]["toy"] == 4 * 3 * 8192
-    generated = command("generate", f"checkpoint={toy_run}", "prompt=a", "max_new_tokens=5")
+    assert description["training_flops"]["forward_per_sequence"]["leaky average"] == 4 * 3 * 8192
+    generated = command("generate", f"checkpoint={plugin_run}", "prompt=a", "max_new_tokens=5")
     assert generated.returncode == 0 and generated.stdout.startswith("a"), generated.stderr
-    refused = command("export", f"checkpoint={toy_run}", f"output={tmp_path / 'out'}")
+    refused = command("export", f"checkpoint={plugin_run}", f"output={tmp_path / 'out'}")
     assert refused.returncode == 2
-    assert "toy blocks at [0]: nobody but this test has them" in refused.stderr
+    assert "leaky_average blocks at [0]: all blocks are mLSTM blocks there" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -135,38 +135,47 @@ def test_its_state_is_carried(make_model, make_batch):
     ("change", "expected"),
     [
         (
-            {"layers": {"toy": {"widht": 3}}},
-            ["model.layers.toy.widht: no such key (did you mean 'width'?)"],
+            {"layers": {"leaky_average": {"widht": 3}}},
+            ["model.layers.leaky_average.widht: no such key (did you mean 'width'?)"],
         ),
         (
-            {"layers": {"toy": {"width": "wide", "hight": 2}}},
+            {"layers": {"leaky_average": {"width": "wide", "hight": 2}}},
             [
-                "model.layers.toy.width: Value 'wide' of type 'str' could not be converted to Integer",
-                "model.layers.toy.hight: no such key",
+                "model.layers.leaky_average.width: Value 'wide' of type 'str' could not be converted to Integer",
+                "model.layers.leaky_average.hight: no such key",
             ],
         ),
-        ({"layers": {"toy": {"width": 0}}}, ["model.layers.toy.width: is 0; it must be a positive number"]),
-        ({"layers": {"toy": 3}}, ["model.layers.toy: a section with keys is expected, not 3"]),
+        (
+            {"layers": {"leaky_average": {"width": 0}}},
+            ["model.layers.leaky_average.width: is 0; it must be a positive number"],
+        ),
+        ({"layers": {"leaky_average": 3}}, ["model.layers.leaky_average: a section with keys is expected, not 3"]),
         (
             {"other_at": {}},
-            ["model.layers.toy: is set, but no block of this model is of such a plugin's kind; remove it"],
-        ),
-        ({"other_at": {"toy": [2]}}, ["model.other_at.toy: [2] name no block; positions run from 0 to"]),
-        (
-            {"other_at": {"toy": [0], "tyo": [1]}},
-            ["model.other_at.tyo: no such kind of layer; known are mlstm, slstm, attention"],
+            ["model.layers.leaky_average: is set, but no block of this model is of such a plugin's kind; remove it"],
         ),
         (
-            {"other_at": {"toy": [0], "slstm": [1]}},
+            {"other_at": {"leaky_average": [2]}},
+            ["model.other_at.leaky_average: [2] name no block; positions run from 0 to"],
+        ),
+        (
+            {"other_at": {"leaky_average": [0], "leaky": [1]}},
+            ["model.other_at.leaky: no such kind of layer; known are mlstm, slstm, attention"],
+        ),
+        (
+            {"other_at": {"leaky_average": [0], "slstm": [1]}},
             ["model.other_at.slstm: these positions have a list of their own; name them in slstm_at"],
         ),
         (
             {"slstm_at": [1]},
-            ["model.other_at.toy: [1] are also in slstm_at; a block has one kind, remove them from one list"],
+            ["model.other_at.leaky_average: [1] are also in slstm_at; a block has one kind, remove them from one list"],
         ),
         (
             {"family": "neurips"},
-            ["model.other_at.toy: toy blocks do not fit in the blocks of the other family; set family=xlstm_7b or"],
+            [
+                "model.other_at.leaky_average: leaky_average blocks do not fit in the blocks of the other family; set "
+                "family=xlstm_7b or"
+            ],
         ),
         (
             {"plugins": [PLUGIN, "no_such.module"]},
@@ -185,12 +194,12 @@ def test_what_is_wrong_is_said_with_its_key(change, expected):
 def test_settings_that_are_not_given_have_the_defaults_of_the_kind():
     config = dataclasses.replace(CONFIG, layers={})
     assert validate_model(config) == []
-    assert layer_kind(config, "toy").settings(config).width == 4
+    assert layer_kind(config, "leaky_average").settings(config).width == 64
 
 
 def test_a_kind_that_does_not_share_sequences_is_refused_there():
     assert sequence_problems(CONFIG, 1) == []
-    assert sequence_problems(CONFIG, 2) == ["toy blocks cannot share a sequence among 2 ranks; use one"]
+    assert sequence_problems(CONFIG, 2) == ["leaky_average blocks cannot share a sequence among 2 ranks; use one"]
 
 
 def test_a_plugin_that_is_missing_later_is_named():
@@ -199,6 +208,6 @@ def test_a_plugin_that_is_missing_later_is_named():
         LanguageModel(config)
 
 
-def test_a_checkpoint_names_its_plugin(toy_run):
-    values = json.loads((locate(toy_run).weights / "model.json").read_text())["model"]
-    assert values["plugins"] == [PLUGIN] and values["layers"] == {"toy": {"width": 3}}
+def test_a_checkpoint_names_its_plugin(plugin_run):
+    values = json.loads((locate(plugin_run).weights / "model.json").read_text())["model"]
+    assert values["plugins"] == [PLUGIN] and values["layers"] == {"leaky_average": {"width": 3}}
