@@ -19,7 +19,6 @@ from train.evaluate.suites.wandb_results import send_to_wandb
 from train.evaluate.target import Target, compose_for
 from train.parallel.mesh import join_mesh
 
-
 # What suites read of a run's configuration, beside their own settings.
 _READ = ("precision", "corpus.", "training.sequence_length", "parallel.collective_timeout_seconds", "logging.wandb")
 
