@@ -164,9 +164,19 @@ class RunContext:
             # engine and its process group. The process ends, and its launcher ends them.
             self.closing.pop_all()
         else:
-            self.closing.close()
+            self._close_all(error)
         if first is not None:
             raise RunError(f"this rank ends because {first.message}") from error
+
+    def _close_all(self, error: BaseException | None) -> None:
+        """Close what the run holds. Of two failures a user needs the first: behind an error of a GPU nothing that asks
+        the GPU works, and what fails here would be told of in its place."""
+        try:
+            self.closing.close()
+        except Exception:
+            if error is None:
+                raise
+            log.exception("what the failed run held could not be closed")
 
     def _report(self, error: Exception) -> End | None:
         """Make an event of what ends the run; returns the end of another rank where that is what `error` is about."""

@@ -16,9 +16,11 @@ from train.config import RunConfig
 from train.run import train
 
 
-def run_plainly(overrides: Sequence[str], callbacks: Sequence[Callback] = ()) -> int:
-    """Train on PlainEngine; returns the exit code."""
-    return train(compose(RunConfig, "train", overrides), callbacks, PlainEngine)
+def run_plainly(
+    overrides: Sequence[str], callbacks: Sequence[Callback] = (), engine: type[PlainEngine] = PlainEngine
+) -> int:
+    """Train on such an engine; returns the exit code."""
+    return train(compose(RunConfig, "train", overrides), callbacks, engine)
 
 
 def saved_run(root: Path, corpus: Path, *more: str) -> tuple[Path, list[str]]:

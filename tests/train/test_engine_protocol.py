@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.runs import ROOT, environment, run_train
+from tests.train.plain_engine import PlainEngine
 from tests.train.plain_runs import figures, run_plainly, train_losses
 from train.run_directory import read_events
 
@@ -94,3 +95,21 @@ def test_nothing_but_its_engine_imports_deepspeed():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stdout + done.stderr
+
+
+class _Broken(PlainEngine):
+    """As on a GPU behind an error of its own: nothing that asks it works any more."""
+
+    def train_batch(self, micro_batches, valid_tokens):
+        raise RuntimeError("a misaligned address")
+
+    def close(self):
+        raise RuntimeError("asked again")
+
+
+def test_of_a_run_that_fails_twice_the_first_failure_is_told(whole, tmp_path, caplog):
+    _, overrides = whole
+    with pytest.raises(RuntimeError, match="a misaligned address"):
+        run_plainly(["name=broken", *overrides, f"run_root={tmp_path}"], engine=_Broken)
+    assert read_events(tmp_path / "broken")[-1]["message"] == "a misaligned address"
+    assert "asked again" in caplog.text

@@ -30,6 +30,7 @@ from model.state import ModelState
 from train.config import RunConfig
 from train.optimizer import build_optimizer
 from train.parallel.carried_state import CarriedState
+from train.parallel.flat_order import aligned_first
 from train.parallel.fragments import Fragment, ReadRange, clip_gradients, prepare_moments, squared_gradient_norm
 from train.parallel.mesh import Mesh
 from train.parallel.sequence import DistributedSequence
@@ -111,7 +112,7 @@ class ZeroEngine:
                 # The weights of a block are gathered at once: in every layer by itself, the host waits for each.
                 deepspeed.utils.set_z3_leaf_modules(module, [Block])
         named = self._trained_parameters(module)
-        self._optimizer = build_optimizer(named, config.optimizer)
+        self._optimizer = build_optimizer(aligned_first(named), config.optimizer)
         with _prints_logged():
             self._deepspeed, *_ = deepspeed.initialize(
                 model=module,
