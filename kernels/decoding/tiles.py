@@ -28,8 +28,11 @@ class Tile(NamedTuple):
 
 def choose(rows: int, outputs: int, inputs: int, weights: int = 1) -> Tile:
     """The tile of products of `rows` rows [M, K] with a weight [N, K], or with two of its size at the same places."""
-    if rows == 1:
-        tile = Tile(8 // weights, 1024, 4, 3) if outputs <= 32768 else Tile(16, 1024, 4, 3)
+    if rows == 1 and inputs <= 4096:
+        # Two pieces without a loop: few registers, so that many programs share a multiprocessor.
+        tile = Tile(4 // weights, 2048, 8, 1)
+    elif rows == 1:
+        tile = Tile(8 // weights, 1024, 4, 3)
     elif rows <= 16:
         tile = Tile(32, 256 // weights, 4, 4)
     else:

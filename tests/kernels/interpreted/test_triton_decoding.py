@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import decoding
-from kernels.decoding import MAX_ROWS, MixerWeights, NormWeights
+from kernels.decoding import MAX_ROWS, MixerWeights, NormWeights, tiles
 from tests.kernels.cases import assert_close
 from tests.kernels.triton_cases import COMPILED, DEVICE, padded
 
@@ -113,6 +113,15 @@ def test_logits(rows, width, value_dim, key_dim, inner, cap, dtype):
     torch.manual_seed(0)
     x, norm, weight = random(rows, width, dtype=dtype), rms_norm(width, dtype), matrix(inner, width, dtype)
     assert check(decoding.logits, (x, norm, weight, cap), dtype)["y"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_in_many_pieces(rows, monkeypatch, dtype):
+    monkeypatch.setattr(tiles, "choose", lambda *arguments, **named: tiles.Tile(16, 32, 4, 3))
+    test_mixer_inputs(rows, 136, 24, 20, 0, 2.0, dtype)
+    test_swiglu(rows, 136, 0, 0, 200, dtype)
+    test_added_product(rows, 136, 0, 0, 200, dtype)
+    test_logits(rows, 136, 0, 0, 200, 2.0, dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
