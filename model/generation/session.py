@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.accounting import state_elements
+from model.generation.fused_step import step_of
 from model.language_model import LanguageModel
 from model.state import ModelState, named_tensors
 
@@ -53,6 +54,7 @@ class Session:
                 too is the same whatever other rows hold.
         """
         self.model = model
+        self._advance_model = step_of(model)
         self.rows = rows
         self._batch_sizes = sorted(batch_sizes or {rows, *(2**power for power in range((rows - 1).bit_length()))})
         assert self._batch_sizes[-1] == rows, f"the largest of {self._batch_sizes} is not {rows}"
@@ -128,7 +130,7 @@ class Session:
     def advance(self, size: int) -> None:
         """What a step launches."""
         state, mine = self._first_rows(size)
-        logits, new = self.model.predict(self.tokens[:size, None], state=state)
+        logits, new = self._advance_model(self.tokens[:size], state)
         self.logits[:size].copy_(logits)
         for (name, tensor), old in zip(named_tensors(new), mine, strict=True):
             # Layers whose states are made for decoding have updated them where they lie.

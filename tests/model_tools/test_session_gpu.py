@@ -1,5 +1,6 @@
 """Steps that are played from CUDA graphs, against the same steps launched kernel by kernel."""
 
+import copy
 import random
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 
 from model.generation import ContinuousBatch, SamplingSettings, Session, generate
 from model.generation import session as session_module
+from tests.kernels.cases import relative_error
 from tests.model_tools.small_models import CONFIGS, random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,6 +63,35 @@ def test_sequences_join_and_leave_while_graphs_are_played(name, unplayed):
         return found
 
     assert told() == unplayed(told)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_logits_are_as_near_to_the_exact_ones_as_without_fused_steps(name, rows, monkeypatch):
+    model = random_model(CONFIGS[name]).to("cuda", torch.bfloat16)
+    double = copy.deepcopy(model).double()
+    tokens = torch.randint(96, (rows, 80), generator=torch.Generator().manual_seed(2)).cuda()
+
+    def logits():
+        session = Session(model, rows)
+        with torch.inference_mode():
+            first, state = model.predict(tokens[:, :40])
+            session.put(0, state, first)
+            found = []
+            for token in tokens[:, 40:].t():
+                session.tokens.copy_(token)
+                session.step(rows)
+                found.append(session.logits.clone())
+        return torch.stack(found, dim=1)
+
+    with torch.inference_mode():
+        exact = double(tokens).logits[:, 40:]
+    fused = logits()
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "step_of", lambda model: lambda x, state: model.predict(x[:, None], state=state))
+        ordinary = logits()
+    # Both round to bfloat16, in different places.
+    assert relative_error(fused, exact) < 1.5 * relative_error(ordinary, exact)
 
 
 def test_a_capture_leaves_states_as_they_were():
