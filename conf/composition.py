@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -140,34 +142,31 @@ def _compose_tree(
     values: list[Override] = []
     choices: list[str] = []
     sections: list[str] = []
-    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
-        for override, problem in with_dashes_and_spaces(overrides, [*keys_of(schema), *groups]):
-            if problem:
-                problems.append(problem)
-                continue
-            try:
-                parsed = parse_override(override)
-            except HydraException as error:
-                problems.append(f"'{override}': {_first_line(error)}{_how_to_quote(override)}")
-                continue
-            # group@section=choice takes a file of any group into a section.
-            elsewhere = parsed.package is not None and (CONF_DIR / parsed.key_or_group).is_dir()
-            if parsed.key_or_group not in groups and not elsewhere:
-                values.append(parsed)
-            elif _is_null(parsed) and groups.get(parsed.key_or_group):
-                continue
-            elif problem := _no_choice(override, parsed):
-                problems.append(problem)
-            elif base is not None and not elsewhere and parsed.key_or_group not in field_types(schema):
-                problems.append(
-                    f"{override}: sets values in many sections, which are given already; set them one by one"
-                )
-            else:
-                choices.append(override)
-                sections.append(parsed.package or parsed.key_or_group)
-        tree, applied = _compose_choices(config_name, choices, problems)
-        if base is not None:
-            tree = _on_top_of(base, tree, sections)
+    for override, problem in with_dashes_and_spaces(overrides, [*keys_of(schema), *groups]):
+        if problem:
+            problems.append(problem)
+            continue
+        try:
+            parsed = parse_override(override)
+        except HydraException as error:
+            problems.append(f"'{override}': {_first_line(error)}{_how_to_quote(override)}")
+            continue
+        # group@section=choice takes a file of any group into a section.
+        elsewhere = parsed.package is not None and (CONF_DIR / parsed.key_or_group).is_dir()
+        if parsed.key_or_group not in groups and not elsewhere:
+            values.append(parsed)
+        elif _is_null(parsed) and groups.get(parsed.key_or_group):
+            continue
+        elif problem := _no_choice(override, parsed):
+            problems.append(problem)
+        elif base is not None and not elsewhere and parsed.key_or_group not in field_types(schema):
+            problems.append(f"{override}: sets values in many sections, which are given already; set them one by one")
+        else:
+            choices.append(override)
+            sections.append(parsed.package or parsed.key_or_group)
+    tree, applied = _compose_choices(config_name, choices, problems)
+    if base is not None:
+        tree = _on_top_of(base, tree, sections)
     for parsed in values:
         found = _apply(schema, tree, parsed)
         problems += found
@@ -207,10 +206,17 @@ def _no_choice(override: str, parsed: Override) -> str:
 def _compose_choices(config_name: str, choices: list[str], problems: list[str]) -> tuple[DictConfig, list[str]]:
     """The tree of these choices, and the choices; without them after adding to `problems` where they do not compose."""
     try:
-        return hydra_compose(config_name, overrides=choices), choices
+        return copy.deepcopy(_tree_of_files(CONF_DIR, config_name, tuple(choices))), choices
     except (HydraException, OmegaConfBaseException) as error:
         problems.append(_first_line(error))
-        return hydra_compose(config_name), []
+        return copy.deepcopy(_tree_of_files(CONF_DIR, config_name, ())), []
+
+
+@functools.cache
+def _tree_of_files(directory: Path, config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    """Read once in a process: a sweep composes each of its hundreds of runs from the same files."""
+    with initialize_config_dir(version_base=None, config_dir=str(directory)):
+        return hydra_compose(config_name, overrides=list(choices))
 
 
 def _on_top_of(base: DictConfig, chosen: DictConfig, sections: list[str]) -> DictConfig:
@@ -380,7 +386,7 @@ def _build(schema: type[Schema], tree: DictConfig, prefix: str, problems: list[s
 def _converted(schema: type, plain: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
     """The values as the fields' types have them; adds to `problems` for each that OmegaConf refuses."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        merged = OmegaConf.merge(_defaults(schema), plain)
     except OmegaConfBaseException as error:
         if len(plain) == 1:
             problems.append(f"{prefix}{next(iter(plain))}: {_first_line(error)}")
@@ -393,6 +399,12 @@ def _converted(schema: type, plain: dict[str, Any], prefix: str, problems: list[
         key: OmegaConf.to_container(merged._get_node(key)) if isinstance(value, (dict, list)) else merged[key]
         for key, value in plain.items()
     }
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """Not to be changed."""
+    return OmegaConf.structured(schema)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,10 +13,14 @@ from tests.runs import ROOT
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
+    return copied_tree(tmp_path_factory.mktemp("checkout"))
+
+
+def copied_tree(folder: Path) -> Path:
     """The files that git tracks or would track, without those that runs leave behind."""
     if not (ROOT / ".venv" / "bin" / "python").exists():
         pytest.skip("the documented commands use .venv, which `make` creates")
-    target = tmp_path_factory.mktemp("checkout") / "xlstm-pretrain"
+    target = folder / "xlstm-pretrain"
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )

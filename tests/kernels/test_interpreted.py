@@ -15,18 +15,26 @@ from tests.runs import PATIENCE, ROOT, environment
 FOLDER = Path(__file__).parent / "interpreted"
 LONGEST = "test_mlstm_chunkwise.py"
 OTHERS = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name != LONGEST)
-# Of about the same length: a process takes four seconds until its first test.
-GROUPS = {LONGEST: [LONGEST], "others": OTHERS[0::2], "more": OTHERS[1::2]}
+# Tests of the longest file whose names have one of these words take half of its time.
+HALF = "shapes or slices or regimes or memory or gates or halves"
+# File names and further arguments. Of about the same length: a process takes four seconds until its first test.
+GROUPS = {
+    "mlstm, numbers": ([LONGEST], ["-k", HALF]),
+    "mlstm, others": ([LONGEST], ["-k", f"not ({HALF})"]),
+    "others": (OTHERS[0::2], []),
+    "more": (OTHERS[1::2], []),
+}
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [LONGEST, "others", pytest.param("more", marks=pytest.mark.long)])
+@pytest.mark.parametrize("group", [pytest.param(name, marks=[pytest.mark.long] * (name == "more")) for name in GROUPS])
 def test_interpreted(group):
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "run tests/kernels/interpreted itself under the interpreter"
-    files = [str(FOLDER / name) for name in GROUPS[group]]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--tb=short"]
+    names, arguments = GROUPS[group]
+    files = [str(FOLDER / name) for name in names]
+    command = [sys.executable, "-m", "pytest", *files, *arguments, "-q", "-p", "no:cacheprovider", "--tb=short"]
     # A GPU, where there is one, is for the compiled kernels.
     variables = environment() | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE)
