@@ -62,7 +62,7 @@ def attention(
     block = length if window is None else min(length, window)
     before = cached if block == length or window is None else window
     blocks = -(-length // block)
-    mask = attention_mask(length, document_start, carried, cached=cached, window=window)
+    mask = attention_mask(length, document_start, carried, cached=cached, window=window, device=q.device)
     q = _padded(q, 0, blocks * block - length).reshape(batch * blocks, block, heads, width)
     k, v = (_overlapping(_padded(x, before - cached, blocks * block - length), before, block) for x in (k, v))
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)

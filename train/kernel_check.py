@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,14 @@ from train.config import RunConfig
 from train.errors import RunError
 from train.parallel.mesh import Mesh
 from train.run_directory import EventLog
+
+
+class Report(NamedTuple):
+    """Of one rank: the name of its GPU, what comparisons found, and why cases did not run."""
+
+    device: str
+    findings: list[Finding]
+    failures: Sequence[str] = ()
 
 
 def check_kernels(config: RunConfig, mesh: Mesh, events: EventLog) -> None:
@@ -30,15 +40,30 @@ def check_kernels(config: RunConfig, mesh: Mesh, events: EventLog) -> None:
     if mesh.device.type != "cuda" or not config.training.kernel_preflight:
         return
     started = time.perf_counter()
-    findings = [finding for case in kernel_cases(config) for finding in preflight.compare(case, mesh.device)]
+    report = checked(kernel_cases(config), mesh.device, torch.cuda.get_device_name(mesh.device))
     # The reference's float64 buffers are of no use to the engine.
     torch.cuda.empty_cache()
-    reports = mesh.gather_objects((torch.cuda.get_device_name(mesh.device), findings), group="world")
-    worst = largest_errors([finding for _, of_rank in reports for finding in of_rank])
+    reports = mesh.gather_objects(report, group="world")
+    worst = largest_errors([finding for of_rank in reports for finding in of_rank.findings])
     events.append("kernel_preflight", seconds=round(time.perf_counter() - started, 3), errors=worst)
     problems = kernel_problems(reports)
     if problems:
         raise RunError("\n  - ".join(["the kernels cannot be trusted here:", *problems]))
+
+
+def checked(cases: Sequence[Case], device: torch.device, name: str) -> Report:
+    """Compare every case with its reference on a GPU called `name`; one that does not run there stops none."""
+    findings: list[Finding] = []
+    failures = []
+    for case in cases:
+        try:
+            findings += preflight.compare(case, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Such as a kernel of another package that refuses this GPU or this Triton.
+            failures.append(f"{case} does not run: {str(error).strip().partition(chr(10))[0]}")
+    return Report(name, findings, failures)
 
 
 def kernel_cases(config: RunConfig) -> list[Case]:
@@ -76,20 +101,15 @@ def _badness(finding: Finding) -> float:
     return math.inf if math.isnan(finding.error) else finding.error / finding.limit
 
 
-def kernel_problems(reports: list[tuple[str, list[Finding]]]) -> list[str]:
-    """Everything that speaks against the kernels, and last what to do; empty if nothing does.
-
-    Args:
-        reports: of each rank, the name of its GPU and its findings.
-    """
+def kernel_problems(reports: Sequence[Report]) -> list[str]:
+    """Everything that speaks against the kernels, by the report of each rank, and last what to do; empty if nothing."""
     unsupported = preflight.unsupported_triton()
     problems = [] if unsupported is None else [unsupported]
-    disagreements: dict[str, list[int]] = {}
-    for rank, (device, findings) in enumerate(reports):
-        for finding in findings:
-            if not finding.agrees:
-                disagreements.setdefault(f"{finding} ({device})", []).append(rank)
-    problems += [f"{text} on rank {', '.join(map(str, ranks))}" for text, ranks in disagreements.items()]
+    found: dict[str, list[int]] = {}
+    for rank, (device, findings, failures) in enumerate(reports):
+        for text in [*failures, *(str(finding) for finding in findings if not finding.agrees)]:
+            found.setdefault(f"{text} ({device})", []).append(rank)
+    problems += [f"{text} on rank {', '.join(map(str, ranks))}" for text, ranks in found.items()]
     if problems:
         problems.append(
             "install another Triton; recurrences and head norms can also run on their references (backend=reference in "

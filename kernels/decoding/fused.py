@@ -103,7 +103,7 @@ def mixer_output(h: Tensor, gate_preact: Tensor, norm: NormWeights, weight: Tens
     """As kernels.decoding.mixer_output."""
     if h.shape[0] > 1:
         gated = launch_forward(h[:, None], gate_preact[:, None], *norm)
-        return _product(gated[:, 0], None, weight, residual, None)
+        return _added_product(gated[:, 0], weight, residual)
     y = torch.empty_like(residual)
     _, heads, head_dim = h.shape
     width, heads_held = next_power_of_two(head_dim), next_power_of_two(heads)
@@ -152,13 +152,20 @@ def swiglu(x: Tensor, norm: NormWeights, gate_weight: Tensor, up_weight: Tensor)
 @operator("decoding_added_product")
 def added_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """As kernels.decoding.added_product."""
-    return _product(x, None, weight, residual, None)
+    return _added_product(x, weight, residual)
 
 
 @operator("decoding_logits")
 def logits(x: Tensor, norm: NormWeights, weight: Tensor, cap: float | None) -> Tensor:
     """As kernels.decoding.logits."""
     return _product(x, norm, weight, None, cap)
+
+
+def _added_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """residual + weight x: [M, N] in residual's dtype."""
+    if x.shape[0] > tiles.MOST_ROWS_OF_PLAIN_PRODUCTS:
+        return torch.addmm(residual, x, weight.t())
+    return _product(x, None, weight, residual, None)
 
 
 def _product(x: Tensor, norm: NormWeights | None, weight: Tensor, residual: Tensor | None, cap: float | None) -> Tensor:

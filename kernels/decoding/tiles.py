@@ -26,17 +26,27 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# Products of more rows than this, with nothing but a residual beside them, are PyTorch's: there cuBLAS is ahead.
+MOST_ROWS_OF_PLAIN_PRODUCTS = 16
+
+
 def choose(rows: int, outputs: int, inputs: int, weights: int = 1) -> Tile:
-    """The tile of products of `rows` rows [M, K] with a weight [N, K], or with two of its size at the same places."""
+    """The tile of products of `rows` rows [M, K] with a weight [N, K], or with two of its size at the same places.
+
+    Measured on an H200 in the shapes of the 7B (benchmarks/results/2026-11-30-inference.md).
+    """
     if rows == 1 and inputs <= 4096:
-        # Two pieces without a loop: few registers, so that many programs share a multiprocessor.
-        tile = Tile(4 // weights, 2048, 8, 1)
+        # One or two pieces without a loop: few registers, so that many programs share a multiprocessor.
+        tile = Tile(4, 2048, 8, 1) if weights == 1 else Tile(1, 4096, 8, 1)
     elif rows == 1:
         tile = Tile(8 // weights, 1024, 4, 3)
-    elif rows <= 16:
-        tile = Tile(32, 256 // weights, 4, 4)
+    elif rows > MOST_ROWS_OF_PLAIN_PRODUCTS:
+        tile = Tile(64, 128, 4, 3) if weights == 1 else Tile(64, 64, 4, 4)
+    elif outputs >= 8192:
+        tile = Tile(64, 128, 4, 4 if weights == 1 else 3)
     else:
-        tile = Tile(32, 128, 4, 4)
+        # Programs enough for every multiprocessor.
+        tile = Tile(32, 256 // weights, 4, 4)
     return tile._replace(block_k=min(tile.block_k, max(16, next_power_of_two(inputs))))
 
 

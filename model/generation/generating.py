@@ -76,10 +76,11 @@ def generate(
     n_ids = model.config.vocab_size
     _check(prompts, n_ids, settings, stop_token)
     rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
-    session = Session(model, rows, batch_sizes=[rows])
+    state, logits = _read(model, prompts, longest)
+    session = Session(model, rows, batch_sizes=[rows], like=(logits, state), tokens=longest)
+    session.put(0, state, logits)
+    del state, logits
     sampler = Sampler(rows, min(vocab_size or n_ids, n_ids), session.device)
-    session.fit(longest)
-    session.put(0, *_read(model, prompts, longest))
     for row, prompt in enumerate(prompts):
         sampler.begin(row, settings[row], prompt)
     active = torch.ones(rows, dtype=torch.bool)

@@ -44,7 +44,15 @@ class Session:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: LanguageModel, rows: int, *, batch_sizes: Sequence[int] | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        rows: int,
+        *,
+        batch_sizes: Sequence[int] | None = None,
+        like: tuple[Tensor, ModelState] | None = None,
+        tokens: int = 1,
+    ):
         """
         Args:
             model: nothing changes its weights or moves them while the session is used.
@@ -52,6 +60,9 @@ class Session:
             batch_sizes: the numbers of rows that a step may have, R among them; None: R and the powers of two below it.
                 A step has the smallest of them that suffices. With R alone all steps have one shape, so that rounding
                 too is the same whatever other rows hold.
+            like: logits and the state that `model` gave with them, whose form the rows take; None: it computes a
+                token for that.
+            tokens: how many caches have room for at first.
         """
         self.model = model
         self._advance_model = step_of(model)
@@ -62,17 +73,16 @@ class Session:
         self.runs_ahead = self.device.type in RUNNING_AHEAD
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._has_caches = state_elements(model.config)["cache_per_token"] > 0
-        self.room = _LEAST_ROOM
-        self._state, self.logits = self._empty_buffers()
+        self.room = _room_for(tokens)
+        logits, state = like or model.predict(self.tokens[:1, None])
+        self._state, self.logits = self._empty_buffers(state.map(lambda tensor: tensor[:1]), logits)
         self._views: dict[int, tuple[ModelState, list[Tensor]]] = {}
         self._player: _GraphPlayer | None = _GraphPlayer(self) if self.device.type in PLAYING_GRAPHS else None
 
-    def _empty_buffers(self) -> tuple[ModelState, Tensor]:
-        """State and logits of R rows that hold nothing, in the form of what the model makes of any token."""
-        logits, state = self.model.predict(self.tokens[:1, None])
-        state = state.for_decoding(self.room)
+    def _empty_buffers(self, state: ModelState, logits: Tensor) -> tuple[ModelState, Tensor]:
+        """State and logits of R rows that hold nothing, in the form of those of one sequence."""
         return (
-            state.map(lambda tensor: tensor.new_zeros(self.rows, *tensor.shape[1:])),
+            state.for_decoding(self.room).map(lambda tensor: tensor.new_zeros(self.rows, *tensor.shape[1:])),
             logits.new_zeros(self.rows, logits.shape[1]),
         )
 
@@ -114,7 +124,7 @@ class Session:
         if self.room // 8 < tokens <= self.room or tokens <= _LEAST_ROOM == self.room:
             return
         if self._has_caches:
-            self._state = self._state.for_decoding(room := max(_LEAST_ROOM, 2 ** (tokens - 1).bit_length()))
+            self._state = self._state.for_decoding(room := _room_for(tokens))
             self.room = room
             self._views.clear()
             if self._player is not None:
@@ -153,6 +163,11 @@ class Session:
     def rows_of_state(self, size: int) -> ModelState:
         """The states of the first rows, in the same memory."""
         return self._first_rows(size)[0]
+
+
+def _room_for(tokens: int) -> int:
+    """Tokens that caches have memory for where sequences have so many: few sizes, so that little is captured anew."""
+    return max(_LEAST_ROOM, 2 ** (tokens - 1).bit_length())
 
 
 class _GraphPlayer:

@@ -90,3 +90,10 @@ def test_bfloat16_is_near_float64(window):
     exact = attention_reference(*(x.double() for x in (q, k, v)), window=window, sinks=sinks.double())
     assert rough.dtype == torch.bfloat16
     assert (rough.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("has_sinks", [True, False], ids=["sinks", "no sinks"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_nothing_is_made_on_another_device(window, has_sinks):
+    q, k, v, sinks = (tensor.to("meta") for tensor in inputs(0, 13))
+    assert attention(q, k, v, window=window, sinks=sinks if has_sinks else None).device.type == "meta"

@@ -110,11 +110,10 @@ def test_the_state_is_fp32_and_of_one_size_however_long_the_text(monkeypatch, na
     monkeypatch.setattr(LanguageModel, "advance", measured_advance)
     monkeypatch.setattr(LanguageModel, "predict", measured_predict)
     generate(model, PROMPT, max_new_tokens=30)
-    # The first is a token of the session's own, which it learns from how a state lies in memory.
-    assert lengths == [1, 8, 8, 7, *[1] * 29]
-    assert set(logits[1:]) == {(2, 96)}
+    assert lengths == [8, 8, 7, *[1] * 29]
+    assert set(logits) == {(2, 96)}
     # The state that decoding overwrites has copies of the normalisers.
-    prefill, decoding = sizes[1:4], sizes[4:]
+    prefill, decoding = sizes[:3], sizes[3:]
     assert len(set(prefill)) == len(set(decoding)) == 1 and decoding[0] <= 1.05 * prefill[0]
 
 

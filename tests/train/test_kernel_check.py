@@ -18,7 +18,7 @@ from train.config import (
     RunConfig,
     TrainingConfig,
 )
-from train.kernel_check import kernel_cases, kernel_problems, largest_errors
+from train.kernel_check import Report, checked, kernel_cases, kernel_problems, largest_errors
 from train.run_directory import read_events
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -100,15 +100,33 @@ NOT_A_NUMBER = Finding("mLSTM", "h", math.nan, 4e-3)
 
 
 def test_a_disagreement_names_tensor_gpu_ranks_and_what_to_do():
-    assert kernel_problems([("H200", [GOOD]), ("H200", [GOOD])]) == []
-    problems = kernel_problems([("H200", [BAD, GOOD]), ("H100", [GOOD]), ("H200", [BAD])])
+    assert kernel_problems([Report("H200", [GOOD]), Report("H200", [GOOD])]) == []
+    problems = kernel_problems([Report("H200", [BAD, GOOD]), Report("H100", [GOOD]), Report("H200", [BAD])])
     assert problems[0] == "mLSTM: gradient of q is off by 5.0e-01 of its norm, more than 6e-03 (H200) on rank 0, 2"
     assert len(problems) == 2 and "backend=reference" in problems[1] and "kernel_preflight=false" in problems[1]
 
 
 def test_a_triton_that_was_not_tested_is_a_problem(monkeypatch):
     monkeypatch.setattr(preflight, "unsupported_triton", lambda: "Triton 9.9 is installed")
-    assert kernel_problems([("H200", [GOOD])])[0] == "Triton 9.9 is installed"
+    assert kernel_problems([Report("H200", [GOOD])])[0] == "Triton 9.9 is installed"
+
+
+def test_a_kernel_that_refuses_the_gpu_is_a_problem_and_the_others_are_compared(monkeypatch):
+    cases = [HeadNormCase(2, 32, BF16, BF16, 1e-6, True), LossCase(64, 128, BF16, BF16, 30.0, 1e-4)]
+
+    def compare(case, device):
+        if case is cases[0]:
+            raise RuntimeError("Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs are wrong here\nSee #640")
+        return [GOOD]
+
+    monkeypatch.setattr(preflight, "compare", compare)
+    report = checked(cases, torch.device("cpu"), "H200")
+    assert report.findings == [GOOD]
+    problems = kernel_problems([report, Report("H200", [GOOD])])
+    assert problems[0] == (
+        f"{cases[0]} does not run: Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs are wrong here (H200) on rank 0"
+    )
+    assert len(problems) == 2
 
 
 def test_the_worst_tensor_of_each_case_is_logged():
