@@ -39,20 +39,23 @@ examples:
 """
 EXPORT_HELP = """\
 Write a model as a Hugging Face directory for transformers.AutoModelForCausalLM, and compare logits with it.
-mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama.
+mLSTM blocks (tiny_mlstm, xlstm_*) become its xLSTM, attention blocks (tiny_llama, llama_*) its Llama. It has no other
+model of ours: format=plugin writes any, for transformers beside this package.
 
   checkpoint=NAME               a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint or a weights
                                 directory
   output=DIR                    must not exist yet, or be empty
   tokenizer=PATH                a tokenizer file or folder; null (default): the run's own
+  format=transformers           an architecture of transformers: transformers; one that this package adds to it: plugin
   dtype=float32                 of the written weights: float32 | bfloat16
   verify=true                   false: do not compare logits (which needs transformers and twice the weights in memory)
 
-example:
+examples:
   python -m model export checkpoint=runs/first output=exported
+  python -m model export checkpoint=runs/first output=exported format=plugin
 """
 IMPORT_HELP = """\
-Read a Hugging Face directory of an xLSTM or a Llama and write it in this project's weights format.
+Read a Hugging Face directory of an xLSTM, a Llama or format=plugin and write it in this project's weights format.
 
   source=DIR                    holds config.json and safetensors files
   output=DIR                    must not exist yet, or be empty
@@ -79,6 +82,7 @@ class ExportSettings:
     checkpoint: str = "???"
     output: str = "???"
     tokenizer: str | None = None
+    format: str = "transformers"
     dtype: str = "float32"
     verify: bool = True
 
@@ -237,6 +241,7 @@ def _export(options: argparse.Namespace) -> int:
             located.weights,
             settings.output,
             tokenizer,
+            format=settings.format,
             dtype=dtype_named(settings.dtype),
             verify=settings.verify,
             sequence_length=located.sequence_length,

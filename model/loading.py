@@ -65,7 +65,8 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
     Args:
         path: a run's directory (its newest complete checkpoint), RUN@STEP, a checkpoint (step-XXXXXXXX), a weights
-            directory (model.json and weights-*.safetensors), or a Hugging Face xLSTM or Llama directory.
+            directory (model.json and weights-*.safetensors), or a Hugging Face directory of an xLSTM, a Llama or
+            a model of ours (`format=plugin`).
         device: where its parameters lie.
         dtype: of its parameters. Gates, norms, states and logits compute in float32 at least.
 

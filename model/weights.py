@@ -76,7 +76,15 @@ def read_model_json(directory: str | Path) -> ModelConfig:
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise WeightsError(f"{path} has no section 'model': it was not written by xlstm-pretrain")
     _check_version(path, document.get("format_version"))
-    config: ModelConfig = _build(ModelConfig, with_current_keys(document["model"]), path, "model")
+    return build_model_config(document["model"], path)
+
+
+def build_model_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The configuration in `stored`, the section "model" of the file `path`, of any version.
+
+    Imports the modules of its plugins. Raises WeightsError when it is damaged, or describes a model that does not work.
+    """
+    config: ModelConfig = _build(ModelConfig, with_current_keys(stored), path, "model")
     if problems := validate_model(config):
         raise WeightsError(f"{path} describes a model that does not work: {'; '.join(problems)}")
     return config

@@ -1,4 +1,4 @@
-"""Hugging Face directories of xLSTM and Llama models: written for transformers, and read without it."""
+"""Hugging Face directories, of its xLSTM and Llama and of our own: written for transformers, and read without it."""
 
 from model.huggingface.base import HuggingFaceError, OtherLogitsError
 from model.huggingface.exporting import export_huggingface

@@ -1,6 +1,6 @@
 """What every architecture of transformers that we write and read must answer, and the error.
 
-One file for each: `xlstm`, `llama`.
+One file for each: `xlstm`, `llama`, and `plugin_format`, which is ours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -60,6 +60,8 @@ class Format(ABC):
     model_type: str
     # Whether the head may be tied to the embedding.
     ties_head: bool
+    # Name -> text of further files that are written beside config.json.
+    files: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def is_for(self, config: ModelConfig) -> bool:

@@ -13,7 +13,8 @@ import torch
 
 from model.config import ModelConfig
 from model.huggingface.base import CONFIG, HEAD, Format, HuggingFaceError, OtherLogitsError
-from model.huggingface.formats import format_for
+from model.huggingface.formats import format_for, format_named
+from model.huggingface.plugin_format import PLUGIN
 from model.huggingface.tokenizer import ExportedTokenizer, export_tokenizer
 from model.language_model import LanguageModel
 from model.parameters import parameter_shapes
@@ -30,64 +31,81 @@ def export_huggingface(
     output_directory: str | Path,
     tokenizer: ExportedTokenizer | None = None,
     *,
+    format: str = "transformers",
     dtype: torch.dtype = torch.float32,
     verify: bool = True,
     sequence_length: int | None = None,
 ) -> list[str]:
     """Write `source` as a directory that transformers.AutoModelForCausalLM and AutoTokenizer load.
 
-    Models of attention blocks alone become a Llama, all others an xLSTM. A tied head of an xLSTM is written as a second
-    copy of the embedding, since that format unties them.
+    In the format "transformers" models of attention blocks alone become a Llama, all others an xLSTM. A tied head of an
+    xLSTM is written as a second copy of the embedding, since that format unties them. The format "plugin" holds every
+    model; transformers loads it where this package is installed.
 
     Args:
         source: a model, or a directory in the format of model/weights.py.
         output_directory: must not exist yet, or be empty. Nothing is left there when the export is refused.
         tokenizer: gives the files of the tokenizer and the ids of its end-of-document token, which is both what a
             document ends with (eos) and what it starts after (bos).
+        format: "transformers" or "plugin".
         dtype: of the written weights, float32 or bfloat16.
         verify: load the directory in transformers and in this package in float32 and compare logits. Takes twice the
             memory of the fp32 weights.
-        sequence_length: tokens of a training sample, for the longest text that config.json of a Llama names.
+        sequence_length: tokens of a training sample, for the longest text that config.json names, but for an xLSTM.
 
     Returns:
         Notes for the user: what could not be carried over exactly.
 
     Raises:
         HuggingFaceError: the format cannot express the model; OtherLogitsError: the logits differ by more than 1e-4.
-        ValueError: the directory is taken, or `transformers` is missing.
+        ValueError: the directory is taken, the format is unknown, or `transformers` is missing.
         WeightsError: `source` is no whole weights directory.
     """
     config, shapes, read = _open_source(source)
-    target = format_for(config)
+    target = format_named(format, config)
     reasons = target.inexpressible(config)
+    way = "; format=plugin can" if reasons else ""
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         reasons.append(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size}: it is not the "
             "tokenizer of this model"
         )
     if reasons:
-        raise HuggingFaceError(f"the Hugging Face {target.name} format cannot express this model", reasons)
+        raise HuggingFaceError(f"the Hugging Face {target.name} format cannot express this model{way}", reasons)
     if config.tie_embeddings and not target.ties_head:
         shapes, read = _untied(shapes, read)
     transformers = _import_transformers() if verify else None
     with new_directory(Path(output_directory)) as partial:
         _write_weights(partial, target, shapes, read, dtype)
-        _write_json(partial / CONFIG, huggingface_config(config, dtype, tokenizer, sequence_length))
+        _write_json(partial / CONFIG, huggingface_config(config, dtype, tokenizer, sequence_length, target))
+        for name, text in target.files.items():
+            (partial / name).write_text(text, encoding="utf-8")
         ids = _special_ids(tokenizer)
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         notes = export_tokenizer(tokenizer, partial) if tokenizer is not None else []
         if verify:
+            if target is PLUGIN:
+                _register_plugin()
             _verify(transformers, partial, config, read, dtype)
     if config.tie_embeddings and not target.ties_head:
         notes.append("the head is tied to the embedding; the directory holds two copies, which are no longer tied")
+    if target is PLUGIN:
+        notes.append(
+            "transformers loads it where xlstm-pretrain is installed: call model.huggingface.plugin.register() first, "
+            "or give trust_remote_code=True"
+        )
     return notes
 
 
 def huggingface_config(
-    config: ModelConfig, dtype: torch.dtype, tokenizer: ExportedTokenizer | None, sequence_length: int | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tokenizer: ExportedTokenizer | None,
+    sequence_length: int | None = None,
+    target: Format | None = None,
 ) -> dict[str, Any]:
-    """config.json of a model for which `inexpressible` found no reason."""
-    return {**format_for(config).config_json(config, dtype, sequence_length), **_special_ids(tokenizer)}
+    """config.json of a model for which `inexpressible` found no reason; without a target in its `format_for`."""
+    return {**(target or format_for(config)).config_json(config, dtype, sequence_length), **_special_ids(tokenizer)}
 
 
 def _special_ids(tokenizer: ExportedTokenizer | None) -> dict[str, int | None]:
@@ -179,6 +197,13 @@ def _import_transformers() -> Any:
             "pip install 'xlstm-pretrain[huggingface]', or export without the check (verify=false)"
         ) from None
     return transformers
+
+
+def _register_plugin() -> None:
+    # Only what computes in transformers waits for its import.
+    from model.huggingface.plugin import register
+
+    register()
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

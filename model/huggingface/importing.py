@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory of an xLSTM or a Llama, without transformers."""
+"""Reads a Hugging Face directory of an xLSTM, a Llama or a model of ours, without transformers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from model.whole_tensors import INDEX, WEIGHTS
 
 
 class HuggingFaceReader:
-    """Random access to a Hugging Face directory of an xLSTM or a Llama; `shapes` maps our parameters to their shapes.
+    """Random access to a Hugging Face directory; `shapes` maps our parameters to their shapes.
 
     Understands single and fused weights, one file or shards with an index, and the older names of keys in config.json
-    and of the embedding. All widths are taken from the tensors, so that no rounding rule matters. Does not need
-    `transformers`, and reads no weights before it is asked for them.
+    and of the embedding. All widths of an xLSTM or a Llama are taken from the tensors, so that no rounding rule
+    matters. Does not need `transformers`, runs nothing of the directory, and reads no weights before it is asked for
+    them.
 
     Raises HuggingFaceError with every reason why the directory is not such a model, or is incomplete.
     """
@@ -68,7 +69,7 @@ class HuggingFaceReader:
 
 
 def import_huggingface(directory: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Read an xLSTM or a Llama: its configuration, and {our parameter name: tensor} in the dtype on disk.
+    """Read a model: its configuration, and {our parameter name: tensor} in the dtype on disk.
 
     Raises as HuggingFaceReader does.
     """

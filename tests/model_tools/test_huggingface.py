@@ -228,7 +228,7 @@ def test_import_names_what_is_wrong(tmp_path):
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good, tensors = json.loads(config.read_text()), load_file(weights)
     config.write_text(json.dumps(good | {"model_type": "gpt2"}))
-    with pytest.raises(HuggingFaceError, match="model_type is 'gpt2', not llama or xlstm"):
+    with pytest.raises(HuggingFaceError, match="model_type is 'gpt2', not llama or xlstm or xlstm_pretrain"):
         import_huggingface(tmp_path)
     config.write_text(json.dumps(good | {"add_out_norm": False, "use_bias": True, "weight_mode": "odd"}))
     with pytest.raises(HuggingFaceError) as refused:
