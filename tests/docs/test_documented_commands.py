@@ -53,7 +53,7 @@ MODULES = OUR_MODULES | {"pip", "pytest", "torch.distributed.run"}
 LEFT = {
     "README.md": ["corpora/first/manifest.json", "runs/first/report.png", "exported/config.json"],
     "docs/guides/your_corpus.md": ["corpora/both/manifest.json", "corpora/only_pages/manifest.json", "runs/mixed"],
-    "docs/model.md": ["once.safetensors", "weights/first/model.json"],
+    "docs/model.md": ["once.safetensors", "weights/first/model.json", "exported_plugin/config.json"],
     "docs/guides/downstream.md": ["runs/first/evaluations.jsonl", "runs/first/evaluations/length/perplexity.png"],
     "docs/guides/compare.md": ["comparison.html", "comparison.png"],
     "docs/guides/evaluation.md": ["runs/bits/evaluations.jsonl", "runs/first/evaluations.jsonl"],

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import model.huggingface.exporting as exporting
 from model import generate, load
 from model.__main__ import main
 from model.config import ModelConfig
@@ -144,6 +145,17 @@ def test_a_head_that_is_tied_stays_so(exported, tmp_path):
     assert (tmp_path / "modeling_xlstm_pretrain.py").read_bytes() == (
         folder / "modeling_xlstm_pretrain.py"
     ).read_bytes()
+
+
+def test_shards_are_put_together(exported, tmp_path, monkeypatch):
+    ours, _ = exported("hybrid")
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 200_000)
+    export_huggingface(ours, tmp_path / "out", format="plugin", dtype=torch.bfloat16)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    theirs, (_, state_dict) = in_transformers(tmp_path / "out"), import_huggingface(tmp_path / "out")
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(theirs.model.get_parameter(name), parameter.to(torch.bfloat16))
+        assert torch.equal(state_dict[name], parameter.to(torch.bfloat16))
 
 
 def test_dtypes_and_weights_that_are_missing(exported, tmp_path):
