@@ -39,7 +39,9 @@ def has_room_for_tiles(device: torch.device) -> bool:
     """Whether a multiprocessor of the device has the shared memory that the kernels need: data centres' GPUs do."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= tiles.MOST_SHARED_BYTES
+    from kernels.triton_support import shared_memory
+
+    return shared_memory(device) >= tiles.MOST_SHARED_BYTES
 
 
 def mixer_inputs(
