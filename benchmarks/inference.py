@@ -5,8 +5,9 @@
 
 Weights are random, bfloat16 on a GPU and float32 on a CPU; every contender decodes greedily from random prompts, all
 rows of a batch equally long, and no token ends a sequence. `ours` is model.generation.generate; `ours_unplayed` the
-same without CUDA graphs; `transformers_xlstm` the xLSTM of transformers with its own native kernels;
-`transformers_llama` its Llama of as many blocks and as wide, with a static cache, compiled where there is a GPU;
+same without CUDA graphs; `ours_served` our server, asked by a client a row, whose memory is not measured;
+`transformers_xlstm` the xLSTM of transformers with its own native kernels; `transformers_llama` its Llama of as many
+blocks and as wide, with a static cache, compiled where there is a GPU;
 `transformers_mamba2` its Mamba-2, as wide and with twice as many blocks, by the package mamba_ssm where that is there.
 A peer that is not installed, or cannot run this, has its reason in the table. Every contender has a process of its own.
 
@@ -63,6 +64,22 @@ SIZES = {
 
 def ours(size: Size, device: torch.device) -> Continue:
     """model.generation.generate."""
+    model = _ours(size, device)
+    return lambda prompts, count: generate(model, prompts, max_new_tokens=count, temperature=0)
+
+
+def ours_served(size: Size, device: torch.device) -> Continue:
+    """The same behind `python -m model serve`, asked by a client a row."""
+    from benchmarks.served import Served
+
+    served = Served(_ours(size, device))
+    if device.type == "cuda":
+        # Of a GPU's memory nothing is kept from the server.
+        torch.cuda.empty_cache()
+    return served.continued
+
+
+def _ours(size: Size, device: torch.device) -> LanguageModel:
     with torch.device(device):
         model = LanguageModel(preset(size.preset)).to(_dtype(device))
     # On the device: a generator of the CPU takes minutes for 7B.
@@ -70,7 +87,7 @@ def ours(size: Size, device: torch.device) -> Continue:
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1.0)
-    return lambda prompts, count: generate(model, prompts, max_new_tokens=count, temperature=0)
+    return model
 
 
 def ours_unplayed(size: Size, device: torch.device) -> Continue:
@@ -165,6 +182,7 @@ def _of_transformers(model: Any, **arguments: Any) -> Continue:
 CONTENDERS: dict[str, Callable[[Size, torch.device], Continue]] = {
     "ours": ours,
     "ours_unplayed": ours_unplayed,
+    "ours_served": ours_served,
     "transformers_xlstm": transformers_xlstm,
     "transformers_llama": transformers_llama,
     "transformers_mamba2": transformers_mamba2,
