@@ -5,9 +5,11 @@
 
 Weights are random, bfloat16 on a GPU and float32 on a CPU; every contender decodes greedily from random prompts, all
 rows of a batch equally long, and no token ends a sequence. `ours` is model.generation.generate; `ours_unplayed` the
-same without CUDA graphs; `transformers_xlstm` the xLSTM of transformers with its own native kernels;
-`transformers_llama` its Llama of as many blocks and as wide, with a static cache, compiled where there is a GPU. A peer
-that is not installed, or cannot run this, has its reason in the table. Every contender has a process of its own.
+same without CUDA graphs; `ours_served` our server, asked by a client a row, whose memory is not measured;
+`transformers_xlstm` the xLSTM of transformers with its own native kernels; `transformers_llama` its Llama of as many
+blocks and as wide, with a static cache, compiled where there is a GPU;
+`transformers_mamba2` its Mamba-2, as wide and with twice as many blocks, by the package mamba_ssm where that is there.
+A peer that is not installed, or cannot run this, has its reason in the table. Every contender has a process of its own.
 
 Time to the first token includes reading the prompt. Memory is the most that was allocated, weights included; on a CPU
 the growth of the process's peak. A time of a CPU tells nothing about a GPU.
@@ -33,6 +35,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.inference_figure import draw  # noqa: E402
 from benchmarks.timing import environment  # noqa: E402
 from model.generation import generate  # noqa: E402
 from model.generation import session as session_module  # noqa: E402
@@ -61,6 +64,22 @@ SIZES = {
 
 def ours(size: Size, device: torch.device) -> Continue:
     """model.generation.generate."""
+    model = _ours(size, device)
+    return lambda prompts, count: generate(model, prompts, max_new_tokens=count, temperature=0)
+
+
+def ours_served(size: Size, device: torch.device) -> Continue:
+    """The same behind `python -m model serve`, asked by a client a row."""
+    from benchmarks.served import Served
+
+    served = Served(_ours(size, device))
+    if device.type == "cuda":
+        # Of a GPU's memory nothing is kept from the server.
+        torch.cuda.empty_cache()
+    return served.continued
+
+
+def _ours(size: Size, device: torch.device) -> LanguageModel:
     with torch.device(device):
         model = LanguageModel(preset(size.preset)).to(_dtype(device))
     # On the device: a generator of the CPU takes minutes for 7B.
@@ -68,7 +87,7 @@ def ours(size: Size, device: torch.device) -> Continue:
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1.0)
-    return lambda prompts, count: generate(model, prompts, max_new_tokens=count, temperature=0)
+    return model
 
 
 def ours_unplayed(size: Size, device: torch.device) -> Continue:
@@ -125,6 +144,30 @@ def transformers_llama(size: Size, device: torch.device) -> Continue:
     return _of_transformers(model, cache_implementation="static")
 
 
+def transformers_mamba2(size: Size, device: torch.device) -> Continue:
+    """transformers' Mamba-2 of like size: one of its blocks has about half the weights of one of ours."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    like = preset(size.preset)
+    head_dim = 64
+    config = Mamba2Config(
+        vocab_size=like.vocab_size,
+        hidden_size=like.d_model,
+        num_hidden_layers=2 * like.n_blocks,
+        expand=2,
+        head_dim=head_dim,
+        num_heads=2 * like.d_model // head_dim,
+        n_groups=1,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    with torch.device(device):
+        model = Mamba2ForCausalLM(config).to(_dtype(device)).eval()
+    return _of_transformers(model)
+
+
 def _of_transformers(model: Any, **arguments: Any) -> Continue:
     def continued(prompts: Tensor, count: int) -> Tensor:
         with torch.no_grad():
@@ -139,8 +182,10 @@ def _of_transformers(model: Any, **arguments: Any) -> Continue:
 CONTENDERS: dict[str, Callable[[Size, torch.device], Continue]] = {
     "ours": ours,
     "ours_unplayed": ours_unplayed,
+    "ours_served": ours_served,
     "transformers_xlstm": transformers_xlstm,
     "transformers_llama": transformers_llama,
+    "transformers_mamba2": transformers_mamba2,
 }
 
 
@@ -258,7 +303,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3600, help="that a contender may take")
     parser.add_argument("--commit")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="the table, NAME.md; its figure is NAME.png")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.new_tokens < 2 or options.rounds < 1:
@@ -274,7 +319,9 @@ def main() -> int:
     text = report(rows, environment(torch.device(options.device), options.commit), options.size, options.new_tokens)
     print(text)
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
+        draw(rows, options.size, options.output.with_suffix(".png"))
     return 0 if all("first" in row for row in rows if row["contender"].startswith("ours")) else 1
 
 

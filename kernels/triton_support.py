@@ -3,6 +3,8 @@
 Nothing outside them may import Triton at module level: there is none on a Mac, where the references run.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -25,3 +27,10 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a CUDA device: what Triton refuses a kernel by."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

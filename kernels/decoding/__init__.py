@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend_choice
-from kernels.decoding import reference
+from kernels.decoding import reference, tiles
 from kernels.decoding.inputs import MixerInputs, MixerWeights, NormWeights
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MixerWeights",
     "NormWeights",
     "added_product",
+    "has_room_for_tiles",
     "logits",
     "mixer_inputs",
     "mixer_output",
@@ -32,6 +33,15 @@ __all__ = [
 MAX_ROWS = 64
 # The widest input behind a norm: a program holds it whole, and a head norm's with each head in a power of two.
 MAX_NORM_WIDTH = 8192
+
+
+def has_room_for_tiles(device: torch.device) -> bool:
+    """Whether a multiprocessor of the device has the shared memory that the kernels need: data centres' GPUs do."""
+    if device.type != "cuda":
+        return True
+    from kernels.triton_support import shared_memory
+
+    return shared_memory(device) >= tiles.MOST_SHARED_BYTES
 
 
 def mixer_inputs(

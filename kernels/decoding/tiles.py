@@ -26,6 +26,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# Shared memory that a program needs at most: its pieces of weights and inputs, of 16 bits, as many as are on their way.
+MOST_SHARED_BYTES = 112 * 1024
 # Products of more rows than this, with nothing but a residual beside them, are PyTorch's: there cuBLAS is ahead.
 MOST_ROWS_OF_PLAIN_PRODUCTS = 16
 

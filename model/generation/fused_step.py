@@ -70,7 +70,10 @@ def _takes(block: Block) -> bool:
 def _can_be_read(weights: Iterable[Tensor]) -> bool:
     """Whether the kernels take weights such as these."""
     return all(
-        triton_runs_on(weight) and weight.dtype == _DTYPES[weight.device.type] and weight.is_contiguous()
+        triton_runs_on(weight)
+        and decoding.has_room_for_tiles(weight.device)
+        and weight.dtype == _DTYPES[weight.device.type]
+        and weight.is_contiguous()
         for weight in weights
     )
 

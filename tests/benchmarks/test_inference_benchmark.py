@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import inference
+from benchmarks.inference_figure import draw
 from tests.runs import PATIENCE, ROOT, environment
 
 TINY = ["--size", "tiny", "--device", "cpu", "--prompts", "8", "--new-tokens", "3", "--rounds", "1"]
@@ -29,6 +30,7 @@ def test_every_contender_has_its_rows(tmp_path):
         assert [row[0].strip() for row in rows] == ["1", "2"]
         # transformers is installed for these tests: no peer is missing.
         assert all(float(row[3]) > 0 and float(row[7]) > 0 for row in rows), table
+    assert (tmp_path / "table.png").is_file()
     assert "- size: tiny (tiny_mlstm, tiny_llama), 3 new tokens" in table
 
 
@@ -50,6 +52,19 @@ def test_the_table_has_ratios_to_ours_and_reasons():
     assert "| 4 | 512 | ours | 10.0 | 2.00 | 2,000 | 1.00 | 1.00 | 1.00 |" in lines
     assert "| 4 | 512 | transformers_llama | 15.0 | 8.00 | 500 | 3.00 | 1.50 | 4.00 |" in lines
     assert "| 4 | 512 | transformers_xlstm | ImportError: no such module | | | | | |" in lines
+
+
+def test_the_figure_has_a_line_for_each_contender_and_batch_that_ran(tmp_path):
+    rows = [
+        {"contender": "ours", "batch": batch, "prompt": prompt, "first": 10.0, "further": 2.0, "gib": 1.0}
+        for batch in (1, 8)
+        for prompt in (512, 8192)
+    ]
+    problem = {"contender": "transformers_llama", "batch": 1, "prompt": 512, "problem": "out of memory"}
+    draw([*rows, problem], "tiny", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[1:4] == b"PNG"
+    draw([problem], "tiny", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_peer_that_is_missing_has_its_reason_and_the_others_their_figures(capsys, monkeypatch):
