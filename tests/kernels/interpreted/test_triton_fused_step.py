@@ -15,7 +15,7 @@ DTYPE = torch.bfloat16 if COMPILED else torch.float32
 TOLERANCE = 1e-5
 # Models with blocks that the kernels take.
 TAKEN = ["mlstm", "sigmoid", "hybrid"]
-STEPS = 40 if COMPILED else 3
+STEPS = 40 if COMPILED else 2
 BACKENDS = ["auto"] if COMPILED else ["auto", "triton"]
 
 
