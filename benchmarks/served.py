@@ -1,8 +1,8 @@
 """Our server as a contender of benchmarks/inference.py: every row of a batch is a client of its own.
 
 The server is `python -m model serve` with as many slots as the batch has rows, on weights that were written for it.
-Clients ask for whole answers by tokens, greedily. Its tokenizer is a small one of made-up words, so only ids below that
-one's are drawn; the model computes the scores of all.
+Clients ask for whole answers by tokens, greedily. Its tokenizer is a small one, so only ids below that one's are drawn;
+the model computes the scores of all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import http.client
 import json
-import random
 import re
 import shutil
 import signal
@@ -30,6 +29,7 @@ from data_pipeline.tokenizing.tokenizer import train_sentencepiece
 from model.language_model import LanguageModel
 from model.weights import save_model
 
+ROOT = Path(__file__).resolve().parents[1]
 _TOKENIZER_IDS = 384
 _SECONDS = 600.0
 
@@ -102,8 +102,6 @@ class Served:
 
 
 def _tokenizer() -> bytes:
-    """A SentencePiece model of words that are made up."""
-    drawn = random.Random(0)
-    words = ["".join(drawn.choices("abcdefghijklmnop", k=drawn.randint(2, 6))) for _ in range(200)]
-    text = "\n".join(" ".join(drawn.choices(words, k=8)) for _ in range(300))
-    return train_sentencepiece([text], TokenizerConfig(vocab_size=_TOKENIZER_IDS))
+    """A SentencePiece model of the project's own pages."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
+    return train_sentencepiece(pages, TokenizerConfig(vocab_size=_TOKENIZER_IDS))

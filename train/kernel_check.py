@@ -58,11 +58,13 @@ def checked(cases: Sequence[Case], device: torch.device, name: str) -> Report:
     for case in cases:
         try:
             findings += preflight.compare(case, device)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            # Behind an error of the GPU itself no other case runs either.
             raise
         except RuntimeError as error:
             # Such as a kernel of another package that refuses this GPU or this Triton.
-            failures.append(f"{case} does not run: {str(error).strip().partition(chr(10))[0]}")
+            reason = str(error).strip().partition("\n")[0]
+            failures.append(f"{case} does not run: {reason}")
     return Report(name, findings, failures)
 
 

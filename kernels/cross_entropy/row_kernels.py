@@ -7,22 +7,9 @@ import triton
 import triton.language as tl
 
 from kernels.cross_entropy.reference import MASKED
+from kernels.triton_soft_cap import soft_capped
 
 _MASKED = tl.constexpr(MASKED)
-
-
-@triton.jit
-def _squash(logits, cap, HAS_CAP: tl.constexpr):
-    """Logits behind the soft cap, and the derivative of the cap there."""
-    slope = 1.0
-    if HAS_CAP:
-        # tanh and 1 - tanh^2 from exp(-2|x|), which never overflows and leaves the latter its precision near 0.
-        decay = tl.exp(-2.0 / cap * tl.abs(logits))
-        share = 1.0 / (1.0 + decay)
-        magnitude = cap * (1.0 - decay) * share
-        logits = tl.where(logits < 0.0, -magnitude, magnitude)
-        slope = 4.0 * decay * share * share
-    return logits, slope
 
 
 @triton.jit
@@ -36,7 +23,7 @@ def _log_sum_exp(row, V, cap, HAS_CAP: tl.constexpr, LINES: tl.constexpr, LANES:
     total = tl.zeros([LANES], tl.float32)
     for first in range(0, V, LINES * LANES):
         column = first + _tile(LINES, LANES)
-        logits, _ = _squash(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
+        logits, _ = soft_capped(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
         logits = tl.where(column < V, logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[None, :]), 0)
@@ -47,7 +34,7 @@ def _log_sum_exp(row, V, cap, HAS_CAP: tl.constexpr, LINES: tl.constexpr, LANES:
 
 @triton.jit
 def _store_loss(row, target, log_sum, loss, cap, z_loss_weight, HAS_CAP: tl.constexpr):
-    target_logit, _ = _squash(tl.load(row + target).to(tl.float32), cap, HAS_CAP)
+    target_logit, _ = soft_capped(tl.load(row + target).to(tl.float32), cap, HAS_CAP)
     tl.store(loss, log_sum - target_logit + z_loss_weight * log_sum * log_sum)
 
 
@@ -58,7 +45,7 @@ def _store_gradient(
     softmax_scale = 1.0 + 2.0 * z_loss_weight * log_sum
     for first in range(0, V, LINES * LANES):
         column = first + _tile(LINES, LANES)
-        logits, slope = _squash(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
+        logits, slope = soft_capped(tl.load(row + column, column < V, 0.0).to(tl.float32), cap, HAS_CAP)
         gradient = softmax_scale * tl.exp(logits - log_sum) - tl.where(column == target, 1.0, 0.0)
         tl.store(row + column, gradient * slope * scale, column < V)
 

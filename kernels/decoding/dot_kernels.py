@@ -8,8 +8,9 @@ Axes: M rows, K inputs, N outputs.
 import triton
 import triton.language as tl
 
-from kernels.decoding.places import feature_place, soft_capped, weight_tile
+from kernels.decoding.places import feature_place, weight_tile
 from kernels.triton_dot import dot
+from kernels.triton_soft_cap import soft_capped
 
 
 @triton.jit
@@ -74,7 +75,8 @@ def projections_kernel(
     if is_gate:
         y += tl.load(bias + row, row < outputs, 0.0).to(tl.float32)[:, None]
         at = gates + member[None, :] * (2 * NH) + place + row[:, None]
-        tl.store(at, soft_capped(y, cap, HAS_CAP), inside)
+        y, _ = soft_capped(y, cap, HAS_CAP)
+        tl.store(at, y, inside)
     else:
         tl.store(features + member[None, :] * (2 * QK + 2 * V) + place + row[:, None], y, inside)
 
@@ -129,7 +131,8 @@ def product_kernel(
     at = member[None, :] * N + row[:, None]
     if residual is not None:
         total += tl.load(residual + at, inside, 0.0).to(tl.float32)
-    tl.store(y + at, soft_capped(total, cap, HAS_CAP), inside)
+    capped, _ = soft_capped(total, cap, HAS_CAP)
+    tl.store(y + at, capped, inside)
 
 
 @triton.jit

@@ -15,16 +15,6 @@ def weight_tile(weight, row, column, outputs, K: tl.constexpr):
 
 
 @triton.jit
-def soft_capped(x, cap, HAS_CAP: tl.constexpr):
-    """cap * tanh(x / cap), by exp(-2|x|), which never overflows."""
-    if HAS_CAP:
-        decay = tl.exp(-2.0 / cap * tl.abs(x))
-        magnitude = cap * (1.0 - decay) / (1.0 + decay)
-        x = tl.where(x < 0.0, -magnitude, magnitude)
-    return x
-
-
-@triton.jit
 def feature_place(
     q,
     k,

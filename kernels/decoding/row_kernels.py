@@ -8,7 +8,8 @@ Axes: K inputs, N outputs, NH heads, DV value dimension of a head.
 import triton
 import triton.language as tl
 
-from kernels.decoding.places import feature_place, soft_capped, weight_tile
+from kernels.decoding.places import feature_place, weight_tile
+from kernels.triton_soft_cap import soft_capped
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def projections_kernel(
     y = tl.sum(sums, 1)
     inside = row < outputs
     if is_gate:
-        y = soft_capped(y + tl.load(bias + row, inside, 0.0).to(tl.float32), cap, HAS_CAP)
+        y, _ = soft_capped(y + tl.load(bias + row, inside, 0.0).to(tl.float32), cap, HAS_CAP)
         tl.store(gates + place + row, y, inside)
     else:
         tl.store(features + place + row, y, inside)
@@ -142,7 +143,8 @@ def product_kernel(
     total = tl.sum(sums, 1)
     if residual is not None:
         total += tl.load(residual + row, row < N, 0.0).to(tl.float32)
-    tl.store(y + row, soft_capped(total, cap, HAS_CAP), row < N)
+    capped, _ = soft_capped(total, cap, HAS_CAP)
+    tl.store(y + row, capped, row < N)
 
 
 @triton.jit

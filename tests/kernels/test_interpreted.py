@@ -14,15 +14,17 @@ from tests.runs import PATIENCE, ROOT, environment
 
 FOLDER = Path(__file__).parent / "interpreted"
 LONGEST = "test_mlstm_chunkwise.py"
-OTHERS = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name != LONGEST)
+# Of what `make test-long` alone runs, the kernels are compiled, or used by another test, in `make test` too.
+MORE = ["test_preflight.py", "test_triton_decoding.py", "test_triton_head_norm.py", "test_triton_slstm.py"]
+OTHERS = sorted(path.name for path in FOLDER.glob("test_*.py") if path.name not in [LONGEST, *MORE])
 # Tests of the longest file whose names have one of these words take half of its time.
 HALF = "shapes or slices or regimes or memory or gates or halves"
 # File names and further arguments. Of about the same length: a process takes four seconds until its first test.
 GROUPS = {
     "mlstm, numbers": ([LONGEST], ["-k", HALF]),
     "mlstm, others": ([LONGEST], ["-k", f"not ({HALF})"]),
-    "others": (OTHERS[0::2], []),
-    "more": (OTHERS[1::2], []),
+    "others": (OTHERS, []),
+    "more": (MORE, []),
 }
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
