@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,13 +159,19 @@ COMPARISONS = {
 
 def measure(layout: Layout, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The metrics of the steps of one run, oldest first. Raises RuntimeError where it ends by itself."""
-    settings = [f"corpus.directory={options.corpus.resolve()}", *CONFIGURATION, *options.settings]
-    settings += ["name=run", f"run_root={folder}", *layout.settings]
-    wanted = max(6, round(options.steps * layout.steps))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
+    settings = [f"corpus.directory={options.corpus.resolve()}", *CONFIGURATION, *options.settings, *layout.settings]
+    return run_steps(settings, max(6, round(options.steps * layout.steps)), options.processes, folder)
+
+
+def run_steps(settings: Sequence[str], wanted: int, processes: int, folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the first `wanted` steps of a run in `folder`/run, oldest first; there it is ended.
+
+    `settings`: of a run that logs every step and goes on for longer. Raises RuntimeError where it ends by itself.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with (folder / "output").open("w") as output:
         run = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "train", *settings],
+            [sys.executable, *launcher, "-m", "train", "name=run", f"run_root={folder}", *settings],
             cwd=ROOT,
             stdout=output,
             stderr=output,
@@ -177,7 +184,7 @@ def measure(layout: Layout, options: argparse.Namespace, folder: Path) -> list[d
                 if len(steps) >= wanted:
                     return steps[:wanted]
                 if ended:
-                    raise RuntimeError(f"{layout.name}: {(folder / 'output').read_text()[-3000:]}")
+                    raise RuntimeError(f"{' '.join(settings)}: {(folder / 'output').read_text()[-3000:]}")
                 time.sleep(0.5)
         finally:
             # Asked to stop, it would write a checkpoint. The workers of torchrun have sessions of their own.

@@ -400,15 +400,18 @@ class Trainer:
 
         `staying`: steps whose checkpoints are not deleted to make room.
         """
+        began = time.monotonic()
         self.settle_save()
+        waited = time.monotonic() - began
         self.mesh.whereabouts.enter(SAVE)
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         self.state.world_size = self.mesh.size
         self.state.zero_stage = self.config.parallel.zero_stage
         step = self.step
 
-        def on_complete(folder: Path, seconds: float) -> None:
-            self.events.append("save", step=step, checkpoint=folder.name, seconds=round(seconds, 3))
+        def on_complete(folder: Path, seconds: float, held: float) -> None:
+            times = {"seconds": round(seconds, 3), "held_seconds": round(waited + held, 3)}
+            self.events.append("save", step=step, checkpoint=folder.name, **times)
             self.completed_saves.append(CompletedSave(folder.name, step, seconds, time.monotonic()))
 
         self._writer.staying = staying

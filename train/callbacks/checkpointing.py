@@ -42,6 +42,8 @@ class Checkpointing(Callback):
     def on_run_start(self, trainer: Trainer) -> None:
         trainer.saves.staying = _staying(self.state_dict())
         trainer.saves.mirror_again()
+        if trainer.config.checkpoint.interval:
+            trainer.saves.prepare(trainer.engine)
 
     def on_step_end(self, trainer: Trainer) -> Decision:
         interval = trainer.config.checkpoint.interval

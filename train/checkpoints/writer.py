@@ -24,6 +24,7 @@ from model.locate import complete_checkpoints, step_folder, step_folders, step_o
 from model.marker import is_marked
 from model.weights import save_fragments, write_model_json
 from train.checkpoints.generators import generator_states
+from train.checkpoints.host_memory import HostMemory
 from train.checkpoints.lanes import FOLDER as CARRIED
 from train.checkpoints.lanes import save_lanes
 from train.checkpoints.layout import (
@@ -54,6 +55,7 @@ _COMMIT_TIMEOUT_SECONDS = 3600.0
 REMEMBERED_SAVES = 8
 # Between looks at whether all ranks are done.
 _POLL_SECONDS = 0.02
+OnComplete = Callable[[Path, float, float], None]
 log = logging.getLogger(__name__)
 
 
@@ -99,6 +101,11 @@ class CheckpointWriter:
         # On rank 0, seconds that the latest saves of this start took in all.
         self.seconds = deque[float](maxlen=REMEMBERED_SAVES)
         self._began = 0.0
+        self._memory = HostMemory(mesh.device)
+
+    def prepare(self, engine: Engine) -> None:
+        """Let the first save hold the loop no longer than the others. Once, before any save."""
+        self._memory.prepare([tensor.nbytes for tensor in _saved_tensors(engine)])
 
     @property
     def last_step(self) -> int | None:
@@ -116,11 +123,12 @@ class CheckpointWriter:
         """Whether this rank's part of the save under way has failed."""
         return self._error is not None
 
-    def save(self, engine: Engine, state: TrainState, on_complete: Callable[[Path, float], None]) -> Path:
+    def save(self, engine: Engine, state: TrainState, on_complete: OnComplete) -> Path:
         """Copy this rank's part to host memory and start writing it. Collective: every rank calls it at the same step.
 
-        `on_complete(folder, seconds)` runs on rank 0's writing thread once the checkpoint counts. The previous save
-        has been settled. Raises RunError when another start has taken over the run.
+        `on_complete(folder, seconds, held_seconds)` runs on rank 0's writing thread once the checkpoint counts: what
+        writing took in the background, and what this call took. The previous save has been settled. Raises RunError
+        when another start has taken over the run.
         """
         assert self._thread is None and self._error is None, "the previous save is not settled"
         folder = step_folder(self.root, state.step)
@@ -129,7 +137,7 @@ class CheckpointWriter:
             return folder
         self._last_step = state.step
         self._began = time.monotonic()
-        snapshot = _Snapshot.take(engine, state, self.model)
+        snapshot = _Snapshot.take(engine, state, self.model, self._memory)
         self._staged, self._bytes = staging_folder(folder, self.attempt.identity), snapshot.nbytes
         self.attempt.check()
         if self.rank == 0:
@@ -141,9 +149,8 @@ class CheckpointWriter:
                 self._error = error
         if not all(self.mesh.gather_objects(self._error is None, group="world")):
             return folder
-        self._thread = threading.Thread(
-            target=self._write, args=(folder, snapshot, on_complete), name="checkpoint-writer"
-        )
+        arguments = (folder, snapshot, on_complete, time.monotonic() - self._began)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint-writer")
         self._thread.start()
         return folder
 
@@ -237,7 +244,7 @@ class CheckpointWriter:
         if self.mirror is not None and self._last_step is not None:
             self.mirror.request(self._last_step, self.retention)
 
-    def _write(self, folder: Path, snapshot: _Snapshot, on_complete: Callable[[Path, float], None]) -> None:
+    def _write(self, folder: Path, snapshot: _Snapshot, on_complete: OnComplete, held: float) -> None:
         started = time.monotonic()
         try:
             staged = staging_folder(folder, self.attempt.identity)
@@ -254,7 +261,7 @@ class CheckpointWriter:
             if self.rank == 0:
                 self._commit(staged, folder)
                 self.seconds.append(time.monotonic() - self._began)
-                on_complete(folder, time.monotonic() - started)
+                on_complete(folder, time.monotonic() - started, held)
                 if self.mirror is not None:
                     self.mirror.request(step_of(folder), self.retention)
                 self._prune(folder)
@@ -331,16 +338,19 @@ class _Snapshot:
         return sum(tensor.nbytes for tensor in (*parts, *self.carried.values()))
 
     @classmethod
-    def take(cls, engine: Engine, state: TrainState, model: ModelConfig) -> _Snapshot:
+    def take(cls, engine: Engine, state: TrainState, model: ModelConfig, memory: HostMemory) -> _Snapshot:
+        """Copies in `memory`; those of the snapshot before end."""
+        memory.clear()
         owned = [fragment for fragment in engine.fragments if fragment.owned]
         device = engine.mesh.device
-        tensors = {"weights": [(f.name, f.offset, _host_copy(f.master)) for f in owned]}
+        tensors = {"weights": [(f.name, f.offset, memory.copy(f.master)) for f in owned]}
         for key in MOMENTS:
-            tensors[key] = [(f.name, f.offset, _host_copy(f.moment(key))) for f in owned]
+            tensors[key] = [(f.name, f.offset, memory.copy(f.moment(key))) for f in owned]
         snapshot = cls(model, tensors, copy.deepcopy(state), generator_states(device))
         if engine.carried is not None:
             snapshot.first_lane = engine.carried.lanes.start
-            snapshot.carried = {name: _host_copy(tensor) for name, tensor in engine.carried.tensors().items()}
+            carried = engine.carried.tensors()
+            snapshot.carried = {name: memory.copy(tensor).view(tensor.shape) for name, tensor in carried.items()}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return snapshot
@@ -367,11 +377,12 @@ class _Snapshot:
         return files
 
 
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def _saved_tensors(engine: Engine) -> list[torch.Tensor]:
+    """What this rank's part of a checkpoint is made of."""
+    owned = [fragment for fragment in engine.fragments if fragment.owned]
+    moments = [fragment.moment(key) for key in MOMENTS for fragment in owned]
+    carried = [] if engine.carried is None else list(engine.carried.tensors().values())
+    return [*(fragment.master for fragment in owned), *moments, *carried]
 
 
 def _sync_folders(folder: Path) -> None:
