@@ -48,8 +48,8 @@ def assert_as_exact(name, model, tokens, state, logits):
     exact_state = state().map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     exact = steps_of(lambda token, before: double.predict(token[:, None], state=before), tokens, exact_state)
     assert logits.dtype == own.dtype
-    # Both round to bfloat16 on a GPU, in different places.
-    limit = 1.5 * relative_error(own, exact) if COMPILED else TOLERANCE
+    # Both round, in different places. Some states make much of it, on some processors more than TOLERANCE.
+    limit = max(1.5 * relative_error(own, exact), 0.0 if COMPILED else TOLERANCE)
     assert relative_error(logits, exact) < limit
 
 
