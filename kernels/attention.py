@@ -160,7 +160,8 @@ def _documents(
     if cached == 0:
         return document
     assert carried is not None, "cached tokens need to be told apart"
-    earlier = torch.where(torch.arange(cached, device=device) >= cached - carried[:, None], 0, -1)
+    # A number in torch.where would be copied to the device, which waits for it.
+    earlier = (torch.arange(cached, device=device) >= cached - carried[:, None]).to(torch.int64) - 1
     rows = max(earlier.shape[0], document.shape[0])
     return torch.cat([earlier.expand(rows, -1), document.expand(rows, -1)], dim=1)
 

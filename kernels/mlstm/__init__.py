@@ -257,8 +257,6 @@ def mlstm_state_norms(
     means = found[0].mean(0).float()
     if start is not None:
         # A later document begins with an empty memory.
-        later = start[0].clone()
-        later[0] = False
-        document = later.cumsum(0)
+        document = start[0].cumsum(0) - start[0, 0].to(torch.int64)
         means = means.masked_fill(torch.stack([document[position - 1] for position in inside]) > 0, torch.nan)
     return torch.cat([means, means.new_full((len(positions) - len(inside),), torch.nan)])

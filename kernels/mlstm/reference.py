@@ -88,7 +88,7 @@ def _quadratic_weights(x: PreparedInputs, gate: str) -> tuple[Tensor, Tensor, Te
     log_weight = log_weights(x.log_input, x.log_forget, readable)
     log_kept = log_carry(x.log_forget, readable)
     continues = (x.document == 0)[:, None]
-    m_before = torch.where(continues, x.state.m[..., None], 0)
+    m_before = x.state.m[..., None].masked_fill(~continues, 0)
     m = torch.zeros_like(log_kept)
     if gate == "exp":
         m = bounded_below(torch.maximum(log_kept + m_before, log_weight.amax(-1))).detach()
@@ -203,7 +203,7 @@ def _chunk_stabilisers(
     m, before, after = [], [], m_initial
     for chunk in range(log_kept.shape[2]):
         before.append(after)
-        entering = torch.where(continues[:, :, chunk], after[..., None], 0)
+        entering = after[..., None].masked_fill(~continues[:, :, chunk], 0)
         m.append(bounded_below(torch.maximum(log_kept[:, :, chunk] + entering, largest[:, :, chunk])))
         after = m[-1][..., -1]
     return torch.stack(m, dim=2), torch.stack(before, dim=2)

@@ -231,7 +231,7 @@ def document_positions(x: Tensor, document_start: Tensor | None, state: HasPosit
     continued = index if state is None else index + state.position[:, None]
     if document_start is None:
         return continued
-    last_start = torch.where(document_start, index, -1).cummax(dim=1).values
+    last_start = index.masked_fill(~document_start, -1).cummax(dim=1).values
     return torch.where(last_start >= 0, index - last_start, continued)
 
 

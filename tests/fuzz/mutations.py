@@ -151,7 +151,7 @@ def change_json(document: Any, random: Random) -> Any:
     for _ in range(random.choice((1, 1, 2, 5))):
         places = _places(document)
         if not places or random.random() < 0.03:
-            return random.choice(STRANGE)
+            return copy.deepcopy(random.choice(STRANGE))
         container, key = random.choice(places)
         way = random.randrange(4)
         if way == 0 and isinstance(container, dict):
@@ -162,7 +162,7 @@ def change_json(document: Any, random: Random) -> Any:
             other, of_other = random.choice(places)
             container[key] = copy.deepcopy(other[of_other])
         else:
-            container[key] = random.choice(STRANGE)
+            container[key] = copy.deepcopy(random.choice(STRANGE))
     return document
 
 
